@@ -1,0 +1,89 @@
+"""Which rule speaks for which operator. A rule is a function from a `Call` to the axes of its outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from difflib import get_close_matches
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ecospa_fx.axes.call import Call, Value
+
+Result = Any  # Value, or a list of Values for an operator with several outputs
+Rule = Callable[["Call"], "Value | list[Value]"]
+
+_RULES: dict[str, Rule] = {}
+_REFUSED: dict[str, str] = {}
+_FAMILIES = ("pointwise", "move", "contract", "attention", "reduce", "index", "create", "convolution")
+
+
+def axis_rule(*operators: str) -> Callable[[Rule], Rule]:
+    """Register a rule for operators by qualified name without overload: ``"aten.relu"``, ``"mylib.my_op"``.
+
+    In-place variants (``aten.relu_``) follow their functional form unless registered themselves.
+    Raises ValueError for an operator that has a rule or a standing refusal already.
+
+    Example:
+        >>> from ecospa_fx.axes import axis_rule
+        >>> @axis_rule("mylib.scale")
+        ... def scale(call):
+        ...     return call.passes(call["input"])
+    """
+
+    def register(rule: Rule) -> Rule:
+        for operator in operators:
+            if operator in _RULES or operator in _REFUSED:
+                raise ValueError(f"operator {operator} has an axis rule already; unregister(...) it first")
+            _RULES[operator] = rule
+        return rule
+
+    return register
+
+
+def refuse(reason: str, *operators: str) -> None:
+    """List operators that have no rule on purpose, with the reason that users see."""
+    for operator in operators:
+        if operator in _RULES or operator in _REFUSED:
+            raise ValueError(f"operator {operator} has an axis rule already; unregister(...) it first")
+        _REFUSED[operator] = reason
+
+
+def unregister(operator: str) -> None:
+    """Forget a rule or refusal, for instance to replace it. Raises KeyError naming similar operators."""
+    load()
+    if _RULES.pop(operator, None) is None and _REFUSED.pop(operator, None) is None:
+        near = get_close_matches(operator, [*_RULES, *_REFUSED], n=3)
+        raise KeyError(f"no axis rule for {operator}; near it: {', '.join(near) or 'none'}")
+
+
+def load() -> None:
+    """Import the rule families that come with the library."""
+    for family in _FAMILIES:
+        import_module(f"ecospa_fx.axes.rules.{family}")
+
+
+def find(operator: str) -> Rule | None:
+    """The rule of an operator, or None."""
+    rule = _RULES.get(operator)
+    return rule if rule is not None else _RULES.get(operator.removesuffix("_"))
+
+
+def refusal(operator: str) -> str:
+    """Why an operator without a rule blocks the dims that reach it."""
+    reason = _REFUSED.get(operator) or _REFUSED.get(operator.removesuffix("_"))
+    if reason:
+        return reason
+    return f"no axis rule for operator {operator}; register one with ecospa_fx.axis_rule({operator!r})"
+
+
+def operators() -> tuple[str, ...]:
+    """Names of all operators with rules."""
+    load()
+    return tuple(sorted(_RULES))
+
+
+def refused() -> dict[str, str]:
+    """Operators that block on purpose, with their reasons."""
+    load()
+    return dict(_REFUSED)

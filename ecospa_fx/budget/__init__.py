@@ -1,0 +1,1 @@
+"""Budget: how many units each coupling keeps, and which."""

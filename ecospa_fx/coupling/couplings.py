@@ -1,0 +1,157 @@
+"""What detection returns: couplings, their members, and refusals.
+
+A coupling is a prunable dim with everything that shrinks with it. Its units are numbered per carrier;
+carrier ``c`` and unit ``u`` name one removable set of parameter elements, the same in every member.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+Role = Literal["producer", "consumer"]
+Symmetry = Literal["permutation", "rotary", "linear"]
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """Positions ``offset + Σ index · stride`` along one parameter axis.
+
+    carriers, width: (size, stride) pairs, row-major; unit: the stride between neighbouring units.
+    """
+
+    offset: int
+    carriers: tuple[tuple[int, int], ...]
+    unit: int
+    width: tuple[tuple[int, int], ...]
+
+    def indices(self, carriers: int, units: int) -> Tensor:
+        """LongTensor [carriers, units, width] of positions; carriers absent here are broadcast."""
+
+        def grid(pairs: Iterable[tuple[int, int]]) -> Tensor:
+            total = torch.zeros(1, dtype=torch.long)
+            for size, stride in pairs:
+                total = (total[:, None] + torch.arange(size)[None] * stride).flatten()
+            return total
+
+        per_carrier = grid(self.carriers).expand(carriers) if not self.carriers else grid(self.carriers)
+        unit = torch.arange(units) * self.unit
+        return self.offset + per_carrier[:, None, None] + unit[None, :, None] + grid(self.width)[None, None, :]
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One parameter axis of a coupling.
+
+    parameter: name in ``model.named_parameters()``; axis: its axis; carrier_axis: None, or the axis that is
+    the carrier itself (packed experts), and then ``indices[c]`` are positions inside slice ``c`` of that axis.
+    """
+
+    parameter: str
+    axis: int
+    role: Role
+    carrier_axis: int | None
+    boxes: tuple[Box, ...]
+    carriers: int
+    units: int
+
+    @property
+    def indices(self) -> Tensor:
+        """LongTensor [carriers, units, width]: positions along ``axis``, materialised on each call."""
+        return torch.cat([box.indices(self.carriers, self.units) for box in self.boxes], dim=2)
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a dim cannot be removed: the operator's reason, the node, and the user's own source line."""
+
+    message: str
+    node: str
+    operator: str
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One node on the evidence path of a coupling: what the operator does to the dim there."""
+
+    node: str
+    operator: str
+    action: str
+    source: str = ""
+    module: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Coupling:
+    """A prunable dim, or a refusal (``blocked`` is set).
+
+    size: units per carrier; carriers: how many times the choice may differ (every carrier keeps the same
+    number of units); parameters: elements that go when the whole dim goes; contains: names of the couplings
+    whose elements this one holds as whole blocks (a head holds its head dimensions).
+    """
+
+    name: str
+    kind: str
+    layer: str
+    size: int
+    carriers: int
+    symmetry: Symmetry
+    members: tuple[Member, ...]
+    parameters: int
+    blocked: Refusal | None = None
+    contains: tuple[str, ...] = ()
+    path: tuple[Step, ...] = field(default=(), repr=False)
+
+
+class Couplings(Sequence[Coupling]):
+    """The list that ``detect`` returns; printing it shows a table, indexing takes a position or a name."""
+
+    def __init__(self, couplings: Iterable[Coupling], model: nn.Module) -> None:
+        self._couplings = tuple(couplings)
+        self._by_name = {c.name: c for c in self._couplings}
+        self.model = model
+        """The module that was inspected; scores that need no data read its weights. Never changed."""
+        self.shapes = parameter_shapes(model)
+        """Dense shape of every parameter, by its first name in ``named_parameters()``."""
+
+    @overload
+    def __getitem__(self, key: int | str) -> Coupling: ...
+    @overload
+    def __getitem__(self, key: slice) -> tuple[Coupling, ...]: ...
+    def __getitem__(self, key: int | str | slice) -> Coupling | tuple[Coupling, ...]:
+        if isinstance(key, str):
+            if key not in self._by_name:
+                raise KeyError(f"no coupling {key!r}; known: {', '.join(list(self._by_name)[:8])}, …")
+            return self._by_name[key]
+        return self._couplings[key]
+
+    def __len__(self) -> int:
+        return len(self._couplings)
+
+    def __iter__(self) -> Iterator[Coupling]:
+        return iter(self._couplings)
+
+    @property
+    def offered(self) -> tuple[Coupling, ...]:
+        """The couplings that can be shrunk."""
+        return tuple(c for c in self._couplings if c.blocked is None)
+
+    @property
+    def blocked(self) -> tuple[Coupling, ...]:
+        """The refusals."""
+        return tuple(c for c in self._couplings if c.blocked is not None)
+
+    def __str__(self) -> str:
+        from ecospa_fx.report import coupling_table
+
+        return coupling_table(self)
+
+
+def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter by its first name; tied parameters count once."""
+    return {name: tuple(p.shape) for name, p in model.named_parameters()}

@@ -1,0 +1,23 @@
+"""Every error that the library raises on purpose. Each message is one sentence: what, where, what to do."""
+
+from __future__ import annotations
+
+
+class EcospaError(Exception):
+    """Base class: catch this to catch everything that the library refuses."""
+
+
+class CaptureError(EcospaError):
+    """The module could not be traced into a graph."""
+
+
+class PlanError(EcospaError):
+    """A plan that cannot be made, read, or applied to this model."""
+
+
+class ScoreError(EcospaError):
+    """Importance scores that cannot be computed: no data, NaN, a loss without gradients."""
+
+
+class StorageError(EcospaError):
+    """A file or folder that cannot be written or does not hold what it should."""

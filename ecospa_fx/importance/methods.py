@@ -1,0 +1,205 @@
+"""The scoring methods and their registry.
+
+With g the gradient of a batch's loss and w the weight, per unit, E the mean over the batches:
+
+    magnitude     Σ w²                   over all members: the squared joint norm, needs no data
+    taylor        |Σ E[g]·w|             over all members: first-order change of the loss when the unit goes
+    fisher        Σ E[(g·w)²]            over all members: diagonal empirical Fisher, element by element
+    gate-fisher   E[(Σ g·w)²]            over the gate: empirical Fisher of one gate that multiplies the unit
+
+Judging the members of a pair together is EcoSpa's idea (arXiv 2511.11641). The gate identity: where a gate s
+multiplies the activation of a unit, the consumer sees s·w for every element of that unit, so ∂L/∂s at s = 1 is
+Σ g·w over the consumers. A coupling whose two sides are contracted with each other (Q with K) has no consumer; each
+side alone gives ∂L/∂s, so half of the sum over both does too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ecospa_fx.coupling.couplings import Coupling, Member
+from ecospa_fx.errors import ScoreError
+from ecospa_fx.importance.reduce import MarginKey, accumulator_dtype, exact, margin, margin_key, unit_sums
+
+Values = dict[str, Tensor]
+"""Coupling name to float64 CPU tensor [carriers, units]."""
+
+
+class Statistic(Protocol):
+    """What a data-driven method gathers. The driver differentiates each batch's loss by `inputs` while watching.
+
+    A method that looks at activations rather than at parameters attaches its own hooks in `watching`.
+    """
+
+    @property
+    def inputs(self) -> Sequence[Tensor]:
+        """Tensors that require gradients while the statistic is being gathered."""
+
+    def watching(self) -> AbstractContextManager[None]:
+        """Hooks in place inside, gone outside."""
+
+    def end_batch(self, batch: int) -> None:
+        """Fold in what the backward pass of batch number `batch` left; raise ScoreError where it is not finite."""
+
+    def result(self) -> Values:
+        """The scores over all batches so far."""
+
+
+Weights = Mapping[str, nn.Parameter]
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A named way to score. Exactly one of `from_weights` and `from_batches` is set."""
+
+    name: str
+    from_weights: Callable[[Weights, Sequence[Coupling]], Values] | None = None
+    from_batches: Callable[[Weights, Sequence[Coupling]], Statistic] | None = None
+
+
+_METHODS: dict[str, Method] = {}
+
+
+def register(method: Method) -> None:
+    """Make a method known by its name; a name is given once."""
+    if method.name in _METHODS:
+        raise ScoreError(f"scoring method {method.name!r} is registered already: choose another name")
+    if (method.from_weights is None) == (method.from_batches is None):
+        raise ScoreError(f"scoring method {method.name!r} must score from weights or from batches: give exactly one")
+    _METHODS[method.name] = method
+
+
+def method_named(name: str) -> Method:
+    """Look a method up; the error lists the known ones."""
+    if name not in _METHODS:
+        raise ScoreError(f"no scoring method is called {name!r}: use one of {', '.join(sorted(_METHODS))}")
+    return _METHODS[name]
+
+
+# -- from weights alone ------------------------------------------------------------------------------------------
+
+
+def magnitude(weights: Weights, couplings: Sequence[Coupling]) -> Values:
+    """Squared joint norm Σ w² over all members of each unit."""
+    squared: dict[tuple[str, MarginKey], Tensor] = {}
+    values: Values = {}
+    for coupling in couplings:
+        total = torch.zeros(coupling.carriers, coupling.size, dtype=torch.float64)
+        for member in coupling.members:
+            key = (member.parameter, margin_key(member))
+            if key not in squared:
+                squared[key] = margin(exact(weights[member.parameter]).square(), key[1])
+            total += unit_sums(squared[key], member).cpu()
+        values[coupling.name] = total
+    return values
+
+
+# -- from gradients of parameters --------------------------------------------------------------------------------
+
+
+def _same(values: Tensor) -> Tensor:
+    return values
+
+
+@dataclass(frozen=True, slots=True)
+class GradientRule:
+    """finish(mean over batches of per_batch(Σ over a unit of per_element(g·w)))."""
+
+    per_element: Callable[[Tensor], Tensor] = _same
+    per_batch: Callable[[Tensor], Tensor] = _same
+    finish: Callable[[Tensor], Tensor] = _same
+    gate: bool = False
+    """Sum over the gate's parameters only, see the module's text; otherwise over all members."""
+
+
+def gate_members(coupling: Coupling) -> tuple[tuple[Member, ...], float]:
+    """The members over which Σ g·w is the derivative by a gate, and the factor that makes it so."""
+    consumers = tuple(m for m in coupling.members if m.role == "consumer")
+    return (consumers, 1.0) if consumers else (coupling.members, 0.5)
+
+
+def _hook(tensor: Tensor, function: Callable[[Tensor], Tensor]) -> RemovableHandle:
+    handle: RemovableHandle = tensor.register_hook(function)  # type: ignore[no-untyped-call]  # torch has no types here
+    return handle
+
+
+class GradientStatistic:
+    """Gathers a `GradientRule`, one parameter at a time, while the backward pass runs.
+
+    Only [carriers, units] tensors outlive a parameter's gradient.
+    """
+
+    def __init__(self, rule: GradientRule, weights: Weights, couplings: Sequence[Coupling]) -> None:
+        self._rule, self._batches = rule, 0
+        self._uses: dict[str, dict[MarginKey, list[tuple[str, float, Member]]]] = {}
+        self._sums: Values = {}
+        for coupling in couplings:
+            members, factor = gate_members(coupling) if rule.gate else (coupling.members, 1.0)
+            for member in members:
+                margins = self._uses.setdefault(member.parameter, {})
+                margins.setdefault(margin_key(member), []).append((coupling.name, factor, member))
+            device = weights[members[0].parameter].device
+            shape, dtype = (coupling.carriers, coupling.size), accumulator_dtype(device)
+            self._sums[coupling.name] = torch.zeros(shape, dtype=dtype, device=device)
+        self._weights = {name: weights[name] for name in self._uses}
+        self._batch: Values = {}
+        self._finite: dict[str, Tensor] = {}
+
+    @property
+    def inputs(self) -> Sequence[Tensor]:
+        return list(self._weights.values())
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        # Hooks on the tensors, and not on .grad: the caller's gradients and gradient hooks are never involved.
+        hooks = [_hook(weight, partial(self._take, name)) for name, weight in self._weights.items()]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _take(self, name: str, gradient: Tensor) -> Tensor:
+        products = self._rule.per_element(exact(gradient) * exact(self._weights[name]))
+        for key, uses in self._uses[name].items():
+            margins = margin(products, key)
+            self._finite[name] = margins.isfinite().all()
+            for coupling, factor, member in uses:
+                total = self._sums[coupling]
+                batch = self._batch.setdefault(coupling, torch.zeros_like(total))
+                batch += (unit_sums(margins, member) * factor).to(total)
+        # What a hook returns replaces the gradient: one broadcast number lets go of it before the next one is made.
+        return gradient.new_zeros(()).expand_as(gradient)
+
+    def end_batch(self, batch: int) -> None:
+        if not self._finite:
+            raise ScoreError(
+                f"the loss of batch {batch} does not depend on any coupled parameter: "
+                "return the loss of the model's output"
+            )
+        for name, finite in self._finite.items():
+            if not finite:
+                raise ScoreError(f"the gradient of parameter {name!r} is not finite in batch {batch}: leave it out")
+        for coupling, sums in self._batch.items():
+            self._sums[coupling] += self._rule.per_batch(sums)
+        self._batches += 1
+        self._batch, self._finite = {}, {}
+
+    def result(self) -> Values:
+        return {name: self._rule.finish(s / self._batches).to("cpu", torch.float64) for name, s in self._sums.items()}
+
+
+register(Method("magnitude", from_weights=magnitude))
+register(Method("taylor", from_batches=partial(GradientStatistic, GradientRule(finish=torch.abs))))
+register(Method("fisher", from_batches=partial(GradientStatistic, GradientRule(per_element=torch.square))))
+register(
+    Method("gate-fisher", from_batches=partial(GradientStatistic, GradientRule(per_batch=torch.square, gate=True)))
+)
