@@ -1,4 +1,4 @@
-"""What compression without retraining costs, per score and allocation: perplexity of a language model on held-out books.
+"""What compression without retraining costs, per score and allocation: perplexity of a language model on books.
 
     python benchmarks/scores.py MODEL DATA --ratios 0.2 0.5 --methods gate-fisher fisher --allocations global uniform
 
@@ -109,7 +109,7 @@ def run(
         scores, seconds = scored(model, couplings, calibrate, method)
         for allocation in arguments.allocations:
             for ratio in arguments.ratios:
-                made = plan(couplings, ratio, scores, allocation=allocation, floor=arguments.floor)
+                made = plan(couplings, ratio, scores, uniform=allocation == "uniform", floor=arguments.floor)
                 with masked(model, made):
                     value = perplexity(model, evaluate)
                 share = made.removed_parameters / made.coupled_parameters
@@ -144,7 +144,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("data", type=Path)
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.3, 0.4, 0.5])
     parser.add_argument("--methods", nargs="+", default=["gate-fisher", "fisher", "taylor", "magnitude"])
-    parser.add_argument("--allocations", nargs="+", default=["global", "uniform"])
+    parser.add_argument("--allocations", nargs="+", choices=["global", "uniform"], default=["global", "uniform"])
     parser.add_argument("--floor", type=float, default=0.05)
     parser.add_argument("--windows", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,0 +1,9 @@
+"""Structured compression of any transformer: coupled weight pairs found by dataflow analysis, removed exactly."""
+
+from ecospa_fx.api import detect as detect
+from ecospa_fx.api import shrink as shrink
+from ecospa_fx.axes.registry import axis_rule as axis_rule
+from ecospa_fx.budget.allocate import plan as plan
+from ecospa_fx.importance.score import score as score
+from ecospa_fx.plan import Plan as Plan
+from ecospa_fx.version import __version__ as __version__

@@ -178,7 +178,7 @@ class Plan:
                 "format": FORMAT,
                 "version": VERSION,
                 "shapes": {name: list(shape) for name, shape in self.shapes},
-                "selections": [asdict(s) for s in self.selections],
+                "selections": [_fields(s) for s in self.selections],
             }
         )
 
@@ -193,6 +193,12 @@ class Plan:
             raise PlanError(f"this is not a readable plan: field {error} is missing; save the plan again") from error
         except (TypeError, ValueError, RecursionError) as error:
             raise PlanError(f"this is not a readable plan: {error}; save the plan again") from error
+
+
+def _fields(selection: Selection) -> dict[str, object]:
+    """A selection as JSON has it; the lists of kept units, which are long, are not copied."""
+    names = ("name", "kind", "layer", "size", "carriers", "keep")
+    return {**{n: getattr(selection, n) for n in names}, "members": [asdict(m) for m in selection.members]}
 
 
 def _width(selection: Selection) -> str:

@@ -50,6 +50,14 @@ class Axis:
     pieces: tuple[Piece, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Meeting:
+    """Where a parameter's dim met a stored one while two axes were unified; `stored_first`: the first axis has it."""
+
+    dim: int
+    stored_first: bool
+
+
 class Misaligned(Exception):
     """Two decompositions have no common refinement in this algebra."""
 
@@ -279,40 +287,45 @@ class Dims:
 
     # -- tying -------------------------------------------------------------------------------------------------
 
-    def unify(self, a: Axis, b: Axis) -> list[tuple[int, int]]:
+    def unify(self, a: Axis, b: Axis) -> list[Meeting]:
         """Make two axes of equal size the same index set, position by position.
 
-        A stored dim is never tied to a parameter's. Where one axis is stored as a whole, the dims of the other are
-        returned with -1: a gather along the axis makes up for it. Pairs (parameter dim, stored dim) come back where
-        they meet inside a mixed axis, which no gather can mend. Raises Misaligned without a common refinement.
+        A stored dim is never tied to a parameter's: each place where the two meet is returned. A gather of the
+        stored side makes up for it. Raises Misaligned without a common refinement.
         """
         if a.size != b.size:
             raise Misaligned(f"{a.size} positions against {b.size}")
-        if self._one_is_stored(a, b):
-            return [(d, -1) for axis in (a, b) if self.cuttable(axis) for d in self.dims_of(axis)]
+        whole = self._whole_stored(a, b)
+        if whole is not None:
+            stored_first = whole is a
+            return [Meeting(d, stored_first) for d in self.dims_of(b if stored_first else a) if self._cut_by(d)]
         for _ in range(self.REFINEMENTS):
             if not self._refine_first_difference(self.resolve(a), self.resolve(b)):
                 break
         else:
             raise Misaligned(f"no common refinement of {a.size} positions")
-        gathers = []
+        meetings = []
         for p, q in zip(self.resolve(a).pieces, self.resolve(b).pieces, strict=True):
             for (d, _), (e, _) in zip(p.dims, q.dims, strict=True):
-                gathers += self._tie_current(d, e)
-        return gathers
+                meetings += self._tie_current(d, e)
+        return meetings
 
-    def _one_is_stored(self, a: Axis, b: Axis) -> bool:
-        kinds = [{self.origins[d] for d in self.dims_of(axis)} for axis in (a, b)]
-        return any(
-            x == {Origin.STORED} and Origin.PARAMETER in y and Origin.STORED not in y for x, y in (kinds, kinds[::-1])
-        )
+    def _cut_by(self, dim: int) -> bool:
+        return self.origins[dim] is Origin.PARAMETER
 
-    def _tie_current(self, d: int, e: int) -> list[tuple[int, int]]:
+    def _whole_stored(self, a: Axis, b: Axis) -> Axis | None:
+        """The axis that is stored as a whole where the other is not; it is not refined in vain."""
+        for x, y in ((a, b), (b, a)):
+            mine, other = ({self.origins[d] for d in self.dims_of(axis)} for axis in (x, y))
+            if mine == {Origin.STORED} and Origin.PARAMETER in other and Origin.STORED not in other:
+                return x
+        return None
+
+    def _tie_current(self, d: int, e: int) -> list[Meeting]:
         (p,), (q,) = self.roots(d), self.roots(e)
         x, y = p.dims[0][0], q.dims[0][0]
-        origins = {self.origins[x], self.origins[y]}
-        if origins == {Origin.PARAMETER, Origin.STORED}:
-            return [(x, y) if self.origins[x] is Origin.PARAMETER else (y, x)]
+        if {self.origins[x], self.origins[y]} == {Origin.PARAMETER, Origin.STORED}:
+            return [Meeting(y, True) if self._cut_by(y) else Meeting(x, False)]
         self.tie(x, y)
         return []
 

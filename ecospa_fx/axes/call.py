@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from ecospa_fx.axes.algebra import Axis, Dims, Misaligned, Origin
+from ecospa_fx.axes.algebra import Axis, Dims, Misaligned, Origin, Piece
 
 Zero = Literal["all", "any", "lost"]
-UNIT = Axis(1, ())
+UNIT = Axis(1, (Piece(0, ()),))
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,12 +17,12 @@ class Value:
     """The axes of one tensor.
 
     zero: per axis, whether the positions that masking removes hold exactly 0 in the masked model;
-    parameter: the parameter this tensor is a view of, if any; node: the graph node, for the record of gathers.
+    weights: the parameters it is computed from where nothing else enters; node: the graph node that made it.
     """
 
     axes: tuple[Axis, ...]
     zero: tuple[bool, ...]
-    parameter: str | None = None
+    weights: tuple[str, ...] = ()
     node: Any = None
 
     @property
@@ -33,12 +33,14 @@ class Value:
 
 @dataclass(frozen=True, slots=True)
 class Gather:
-    """A stored tensor that meets a parameter's dim: where it is used, it must be reduced to the kept positions."""
+    """A stored tensor that meets a parameter's dim: where `user` reads it, it must be reduced to the kept positions.
+
+    target: the axes it is aligned with; operand_axis of the operand meets target[target_axis].
+    """
 
     user: Any
-    operand: Any
+    operand: Value
     operand_axis: int
-    operand_rank: int
     target: tuple[Axis, ...]
     target_axis: int
 
@@ -61,6 +63,9 @@ class Record:
         self.events: list[Event] = []
         self.blocks: list[tuple[int, Any, str]] = []
         self.consumed: list[tuple[str, int]] = []
+        """(parameter, dim) that an activation is contracted with."""
+        self.mixed: list[tuple[int, int]] = []
+        """(dim, other): along `other`, positions of tensors that carry `dim` were mixed; no carrier of it."""
         self.routed: dict[int, tuple[Axis, Any]] = {}
         """Stored dims whose positions each belong to one position of a parameter's axis (tokens of experts)."""
 
@@ -98,47 +103,56 @@ class Call:
         """All tensor arguments, lists flattened, in order."""
         found: list[Value] = []
         for argument in self.arguments.values():
-            found += [v for v in (argument if isinstance(argument, list | tuple) else [argument]) if isinstance(v, Value)]
+            several = argument if isinstance(argument, list | tuple) else [argument]
+            found += [v for v in several if isinstance(v, Value)]
         return found
 
     # -- results ---------------------------------------------------------------------------------------------
 
-    def value(self, axes: Iterable[Axis], zero: Iterable[bool] | None = None, parameter: str | None = None) -> Value:
-        """An output with these axes."""
+    def value(self, axes: Iterable[Axis], zero: Iterable[bool] | None = None) -> Value:
+        """An output with these axes; computed from weights alone where all tensor arguments are."""
         axes = tuple(axes)
         flags = tuple(zero) if zero is not None else (False,) * len(axes)
-        return Value(axes, flags, parameter, self.node)
+        return Value(axes, flags, self._weights(self.values), self.node)
+
+    @staticmethod
+    def _weights(values: Sequence[Value]) -> tuple[str, ...]:
+        if not all(v.weights for v in values):
+            return ()
+        return tuple(dict.fromkeys(w for v in values for w in v.weights))
+
+    def fresh(self, output: int = 0) -> list[Axis]:
+        """New axes, never cut, of the shape of an output."""
+        return [self.dims.fresh(size, Origin.STORED) for size in self.outputs[output]]
 
     def stored(self, output: int = 0) -> Value:
         """An output all of whose axes are new and are never cut."""
-        return self.value(self.dims.fresh(size, Origin.STORED) for size in self.outputs[output])
+        return Value(tuple(self.fresh(output)), (False,) * len(self.outputs[output]), (), self.node)
+
+    def blank(self, zero: bool, output: int = 0) -> Value:
+        """An output whose positions are all alike: its sizes follow whatever it is combined with."""
+        axes = tuple(self.dims.fresh(size, Origin.BLANK) for size in self.outputs[output])
+        return Value(axes, (zero,) * len(axes), (), self.node)
 
     def passes(self, value: Value, zero: Zero = "all") -> Value:
-        """An output with the axes of `value`."""
+        """An output with the axes of `value`; zero="lost" where f(0) is not 0."""
         kept = value.zero if zero != "lost" else (False,) * len(value.axes)
         return self.value(value.axes, kept)
 
-    def moved(self, source: Value, axes: Iterable[Axis], zero: Iterable[bool]) -> Value:
-        """An output that is a view of `source`."""
-        return self.value(axes, zero, source.parameter)
-
     # -- verbs -----------------------------------------------------------------------------------------------
 
-    def note(self, axis: Axis, action: str, detail: str = "") -> None:
-        """Record what happens to the dims of an axis here."""
-        for dim in self.dims.dims_of(axis):
-            if self.dims.origins[dim] is not Origin.STORED:
-                self.record.events.append(Event(dim, self.node, action, detail))
+    def note(self, axes: Axis | Iterable[Axis], action: str, detail: str = "") -> None:
+        """Record what happens here to the dims of some axes."""
+        for axis in [axes] if isinstance(axes, Axis) else axes:
+            for dim in self.dims.dims_of(axis):
+                if self.dims.origins[dim] is not Origin.STORED:
+                    self.record.events.append(Event(dim, self.node, action, detail))
 
     def block(self, axis: Axis, message: str) -> None:
         """The dims of an axis cannot be removed because of this node."""
         for dim in self.dims.dims_of(axis):
-            self.block_dim(dim, message)
-
-    def block_dim(self, dim: int, message: str) -> None:
-        """One dim cannot be removed because of this node."""
-        if self.dims.origins[dim] is not Origin.STORED:
-            self.record.blocks.append((dim, self.node, message))
+            if self.dims.origins[dim] is not Origin.STORED:
+                self.record.blocks.append((dim, self.node, message))
 
     def block_all(self, message: str) -> list[Value]:
         """Nothing that reaches this node can be removed; its outputs are new."""
@@ -147,48 +161,81 @@ class Call:
                 self.block(axis, message)
         return [self.stored(i) for i in range(len(self.outputs))]
 
-    def mixes(self, axis: Axis, message: str) -> Axis:
-        """Positions along this axis influence one another: blocked, and new on the other side."""
-        self.block(axis, message)
-        return self.dims.fresh(axis.size, Origin.STORED)
+    def mixes(self, value: Value, index: int, message: str) -> None:
+        """Positions along one axis influence one another: its dims are blocked, and carry no other dim."""
+        self.block(value.axes[index], message)
+        others = [d for i, a in enumerate(value.axes) if i != index for d in self._movable(a)]
+        for dim in self._movable(value.axes[index]):
+            self.record.mixed += [(other, dim) for other in others]
+
+    def _movable(self, axis: Axis) -> list[int]:
+        return [d for d in self.dims.dims_of(axis) if self.dims.origins[d] is not Origin.STORED]
+
+    def routed(self, rows: Axis, source: Axis, by: Value) -> None:
+        """Each position of `rows` belongs to the position of `source` that `by` says: it carries what that carries."""
+        for dim in self.dims.dims_of(rows):
+            known = self.record.routed.get(dim)
+            if known is not None and known[1] is by.node and known[0].size == source.size:
+                self.tie(known[0], source)
+            else:
+                self.record.routed[dim] = (source, by.node)
+
+    def is_mask(self, value: Value) -> bool:
+        """Whether a tensor argument holds booleans."""
+        return str(getattr(value.node.meta.get("val"), "dtype", "")) == "torch.bool"
 
     def tie(self, a: Axis, b: Axis) -> bool:
         """Make two axes the same index set; False (and a block) where a gather would be needed or none exists."""
         try:
-            gathers = self.dims.unify(a, b)
+            meetings = self.dims.unify(a, b)
         except Misaligned as reason:
             for axis in (a, b):
                 self.block(axis, f"its positions are combined out of line ({reason})")
             return False
-        for dim, _ in gathers:
-            self.block_dim(dim, "it meets a stored tensor or a model input here")
-        return not gathers
+        for meeting in meetings:
+            self._block_dim(meeting.dim, "it meets a stored tensor or a model input here")
+        return not meetings
 
-    def align(self, operands: Sequence[tuple[Value, int]], out: Sequence[Axis | None], at: int) -> Axis:
-        """Tie one axis of several operands, pointwise; stored operands are recorded for a gather.
+    def _block_dim(self, dim: int, message: str) -> None:
+        self.record.blocks.append((dim, self.node, message))
 
-        out: axes of the output known so far, for gathers whose choice differs along another axis.
-        """
-        rank = {Origin.PARAMETER: 0, Origin.BLANK: 1, Origin.STORED: 2}
-
-        def order(entry: tuple[Value, int]) -> int:
-            return min((rank[self.dims.origins[d]] for d in self.dims.dims_of(entry[0].axes[entry[1]])), default=3)
-
-        ranked = sorted(operands, key=order)
-        first = ranked[0][0].axes[ranked[0][1]]
-        for value, index in ranked[1:]:
-            axis = value.axes[index]
+    def align(self, operands: Sequence[tuple[Value, int]]) -> Axis:
+        """Tie one axis of several operands, pointwise. Stored operands stay apart, see `gathered`."""
+        ranked = sorted((v.axes[i] for v, i in operands), key=self._rank)
+        first = ranked[0]
+        for axis in ranked[1:]:
             try:
-                pairs = self.dims.unify(first, axis)
+                meetings = self.dims.unify(first, axis)
             except Misaligned as reason:
                 for one in (first, axis):
                     self.block(one, f"its positions are combined out of line ({reason})")
-                first = self.dims.fresh(first.size, Origin.STORED)
-                continue
-            if any(stored >= 0 for _, stored in pairs):
-                for dim, _ in pairs:
-                    self.block_dim(dim, "it meets a stored tensor inside a merged axis")
+                return self.dims.fresh(first.size, Origin.STORED)
+            for meeting in meetings:
+                if meeting.stored_first:
+                    self._block_dim(meeting.dim, "it meets a stored tensor inside a merged axis")
         return first
+
+    def _rank(self, axis: Axis) -> int:
+        rank = {Origin.PARAMETER: 0, Origin.BLANK: 1, Origin.STORED: 2}
+        return min((rank[self.dims.origins[d]] for d in self.dims.dims_of(axis)), default=3)
+
+    def follows(self, axis: Axis, target: Axis) -> bool:
+        """Whether an axis is cut together with the target, so that no gather is needed."""
+        return not self.dims.cuttable(target) or self.dims.resolve(axis) == self.dims.resolve(target)
+
+    def gathered(self, operands: Iterable[Value], target: Sequence[Axis]) -> None:
+        """Record the gathers that operands, right-aligned with the target, need."""
+        for value in operands:
+            for index, axis in enumerate(value.axes):
+                at = index + len(target) - len(value.axes)
+                if at >= 0 and 1 < axis.size == target[at].size and not self.follows(axis, target[at]):
+                    self._gather(value, index, target, at)
+
+    def _gather(self, value: Value, index: int, target: Sequence[Axis], at: int) -> None:
+        if value.node is None or value.node is self.node:
+            self.block(target[at], "it meets something stored inside a fused operator")
+        else:
+            self.record.gathers.append(Gather(self.node, value, index, tuple(target), at))
 
     # -- combinators -----------------------------------------------------------------------------------------
 
@@ -201,25 +248,15 @@ class Call:
         axes: list[Axis] = []
         flags: list[bool] = []
         for position, size in enumerate(shape):
-            here = [(v, position - len(shape) + len(v.axes)) for v in operands]
-            here = [(v, i) for v, i in here if i >= 0 and v.axes[i].size == size]
-            axes.append(self.align(here, axes, position) if here and size != 1 else UNIT)
-            live = [v.zero[i] for v, i in here if self._follows(v.axes[i], axes[-1])]
-            flags.append(zero == "any" and any(live) or zero == "all" and len(live) == len(operands) and all(live))
-        self._record_gathers(operands, axes)
+            at = [(v, position - len(shape) + len(v.axes)) for v in operands]
+            here = [(v, i) for v, i in at if i >= 0 and v.axes[i].size == size]
+            axes.append(self.align(here) if here and size != 1 else UNIT)
+            if zero == "any" and len(here) > 1 and size != 1:
+                self.note(axes[-1], "multiplied")
+            live = [v.zero[i] for v, i in here if self.follows(v.axes[i], axes[-1])]
+            flags.append((zero == "any" and any(live)) or (zero == "all" and len(live) == len(operands) and all(live)))
+        self.gathered(operands, axes)
         return self.value(axes, flags)
-
-    def _follows(self, axis: Axis, target: Axis) -> bool:
-        """Whether the axis is cut together with the target rather than gathered."""
-        return self.dims.resolve(axis) == self.dims.resolve(target) or not self.dims.cuttable(target)
-
-    def _record_gathers(self, operands: Sequence[Value], axes: Sequence[Axis]) -> None:
-        for value in operands:
-            for index, axis in enumerate(value.axes):
-                at = index + len(axes) - len(value.axes)
-                if at >= 0 and axis.size == axes[at].size and axis.size > 1 and self.dims.cuttable(axes[at]):
-                    gather = Gather(self.node, value.node, index, len(value.axes), tuple(axes), at)
-                    self.record.gathers.append(gather)
 
     def contraction(
         self, operands: Sequence[Value], labels: Sequence[Sequence[Hashable]], out: Sequence[Hashable]
@@ -236,34 +273,37 @@ class Call:
             if not wide:
                 axes[name], flags[name] = UNIT, True
             elif name in out:
-                axes[name] = self.align(wide, (), 0) if len(wide) > 1 else wide[0][0].axes[wide[0][1]]
-                flags[name] = any(v.zero[i] for v, i in wide if self._follows(v.axes[i], axes[name]))
-                if len(wide) > 1:
-                    self._batched(wide, axes[name])
+                axes[name] = self.align(wide)
+                flags[name] = any(v.zero[i] for v, i in wide if self.follows(v.axes[i], axes[name]))
+                self._batched(operands, wide, axes[name])
             else:
                 self._contracted(wide)
         for value, names in zip(operands, labels, strict=True):
             self._gather_batched(value, names, axes, out)
         return self.value([axes[name] for name in out], [flags[name] for name in out])
 
-    def _batched(self, entries: Sequence[tuple[Value, int]], axis: Axis) -> None:
-        both = all(v.parameter is None for v, _ in entries)
-        self.note(axis, "batched", "activations" if both else "parameter")
+    def _batched(self, operands: Sequence[Value], entries: Sequence[tuple[Value, int]], axis: Axis) -> None:
+        """Note what a label that stays means for kinds: a batch of products, or the value side of a mixture."""
+        if len(operands) < 2 or any(v.weights for v in operands):
+            return
+        self.note(axis, "batched" if len(entries) == len(operands) else "averaged")
 
     def _gather_batched(
         self, value: Value, names: Sequence[Hashable], axes: dict[Hashable, Axis], out: Sequence[Hashable]
     ) -> None:
         target = tuple(axes[name] for name in out)
         for index, name in enumerate(names):
-            if name in axes and name in out and self.dims.cuttable(axes[name]):
-                if self._follows(value.axes[index], axes[name]) or value.axes[index].size == 1:
-                    continue
-                others = [i for i, other in enumerate(names) if other != name and value.axes[i].size > 1]
-                if all(names[i] in out for i in others):
-                    at = list(out).index(name)
-                    self.record.gathers.append(Gather(self.node, value.node, index, len(names), target, at))
-                else:
-                    self.block(axes[name], "it indexes matrices that are stored or given as inputs")
+            if name not in axes or value.axes[index].size == 1 or self.follows(value.axes[index], axes[name]):
+                continue
+            others = [other for i, other in enumerate(names) if other != name and value.axes[i].size > 1]
+            if all(other in out for other in others) or not self._carried(value, index, axes[name]):
+                self._gather(value, index, target, list(out).index(name))
+            else:
+                self.block(axes[name], "it indexes matrices that are stored or given as inputs")
+
+    def _carried(self, value: Value, index: int, axis: Axis) -> bool:
+        """Whether another axis of the operand is cut, so that a plain gather along one axis would not do."""
+        return any(self.dims.cuttable(a) for i, a in enumerate(value.axes) if i != index) and self.dims.cuttable(axis)
 
     def _contracted(self, entries: Sequence[tuple[Value, int]]) -> None:
         """Sum over one label."""
@@ -273,13 +313,70 @@ class Call:
         if len(axes) > 1 and any(self.dims.cuttable(a) for a in axes):
             for axis in axes:
                 if not self.dims.cuttable(axis):
-                    self.block(axes[0], "it is contracted with a stored tensor or a model input")
-        activations = [v for v, _ in entries if v.parameter is None]
-        detail = "activations" if len(activations) == len(entries) else "parameter"
-        self.note(axes[0], "contracts", detail)
+                    self.block(axes[0] if axis is not axes[0] else axes[1], "it is contracted with a model input")
+        weights = [v for v, _ in entries if v.weights]
+        self.note(axes[0], "contracts", "parameter" if weights else "activations")
         for value, index in entries:
-            if value.parameter is not None:
+            if value.weights and len(weights) < len(entries):
                 for dim in self.dims.dims_of(value.axes[index]):
-                    self.record.consumed.append((value.parameter, dim))
+                    self.record.consumed += [(w, dim) for w in value.weights]
         if not any(v.zero[i] for v, i in entries):
             self.block(axes[0], "it is summed over although removed elements are not zero there")
+
+    def all_zero(self, parts: Iterable[tuple[Value, int]]) -> bool:
+        """Whether removed positions are 0 on every one of these axes; what is never cut does not count."""
+        return all(v.zero[i] for v, i in parts if not self._stored_only(v.axes[i]))
+
+    def _stored_only(self, axis: Axis) -> bool:
+        return all(self.dims.origins[d] is Origin.STORED for d in self.dims.dims_of(axis))
+
+    # -- moving ----------------------------------------------------------------------------------------------
+
+    def reshaped(self, source: Value, shape: Sequence[int]) -> Value:
+        """A row-major view of `source` in another shape."""
+        axes: list[Axis] = []
+        flags: list[bool] = []
+        for inside, sizes in _groups(source.shape, tuple(shape)):
+            old = [source.axes[i] for i in inside]
+            axes += self._regroup(old, sizes)
+            flags += [self.all_zero([(source, i) for i in inside])] * len(sizes)
+        return replace(self.value(axes, flags), weights=source.weights)
+
+    def _regroup(self, old: Sequence[Axis], sizes: Sequence[int]) -> Sequence[Axis]:
+        if len(old) == len(sizes) == 1:
+            return old
+        if not sizes:
+            return ()
+        merged = self.dims.merge(old)
+        try:
+            return self.dims.split(merged, sizes) if len(sizes) > 1 else [merged]
+        except Misaligned as reason:
+            self.block(merged, f"a reshape cuts across it ({reason})")
+            return [self.dims.fresh(size, Origin.STORED) for size in sizes]
+
+    def sliced(self, source: Value, axis: int, start: int, stop: int, step: int = 1) -> Value:
+        """Positions start, start + step, … below stop of one axis."""
+        axes = list(source.axes)
+        try:
+            axes[axis] = self.dims.take(axes[axis], start, stop, step)
+        except Misaligned as reason:
+            self.block(axes[axis], f"a slice cuts across it ({reason})")
+            axes[axis] = self.dims.fresh(len(range(start, stop, step)), Origin.STORED)
+        return replace(self.value(axes, source.zero), weights=source.weights)
+
+
+def _groups(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
+    """Smallest runs of adjacent axes of both shapes that hold the same number of elements."""
+    result: list[tuple[list[int], list[int]]] = []
+    i = j = 0
+    while i < len(old) or j < len(new):
+        inside, sizes, m, n = [], [], 1, 1
+        while True:
+            if i < len(old) and (m < n or (m == n and not inside)):
+                m, inside, i = m * old[i], [*inside, i], i + 1
+            elif j < len(new) and (n < m or (m == n and not sizes)):
+                n, sizes, j = n * new[j], [*sizes, new[j]], j + 1
+            else:
+                break
+        result.append((inside, sizes))
+    return result

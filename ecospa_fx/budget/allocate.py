@@ -8,22 +8,21 @@ and cuts it where the budget is met. Removed elements are counted exactly, each 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import ceil
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ecospa_fx.budget.elements import Removal, removed_elements
+from ecospa_fx.budget.elements import Removal, Shapes, removed_elements
 from ecospa_fx.coupling.couplings import Coupling, Couplings
 from ecospa_fx.errors import PlanError
 from ecospa_fx.importance.score import magnitudes
 from ecospa_fx.importance.scores import Scores
 from ecospa_fx.plan import Plan, Selection
-
-Allocation = Literal["global", "uniform"]
 
 
 def plan(
@@ -33,7 +32,7 @@ def plan(
     seed: int = 0,
     round_to: int = 1,
     *,
-    allocation: Allocation = "global",
+    uniform: bool = False,
     floor: float = 0.05,
     kinds: Sequence[str] | None = None,
 ) -> Plan:
@@ -42,21 +41,27 @@ def plan(
     ratio: the share, between 0 and 1, of the elements that the chosen couplings hold together (each counted once)
     to remove; met to within half a rung. scores: what `score` returned; "magnitude", from the weights; or "random",
     drawn from `seed` alone, a test of any combination and no way to compress. round_to: kept units per carrier are a
-    multiple of it; a coupling with fewer units than that stays whole. allocation: "global" removes the least score
-    per parameter first, wherever it is; "uniform" removes the same share of every coupling, and couplings of equal
-    kind and size keep equally many units. floor: the share of its units that a coupling keeps in any case, at least
-    one unit. kinds: only couplings of these kinds; by default all that are offered, except those whose content is
-    offered as finer couplings (heads) unless scores are random.
+    multiple of it; a coupling with fewer units than that stays whole. uniform: by default the least score per
+    parameter goes first, wherever it is; True removes the same share of every coupling, and couplings of equal kind,
+    size and carriers keep equally many units. floor: the share of its units that a coupling keeps in any case, at
+    least one unit. kinds: only couplings of these kinds; by default all that are offered, except those whose content
+    is offered as finer couplings (heads) unless scores are random. Couplings of a single unit are left out.
 
     Deterministic. Raises PlanError for arguments out of range, scores that do not fit, and a ratio that `floor` and
-    `round_to` put out of reach. Where no coupling is offered, the plan is empty.
+    `round_to` put out of reach; ScoreError where magnitudes cannot be taken (weights on ``meta`` or not finite).
+    Where no coupling can shrink, the plan is empty.
+
+    >>> small = plan(couplings, ratio=0.5, round_to=8)  # doctest: +SKIP
+    >>> print(small)  # doctest: +SKIP
     """
-    _check_arguments(ratio, round_to, floor, allocation)
-    chosen = _choose(couplings, kinds, containers=scores == "random")
+    _check_arguments(ratio, seed, round_to, floor)
+    chosen = _choose(couplings, kinds, containers=isinstance(scores, str) and scores == "random")
     values = _values(couplings, chosen, scores, seed)
     ladders = [_ladder(c, values[c.name], round_to, floor) for c in chosen]
-    tracks = _tracks(ladders, allocation)
-    counts = _cut(couplings, ladders, tracks, ratio, f"floor={floor} and round_to={round_to}")
+    counts: list[int] = []
+    if ladders:
+        climb = Climb.of(couplings.shapes, ladders, _uniform(ladders) if uniform else _global(ladders))
+        counts = _cut(climb, ratio, f"floor={floor} and round_to={round_to}")
     selections = tuple(ladder.selection(n) for ladder, n in zip(ladders, counts, strict=True))
     return Plan(selections, tuple(couplings.shapes.items()))
 
@@ -65,13 +70,14 @@ def plan(
 class Ladder:
     """The order in which one coupling's units go.
 
-    order: LongTensor [carriers, units], least first; removed: units gone per carrier after each rung; cost: float64
-    [rungs], score per parameter of what each rung takes.
+    order: LongTensor [carriers, units], least first; removed: units gone per carrier after each rung; elements,
+    cost: float64 [rungs], parameters that each rung takes and their score per parameter.
     """
 
     coupling: Coupling
     order: Tensor
     removed: tuple[int, ...]
+    elements: Tensor
     cost: Tensor
 
     def removal(self, rungs: int) -> Removal:
@@ -90,13 +96,14 @@ class Ladder:
 
 def _ladder(coupling: Coupling, values: Tensor, round_to: int, floor: float) -> Ladder:
     size = coupling.size
-    least, values = max(1, ceil(floor * size)), values.to(torch.float64)
+    least, values = max(1, ceil(floor * size)), values.to("cpu", torch.float64)
     ranked, order = values.sort(dim=1, stable=True)
     kept = range((size - 1) // round_to * round_to, least - 1, -round_to)
-    removed = tuple(size - k for k in kept if k > 0)
+    removed = tuple(size - k for k in kept)
     at = torch.tensor((0, *removed))
     total = torch.cat([torch.zeros(1, dtype=torch.float64), ranked.sum(0).cumsum(0)])[at]
-    return Ladder(coupling, order, removed, total.diff() / (at.diff() * (coupling.parameters / size)))
+    elements = at.diff() * (coupling.parameters / size)
+    return Ladder(coupling, order, removed, elements, total.diff() / elements)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -107,9 +114,11 @@ class Track:
     keys: Tensor
 
 
-def _tracks(ladders: Sequence[Ladder], allocation: Allocation) -> list[Track]:
-    if allocation == "global":
-        return [Track((i,), ladder.cost) for i, ladder in enumerate(ladders)]
+def _global(ladders: Sequence[Ladder]) -> list[Track]:
+    return [Track((i,), ladder.cost) for i, ladder in enumerate(ladders)]
+
+
+def _uniform(ladders: Sequence[Ladder]) -> list[Track]:
     groups: dict[tuple[str, int, int], list[int]] = {}
     for i, ladder in enumerate(ladders):
         groups.setdefault((ladder.coupling.kind, ladder.coupling.size, ladder.coupling.carriers), []).append(i)
@@ -122,57 +131,89 @@ def _shares(ladder: Ladder) -> Tensor:
     return (at[1:] + at[:-1]) / (2 * ladder.coupling.size)
 
 
-def _cut(
-    couplings: Couplings, ladders: Sequence[Ladder], tracks: Sequence[Track], ratio: float, limits: str
-) -> list[int]:
-    """Rungs climbed on each ladder so that the removed share is nearest to `ratio`."""
-    if not ladders:
-        return []
-    order = torch.cat([t.keys for t in tracks]).argsort(stable=True)
-    owner = torch.cat([torch.full_like(t.keys, i, dtype=torch.long) for i, t in enumerate(tracks)])[order]
+@dataclass(frozen=True, slots=True, eq=False)
+class Climb:
+    """The rungs of all tracks in one order, least key first; a *height* is how many of them are taken.
 
-    def rungs(climbed: int) -> list[int]:
-        per_track = owner[:climbed].bincount(minlength=len(tracks)).tolist()
-        of_ladder = {i: n for track, n in zip(tracks, per_track, strict=True) for i in track.ladders}
-        return [of_ladder[i] for i in range(len(ladders))]
+    owner: LongTensor [heights], the track of each rung; estimate: float64 [heights + 1], elements removed at each
+    height where couplings do not overlap.
+    """
 
-    def removed(climbed: int) -> int:
-        return removed_elements(couplings.shapes, map(Ladder.removal, ladders, rungs(climbed)))
+    shapes: Shapes
+    ladders: Sequence[Ladder]
+    tracks: Sequence[Track]
+    owner: Tensor
+    estimate: Tensor
 
-    whole = [(x.coupling.members, torch.ones(x.order.shape, dtype=torch.bool)) for x in ladders]
-    held = removed_elements(couplings.shapes, whole)
-    target, last = ratio * held, len(order)
-    above = bisect_left(range(last + 1), target, key=removed)
+    @classmethod
+    def of(cls, shapes: Shapes, ladders: Sequence[Ladder], tracks: Sequence[Track]) -> Climb:
+        """Merge the tracks; equal keys stay in the order of the couplings."""
+        order = torch.cat([t.keys for t in tracks]).argsort(stable=True)
+        owner = torch.cat([torch.full_like(t.keys, i, dtype=torch.long) for i, t in enumerate(tracks)])[order]
+        taken = torch.cat([torch.stack([ladders[i].elements for i in t.ladders]).sum(0) for t in tracks])[order]
+        return cls(shapes, ladders, tracks, owner, torch.cat([taken.new_zeros(1), taken.cumsum(0)]))
+
+    def rungs(self, height: int) -> list[int]:
+        """Rungs taken on each ladder."""
+        per_track = self.owner[:height].bincount(minlength=len(self.tracks)).tolist()
+        of_ladder = {i: n for track, n in zip(self.tracks, per_track, strict=True) for i in track.ladders}
+        return [of_ladder[i] for i in range(len(self.ladders))]
+
+    def removed(self, height: int) -> int:
+        """Elements removed, exactly."""
+        return removed_elements(self.shapes, map(Ladder.removal, self.ladders, self.rungs(height)))
+
+    def held(self) -> int:
+        """Elements of all the couplings, each counted once."""
+        whole = [(x.coupling.members, torch.ones(x.order.shape, dtype=torch.bool)) for x in self.ladders]
+        return removed_elements(self.shapes, whole)
+
+
+def _cut(climb: Climb, ratio: float, limits: str) -> list[int]:
+    """Rungs taken on each ladder so that the removed share is nearest to `ratio`."""
+    held, last = climb.held(), len(climb.owner)
+    target, removed = ratio * held, cache(climb.removed)
+    above = _first_reaching(removed, target, int(torch.searchsorted(climb.estimate, target)), last)
     below = max(above - 1, 0)
     if above > last:
         most = removed(last)
         if last == 0 or target - most > (most - removed(last - 1)) / 2:
             raise PlanError(
-                f"ratio={ratio} is out of reach because {limits} leave at most {most / held:.4f} of the couplings' "
-                "parameters to remove: ask for less, or lower them"
+                f"ratio={ratio} is out of reach because {limits} leave at most {int(most / held * 1e4) / 1e4:.4f} "
+                "of the couplings' parameters to remove: ask for less, or lower them"
             )
-        return rungs(last)
-    return rungs(above if removed(above) - target <= target - removed(below) else below)
+        return climb.rungs(last)
+    return climb.rungs(above if removed(above) - target <= target - removed(below) else below)
 
 
-def _check_arguments(ratio: float, round_to: int, floor: float, allocation: str) -> None:
+def _first_reaching(removed: Callable[[int], int], target: float, guess: int, last: int) -> int:
+    """The least height up to `last` that removes `target`, last + 1 where none does; a good guess saves counting."""
+    low, high, step = guess - 1, guess, 1
+    while high <= last and removed(high) < target:
+        low, high, step = high, high + step, 2 * step
+    while low >= 0 and removed(low) >= target:
+        low, high, step = low - step, low, 2 * step
+    return bisect_left(range(last + 1), target, lo=max(low + 1, 0), hi=min(high, last + 1), key=removed)
+
+
+def _check_arguments(ratio: float, seed: int, round_to: int, floor: float) -> None:
     if not isinstance(ratio, int | float) or not 0 < ratio < 1:
         raise PlanError(
             f"ratio={ratio!r} is not a share of parameters to remove: give a number between 0 and 1, like 0.5"
         )
+    if not isinstance(seed, int):
+        raise PlanError(f"seed={seed!r} is not a seed: give a whole number")
     if not isinstance(round_to, int) or round_to < 1:
         raise PlanError(f"round_to={round_to!r} is not a number of units: give a whole number of at least 1")
     if not isinstance(floor, int | float) or not 0 <= floor < 1:
         raise PlanError(
             f"floor={floor!r} is not a share of units to keep: give a number from 0 up to, not including, 1"
         )
-    if allocation not in get_args(Allocation):
-        raise PlanError(f"allocation={allocation!r} is unknown: use one of {', '.join(get_args(Allocation))}")
 
 
 def _choose(couplings: Couplings, kinds: Sequence[str] | None, *, containers: bool) -> list[Coupling]:
     """The couplings to allocate; containers whose content is offered are left to their content by default."""
-    offered = couplings.offered
+    offered = [c for c in couplings.offered if c.size > 1]
     if kinds is not None:
         wanted, known = [kinds] if isinstance(kinds, str) else list(kinds), sorted({c.kind for c in offered})
         for kind in wanted:
@@ -185,12 +226,12 @@ def _choose(couplings: Couplings, kinds: Sequence[str] | None, *, containers: bo
 
 def _values(couplings: Couplings, chosen: Sequence[Coupling], scores: Scores | str, seed: int) -> Mapping[str, Tensor]:
     """Scores [carriers, units] of every chosen coupling, checked."""
-    if scores == "random":
+    if isinstance(scores, str) and scores == "random":
         return _random(chosen, seed)
-    if isinstance(scores, str):
-        if scores != "magnitude":
-            raise PlanError(f"scores={scores!r} is unknown: use 'magnitude', 'random' or what score() returned")
+    if isinstance(scores, str) and scores == "magnitude":
         scores = magnitudes(couplings)
+    if not isinstance(scores, Scores):
+        raise PlanError(f"scores={scores!r:.60} is unknown: use 'magnitude', 'random' or what score() returned")
     for c in chosen:
         value = scores.values.get(c.name)
         if value is None or tuple(value.shape) != (c.carriers, c.size):

@@ -2,15 +2,21 @@
 
 With g the gradient of a batch's loss and w the weight, per unit, E the mean over the batches:
 
-    magnitude     Σ w²                   over all members: the squared joint norm, needs no data
-    taylor        |Σ E[g]·w|             over all members: first-order change of the loss when the unit goes
-    fisher        Σ E[(g·w)²]            over all members: diagonal empirical Fisher, element by element
-    gate-fisher   E[(Σ g·w)²]            over the gate: empirical Fisher of one gate that multiplies the unit
+    magnitude     ‖producers‖ · ‖consumers‖   product of the norms of the unit's two sides, needs no data
+    taylor        |Σ E[g]·w|                  over all members: first-order change of the loss when the unit goes
+    fisher        Σ E[(g·w)²]                 over all members: diagonal empirical Fisher, element by element
+    gate-fisher   E[(Σ g·w)²]                 over the gate: empirical Fisher of one gate that multiplies the unit
 
 Judging the members of a pair together is EcoSpa's idea (arXiv 2511.11641). The gate identity: where a gate s
 multiplies the activation of a unit, the consumer sees s·w for every element of that unit, so ∂L/∂s at s = 1 is
-Σ g·w over the consumers. A coupling whose two sides are contracted with each other (Q with K) has no consumer; each
-side alone gives ∂L/∂s, so half of the sum over both does too.
+Σ g·w over the consumers. A coupling whose two sides are contracted with each other, neither being called the
+consumer (Q with K), has two such sums; each alone gives ∂L/∂s, so half of the sum over both does too.
+
+Why magnitude is a product of two norms and not of one norm per member: a gate and an up projection then score the
+same whether the checkpoint keeps them apart or fused, and a bias of zero does not make its unit worthless. Neither
+side's scale matters, as it does not to the function. Norms of different layers are no common currency (ordering all
+couplings of a trained language model by them keeps a few layers whole and ruins the others), so a magnitude is
+relative: the product over its mean in the coupling, times the unit's elements.
 """
 
 from __future__ import annotations
@@ -25,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ecospa_fx.coupling.couplings import Coupling, Member
+from ecospa_fx.coupling.couplings import Coupling, Member, Role
 from ecospa_fx.errors import ScoreError
 from ecospa_fx.importance.reduce import MarginKey, accumulator_dtype, exact, margin, margin_key, unit_sums
 
@@ -88,17 +94,29 @@ def method_named(name: str) -> Method:
 
 
 def magnitude(weights: Weights, couplings: Sequence[Coupling]) -> Values:
-    """Squared joint norm Σ w² over all members of each unit."""
+    """Product of the norms of each unit's producers and consumers, relative to the coupling's mean.
+
+    Scaled so that the mean score per parameter is one in every coupling: it ranks the units of a coupling, and says
+    nothing about which coupling matters. A side without members counts as the other one.
+    """
     squared: dict[tuple[str, MarginKey], Tensor] = {}
-    values: Values = {}
-    for coupling in couplings:
+
+    def norm(coupling: Coupling, role: Role) -> Tensor:
+        members = [m for m in coupling.members if m.role == role] or coupling.members
         total = torch.zeros(coupling.carriers, coupling.size, dtype=torch.float64)
-        for member in coupling.members:
+        for member in members:
             key = (member.parameter, margin_key(member))
             if key not in squared:
-                squared[key] = margin(exact(weights[member.parameter]).square(), key[1])
+                squared[key] = margin(exact(weights[member.parameter]).abs().square(), key[1])
             total += unit_sums(squared[key], member).cpu()
-        values[coupling.name] = total
+        return total.sqrt()
+
+    values: Values = {}
+    for coupling in couplings:
+        product = norm(coupling, "producer") * norm(coupling, "consumer")
+        mean = product.mean()
+        relative = product / mean if mean > 0 else torch.ones_like(product)
+        values[coupling.name] = relative * (coupling.parameters / product.numel())
     return values
 
 
@@ -159,7 +177,7 @@ class GradientStatistic:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        # Hooks on the tensors, and not on .grad: the caller's gradients and gradient hooks are never involved.
+        # Hooks on the tensors: the caller's .grad is never read or written.
         hooks = [_hook(weight, partial(self._take, name)) for name, weight in self._weights.items()]
         try:
             yield

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.errors import ScoreError
 from ecospa_fx.importance.methods import Method, Statistic, method_named
+from ecospa_fx.importance.progress import watched
 from ecospa_fx.importance.scores import Scores
 
 Batch = tuple[Sequence[Any], Mapping[str, Any]]
@@ -37,25 +37,28 @@ def score(
     `ecospa_fx.importance.methods`. A batch is one sample of the expectation over the data, so the Fisher methods
     tell more from many small batches (one sequence each) than from few large ones. The model runs in eval mode on
     its own device; frozen parameters are scored too; modes, gradients and hooks are as before afterwards. Memory
-    beyond the forward and backward pass is one number per unit. `progress` counts batches on stderr.
+    beyond the forward and backward pass is one number per unit. `progress` shows a bar on stderr: batches
+    done, of how many where `batches` has a length, and the time left.
 
     Raises ScoreError for empty batches, a loss that is not a scalar or does not depend on the coupled parameters,
     values that are not finite, and weights without values (``meta``).
+
+    >>> loss = lambda output, args, kwargs: output.square().mean()
+    >>> scores = score(model, couplings, [((x,), {}) for x in data], loss=loss)  # doctest: +SKIP
+    >>> scores[couplings[0].name].shape == (couplings[0].carriers, couplings[0].size)  # doctest: +SKIP
+    True
     """
     chosen = method_named(method)
     weights = _coupled_weights(model, couplings)
     if chosen.from_weights is not None:
         return Scores(method, chosen.from_weights(weights, couplings.offered))
-    statistic = _statistic(chosen, weights, couplings, loss)
+    if loss is None:
+        raise ScoreError(f"method {method!r} needs a loss: pass loss=, a function (output, args, kwargs) -> scalar")
+    statistic, count = _statistic(chosen, weights, couplings), 0
     with _scoring(model, statistic):
-        count = -1
-        for count, batch in enumerate(batches):
-            _one_batch(model, statistic, batch, loss, count)
-            if progress:
-                sys.stderr.write(f"\r{method}: {count + 1} batches")
-        if progress:
-            sys.stderr.write("\n")
-    if count < 0:
+        for count, batch in enumerate(watched(batches, method) if progress else batches, 1):  # read below
+            _one_batch(model, statistic, batch, loss, count - 1)
+    if count == 0:
         raise ScoreError(f"there are no batches to score with {method!r}: pass at least one (args, kwargs)")
     return Scores(method, statistic.result())
 
@@ -80,13 +83,7 @@ def _coupled_weights(model: nn.Module, couplings: Couplings) -> dict[str, nn.Par
     return {name: parameters[name] for name in names}
 
 
-def _statistic(
-    method: Method, weights: Mapping[str, nn.Parameter], couplings: Couplings, loss: Loss | None
-) -> Statistic:
-    if loss is None:
-        raise ScoreError(
-            f"method {method.name!r} needs a loss: pass loss=, a function (output, args, kwargs) -> scalar"
-        )
+def _statistic(method: Method, weights: Mapping[str, nn.Parameter], couplings: Couplings) -> Statistic:
     if not couplings.offered:
         raise ScoreError("there is nothing to score because no coupling is offered: print(couplings) shows the reasons")
     for name, weight in weights.items():
@@ -94,7 +91,8 @@ def _statistic(
             raise ScoreError(f"parameter {name!r} of type {weight.dtype} has no gradient: score before quantising")
     if method.from_batches is None:
         raise ScoreError(f"method {method.name!r} cannot score from batches: register it with from_batches")
-    return method.from_batches(weights, couplings.offered)
+    with torch.inference_mode(False):  # its sums are updated outside of the caller's inference mode
+        return method.from_batches(weights, couplings.offered)
 
 
 @contextmanager
@@ -116,10 +114,8 @@ def _scoring(model: nn.Module, statistic: Statistic) -> Iterator[None]:
             parameter.requires_grad_(required)
 
 
-def _one_batch(model: nn.Module, statistic: Statistic, batch: Batch, loss: Loss | None, number: int) -> None:
-    if not isinstance(batch, tuple) or len(batch) != 2 or not isinstance(batch[1], Mapping) or loss is None:
-        raise ScoreError(f"batch {number} is not a pair (args, kwargs): pass for example ((ids,), {{}})")
-    args, kwargs = batch
+def _one_batch(model: nn.Module, statistic: Statistic, batch: Batch, loss: Loss, number: int) -> None:
+    args, kwargs = _arguments(batch, number)
     value = loss(model(*args, **kwargs), args, kwargs)
     if not isinstance(value, Tensor) or value.numel() != 1:
         told = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
@@ -132,3 +128,12 @@ def _one_batch(model: nn.Module, statistic: Statistic, batch: Batch, loss: Loss 
         raise ScoreError(f"the loss of batch {number} is {value.item()}: leave the batch out or repair the weights")
     torch.autograd.grad(value.reshape(()), list(statistic.inputs), allow_unused=True)
     statistic.end_batch(number)
+
+
+def _arguments(batch: object, number: int) -> Batch:
+    """The batch as (args, kwargs); a lone tensor in place of `args` would be unpacked row by row, so it is refused."""
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        args, kwargs = batch
+        if isinstance(args, tuple | list) and isinstance(kwargs, Mapping):
+            return args, kwargs
+    raise ScoreError(f"batch {number} is not a pair (args, kwargs): pass for example ((ids,), {{}})")

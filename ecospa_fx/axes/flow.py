@@ -1,0 +1,186 @@
+"""The walk: one pass over a graph, a rule per operator, and what all of them learnt together.
+
+This file knows no operator. A node whose operator has no rule blocks every dim that reaches it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from ecospa_fx.axes import registry
+from ecospa_fx.axes.algebra import Dims, Origin
+from ecospa_fx.axes.call import Call, Record, Value
+
+Sizes = Callable[[Any], int]
+"""From a size (an int or a symbol) to a concrete number."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Flow:
+    """The axes of every tensor of a graph.
+
+    values: per node a Value, or a list of them for several outputs; parameters: the Value of each parameter.
+    """
+
+    dims: Dims
+    record: Record
+    values: dict[fx.Node, Any]
+    parameters: dict[str, Value]
+
+
+def flow(graph: fx.Graph, parameters: Mapping[fx.Node, str], shapes: Mapping[str, tuple[int, ...]], sizes: Sizes) -> Flow:
+    """Walk a graph. parameters: which nodes stand for which parameter; shapes: of the parameters."""
+    registry.load()
+    return _Walk(parameters, shapes, sizes).run(graph)
+
+
+class _Walk:
+    def __init__(
+        self, parameters: Mapping[fx.Node, str], shapes: Mapping[str, tuple[int, ...]], sizes: Sizes
+    ) -> None:
+        self.dims, self.record, self.sizes = Dims(), Record(), sizes
+        self.names = parameters
+        self.values: dict[fx.Node, Any] = {}
+        self.parameters = {name: self._parameter(name, shape) for name, shape in shapes.items()}
+        self.aliases: dict[fx.Node, fx.Node] = {}
+        self.views: dict[fx.Node, list[fx.Node]] = {}
+
+    def _parameter(self, name: str, shape: tuple[int, ...]) -> Value:
+        axes = tuple(self.dims.fresh(size, Origin.PARAMETER) for size in shape)
+        return Value(axes, (True,) * len(axes), (name,))
+
+    def run(self, graph: fx.Graph) -> Flow:
+        for node in graph.nodes:
+            if node.op == "output":
+                self._output(node)
+            elif node in self.names:
+                self.values[node] = replace(self.parameters[self.names[node]], node=node)
+            elif node.op == "call_function":
+                self._call(node)
+            else:
+                self.values[node] = self._given(node)
+        return Flow(self.dims, self.record, self.values, self.parameters)
+
+    # -- nodes -----------------------------------------------------------------------------------------------
+
+    def _given(self, node: fx.Node) -> Any:
+        """An input, a buffer, a constant."""
+        shapes = self._shapes(node)
+        if not isinstance(node.meta.get("val"), torch.Tensor):
+            return None
+        axes = tuple(self.dims.fresh(size, Origin.STORED) for size in shapes[0])
+        return Value(axes, (False,) * len(axes), (), node)
+
+    def _shapes(self, node: fx.Node) -> list[tuple[int, ...]]:
+        found = node.meta.get("val")
+        tensors = found if isinstance(found, list | tuple) else [found]
+        return [tuple(self.sizes(s) for s in t.shape) for t in tensors if isinstance(t, torch.Tensor)]
+
+    def _call(self, node: fx.Node) -> None:
+        if not isinstance(node.target, torch._ops.OpOverload):
+            self._python(node)
+            return
+        operator = operator_name(node.target)
+        call = Call(node, operator, self._arguments(node), self._shapes(node), self.dims, self.record)
+        before = len(self.record.gathers)
+        rule = registry.find(operator)
+        result: Any = rule(call) if rule is not None else call.block_all(registry.refusal(operator))
+        self._store(node, result)
+        self._alias(node, call, before)
+
+    def _store(self, node: fx.Node, result: Any) -> None:
+        several = isinstance(node.meta.get("val"), list | tuple)
+        if isinstance(result, list) and not several:
+            result = result[0] if result else None
+        elif several and isinstance(result, Value):
+            result = [result]
+        self.values[node] = result
+
+    def _python(self, node: fx.Node) -> None:
+        """Picking one of several outputs, arithmetic on sizes, or something that is no operator."""
+        if node.target.__name__ == "getitem" and isinstance(self.values.get(node.args[0]), list):
+            picked = self._tensors_of(node.args[0])[node.args[1]]
+            self.values[node] = picked if picked is None else replace(picked, node=node)
+            base = self.aliases.get(node.args[0], node.args[0])
+            self.aliases[node] = base
+            self.views.setdefault(base, [base]).append(node)
+            return
+        if any(isinstance(self.values.get(n), Value | list) for n in node.all_input_nodes):
+            operator = str(getattr(node.target, "__name__", node.target))
+            arguments = {str(i): self._value(a) for i, a in enumerate((*node.args, *node.kwargs.values()))}
+            call = Call(node, operator, arguments, self._shapes(node), self.dims, self.record)
+            rule = registry.find(operator)
+            self._store(node, rule(call) if rule is not None else call.block_all(registry.refusal(operator)))
+        else:
+            self.values[node] = None
+
+    def _tensors_of(self, node: fx.Node) -> list[Value | None]:
+        """The outputs of a node in their places; a place that holds no tensor is None."""
+        found, values = node.meta.get("val"), iter(self.values[node])
+        return [next(values) if isinstance(t, torch.Tensor) else None for t in found]
+
+    def _arguments(self, node: fx.Node) -> dict[str, Any]:
+        return {name: self._value(a) for name, a in named_arguments(node).items()}
+
+    def _value(self, argument: Any) -> Any:
+        if isinstance(argument, fx.Node):
+            known = self.values.get(argument)
+            if known is not None:
+                return known
+            found = argument.meta.get("val")
+            return self.sizes(found) if isinstance(found, int | torch.SymInt) else found
+        if isinstance(argument, list | tuple):
+            return [self._value(a) for a in argument]
+        return argument
+
+    # -- memory ----------------------------------------------------------------------------------------------
+
+    def _alias(self, node: fx.Node, call: Call, gathers: int) -> None:
+        """Follow views, and let what is written in place be known to every view of the same memory."""
+        schema = node.target._schema
+        first = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+        if first is None or not schema.arguments or schema.arguments[0].alias_info is None:
+            return
+        base = self.aliases.get(first, first)
+        self.aliases[node] = base
+        self.views.setdefault(base, [base]).append(node)
+        if schema.arguments[0].alias_info.is_write:
+            self._written(node, first, base, call, gathers)
+
+    def _written(self, node: fx.Node, first: fx.Node, base: fx.Node, call: Call, gathers: int) -> None:
+        for gather in self.record.gathers[gathers:]:
+            if gather.operand.node is first or self.aliases.get(gather.operand.node) is base:
+                call.block(gather.target[gather.target_axis], "it is written into a stored tensor or a model input")
+        new = self.values[node]
+        for view in self.views.get(base, [base]):
+            old = self.values.get(view)
+            if not isinstance(old, Value) or view is node:
+                continue
+            lowered = new.zero if isinstance(new, Value) and view is first else (False,) * len(old.axes)
+            self.values[view] = replace(old, zero=tuple(lowered), weights=())
+
+    def _output(self, node: fx.Node) -> None:
+        for source in dict.fromkeys(node.all_input_nodes):
+            value = self.values.get(source)
+            for one in value if isinstance(value, list) else [value]:
+                for axis in one.axes if isinstance(one, Value) else ():
+                    for dim in self.dims.dims_of(axis):
+                        if self.dims.origins[dim] is not Origin.STORED:
+                            self.record.blocks.append((dim, node, "it is part of the model's output"))
+
+
+def operator_name(target: Any) -> str:
+    """The qualified name of an operator without its overload: ``aten.linear``."""
+    namespace, _, name = target._schema.name.partition("::")
+    return f"{namespace}.{name}"
+
+
+def named_arguments(node: fx.Node) -> dict[str, Any]:
+    """Raw arguments by the names of the operator's schema; those left out are absent."""
+    names: Iterable[str] = (a.name for a in node.target._schema.arguments)
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}

@@ -1,0 +1,156 @@
+"""How the literal arguments of an operator follow when axes get smaller, operator by operator.
+
+Most operators carry no sizes and need nothing. A resize rule edits the arguments of one call through a `Resize`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ecospa_fx.axes.algebra import Axis
+from ecospa_fx.axes.call import Value
+from ecospa_fx.axes.kept import Kept
+
+ResizeRule = Callable[["Resize"], None]
+
+_RULES: dict[str, ResizeRule] = {}
+
+
+def resize_rule(*operators: str) -> Callable[[ResizeRule], ResizeRule]:
+    """Register how the literal sizes of operators follow their axes. Raises ValueError for a second registration."""
+
+    def register(rule: ResizeRule) -> ResizeRule:
+        for operator in operators:
+            if operator in _RULES:
+                raise ValueError(f"operator {operator} has a resize rule already")
+            _RULES[operator] = rule
+        return rule
+
+    return register
+
+
+def find_resize(operator: str) -> ResizeRule | None:
+    """The resize rule of an operator, or None where its arguments need no change."""
+    rule = _RULES.get(operator)
+    return rule if rule is not None else _RULES.get(operator.removesuffix("_"))
+
+
+class Resize:
+    """One call whose axes get smaller: what they were, what they become, and the arguments to edit."""
+
+    def __init__(
+        self,
+        node: Any,
+        operator: str,
+        arguments: dict[str, Any],
+        values: tuple[list[Value], list[Value]],
+        kept: Kept,
+        scale: Callable[[Any, int, int], Any],
+    ) -> None:
+        self.node = node
+        self.operator = operator
+        self.arguments = arguments
+        """Raw arguments by schema name: numbers, or graph nodes."""
+        self.inputs, self.outputs = values
+        self.kept = kept
+        self.edits: dict[str, Any] = {}
+        self.replacement: tuple[str, tuple[Any, ...]] | None = None
+        self._scale = scale
+
+    @property
+    def output(self) -> Value:
+        """The first output."""
+        return self.outputs[0]
+
+    # -- reading ---------------------------------------------------------------------------------------------
+
+    def has(self, name: str) -> bool:
+        """Whether the operator has an argument of this name, given."""
+        return self.arguments.get(name) is not None
+
+    def raw(self, name: str) -> Any:
+        """An argument as it stands in the graph."""
+        return self.arguments.get(name)
+
+    def argument(self, name: str) -> Any:
+        """An argument that must be a number or a list."""
+        return self.arguments[name]
+
+    def axis(self, name: str) -> int:
+        """An axis number of the first input, counted from the front."""
+        return int(self.arguments.get(name) or 0) % max(len(self.inputs[0].axes), 1)
+
+    def node_is(self, *operators: str) -> bool:
+        """Whether the call is of one of these operators."""
+        return self.operator in operators
+
+    def changed(self, index: int, axis: int) -> bool:
+        """Whether an axis of an input loses positions."""
+        return self.kept.changed(self.inputs[index].axes[axis])
+
+    def output_changed(self, axis: int) -> bool:
+        """Whether an axis of the output loses positions."""
+        return self.kept.changed(self.output.axes[axis])
+
+    def size(self, value: Value, axis: int) -> int:
+        """The new size of an axis."""
+        return self.kept.count(value.axes[axis])
+
+    def size_of(self, axis: Axis) -> int:
+        """The new size of an axis that is held."""
+        return self.kept.count(axis)
+
+    def rank_of(self, index: int, axis: int, position: int) -> int:
+        """Kept positions before `position` on an axis of an input."""
+        return self.kept.rank(self.inputs[index].axes, axis, position)
+
+    @staticmethod
+    def quotient(size: int, part: int) -> int:
+        """How many parts make a size."""
+        return size // part
+
+    # -- editing ---------------------------------------------------------------------------------------------
+
+    def set(self, name: str, value: Any) -> None:
+        """Replace an argument."""
+        self.edits[name] = value
+
+    def replace_operator(self, operator: str, arguments: tuple[Any, ...]) -> None:
+        """Call another operator instead, with these arguments."""
+        self.replacement = (operator, arguments)
+
+    def sizes(self, name: str, first: int = 0) -> None:
+        """A list of sizes, the i-th for axis first + i of the output; -1 stays, computed sizes are rescaled."""
+        if not self.has(name):
+            return
+        sizes = list(self.arguments[name])
+        for i, size in enumerate(sizes):
+            axis = self.output.axes[first + i]
+            if self.kept.changed(axis) and size != -1:
+                new = self.kept.count(axis)
+                sizes[i] = new if isinstance(size, int) else self._scale(size, axis.size, new)
+        self.edits[name] = sizes
+
+    def bounds(self, dim: str, start: str, stop: str, step: str) -> None:
+        """Start, stop and step of a slice of the first input."""
+        axis = self.axis(dim)
+        if not self.changed(0, axis):
+            return
+        source, size = self.inputs[0], self.inputs[0].axes[axis].size
+        by = self.arguments.get(step) or 1
+        begin, end, _ = slice(self.arguments.get(start), self.arguments.get(stop), by).indices(size)
+        if by == 1:
+            self.edits[start] = self.rank_of(0, axis, begin)
+            self.edits[stop] = self.rank_of(0, axis, end)
+            return
+        self._strided(axis, begin, source, size)
+
+    def _strided(self, axis: int, begin: int, source: Value, size: int) -> None:
+        """A slice with a step: the same among the kept positions, as rows of equal length lose equally many."""
+        first = self.rank_of(0, axis, begin)
+        count = self.size(self.output, axis)
+        total = self.kept.count(source.axes[axis])
+        by = total // max(count, 1)
+        self.edits.update({"start": first, "end": min(total, first + count * by), "step": max(by, 1)})
+        _ = size

@@ -1,0 +1,65 @@
+"""Fused attention: two contractions around a softmax."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import sqrt
+
+from ecospa_fx.axes.algebra import Misaligned, Origin
+from ecospa_fx.axes.call import Call, Value
+from ecospa_fx.axes.registry import axis_rule, refuse
+from ecospa_fx.axes.resize import Resize, resize_rule
+
+
+@axis_rule("aten.scaled_dot_product_attention")
+def attention(call: Call) -> Value:
+    """softmax(query · keyᵀ · scale + mask) · value, heads and batch alike; grouped heads where asked for."""
+    query, key, value = call["query"], call["key"], call["value"]
+    if call.get("enable_gqa", False):
+        key, value = (_spread(call, query, v) for v in (key, value))
+    rank = max(len(v.axes) for v in (query, key, value))
+    rows = [f"batch{i}" for i in range(rank - 2)]
+    labels = [[*rows[rank - len(v.axes) :], *own] for v, own in ((query, "tk"), (key, "sk"), (value, "sv"))]
+    scores = call.contraction([query, key], labels[:2], [*rows, "t", "s"])
+    mask = call.get("attn_mask")
+    shape = [query.axes[-2].size, key.axes[-2].size]
+    call.block(scores.axes[-1], "attention weights are normalised over it")
+    if call.get("is_causal", False):
+        call.block(scores.axes[-2], "a causal mask chooses by its positions")
+    if mask is not None:
+        scores = call.pointwise([scores, mask], "lost", [*scores.shape[:-2], *shape])
+    weights = replace(scores, zero=(False,) * rank, weights=())
+    return call.contraction([weights, value], [[*rows, "t", "s"], labels[2]], [*rows, "t", "v"])
+
+
+def _spread(call: Call, query: Value, value: Value) -> Value:
+    """Keys or values with their heads repeated to those of the query."""
+    heads, own = query.axes[-3], value.axes[-3]
+    if heads.size == own.size:
+        return value
+    try:
+        outer, inner = call.dims.split(heads, (own.size, heads.size // own.size))
+    except Misaligned as reason:
+        call.block(heads, f"its heads are not grouped evenly ({reason})")
+        outer, inner = call.dims.split(call.dims.fresh(heads.size, Origin.STORED), (own.size, heads.size // own.size))
+    call.tie(outer, own)
+    axes = list(value.axes)
+    axes[-3] = call.dims.merge([outer, inner])
+    zero = list(value.zero)
+    zero[-3] = False
+    return replace(value, axes=tuple(axes), zero=tuple(zero), node=None)
+
+
+@resize_rule("aten.scaled_dot_product_attention")
+def resize_attention(resize: Resize) -> None:
+    """The default scale is 1 / sqrt(head dim): it stays what it was."""
+    query = resize.inputs[0]
+    if resize.raw("scale") is None and resize.changed(0, len(query.axes) - 1):
+        resize.set("scale", 1 / sqrt(query.axes[-1].size))
+
+
+refuse(
+    "it fuses projections and attention into one kernel; trace the model in training mode or with gradients enabled",
+    "aten._native_multi_head_attention",
+    "aten._transformer_encoder_layer_fwd",
+)

@@ -1,0 +1,113 @@
+"""Convolutions, pooling and resampling: channels are contracted or pass, places in space mix."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ecospa_fx.axes.algebra import Misaligned, Origin
+from ecospa_fx.axes.call import Call, Value
+from ecospa_fx.axes.registry import axis_rule
+from ecospa_fx.axes.resize import Resize, resize_rule
+
+_CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "convolution", "_convolution")
+_TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+
+
+@axis_rule(*(f"aten.{n}" for n in (*_CONVOLUTIONS, *_TRANSPOSED)))
+def convolution(call: Call) -> Value:
+    """input [batch, in, …] against weight [out, in / groups, …] (transposed: [in, out / groups, …])."""
+    value, weight, groups = call["input"], call["weight"], int(call.get("groups", 1))
+    space = len(weight.axes) - 2
+    turned = call.operator.removeprefix("aten.") in _TRANSPOSED or bool(call.get("transposed", False))
+    batched = len(value.axes) == space + 2
+    for i in range(len(value.axes) - space, len(value.axes)):
+        call.mixes(value, i, f"{call.operator} mixes neighbours along it")
+    for i in range(2, len(weight.axes)):
+        call.block(weight.axes[i], f"it is the window of {call.operator}")
+    fresh = call.fresh()
+    product = _channels(call, value, weight, groups, turned)
+    out, zero, bias = product.axes[0], product.zero[0], call.get("bias")
+    if isinstance(bias, Value):
+        biased = call.pointwise([product, bias], "all", product.shape)
+        out, zero = biased.axes[0], biased.zero[0]
+    batch = [value.axes[0]] if batched else []
+    flags = [value.zero[0] and bias is None] if batched else []
+    return call.value([*batch, out, *fresh[len(batch) + 1 :]], [*flags, zero, *[False] * space])
+
+
+def _channels(call: Call, value: Value, weight: Value, groups: int, turned: bool) -> Value:
+    """Contract the input's channels group by group; the axis of channels that come out."""
+    at = len(value.axes) - len(weight.axes) + 1
+    inside, own = value.axes[at], weight.axes[:2]
+    rows = Value((own[0], own[1]), weight.zero[:2], weight.weights)
+    if groups == 1:
+        source = Value((inside,), (value.zero[at],), value.weights)
+        labels = ["in", "out"] if turned else ["out", "in"]
+        return call.contraction([source, rows], [["in"], labels], ["out"])
+    try:
+        split = call.dims.split(inside, (groups, inside.size // groups))
+        lead = call.dims.split(own[0], (groups, own[0].size // groups))
+    except Misaligned as reason:
+        for axis in (inside, *own):
+            call.block(axis, f"its groups cut across it ({reason})")
+        return Value((call.dims.fresh(call.outputs[0][at], Origin.STORED),), (False,))
+    source = Value(tuple(split), (value.zero[at],) * 2, value.weights)
+    parts = replace(rows, axes=(*lead, own[1]), zero=(weight.zero[0], weight.zero[0], weight.zero[1]))
+    labels = ["group", "in", "out"] if turned else ["group", "out", "in"]
+    result = call.contraction([source, parts], [["group", "in"], labels], ["group", "out"])
+    return Value((call.dims.merge(result.axes),), (call.all_zero([(result, 0), (result, 1)]),), (), call.node)
+
+
+@resize_rule(*(f"aten.{n}" for n in (*_CONVOLUTIONS, *_TRANSPOSED)))
+def resize_convolution(resize: Resize) -> None:
+    """The number of groups follows the channels that are left."""
+    groups = resize.argument("groups") if resize.has("groups") else 1
+    weight = resize.inputs[1]
+    if groups == 1:
+        return
+    channels = resize.inputs[0].axes[-(len(weight.axes) - 1)]
+    own = weight.axes[0 if resize.node_is(*(f"aten.{n}" for n in _TRANSPOSED)) else 1]
+    if resize.kept.changed(channels) or resize.kept.changed(own):
+        resize.set("groups", resize.size_of(channels) // resize.size_of(own))
+
+
+@axis_rule("aten.max_pool1d", "aten.max_pool2d", "aten.max_pool3d", "aten.avg_pool1d", "aten.avg_pool2d",
+           "aten.avg_pool3d", "aten.adaptive_avg_pool1d", "aten.adaptive_avg_pool2d", "aten.adaptive_max_pool2d",
+           "aten.adaptive_avg_pool3d", "aten.upsample_bilinear2d", "aten.upsample_nearest2d",
+           "aten.upsample_bicubic2d", "aten.upsample_nearest1d", "aten.upsample_linear1d",
+           "aten.upsample_trilinear3d", "aten.upsample_nearest3d", "aten._upsample_bilinear2d_aa",
+           "aten._upsample_bicubic2d_aa", "aten._adaptive_avg_pool2d", "aten.grid_sampler",
+           "aten.max_pool2d_with_indices", "aten._upsample_nearest_exact2d")  # fmt: skip
+def resample(call: Call) -> Value | list[Value]:
+    """Batch and channels pass; places mix."""
+    value = call.values[0]
+    channel = 1 if len(value.axes) > 3 or not call.operator.endswith(("2d", "3d")) else 0
+    channel = 0 if len(value.axes) == 2 else channel
+    for i in range(channel + 1, len(value.axes)):
+        call.mixes(value, i, f"{call.operator} mixes neighbours along it")
+    call.note(value.axes[channel], "averaged" if "avg" in call.operator else "nonlinear")
+    fresh = call.fresh()
+    axes = [a if i <= channel else fresh[i] for i, a in enumerate(value.axes)]
+    result = call.value(axes, [z and i <= channel for i, z in enumerate(value.zero)])
+    return [result] * len(call.outputs) if len(call.outputs) > 1 else result
+
+
+@axis_rule("aten.im2col", "aten.col2im")
+def patches(call: Call) -> Value:
+    """[batch, channels, …] to [batch, channels · window, places] and back."""
+    value = call["self"]
+    for i in range(len(value.axes)):
+        if i > 1 or call.operator == "aten.col2im":
+            call.mixes(value, i, f"{call.operator} moves windows along it")
+    fresh = call.fresh()
+    if call.operator == "aten.col2im":
+        return call.value([value.axes[0], *fresh[1:]])
+    window = call.outputs[0][1] // value.axes[1].size
+    columns = call.dims.merge([value.axes[1], call.dims.fresh(window, Origin.STORED)])
+    return call.value([value.axes[0], columns, fresh[2]], [False, value.zero[1], False])
+
+
+@axis_rule("aten.pixel_shuffle", "aten.pixel_unshuffle", "aten.channel_shuffle")
+def shuffle(call: Call) -> Value:
+    """Channels and places change roles."""
+    return call.block_all(f"{call.operator} moves channels into places")[0]

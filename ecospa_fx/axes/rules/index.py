@@ -1,0 +1,195 @@
+"""Operators that choose positions by computed indices: the chosen axis cannot be cut, the others pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ecospa_fx.axes.algebra import Axis
+from ecospa_fx.axes.call import UNIT, Call, Value
+from ecospa_fx.axes.registry import axis_rule
+
+
+def _chosen(call: Call, value: Value, index: int) -> None:
+    call.block(value.axes[index], f"{call.operator} chooses its positions by computed indices")
+
+
+@axis_rule("aten.embedding")
+def embedding(call: Call) -> Value:
+    """Rows of a table; the columns pass."""
+    weight, indices = call["weight"], call["indices"]
+    _chosen(call, weight, 0)
+    result = call.value([*indices.axes, weight.axes[1]], [*(False for _ in indices.axes), weight.zero[1]])
+    _routes(call, result, indices, weight.axes[0])
+    return result
+
+
+@axis_rule("aten.index_select")
+def index_select(call: Call) -> Value:
+    """Chosen positions of one axis."""
+    value, axis = call["self"], int(call["dim"]) % max(len(call["self"].axes), 1)
+    _chosen(call, value, axis)
+    fresh = call.fresh()
+    axes = [fresh[i] if i == axis else a for i, a in enumerate(value.axes)]
+    return call.value(axes, [z and i != axis for i, z in enumerate(value.zero)])
+
+
+@axis_rule("aten.index")
+def index(call: Call) -> Value:
+    """Advanced indexing: the indexed axes give way to the broadcast shape of the indices."""
+    value, indices = call["self"], call["indices"]
+    where = [i for i, entry in enumerate(indices) if entry is not None]
+    given = [indices[i] for i in where]
+    if any(call.is_mask(indices[i]) for i in where):
+        return _masked(call, value, where)
+    for i in where:
+        _chosen(call, value, i)
+    middle = [call.pointwise(given, "lost", _broadcast(given))] if given else []
+    rows = list(middle[0].axes) if middle else []
+    together = where == list(range(where[0], where[-1] + 1)) if where else False
+    at = where[0] if together else 0
+    rest = [i for i in range(len(value.axes)) if i not in where]
+    before, after = [i for i in rest if i < at], [i for i in rest if i >= at]
+    axes = [*(value.axes[i] for i in before), *rows, *(value.axes[i] for i in after)]
+    zero = [*(value.zero[i] for i in before), *(False for _ in rows), *(value.zero[i] for i in after)]
+    result = call.value(axes, zero)
+    if len(given) == 1:
+        _routes(call, result, given[0], value.axes[where[0]], len(before))
+    return result
+
+
+def _masked(call: Call, value: Value, where: Sequence[int]) -> Value:
+    """Positions where a mask is true: a count that the data decides."""
+    if len(where) > 1:
+        return call.block_all(f"{call.operator} chooses its positions by masks")[0]
+    mask = call["indices"][where[0]]
+    at, count = where[0], len(mask.axes)
+    for i in range(at, at + count):
+        _chosen(call, value, i)
+    fresh = call.fresh()[at]
+    return call.value(
+        [*value.axes[:at], fresh, *value.axes[at + count :]], [*value.zero[:at], False, *value.zero[at + count :]]
+    )
+
+
+def _broadcast(values: Sequence[Value]) -> list[int]:
+    rank = max(len(v.axes) for v in values)
+    shapes = [(1,) * (rank - len(v.axes)) + v.shape for v in values]
+    return [max(sizes) for sizes in zip(*shapes, strict=True)]
+
+
+def _routes(call: Call, result: Value, indices: Value, source: Axis, at: int = 0) -> None:
+    """Where a single axis of indices picks positions of a parameter's axis, the rows belong to those positions."""
+    if call.dims.cuttable(source) and len(indices.axes) == 1:
+        call.routed(result.axes[at], source, indices)
+
+
+@axis_rule("aten.gather", "aten.take_along_dim")
+def gather(call: Call) -> Value:
+    """Positions of one axis chosen for each place of the others."""
+    value = call["self"]
+    chosen = call.get("index") or call["indices"]
+    axis = int(call["dim"]) % max(len(value.axes), 1)
+    axes: list[Axis] = []
+    for i in range(len(value.axes)):
+        if i == axis:
+            _chosen(call, value, i)
+            axes.append(chosen.axes[i])
+        elif value.axes[i].size == chosen.axes[i].size:
+            axes.append(call.align([(value, i), (chosen, i)]) if value.axes[i].size > 1 else UNIT)
+        else:
+            call.block(value.axes[i], f"{call.operator} reads a part of it")
+            axes.append(chosen.axes[i])
+    target = [value.axes[i] if i == axis else a for i, a in enumerate(axes)]
+    call.gathered([chosen], [chosen.axes[i] if i == axis else a for i, a in enumerate(axes)])
+    call.gathered([value], target)
+    return call.value(axes, [z and i != axis for i, z in enumerate(value.zero)])
+
+
+@axis_rule("aten.scatter", "aten.scatter_add", "aten.scatter_reduce")
+def scatter(call: Call) -> Value:
+    """Positions of one axis overwritten for each place of the others."""
+    value = call["self"]
+    axis = int(call["dim"]) % max(len(value.axes), 1)
+    others = [v for v in call.values if v is not value]
+    if any(call.dims.cuttable(a) for v in call.values for i, a in enumerate(v.axes) if i != axis):
+        return call.block_all(f"{call.operator} writes to computed positions")[0]
+    for v in [value, *others]:
+        if v.axes:
+            call.block(v.axes[axis], f"{call.operator} writes to computed positions")
+    return call.value(value.axes)
+
+
+@axis_rule("aten.index_put", "aten._unsafe_index_put")
+def index_put(call: Call) -> Value:
+    """Chosen positions overwritten: values lie against the axes that are left."""
+    value, indices, new = call["self"], call["indices"], call["values"]
+    where = [i for i, entry in enumerate(indices) if entry is not None]
+    for i in where:
+        _chosen(call, value, i)
+    if any(call.is_mask(indices[i]) for i in where) and len(new.axes) > 0 and any(call.dims.cuttable(a) for a in new.axes):
+        return call.block_all(f"{call.operator} writes where a mask says")[0]
+    together = where == list(range(where[0], where[-1] + 1)) if where else False
+    rest = [i for i in range(len(value.axes)) if i not in where]
+    flags = list(value.zero)
+    tail = [i for i in rest if not together or i > where[0]]
+    for offset, i in enumerate(reversed(tail)):
+        j = len(new.axes) - 1 - offset
+        if j >= 0 and new.axes[j].size == value.axes[i].size > 1:
+            axis = call.align([(value, i), (new, j)])
+            call.gathered([value], [axis if k == i else a for k, a in enumerate(value.axes)])
+            flags[i] = flags[i] and new.zero[j] and call.follows(new.axes[j], axis)
+        else:
+            flags[i] = False
+    for i in where:
+        flags[i] = False
+    return call.value(value.axes, flags)
+
+
+@axis_rule("aten.index_add", "aten.index_copy", "aten.index_fill")
+def index_add(call: Call) -> Value:
+    """Chosen positions of one axis changed by the rows of a source."""
+    value, source = call["self"], call.get("source")
+    axis = int(call["dim"]) % max(len(value.axes), 1)
+    _chosen(call, value, axis)
+    axes, flags = list(value.axes), list(value.zero)
+    for i in range(len(axes)):
+        if i != axis and isinstance(source, Value):
+            axes[i] = call.align([(value, i), (source, i)]) if axes[i].size > 1 else axes[i]
+            flags[i] = flags[i] and source.zero[i]
+        elif i == axis and isinstance(source, Value):
+            call.block(source.axes[i], f"{call.operator} sends it to computed positions")
+    if isinstance(source, Value):
+        call.gathered([value], axes)
+        call.gathered([source], [source.axes[i] if i == axis else a for i, a in enumerate(axes)])
+    return call.value(axes, [f and i != axis for i, f in enumerate(flags)])
+
+
+@axis_rule("aten.slice_scatter", "aten.select_scatter")
+def slice_scatter(call: Call) -> Value:
+    """Part of an axis overwritten."""
+    value, new = call["self"], call["src"]
+    axis = int(call.get("dim", 0)) % len(value.axes)
+    if call.operator == "aten.slice_scatter" and value.axes[axis].size == new.axes[axis].size:
+        return call.passes(new)
+    if call.dims.cuttable(value.axes[axis]):
+        return call.block_all(f"{call.operator} overwrites a part of it")[0]
+    if call.operator == "aten.select_scatter":
+        result = [a for i, a in enumerate(value.axes) if i != axis]
+        aligned = call.pointwise([Value(tuple(result), (False,) * len(result)), new], "lost", new.shape)
+        axes = [*aligned.axes[:axis], value.axes[axis], *aligned.axes[axis:]]
+    else:
+        axes = [a if i == axis else call.align([(value, i), (new, i)]) for i, a in enumerate(value.axes)]
+        call.gathered([new], [new.axes[i] if i == axis else a for i, a in enumerate(axes)])
+    call.gathered([value], axes)
+    zero = [value.zero[i] and (new.zero[i] if len(new.zero) == len(axes) else False) for i in range(len(axes))]
+    return call.value(axes, zero)
+
+
+@axis_rule("aten.one_hot", "aten.bincount", "aten.histc", "aten.bucketize", "aten.searchsorted", "aten.nonzero",
+           "aten.unique", "aten._unique2", "aten.unique_consecutive", "aten.masked_select", "aten.item",
+           "aten._local_scalar_dense", "aten.equal", "aten.isin", "aten.multinomial", "aten.tensor_to_list",
+           "aten.nonzero_numpy", "aten.masked_scatter", "aten.unique_dim", "aten.argwhere")  # fmt: skip
+def computed(call: Call) -> Value | list[Value]:
+    """Something counted or looked up: new, and its inputs cannot be cut."""
+    results = call.block_all(f"{call.operator} computes positions from it")
+    return results if len(results) > 1 else results[0] if results else []

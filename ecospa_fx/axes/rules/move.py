@@ -1,0 +1,420 @@
+"""Operators that move elements without changing them: views, transposes, slices, concatenations."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ecospa_fx.axes.algebra import Axis, Origin
+from ecospa_fx.axes.call import UNIT, Call, Value
+from ecospa_fx.axes.registry import axis_rule, refuse
+from ecospa_fx.axes.resize import Resize, resize_rule
+
+
+def _axis(call: Call, value: Value, name: str = "dim", default: int = 0) -> int:
+    return int(call.get(name, default)) % max(len(value.axes), 1)
+
+
+def _kept(call: Call, source: Value, order: list[int]) -> Value:
+    """A view with the source's axes in another order."""
+    result = call.value([source.axes[i] for i in order], [source.zero[i] for i in order])
+    return replace(result, weights=source.weights)
+
+
+# -- row-major views ---------------------------------------------------------------------------------------------
+
+
+@axis_rule("aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten", "aten.unflatten", "aten.squeeze",
+           "aten.unsqueeze", "aten._reshape_alias", "aten.view_as", "aten.reshape_as", "aten.ravel",
+           "aten._reshape_copy", "aten.view_copy", "aten.atleast_1d", "aten.atleast_2d")  # fmt: skip
+def reshape(call: Call) -> Value:
+    """Row-major regrouping of axes."""
+    if not isinstance(call.get("size", ()), list | tuple):  # view(dtype) reads the bytes anew
+        return call.block_all("its bytes are read as another type")[0]
+    return call.reshaped(call["self"], call.outputs[0])
+
+
+@resize_rule("aten.view", "aten._unsafe_view", "aten._reshape_copy", "aten.view_copy")
+def resize_view(resize: Resize) -> None:
+    """Literal sizes follow the output."""
+    resize.sizes("size")
+
+
+@resize_rule("aten.reshape")
+def resize_reshape(resize: Resize) -> None:
+    """Literal sizes follow the output."""
+    resize.sizes("shape")
+
+
+@resize_rule("aten.unflatten")
+def resize_unflatten(resize: Resize) -> None:
+    """The sizes are those of the axes that one axis becomes."""
+    rank = len(resize.output.axes)
+    sizes = len(resize.argument("sizes"))
+    first = int(resize.argument("dim")) % (rank - sizes + 1)
+    resize.sizes("sizes", first)
+
+
+@axis_rule("aten.view_as_real")
+def view_as_real(call: Call) -> Value:
+    """A complex number becomes two real ones along a new last axis."""
+    value = call["self"]
+    return call.value([*value.axes, call.dims.fresh(2, Origin.STORED)], [*value.zero, False])
+
+
+@axis_rule("aten.view_as_complex")
+def view_as_complex(call: Call) -> Value:
+    """The last axis, of size 2, becomes one complex number: its two positions go together."""
+    value = call["self"]
+    call.mixes(value, len(value.axes) - 1, "its elements become parts of complex numbers")
+    result = call.value(value.axes[:-1], value.zero[:-1])
+    return replace(result, weights=value.weights)
+
+
+# -- transposes --------------------------------------------------------------------------------------------------
+
+
+@axis_rule("aten.transpose", "aten.swapaxes", "aten.swapdims")
+def transpose(call: Call) -> Value:
+    """Two axes change places."""
+    value = call["self"]
+    names = ("dim0", "dim1") if "dim0" in call.arguments else ("axis0", "axis1")
+    a, b = (_axis(call, value, name) for name in names)
+    order = list(range(len(value.axes)))
+    order[a], order[b] = order[b], order[a]
+    return _kept(call, value, order)
+
+
+@axis_rule("aten.t", "aten.numpy_T", "aten.mT", "aten.adjoint", "aten.matrix_H", "aten.mH")
+def transpose_last(call: Call) -> Value:
+    """The last two axes change places."""
+    value = call["self"]
+    order = list(range(len(value.axes)))
+    order[-2:] = order[-2:][::-1]
+    return _kept(call, value, order)
+
+
+@axis_rule("aten.permute", "aten.permute_copy")
+def permute(call: Call) -> Value:
+    """Axes in the given order."""
+    value = call["self"]
+    return _kept(call, value, [int(d) % len(value.axes) for d in call["dims"]])
+
+
+@axis_rule("aten.movedim", "aten.moveaxis")
+def movedim(call: Call) -> Value:
+    """Axes moved to given places, the others in their order."""
+    value = call["self"]
+    rank = len(value.axes)
+    lists = [call[n] if isinstance(call[n], list | tuple) else [call[n]] for n in ("source", "destination")]
+    source, target = ([int(d) % rank for d in dims] for dims in lists)
+    rest = iter(i for i in range(rank) if i not in source)
+    moved = dict(zip(target, source, strict=True))
+    return _kept(call, value, [moved[i] if i in moved else next(rest) for i in range(rank)])
+
+
+# -- parts of an axis --------------------------------------------------------------------------------------------
+
+
+@axis_rule("aten.slice", "aten.slice_copy")
+def slice_(call: Call) -> Value:
+    """Positions start, start + step, … below end."""
+    value = call["self"]
+    axis = _axis(call, value)
+    size = value.axes[axis].size
+    start, stop, step = slice(call.get("start"), call.get("end"), call.get("step", 1)).indices(size)
+    if call.get("step", 1) == 1:
+        stop = start + call.outputs[0][axis]
+    return call.sliced(value, axis, start, stop, step)
+
+
+@axis_rule("aten.narrow", "aten.narrow_copy")
+def narrow(call: Call) -> Value:
+    """`length` positions from `start`."""
+    value = call["self"]
+    axis = _axis(call, value)
+    start = call["start"]
+    if isinstance(start, Value):
+        call.block(value.axes[axis], "it is narrowed at a place that is computed")
+        return call.value(call.fresh())
+    start = int(start) % max(value.axes[axis].size, 1)
+    return call.sliced(value, axis, start, start + call.outputs[0][axis])
+
+
+@axis_rule("aten.select", "aten.select_copy")
+def select(call: Call) -> Value:
+    """One position; the axis disappears."""
+    value = call["self"]
+    axis = _axis(call, value)
+    at = int(call["index"]) % max(value.axes[axis].size, 1)
+    part = call.sliced(value, axis, at, at + 1)
+    order = [i for i in range(len(value.axes)) if i != axis]
+    return _kept(call, part, order)
+
+
+@axis_rule("aten.unbind")
+def unbind(call: Call) -> list[Value]:
+    """Every position by itself."""
+    value = call["self"]
+    axis = _axis(call, value)
+    order = [i for i in range(len(value.axes)) if i != axis]
+    return [_kept(call, call.sliced(value, axis, at, at + 1), order) for at in range(value.axes[axis].size)]
+
+
+@axis_rule("aten.split", "aten.chunk", "aten.split_with_sizes", "aten.tensor_split", "aten.unsafe_split",
+           "aten.unsafe_chunk", "aten.split_copy", "aten.split_with_sizes_copy", "aten.hsplit")  # fmt: skip
+def split(call: Call) -> list[Value]:
+    """Consecutive parts of an axis."""
+    value = call["self"]
+    axis = _axis(call, value)
+    parts, at = [], 0
+    for shape in call.outputs:
+        parts.append(call.sliced(value, axis, at, at + shape[axis]))
+        at += shape[axis]
+    return parts
+
+
+@resize_rule("aten.slice", "aten.slice_copy")
+def resize_slice(resize: Resize) -> None:
+    """Ends move to the number of kept positions before them; a step becomes that of the kept rows."""
+    resize.bounds("dim", "start", "end", "step")
+
+
+@resize_rule("aten.narrow", "aten.narrow_copy")
+def resize_narrow(resize: Resize) -> None:
+    """Like a slice."""
+    axis = resize.axis("dim")
+    if not resize.changed(0, axis):
+        return
+    start = resize.argument("start") % resize.inputs[0].axes[axis].size
+    resize.set("start", resize.rank_of(0, axis, start))
+    resize.set("length", resize.size(resize.output, axis))
+
+
+@resize_rule("aten.select", "aten.select_copy")
+def resize_select(resize: Resize) -> None:
+    """The position moves to its rank among the kept ones."""
+    axis = resize.axis("dim")
+    if resize.changed(0, axis):
+        index = resize.argument("index") % resize.inputs[0].axes[axis].size
+        resize.set("index", resize.rank_of(0, axis, index))
+
+
+@resize_rule("aten.split", "aten.chunk", "aten.split_with_sizes", "aten.tensor_split", "aten.unsafe_split",
+             "aten.unsafe_chunk", "aten.hsplit")  # fmt: skip
+def resize_split(resize: Resize) -> None:
+    """Parts of whatever sizes their kept positions have."""
+    axis = resize.axis("dim")
+    if resize.changed(0, axis):
+        sizes = [resize.size(output, axis) for output in resize.outputs]
+        resize.replace_operator("aten.split_with_sizes", (resize.node.args[0], sizes, axis))
+
+
+# -- several tensors ---------------------------------------------------------------------------------------------
+
+
+@axis_rule("aten.cat", "aten.concat", "aten.concatenate")
+def cat(call: Call) -> Value:
+    """One after another along an axis; the other axes are the same dims."""
+    values = [v for v in call["tensors"] if v.shape != (0,)]
+    return _joined(call, values, _axis(call, values[0]))
+
+
+def _joined(call: Call, values: list[Value], axis: int) -> Value:
+    axes: list[Axis] = []
+    for i in range(len(values[0].axes)):
+        along = [(v, i) for v in values]
+        wide = values[0].axes[i].size > 1
+        axes.append(call.dims.concat([v.axes[i] for v in values]) if i == axis else call.align(along) if wide else UNIT)
+    flags = [
+        call.all_zero([(v, i) for v in values]) if i == axis else all(v.zero[i] and call.follows(v.axes[i], a) for v in values)
+        for i, a in enumerate(axes)
+    ]
+    for value in values:
+        call.gathered([value], [value.axes[i] if i == axis else a for i, a in enumerate(axes)])
+    return call.value(axes, flags)
+
+
+@axis_rule("aten.stack")
+def stack(call: Call) -> Value:
+    """A new axis, one position per tensor."""
+    values = call["tensors"]
+    axis = int(call.get("dim", 0)) % (len(values[0].axes) + 1)
+    lifted = [
+        replace(v, axes=(*v.axes[:axis], UNIT, *v.axes[axis:]), zero=(*v.zero[:axis], True, *v.zero[axis:])) for v in values
+    ]
+    axes = [call.align([(v, i) for v in lifted]) for i in range(len(lifted[0].axes)) if i != axis]
+    for value in values:
+        call.gathered([value], axes)
+    new = Axis(len(values), tuple(replace(UNIT.pieces[0], offset=i) for i in range(len(values))))
+    flags = [all(v.zero[i] and call.follows(v.axes[i], a) for v in values) for i, a in enumerate(axes)]
+    return call.value([*axes[:axis], new, *axes[axis:]], [*flags[:axis], True, *flags[axis:]])
+
+
+# -- copies along an axis ----------------------------------------------------------------------------------------
+
+
+@axis_rule("aten.expand", "aten.expand_as", "aten.broadcast_to", "aten.expand_copy")
+def expand(call: Call) -> Value:
+    """An axis of size 1 becomes a blank one, which adopts the dim of whatever it meets."""
+    value = call["self"]
+    shape = call.outputs[0]
+    pad = len(shape) - len(value.axes)
+    axes, flags = [], []
+    for i, size in enumerate(shape):
+        same = i >= pad and value.axes[i - pad].size == size
+        axes.append(value.axes[i - pad] if same else call.dims.fresh(size, Origin.BLANK))
+        flags.append(same and value.zero[i - pad])
+    return replace(call.value(axes, flags), weights=value.weights)
+
+
+@axis_rule("aten.broadcast_tensors", "aten.meshgrid")
+def broadcast(call: Call) -> list[Value]:
+    """Tensors broadcast against one another."""
+    if call.operator == "aten.meshgrid":
+        return call.block_all("it spans a grid")
+    result = call.pointwise(call.values, "lost")
+    return [result] * len(call.outputs)
+
+
+@resize_rule("aten.expand", "aten.broadcast_to", "aten.expand_copy")
+def resize_expand(resize: Resize) -> None:
+    """Literal sizes follow the output."""
+    resize.sizes("size")
+
+
+@axis_rule("aten.repeat", "aten.tile")
+def repeat(call: Call) -> Value:
+    """Whole copies one after another: a blank dim outside the axis."""
+    value = call["self"]
+    name = "repeats" if "repeats" in call.arguments else "dims"
+    counts = [int(c) for c in call[name]]
+    pad = len(counts) - len(value.axes)
+    axes, flags = [], []
+    for i, count in enumerate(counts):
+        axis = value.axes[i - pad] if i >= pad else UNIT
+        outer = call.dims.fresh(count, Origin.BLANK)
+        axes.append(axis if count == 1 else outer if axis.size == 1 else call.dims.merge([outer, axis]))
+        flags.append(count == 1 and i >= pad and value.zero[i - pad])
+    return call.value(axes, flags)
+
+
+@axis_rule("aten.repeat_interleave")
+def repeat_interleave(call: Call) -> Value:
+    """Every position several times: a blank dim inside the axis."""
+    value, repeats, dim = call.get("self"), call.get("repeats"), call.get("dim")
+    if not isinstance(value, Value) or not isinstance(repeats, int) or dim is None:
+        return call.block_all("its positions are repeated an unequal number of times")[0]
+    axes, flags, i = list(value.axes), list(value.zero), int(dim) % len(value.axes)
+    axes[i] = call.dims.merge([axes[i], call.dims.fresh(repeats, Origin.BLANK)])
+    flags[i] = False
+    return call.value(axes, flags)
+
+
+@resize_rule("aten.repeat", "aten.tile")
+def resize_repeat(resize: Resize) -> None:
+    """The number of copies follows the output where the copies themselves are cut."""
+    name = "repeats" if resize.has("repeats") else "dims"
+    pad = len(resize.output.axes) - len(resize.inputs[0].axes)
+    counts = list(resize.argument(name))
+    for i, axis in enumerate(resize.output.axes):
+        inner = resize.inputs[0].axes[i - pad].size if i >= pad else 1
+        if axis.size != inner and resize.output_changed(i):
+            kept = resize.size_of(resize.inputs[0].axes[i - pad]) if i >= pad else 1
+            counts[i] = resize.quotient(resize.size(resize.output, i), kept)
+    resize.set(name, counts)
+
+
+@resize_rule("aten.repeat_interleave")
+def resize_repeat_interleave(resize: Resize) -> None:
+    """The number of copies follows the output where the copies themselves are cut."""
+    i = resize.axis("dim")
+    if resize.output_changed(i):
+        resize.set("repeats", resize.quotient(resize.size(resize.output, i), resize.size_of(resize.inputs[0].axes[i])))
+
+
+# -- order and edges ---------------------------------------------------------------------------------------------
+
+
+@axis_rule("aten.roll")
+def roll(call: Call) -> Value:
+    """The end of an axis moves to its front."""
+    value = call["self"]
+    axes = list(value.axes)
+    for shift, dim in zip(call["shifts"], call.get("dims", []), strict=False):
+        i = int(dim) % len(axes)
+        size = axes[i].size
+        at = (size - int(shift) % size) % size
+        if at and call.dims.cuttable(axes[i]):
+            call.block(axes[i], "it is rolled by a fixed number of positions")
+    return call.value(axes, value.zero)
+
+
+@axis_rule("aten.flip", "aten.fliplr", "aten.flipud", "aten.rot90")
+def flip(call: Call) -> Value:
+    """Reversed order has no place in the algebra."""
+    value = call["self"]
+    axes = list(value.axes)
+    for dim in call.get("dims", range(len(axes))):
+        i = int(dim) % len(axes)
+        call.block(axes[i], "its order is reversed")
+        axes[i] = call.dims.fresh(axes[i].size, Origin.STORED)
+    return call.value(axes, value.zero)
+
+
+@axis_rule("aten.pad", "aten.constant_pad_nd", "aten.reflection_pad1d", "aten.reflection_pad2d",
+           "aten.replication_pad1d", "aten.replication_pad2d")  # fmt: skip
+def pad(call: Call) -> Value:
+    """Positions that belong to nothing before and after an axis."""
+    value = call["self"]
+    constant = call.operator == "aten.constant_pad_nd" or call.get("mode", "constant") == "constant"
+    axes, flags = list(value.axes), list(value.zero)
+    amounts = call.get("pad") or call["padding"]
+    for k in range(len(amounts) // 2):
+        before, after = int(amounts[2 * k]), int(amounts[2 * k + 1])
+        i = len(axes) - 1 - k
+        if before == after == 0:
+            continue
+        if min(before, after) < 0 or not constant:
+            call.block(axes[i], "it is padded")
+            axes[i], flags[i] = call.dims.fresh(call.outputs[0][i], Origin.STORED), False
+        else:
+            parts = [call.dims.fresh(n, Origin.STORED) for n in (before, after)]
+            axes[i] = call.dims.concat([parts[0], axes[i], parts[1]])
+    filled = call.get("value", 0) == 0
+    return call.value(axes, [f and filled for f in flags])
+
+
+@axis_rule("aten.tril", "aten.triu")
+def triangle(call: Call) -> Value:
+    """Zeros chosen by position in the last two axes."""
+    value = call["self"]
+    for i in (-2, -1):
+        call.block(value.axes[i], f"{call.operator} chooses its elements by position")
+    return call.value(value.axes, value.zero)
+
+
+@axis_rule("aten.diff")
+def diff(call: Call) -> Value:
+    """Differences of neighbours."""
+    value = call["self"]
+    axis = _axis(call, value, default=-1)
+    call.mixes(value, axis, "its neighbours are subtracted")
+    fresh = call.fresh()
+    return call.value([fresh[i] if i == axis else a for i, a in enumerate(value.axes)])
+
+
+@axis_rule("aten.unfold")
+def unfold(call: Call) -> Value:
+    """Sliding windows over one axis; the window's positions come last."""
+    value = call["self"]
+    axis = _axis(call, value, "dimension")
+    call.mixes(value, axis, "windows slide over it")
+    fresh = call.fresh()
+    return call.value(
+        [*(fresh[i] if i == axis else a for i, a in enumerate(value.axes)), fresh[-1]],
+        [*(z and i != axis for i, z in enumerate(value.zero)), False],
+    )
+
+
+refuse("it is read by memory strides, which say nothing about dims", "aten.as_strided", "aten.as_strided_copy")
+refuse("the diagonal ties two axes element by element", "aten.diagonal", "aten.diag", "aten.diag_embed", "aten.trace")

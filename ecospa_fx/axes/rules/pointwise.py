@@ -1,0 +1,204 @@
+"""Elementwise operators: dims pass; what matters is whether 0 stays 0, and what happens to a 0 that does not."""
+
+from __future__ import annotations
+
+from ecospa_fx.axes.call import Call, Value
+from ecospa_fx.axes.registry import axis_rule
+
+_COPIES = """
+    clone contiguous detach alias lift_fresh lift_fresh_copy lift to _to_copy type_as view_as_complex_copy
+    dropout alpha_dropout native_dropout_copy neg positive conj _conj resolve_conj resolve_neg conj_physical
+    real imag feature_dropout requires_grad_ float double half bfloat16 detach_copy
+"""
+_KEEP_ZERO = """
+    relu relu6 gelu silu tanh abs sin sinh asin asinh tan atan arctan erf sqrt square sign sgn leaky_relu elu celu
+    selu hardtanh hardswish mish softshrink hardshrink tanhshrink floor ceil round trunc fix frac log1p expm1
+    nan_to_num rrelu deg2rad rad2deg threshold_zero logical_copy angle isnan isinf
+"""
+_LOSE_ZERO = """
+    sigmoid exp exp2 cos cosh acos softplus log_sigmoid hardsigmoid logical_not bitwise_not isfinite erfc sinc
+    threshold special_expit atanh_inverse
+"""
+_INFINITE_AT_ZERO = "log log2 log10 rsqrt reciprocal logit digamma lgamma erfinv atanh"
+
+
+def _names(text: str) -> list[str]:
+    return [f"aten.{name}" for name in text.split()]
+
+
+def _first(call: Call) -> Value:
+    return call.values[0]
+
+
+@axis_rule(*_names(_COPIES))
+def copies(call: Call) -> Value:
+    """The same numbers, or each times a constant."""
+    return call.passes(_first(call))
+
+
+@axis_rule(*_names(_KEEP_ZERO))
+def keeps_zero(call: Call) -> Value:
+    """A nonlinear function with f(0) = 0."""
+    call.note(_first(call).axes, "nonlinear")
+    return call.passes(_first(call))
+
+
+@axis_rule(*_names(_LOSE_ZERO))
+def loses_zero(call: Call) -> Value:
+    """A nonlinear function with f(0) ≠ 0, finite."""
+    call.note(_first(call).axes, "nonlinear")
+    return call.passes(_first(call), zero="lost")
+
+
+@axis_rule(*_names(_INFINITE_AT_ZERO))
+def infinite_at_zero(call: Call) -> Value:
+    """A function that is infinite where removed elements are 0: the masked model itself would overflow."""
+    value = _first(call)
+    _refuse_zero(call, value)
+    call.note(value.axes, "nonlinear")
+    return call.passes(value, zero="lost")
+
+
+def _refuse_zero(call: Call, value: Value) -> None:
+    for axis, zero in zip(value.axes, value.zero, strict=True):
+        if zero:
+            call.block(axis, f"{call.operator} is not finite at 0, which is what a removed element becomes")
+
+
+@axis_rule("aten.add", "aten.sub", "aten.rsub", "aten.subtract")
+def add(call: Call) -> Value:
+    """0 only where all terms are; a scalar other than 0 shifts it."""
+    shifted = any(isinstance(call.get(name), int | float) and call[name] != 0 for name in ("other",))
+    return call.pointwise(call.values, "lost" if shifted else "all")
+
+
+@axis_rule("aten.mul", "aten.multiply", "aten.__and__", "aten.logical_and", "aten.bitwise_and")
+def mul(call: Call) -> Value:
+    """0 where any factor is."""
+    return call.pointwise(call.values, "any")
+
+
+@axis_rule("aten.div", "aten.divide", "aten.true_divide", "aten.floor_divide", "aten.fmod", "aten.remainder")
+def div(call: Call) -> Value:
+    """0 where the numerator is; a divisor must not be 0 where elements are removed."""
+    numerator, divisor = call.get("self"), call.get("other")
+    if isinstance(divisor, Value):
+        _refuse_zero(call, divisor)
+    if not isinstance(numerator, Value):
+        return call.passes(call.values[0], zero="lost")
+    if not isinstance(divisor, Value):
+        return call.passes(numerator)
+    result = call.pointwise([numerator, divisor], "lost")
+    pad = [False] * (len(result.axes) - len(numerator.zero))
+    flags = [*pad, *numerator.zero]
+    own = [*[None] * len(pad), *numerator.axes]
+    kept = [z and a is not None and call.follows(a, b) for z, a, b in zip(flags, own, result.axes, strict=True)]
+    return call.value(result.axes, kept)
+
+
+@axis_rule("aten.pow", "aten.float_power")
+def power(call: Call) -> Value:
+    """0 stays 0 under a positive exponent; a negative one is infinite there."""
+    base, exponent = call["self"], call["exponent"]
+    call.note([axis for v in call.values for axis in v.axes], "nonlinear")
+    if not isinstance(base, Value) or isinstance(exponent, Value):
+        return call.pointwise(call.values, "lost")
+    if exponent <= 0:
+        _refuse_zero(call, base)
+    return call.passes(base, zero="all" if exponent > 0 else "lost")
+
+
+@axis_rule("aten.where")
+def where(call: Call) -> Value:
+    """0 where both branches are."""
+    branches = [call.get("self"), call.get("other")]
+    result = call.pointwise(call.values, "lost")
+    constants = [b for b in branches if not isinstance(b, Value) and b not in (0, None)]
+    return _zero_if(call, result, [b for b in branches if isinstance(b, Value)], not constants)
+
+
+def _zero_if(call: Call, result: Value, operands: list[Value], possible: bool = True) -> Value:
+    """`result` with the flags of an operation that is 0 where all `operands` are."""
+    flags = []
+    for position, axis in enumerate(result.axes):
+        at = [(v, position - len(result.axes) + len(v.axes)) for v in operands]
+        here = [(v, i) for v, i in at if i >= 0 and v.axes[i].size == axis.size and call.follows(v.axes[i], axis)]
+        flags.append(possible and len(here) == len(operands) and all(v.zero[i] for v, i in here))
+    return call.value(result.axes, flags)
+
+
+@axis_rule("aten.maximum", "aten.minimum", "aten.fmax", "aten.fmin", "aten.__or__", "aten.logical_or", "aten.bitwise_or")
+def extremum(call: Call) -> Value:
+    """0 where both operands are."""
+    call.note([axis for v in call.values for axis in v.axes], "nonlinear")
+    return call.pointwise(call.values, "all" if len(call.values) == 2 else "lost")
+
+
+@axis_rule(*_names("eq ne lt le gt ge isclose logical_xor __xor__ bitwise_xor atan2 hypot copysign complex polar xlogy"))
+def comparison(call: Call) -> Value:
+    """A function of two operands about whose zeros nothing is claimed."""
+    call.note([axis for v in call.values for axis in v.axes], "nonlinear")
+    return call.pointwise(call.values, "all" if call.operator == "aten.complex" else "lost")
+
+
+@axis_rule("aten.clamp", "aten.clip", "aten.clamp_min", "aten.clamp_max")
+def clamp(call: Call) -> Value:
+    """0 stays 0 where the bounds allow it."""
+    low, high = call.get("min"), call.get("max")
+    bounds = isinstance(low, Value) or isinstance(high, Value)
+    call.note(call.values[0].axes, "nonlinear")
+    if bounds:
+        return call.pointwise(call.values, "lost")
+    inside = (low is None or low <= 0) and (high is None or high >= 0)
+    return call.passes(call.values[0], zero="all" if inside else "lost")
+
+
+@axis_rule("aten.masked_fill")
+def masked_fill(call: Call) -> Value:
+    """0 stays 0 when filled with 0."""
+    result = call.pointwise(call.values, "lost")
+    value = call["value"]
+    return _zero_if(call, result, [call["self"]], not isinstance(value, Value) and value == 0)
+
+
+@axis_rule("aten.addcmul", "aten.addcdiv", "aten.lerp")
+def three(call: Call) -> Value:
+    """Sums of products: 0 where every operand is."""
+    if call.operator == "aten.addcdiv":
+        _refuse_zero(call, call["tensor2"])
+    return call.pointwise(call.values, "all" if call.operator != "aten.addcdiv" else "lost")
+
+
+@axis_rule("aten.copy")
+def copy(call: Call) -> Value:
+    """Overwrite: the numbers of the source in the shape of the destination."""
+    result = call.pointwise(call.values, "lost")
+    return _zero_if(call, result, [call["src"]])
+
+
+@axis_rule("aten.prelu", "aten._prelu_kernel")
+def prelu(call: Call) -> Value:
+    """A slope per channel (axis 1), or one for all."""
+    value, weight = call["self"], call["weight"]
+    call.note(value.axes, "nonlinear")
+    if weight.axes and weight.axes[-1].size > 1 and len(weight.axes) == 1:
+        call.align([(value, 1), (weight, 0)])
+    return call.value(value.axes, value.zero)
+
+
+@axis_rule("aten.glu")
+def glu(call: Call) -> Value:
+    """First half times the sigmoid of the second."""
+    value = call["self"]
+    axis = call.get("dim", -1) % len(value.axes)
+    half = value.axes[axis].size // 2
+    parts = [call.sliced(value, axis, 0, half), call.sliced(value, axis, half, 2 * half)]
+    call.note(value.axes, "nonlinear")
+    return call.pointwise(parts, "any")
+
+
+@axis_rule("aten.native_dropout")
+def native_dropout(call: Call) -> list[Value]:
+    """Values and the mask."""
+    value = call["input"]
+    return [call.passes(value), call.passes(value, zero="lost")]

@@ -1,0 +1,141 @@
+"""Operators along an axis: sums are contractions, everything else mixes the positions it runs over."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ecospa_fx.axes.algebra import Origin
+from ecospa_fx.axes.call import UNIT, Call, Value
+from ecospa_fx.axes.registry import axis_rule
+
+
+def _over(call: Call, value: Value) -> tuple[int, ...]:
+    """Axis numbers of the `dim` argument; all of them where it is absent or empty."""
+    rank, dim = len(value.axes), call.get("dim")
+    if dim is None or dim == []:
+        return tuple(range(rank))
+    dims = dim if isinstance(dim, list | tuple) else [dim]
+    return tuple(int(d) % rank for d in dims) if rank else ()
+
+
+def _without(call: Call, value: Value, over: Sequence[int], keep: bool, zero: bool = True) -> Value:
+    """The value with some axes summed away."""
+    left = [i for i in range(len(value.axes)) if keep or i not in over]
+    axes = [UNIT if i in over else value.axes[i] for i in left]
+    return call.value(axes, [zero and i not in over and value.zero[i] for i in left])
+
+
+@axis_rule("aten.sum", "aten.nansum")
+def total(call: Call) -> Value:
+    """A contraction with ones: removed elements must be 0."""
+    value = call["self"]
+    over = _over(call, value)
+    for i in over:
+        call.note(value.axes[i], "contracts", "activations")
+        if not value.zero[i]:
+            call.block(value.axes[i], "it is summed over although removed elements are not zero there")
+    return _without(call, value, over, bool(call.get("keepdim", False)))
+
+
+def _reduces(call: Call, message: str, zero: bool) -> Value:
+    value = call.values[0]
+    over = _over(call, value)
+    for i in over:
+        call.mixes(value, i, message)
+    return _without(call, value, over, bool(call.get("keepdim", False)), zero)
+
+
+@axis_rule("aten.mean", "aten.std", "aten.var", "aten.linalg_vector_norm", "aten.norm", "aten.amax", "aten.amin",
+           "aten.argmax", "aten.argmin", "aten.prod", "aten.logsumexp", "aten.any", "aten.all", "aten.nanmean",
+           "aten.linalg_norm", "aten.frobenius_norm", "aten.count_nonzero", "aten.median")  # fmt: skip
+def statistic(call: Call) -> Value:
+    """A statistic of all positions: without an element it is another."""
+    zero = call.operator in {"aten.mean", "aten.linalg_vector_norm", "aten.norm", "aten.amax", "aten.amin", "aten.std"}
+    return _reduces(call, f"{call.operator} is taken over it: without an element the result is another", zero)
+
+
+@axis_rule("aten.max", "aten.min", "aten.var_mean", "aten.std_mean", "aten.aminmax", "aten.mode", "aten.kthvalue")
+def statistics(call: Call) -> Value | list[Value]:
+    """Statistics with several outputs, or the larger of two tensors."""
+    if isinstance(call.get("other"), Value):
+        return call.pointwise(call.values, "all")
+    result = _reduces(call, f"{call.operator} is taken over it: without an element the result is another", False)
+    return [result] * len(call.outputs) if len(call.outputs) > 1 else result
+
+
+@axis_rule("aten.softmax", "aten._softmax", "aten.log_softmax", "aten._log_softmax", "aten._safe_softmax",
+           "aten.cumsum", "aten.cumprod", "aten.logcumsumexp", "aten.cummax", "aten.cummin", "aten.special_softmax",
+           "aten.renorm")  # fmt: skip
+def along(call: Call) -> Value | list[Value]:
+    """The same shape, each position depending on the others along one axis."""
+    value = call.values[0]
+    keeps_zero = call.operator in {"aten.cumsum", "aten.cumprod"}
+    for i in _over(call, value):
+        call.mixes(value, i, f"{call.operator} runs along it: without an element the others change")
+    call.note(value.axes, "nonlinear")
+    axes = [call.dims.fresh(a.size, Origin.STORED) if i in _over(call, value) else a for i, a in enumerate(value.axes)]
+    result = call.value(axes, [keeps_zero and z and i not in _over(call, value) for i, z in enumerate(value.zero)])
+    return [result] * len(call.outputs) if len(call.outputs) > 1 else result
+
+
+@axis_rule("aten.sort", "aten.topk", "aten.argsort", "aten.msort")
+def orders(call: Call) -> Value | list[Value]:
+    """Positions along one axis are put in order: that axis is new."""
+    value = call.values[0]
+    axis = call.get("dim", -1) % len(value.axes) if value.axes else 0
+    outputs = []
+    for fresh in (call.fresh(i) for i in range(len(call.outputs))):
+        outputs.append(call.value([f if i == axis else a for i, (f, a) in enumerate(zip(fresh, value.axes, strict=True))]))
+    if value.axes:
+        call.mixes(value, axis, f"{call.operator} orders its elements")
+    return outputs if len(outputs) > 1 else outputs[0]
+
+
+@axis_rule("aten.layer_norm", "aten.rms_norm", "aten.native_layer_norm", "aten._fused_rms_norm")
+def layer_norm(call: Call) -> Value | list[Value]:
+    """Normalises over the last axes; its weights are along them."""
+    value = call["input"]
+    count = len(call["normalized_shape"])
+    first = len(value.axes) - count
+    for i in range(first, len(value.axes)):
+        call.mixes(value, i, f"{call.operator} normalises over it: without an element the others change")
+        for name in ("weight", "bias"):
+            if isinstance(call.get(name), Value):
+                call.align([(value, i), (call[name], i - first)])
+    result = call.value(value.axes)
+    rest = [call.stored(i) for i in range(1, len(call.outputs))]
+    return [result, *rest] if rest else result
+
+
+@axis_rule("aten.batch_norm", "aten._native_batch_norm_legit_no_training", "aten.native_batch_norm", "aten.instance_norm",
+           "aten.cudnn_batch_norm", "aten._native_batch_norm_legit_functional", "aten._native_batch_norm_legit",
+           "aten._batch_norm_with_update", "aten._batch_norm_no_update")  # fmt: skip
+def batch_norm(call: Call) -> Value | list[Value]:
+    """Each channel for itself, by stored or batch statistics; a masked weight and bias make removed channels 0."""
+    value = call["input"]
+    operands = [call[n] for n in ("weight", "bias", "running_mean", "running_var") if isinstance(call.get(n), Value)]
+    channel = call.align([(value, 1), *((v, 0) for v in operands)])
+    for operand in operands:
+        call.gathered([operand], [channel])
+    learnt = [v for v in operands if v.weights]
+    zero = len(learnt) == 2 and all(v.zero[0] for v in learnt)
+    call.note(channel, "nonlinear")
+    result = call.value([value.axes[0], channel, *value.axes[2:]], [False, zero, *[False] * len(value.axes[2:])])
+    for i in (j for j in range(len(value.axes)) if j != 1):
+        call.block(value.axes[i], f"{call.operator} uses statistics over it")
+    rest = [call.stored(i) for i in range(1, len(call.outputs))]
+    return [result, *rest] if rest else result
+
+
+@axis_rule("aten.group_norm", "aten.native_group_norm")
+def group_norm(call: Call) -> Value | list[Value]:
+    """Normalises over blocks of channels and all positions; weights per channel."""
+    value = call["input"]
+    for name in ("weight", "bias"):
+        if isinstance(call.get(name), Value):
+            call.align([(value, 1), (call[name], 0)])
+    for i in range(1, len(value.axes)):
+        call.mixes(value, i, f"{call.operator} normalises over it: without an element the others change")
+    result = call.value(value.axes)
+    rest = [call.stored(i) for i in range(1, len(call.outputs))]
+    return [result, *rest] if rest else result

@@ -1,0 +1,72 @@
+"""Carriers: the other dims along which the choice of a dim's units may differ.
+
+A dim c carries d if every tensor on the way that has d also has c, so that the pair (c, d) names one element set
+everywhere, and if nothing mixes positions along c while d is present. Rows that are routed to the positions of c, as
+tokens to experts, count as having c.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from ecospa_fx.axes.algebra import Axis, Dims, Origin
+from ecospa_fx.axes.call import Value
+from ecospa_fx.axes.flow import Flow
+
+
+def carriers_of(flow: Flow, wanted: Iterable[int]) -> dict[int, tuple[int, ...]]:
+    """Carriers of each wanted dim, in no particular order."""
+    dims, result = flow.dims, {d: None for d in wanted}  # type: dict[int, set[int] | None]
+    routed = {root: axis for d, (axis, _) in flow.record.routed.items() for p in dims.roots(d) for root, _ in p.dims}
+    seen: set[tuple[Axis, ...]] = set()
+    for axes in _tensors(flow):
+        resolved = tuple(dims.resolve(a) for a in axes)
+        if resolved not in seen:
+            seen.add(resolved)
+            _narrow(dims, resolved, routed, result)
+    for gather in flow.record.gathers:
+        _narrow(dims, tuple(dims.resolve(a) for a in gather.target), {}, result)
+    for dim, other in flow.record.mixed:
+        for a in _roots(dims, dim):
+            found = result.get(a)
+            if found:
+                found.difference_update(_roots(dims, other))
+    return {d: tuple(sorted(found)) for d, found in result.items() if found}
+
+
+def _tensors(flow: Flow) -> Iterator[tuple[Axis, ...]]:
+    for value in flow.parameters.values():
+        yield value.axes
+    for value in flow.values.values():
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, Value):
+                yield one.axes
+
+
+def _roots(dims: Dims, dim: int) -> list[int]:
+    return [root for piece in dims.roots(dim) for root, _ in piece.dims]
+
+
+def _narrow(dims: Dims, axes: tuple[Axis, ...], routed: dict[int, Axis], result: dict[int, set[int] | None]) -> None:
+    """Intersect the candidates of every dim of one tensor with the dims that go with it there."""
+    everywhere = [_in_all_pieces(dims, axis, routed) for axis in axes]
+    for i, axis in enumerate(axes):
+        others = set().union(*(e for j, e in enumerate(everywhere) if j != i))
+        for piece in axis.pieces:
+            own = {d for d, _ in piece.dims}
+            for dim in own:
+                if dim in result:
+                    here = {d for d in (own - {dim}) | others if dims.origins[d] is Origin.PARAMETER}
+                    known = result[dim]
+                    result[dim] = here if known is None else known & here
+
+
+def _in_all_pieces(dims: Dims, axis: Axis, routed: dict[int, Axis]) -> set[int]:
+    sets = []
+    for piece in axis.pieces:
+        own = {d for d, _ in piece.dims}
+        for dim in tuple(own):
+            if dim in routed:
+                own |= set(dims.dims_of(routed[dim]))
+        sets.append(own)
+    return set.intersection(*sets) if sets else set()

@@ -1,0 +1,285 @@
+"""From the walk's findings to couplings: which dims of parameters can go, what goes with them, or why they cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+
+from torch import fx
+
+from ecospa_fx.axes.algebra import Axis, Dims, Origin, Piece
+from ecospa_fx.axes.call import Event, Value
+from ecospa_fx.axes.flow import Flow, operator_name
+from ecospa_fx.coupling.carriers import carriers_of
+from ecospa_fx.coupling.couplings import Box, Coupling, Member, Refusal, Step, Symmetry
+
+_KINDS = (("batched", "heads"), ("contracts activations", "qk"), ("averaged", "vo"), ("nonlinear", "ffn"),
+          ("multiplied", "ffn"))  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A coupling and the dims behind it, which a rewrite of the same graph needs."""
+
+    coupling: Coupling
+    dim: int
+    carriers: tuple[int, ...]
+
+
+def find_couplings(flow: Flow, shapes: Mapping[str, tuple[int, ...]]) -> list[Found]:
+    """Every dim of a parameter that something is done to, as a coupling or a refusal, in graph order."""
+    events = _by_dim(flow.dims, flow.record.events)
+    refusals = _refusals(flow)
+    consumed = {(name, root) for name, dim in flow.record.consumed for root in _roots(flow.dims, dim)}
+    places = _places(flow)
+    carriers = carriers_of(flow, [d for d in places if d in events and d not in refusals])
+    found = []
+    for dim, where in places.items():
+        if dim not in events and dim not in refusals:
+            continue
+        chosen, members = _members(flow.dims, dim, carriers.get(dim, ()), where, consumed)
+        steps = events.get(dim, ())
+        found.append(Found(_coupling(flow.dims, dim, chosen, members, steps, refusals.get(dim)), dim, chosen))
+    return _finished(found, shapes)
+
+
+def _roots(dims: Dims, dim: int) -> Iterator[int]:
+    for piece in dims.roots(dim):
+        for root, _ in piece.dims:
+            yield root
+
+
+def _by_dim(dims: Dims, events: Iterable[Event]) -> dict[int, list[Event]]:
+    result: dict[int, list[Event]] = {}
+    for event in events:
+        for root in dict.fromkeys(_roots(dims, event.dim)):
+            if dims.origins[root] is Origin.PARAMETER:
+                result.setdefault(root, []).append(event)
+    return result
+
+
+def _refusals(flow: Flow) -> dict[int, Refusal]:
+    """The first obstacle of every blocked dim."""
+    result: dict[int, Refusal] = {}
+    made: dict[tuple[str, fx.Node], Refusal] = {}
+    for dim, node, message in flow.record.blocks:
+        for root in _roots(flow.dims, dim):
+            if root in result or flow.dims.origins[root] is not Origin.PARAMETER:
+                continue
+            key = (message, node)
+            if key not in made:
+                made[key] = Refusal(message, node.name, operator_of(node), source_of(node))
+            result[root] = made[key]
+    return result
+
+
+# -- places and members ------------------------------------------------------------------------------------------
+
+Place = tuple[str, int, tuple[Axis, ...]]
+"""Parameter, axis, and all axes of the parameter."""
+
+
+def _places(flow: Flow) -> dict[int, list[Place]]:
+    """Where each dim occurs among the parameters, in the order of the parameters."""
+    result: dict[int, list[Place]] = {}
+    for name, value in flow.parameters.items():
+        axes = tuple(flow.dims.resolve(axis) for axis in value.axes)
+        for i, axis in enumerate(axes):
+            for dim in flow.dims.dims_of(axis):
+                result.setdefault(dim, []).append((name, i, axes))
+    return result
+
+
+def _members(
+    dims: Dims, dim: int, carriers: tuple[int, ...], where: Sequence[Place], consumed: set[tuple[str, int]]
+) -> tuple[tuple[int, ...], tuple[Member, ...]]:
+    """Members of a dim, with as many of the carriers as every member can express."""
+    while True:
+        drop = {c for _, axis, axes in where for c in _inexpressible(dims, dim, axis, axes, carriers)}
+        if not drop:
+            break
+        carriers = tuple(c for c in carriers if c not in drop)
+    carriers = _ordered(dim, where, carriers)
+    if any(_outside(dims, dim, a, x, carriers) is False for _, a, x in where):
+        carriers = ()
+    members = []
+    for name, axis, axes in where:
+        role = "consumer" if (name, dim) in consumed else "producer"
+        members.append(_member(dims, dim, carriers, name, axis, axes, role))
+    return carriers, tuple(members)
+
+
+def _pieces(dim: int, axis: Axis) -> list[Piece]:
+    return [p for p in axis.pieces if any(d == dim for d, _ in p.dims)]
+
+
+def _inexpressible(dims: Dims, dim: int, axis: int, axes: Sequence[Axis], carriers: Iterable[int]) -> set[int]:
+    """Carriers that a member cannot express together: neither all on its own axis nor all of one other axis."""
+    own = [{d for d, _ in p.dims} for p in _pieces(dim, axes[axis])]
+    inside = {c for c in carriers if all(c in piece for piece in own)}
+    if inside:
+        return set(carriers) - inside
+    for other, candidate in enumerate(axes):
+        held = [d for d in dims.dims_of(candidate) if d in carriers]
+        if other != axis and held and _is_product(dims, candidate, held):
+            return set(carriers) - set(held)
+    return set(carriers)
+
+
+def _is_product(dims: Dims, axis: Axis, held: Sequence[int]) -> bool:
+    """Whether an axis is one piece of exactly these dims."""
+    pieces = dims.resolve(axis).pieces
+    return len(pieces) == 1 and pieces[0].offset == 0 and [d for d, _ in pieces[0].dims] == list(held)
+
+
+def _ordered(dim: int, where: Sequence[Place], carriers: tuple[int, ...]) -> tuple[int, ...]:
+    """Carriers from outer to inner, as in the first parameter."""
+    _, axis, axes = where[0]
+    pieces = _pieces(dim, axes[axis])
+    order = [d for d, _ in pieces[0].dims if d in carriers]
+    order += [d for a in axes for p in a.pieces for d, _ in p.dims if d in carriers and d not in order]
+    return tuple(dict.fromkeys(order))
+
+
+def _outside(dims: Dims, dim: int, axis: int, axes: Sequence[Axis], carriers: tuple[int, ...]) -> int | None | bool:
+    """The axis that is the carrier itself; None where carriers lie on the member's own axis; False where unordered."""
+    if not carriers or all(d in {x for x, _ in _pieces(dim, axes[axis])[0].dims} for d in carriers):
+        return None
+    for other, candidate in enumerate(axes):
+        if other != axis and _is_product(dims, candidate, carriers):
+            return other
+    return False
+
+
+def _member(
+    dims: Dims, dim: int, carriers: tuple[int, ...], name: str, axis: int, axes: Sequence[Axis], role: str
+) -> Member:
+    carrier_axis = _outside(dims, dim, axis, axes, carriers)
+    assert carrier_axis is not False  # checked by the caller
+    boxes = []
+    for piece in _pieces(dim, axes[axis]):
+        strides = dict(piece.dims)
+        own = () if carrier_axis is not None else tuple((dims.sizes[c], strides[c]) for c in carriers)
+        rest = tuple((dims.sizes[d], s) for d, s in piece.dims if d != dim and d not in carriers)
+        boxes.append(Box(piece.offset, own, strides[dim], rest))
+    count = prod(dims.sizes[c] for c in carriers)
+    return Member(name, axis, "consumer" if role == "consumer" else "producer", carrier_axis, tuple(boxes), count,
+                  dims.sizes[dim])  # fmt: skip
+
+
+# -- labels ------------------------------------------------------------------------------------------------------
+
+
+def _coupling(
+    dims: Dims, dim: int, carriers: tuple[int, ...], members: tuple[Member, ...], events: Sequence[Event],
+    refusal: Refusal | None,
+) -> Coupling:  # fmt: skip
+    actions = {e.action for e in events} | {f"{e.action} {e.detail}" for e in events}
+    kind = next((kind for action, kind in _KINDS if action in actions), "pair")
+    steps = tuple(Step(e.node.name, operator_of(e.node), f"{e.action} {e.detail}".strip(), source_of(e.node),
+                       module_of(e.node)) for e in events) if refusal is None else ()  # fmt: skip
+    layer = _layer([m.parameter for m in members])
+    return Coupling("", kind, layer, dims.sizes[dim], prod(dims.sizes[c] for c in carriers),
+                    _symmetry(kind, actions, members), members, 0, refusal, (), steps)  # fmt: skip
+
+
+def _symmetry(kind: str, actions: set[str], members: Sequence[Member]) -> Symmetry:
+    bent = actions & {"nonlinear", "multiplied"}
+    if kind == "heads" or not (bent or any(len(m.boxes) > 1 for m in members)):
+        return "permutation" if kind == "heads" else "linear"
+    if kind == "qk" and "nonlinear" not in actions and all(_width(m) % 2 == 0 for m in members):
+        return "rotary"
+    return "permutation"
+
+
+def _width(member: Member) -> int:
+    return sum(prod(n for n, _ in box.width) for box in member.boxes)
+
+
+def _layer(parameters: Sequence[str]) -> str:
+    """The innermost module that holds all parameters; without the parameter's own module where it is one module."""
+    paths = [p.split(".")[:-1] for p in parameters]
+    shared = []
+    for parts in zip(*paths, strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    return ".".join(shared)
+
+
+def _finished(found: Sequence[Found], shapes: Mapping[str, tuple[int, ...]]) -> list[Found]:
+    """Names, sizes, and which couplings contain which."""
+    used: dict[str, int] = {}
+    named = []
+    for entry in found:
+        c = entry.coupling
+        name = f"{c.layer}.{c.kind}" if c.layer else c.kind
+        used[name] = used.get(name, 0) + 1
+        name = name if used[name] == 1 else f"{name}.{used[name]}"
+        named.append(replace(entry, coupling=replace(c, name=name, parameters=_elements(c, shapes))))
+    inside: dict[int, list[str]] = {}
+    for entry in named:
+        if entry.coupling.blocked is None:
+            for carrier in entry.carriers:
+                inside.setdefault(carrier, []).append(entry.coupling.name)
+    return [
+        replace(e, coupling=replace(e.coupling, contains=tuple(inside.get(e.dim, ())))) if e.dim in inside else e
+        for e in named
+    ]
+
+
+def _elements(coupling: Coupling, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Parameter elements that the whole coupling holds."""
+    total = 0
+    for parameter in dict.fromkeys(m.parameter for m in coupling.members):
+        shape = shapes[parameter]
+        own = [m for m in coupling.members if m.parameter == parameter]
+        left = prod(shape)
+        for axis in dict.fromkeys(m.axis for m in own):
+            gone = sum(_span(m, shape) for m in own if m.axis == axis)
+            left = left // shape[axis] * (shape[axis] - gone)
+        total += prod(shape) - left
+    return total
+
+
+def _span(member: Member, shape: tuple[int, ...]) -> int:
+    per_carrier = member.units * _width(member)
+    on_axis = any(box.carriers for box in member.boxes)
+    _ = shape
+    return per_carrier * (member.carriers if on_axis else 1)
+
+
+
+
+def operator_of(node: fx.Node) -> str:
+    """The operator's qualified name, or what stands in its place."""
+    if node.op != "call_function":
+        return node.op
+    return operator_name(node.target) if hasattr(node.target, "_schema") else str(getattr(node.target, "__name__", node.target))
+
+
+def source_of(node: fx.Node) -> str:
+    """The user's own line: "file:line: code", from the graph's metadata."""
+    trace = node.meta.get("stack_trace") or ""
+    lines = [line.strip() for line in trace.strip().splitlines()]
+    for at in range(len(lines) - 1, -1, -1):
+        if lines[at].startswith("File "):
+            place = lines[at].split(", in ")[0].removeprefix("File ").replace('"', "").replace(", line ", ":")
+            code = lines[at + 1] if at + 1 < len(lines) else ""
+            return f"{place}: {code}".rstrip(": ")
+    return ""
+
+
+def module_of(node: fx.Node) -> str:
+    """The path of the module that the node was called in."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return next((str(path) for path, _ in reversed(list(stack.values()))), "")
+
+
+def values_of(flow: Flow) -> Iterator[Value]:
+    """Every tensor of the graph."""
+    for value in flow.values.values():
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, Value):
+                yield one

@@ -1,0 +1,100 @@
+"""Compresses the embedded model without retraining and says what it cost: `python -m ecospa_fx.demo`."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from tabulate import tabulate
+from torch import Tensor, nn
+
+import ecospa_fx as eco
+from ecospa_fx import demo
+from ecospa_fx.plan import Plan
+from ecospa_fx.verify import masked_error
+
+WINDOW = 512
+VALID_WINDOWS = 64
+TOLERANCE = 1e-9
+
+Result = TypeVar("Result")
+
+
+class Watch:
+    """Runs steps and remembers what each took: `seconds` by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, step: str, function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
+        begin = time.perf_counter()
+        result = function(*args, **kwargs)
+        self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - begin
+        return result
+
+
+def exactness(plan: Plan, ids: Tensor) -> float:
+    """Greatest relative difference, in float64, between the shrunk model and the dense one with masked weights."""
+    model = demo.load().double()
+    small = eco.shrink(model, plan, (ids,), {})
+    return masked_error(model, small, plan, (ids,), {})
+
+
+def size(model: nn.Module) -> int:
+    """Parameters, tied ones once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def size_in_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters, tied ones once."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def report(models: Sequence[nn.Module], perplexities: Sequence[float], error: float, watch: Watch) -> str:
+    """The closing tables."""
+    rows = [
+        ["parameters", *(f"{size(m):,}" for m in models)],
+        ["bytes", *(f"{size_in_bytes(m):,}" for m in models)],
+        ["perplexity per byte", *(f"{p:.4f}" for p in perplexities)],
+        ["bits per byte", *(f"{math.log2(p):.4f}" for p in perplexities)],
+    ]
+    figures = tabulate(rows, ["", "dense", "small"], colalign=("left", "right", "right"), disable_numparse=True)
+    seconds = ", ".join(f"{step} {spent:.1f} s" for step, spent in watch.seconds.items())
+    verdict = "exact" if error <= TOLERANCE else f"NOT EXACT, the limit is {TOLERANCE:.0e}"
+    return f"{figures}\n\nshrunk against masked in float64: {error:.1e} ({verdict})\n{seconds}\n"
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m ecospa_fx.demo", description=__doc__)
+    parser.add_argument("--ratio", type=float, default=0.3, help="share of the couplings' parameters to remove")
+    parser.add_argument("--windows", type=int, default=64, help="calibration windows, of 512 bytes each")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demonstration; 0 if the shrunk model is exact."""
+    arguments, watch = parse(argv), Watch()
+    model, (calibration, valid) = watch("load", demo.load), demo.texts()
+    pieces = demo.windows(calibration, WINDOW, arguments.windows)[:, :-1]
+    held_out = demo.windows(valid, WINDOW, VALID_WINDOWS)
+    example = pieces[:2, :64]
+
+    couplings = watch("detect", eco.detect, model, (example,), {})
+    sys.stdout.write(f"{couplings}\n\n")
+    batches: list[tuple[tuple[Tensor], dict[str, Any]]] = [((piece[None],), {}) for piece in pieces]
+    scores = watch("score", eco.score, model, couplings, batches, loss=demo.next_byte_loss, method="gate-fisher")
+    plan = watch("plan", eco.plan, couplings, ratio=arguments.ratio, scores=scores)
+    sys.stdout.write(f"{plan}\n\n")
+    small = watch("shrink", eco.shrink, model, plan, (example,), {})
+    perplexities = [watch("perplexity", demo.perplexity, m, held_out) for m in (model, small)]
+    error = watch("check", exactness, plan, example)
+    sys.stdout.write(report((model, small), perplexities, error, watch))
+    return 0 if error <= TOLERANCE else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""From a module to a graph: `torch.export`, sub-graphs inlined, parameters known by name and identity."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.utils import _pytree as pytree
+
+from ecospa_fx.errors import CaptureError
+from ecospa_fx.graph.hoist import hoist_selections
+from ecospa_fx.graph.inline import inline_regions
+from ecospa_fx.graph.program import ExportedForm
+
+
+def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, *, dynamic: bool) -> ExportedForm:
+    """Export a module, which stays untouched.
+
+    dynamic: sizes of the inputs become symbols wherever the model allows it; otherwise the graph holds for the example
+    sizes only, which is enough to find couplings and takes half the time. Raises CaptureError with torch's reason and
+    the line of the user's code.
+    """
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"{type(model).__name__} is not an nn.Module: pass the model itself")
+    if not isinstance(args, tuple | list):
+        raise CaptureError(f"args must be a tuple of positional arguments, not {type(args).__name__}: write (x,)")
+    kwargs = dict(kwargs or {})
+    args = tuple(args)
+    shapes = _dynamic_shapes(model, args, kwargs) if dynamic else None
+    try:
+        with _quiet():
+            program = torch.export.export(model, args, kwargs, strict=False, dynamic_shapes=shapes)
+    except Exception as error:
+        raise CaptureError(_failure(model, error)) from error
+    inline_regions(program.graph_module)
+    hoist_selections(program.graph_module)
+    return ExportedForm(program, model)
+
+
+def _dynamic_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Every axis of every tensor left to torch to decide."""
+
+    def axes(leaf: Any) -> Any:
+        return dict.fromkeys(range(leaf.dim()), Dim.AUTO) if isinstance(leaf, Tensor) else None
+
+    try:
+        bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        raise CaptureError(f"{type(model).__name__} does not take these arguments: {error}") from error
+    found: dict[str, Any] = pytree.tree_map(axes, dict(bound.arguments))
+    return found
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's warnings about what the user cannot change."""
+    loggers = [logging.getLogger(n) for n in ("torch.export", "torch.fx.experimental.symbolic_shapes", "torch._export")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def _failure(model: nn.Module, error: Exception) -> str:
+    """One sentence: what failed, torch's reason, the innermost line of code outside torch."""
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    frames = traceback.extract_tb(error.__traceback__)
+    outside = [f for f in frames if f"torch{_SEPARATOR}" not in f.filename and f.filename != __file__]
+    where = f" at {outside[-1].filename}:{outside[-1].lineno}: {outside[-1].line}" if outside else ""
+    return f"{type(model).__name__} cannot be exported{where}: {reason.rstrip('.')}; torch.export must trace it"
+
+
+_SEPARATOR = "/"

@@ -1,0 +1,35 @@
+"""Adding nodes to a graph with everything that later readers need: values, source lines, module paths."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch._guards import detect_fake_mode
+from torch.utils import _pytree as pytree
+
+_INHERITED = ("nn_module_stack", "stack_trace", "torch_fn", "source_fn_stack", "custom")
+
+
+def insert(graph: fx.Graph, target: Any, args: tuple[Any, ...], like: fx.Node, kwargs: dict[str, Any] | None = None) -> fx.Node:
+    """A call at the graph's insertion point that belongs where `like` belongs, with its value propagated."""
+    node = inherit(graph.call_function(target, args, kwargs or {}), like)
+    node.meta["val"] = evaluate(node)
+    return node
+
+
+def inherit(node: fx.Node, like: fx.Node) -> fx.Node:
+    """Let a new node belong to the module and source line of another."""
+    node.meta = {key: like.meta[key] for key in _INHERITED if key in like.meta}
+    return node
+
+
+def evaluate(node: fx.Node) -> Any:
+    """The fake value of a call from those of its arguments."""
+    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
+    mode = detect_fake_mode([a for a in pytree.tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)])
+    if mode is None:
+        return node.target(*args, **kwargs)  # type: ignore[operator]  # a call_function's target is callable
+    with mode:
+        return node.target(*args, **kwargs)  # type: ignore[operator]  # as above

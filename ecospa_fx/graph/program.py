@@ -1,0 +1,189 @@
+"""What a pass works on: a graph, its parameters by name, and how to change both.
+
+Two forms: an exported program, whose parameters are placeholders, and a graph module, whose parameters are attributes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._guards import detect_fake_mode
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
+
+from ecospa_fx.axes.flow import Sizes
+from ecospa_fx.errors import CaptureError
+
+
+class Program(ABC):
+    """A graph whose parameters can be replaced.
+
+    parameters: node to the first name of the parameter, so that tied parameters are one; shapes: by that name.
+    """
+
+    graph: fx.Graph
+    parameters: Mapping[fx.Node, str]
+    shapes: Mapping[str, tuple[int, ...]]
+    sizes: Sizes
+
+    @abstractmethod
+    def tensor(self, name: str) -> Tensor:
+        """The parameter of a name."""
+
+    @abstractmethod
+    def replace_parameter(self, name: str, tensor: Tensor) -> None:
+        """Give a parameter new values of another shape, wherever it is used."""
+
+    @abstractmethod
+    def add_buffer(self, module: str, tensor: Tensor, like: fx.Node) -> fx.Node:
+        """A node for a new constant that belongs to a module and moves with it."""
+
+
+class ExportedForm(Program):
+    """An exported program, changed in place; the caller's module is not."""
+
+    def __init__(self, exported: ExportedProgram, model: nn.Module) -> None:
+        self.exported = exported
+        self.graph = exported.graph_module.graph
+        self.sizes = concrete_sizes()
+        named = dict(model.named_parameters(remove_duplicate=False))
+        first = {id(p): name for name, p in reversed(list(model.named_parameters()))}
+        inputs = exported.graph_signature.inputs_to_parameters
+        placeholders = {n.name: n for n in self.graph.nodes if n.op == "placeholder"}
+        self.parameters = {
+            placeholders[node]: first[id(named[target])] for node, target in inputs.items() if target in named
+        }
+        self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        self.values: dict[str, nn.Parameter] = dict(model.named_parameters())
+        self.buffers: dict[str, Tensor] = {}
+
+    def tensor(self, name: str) -> Tensor:
+        return self.values[name]
+
+    def replace_parameter(self, name: str, tensor: Tensor) -> None:
+        self.values[name] = nn.Parameter(tensor, requires_grad=self.values[name].requires_grad)
+        for node, own in self.parameters.items():
+            if own == name:
+                node.meta["val"] = _fake_like(node.meta["val"], tensor)
+
+    def add_buffer(self, module: str, tensor: Tensor, like: fx.Node) -> fx.Node:
+        target = ".".join(filter(None, [module, f"kept_positions_{len(self.buffers)}"]))
+        first = next(n for n in self.graph.nodes if n.op == "placeholder")
+        with self.graph.inserting_before(first):
+            node = self.graph.placeholder("b_" + target.replace(".", "_"))
+        node.meta["val"] = _fake_like(_any_fake(self.graph), tensor)
+        spec = InputSpec(InputKind.BUFFER, TensorArgument(name=node.name), target, persistent=False)
+        self.exported.graph_signature.input_specs.insert(0, spec)
+        self.exported.constants[target] = tensor.to(like_device(self))
+        self.buffers[target] = tensor
+        return node
+
+
+def like_device(program: ExportedForm) -> torch.device:
+    """The device that the parameters are on."""
+    return next((p.device for p in program.values.values()), torch.device("cpu"))
+
+
+def _any_fake(graph: fx.Graph) -> Tensor:
+    return next(n.meta["val"] for n in graph.nodes if isinstance(n.meta.get("val"), Tensor))
+
+
+def _fake_like(value: Tensor, tensor: Tensor) -> Tensor:
+    """A fake tensor of the mode and device of `value` and the shape and type of `tensor`."""
+    mode = detect_fake_mode([value])
+    if mode is None:
+        return tensor
+    with mode:
+        return torch.empty(tuple(tensor.shape), dtype=tensor.dtype, device=value.device)
+
+
+class AttributeForm(Program):
+    """A graph module whose parameters are attributes, changed in place."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        self.module, self.graph, self.sizes = module, module.graph, concrete_sizes()
+        first = {id(p): name for name, p in reversed(list(module.named_parameters()))}
+        self.parameters = {}
+        for node in self.graph.nodes:
+            if node.op == "call_module" and node.users:
+                raise CaptureError(
+                    f"node {node.name} calls module {node.target!r}: trace it with torch.export, or use ecospa_fx.shrink"
+                )
+            if node.op == "get_attr":
+                held = _attribute(module, str(node.target))
+                node.meta.setdefault("val", held)
+                if isinstance(held, nn.Parameter):
+                    self.parameters[node] = first[id(held)]
+            elif node.op == "call_function" and "val" not in node.meta:
+                raise CaptureError(f"node {node.name} has no example value in meta['val']: trace it with torch.export")
+        self.shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
+
+    def tensor(self, name: str) -> Tensor:
+        return self.module.get_parameter(name)
+
+    def replace_parameter(self, name: str, tensor: Tensor) -> None:
+        old = self.module.get_parameter(name)
+        new = nn.Parameter(tensor, requires_grad=old.requires_grad)
+        for owner in self.module.modules():
+            for attribute, held in list(owner._parameters.items()):
+                if held is old:
+                    owner._parameters[attribute] = new
+        for node, own in self.parameters.items():
+            if own == name:
+                node.meta["val"] = _fake_like(_any_fake(self.graph), new)
+
+    def add_buffer(self, module: str, tensor: Tensor, like: fx.Node) -> fx.Node:
+        target = f"kept_positions_{sum(n.startswith('kept_positions_') for n, _ in self.module.named_buffers())}"
+        self.module.register_buffer(target, tensor.to(_any_fake(self.graph).device), persistent=False)
+        with self.graph.inserting_before(next(iter(self.graph.nodes))):
+            node = self.graph.get_attr(target)
+        node.meta["val"] = _fake_like(_any_fake(self.graph), tensor)
+        return node
+
+
+def program_of(module: fx.GraphModule) -> Program:
+    """The program form of a graph module."""
+    return AttributeForm(module)
+
+
+def _attribute(module: nn.Module, path: str) -> Any:
+    held: Any = module
+    for part in path.split("."):
+        held = getattr(held, part)
+    return held
+
+
+def concrete_sizes() -> Sizes:
+    """Sizes as numbers: a symbol counts as in the example inputs, a data-dependent one as a large prime."""
+    unknown: dict[str, int] = {}
+
+    def size(value: Any) -> int:
+        if isinstance(value, int):
+            return value
+        node = value.node
+        if node.has_hint():
+            return int(node.hint)
+        symbols = sorted(node.expr.free_symbols, key=str)
+        hints = getattr(node.shape_env, "backed_var_to_val", None) or getattr(node.shape_env, "var_to_val", {})
+        values = {}
+        for symbol in symbols:
+            hint = hints.get(symbol)
+            values[symbol] = hint if hint is not None else unknown.setdefault(str(symbol), _prime(len(unknown)))
+        return int(node.expr.subs(values))
+
+    return size
+
+
+def _prime(index: int) -> int:
+    """Primes far from any width, one per unknown size."""
+    candidate, found = 1_000_003, -1
+    while True:
+        if all(candidate % d for d in range(3, 1001, 2)):
+            found += 1
+            if found == index:
+                return candidate
+        candidate += 2

@@ -1,0 +1,295 @@
+"""Remove what a plan removes: parameters are sliced, literal sizes follow, stored operands are gathered.
+
+Exact: the result equals the graph with every parameter multiplied by its mask.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import gcd
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ecospa_fx.axes.call import Gather, Value
+from ecospa_fx.axes.flow import Flow, flow, named_arguments, operator_name
+from ecospa_fx.axes.kept import Choice, Kept, take
+from ecospa_fx.axes.resize import Resize, find_resize
+from ecospa_fx.coupling.couplings import Member
+from ecospa_fx.coupling.find import Found, find_couplings
+from ecospa_fx.errors import PlanError
+from ecospa_fx.graph.edit import evaluate, inherit
+from ecospa_fx.graph.passes import PassResult
+from ecospa_fx.graph.program import Program, program_of
+from ecospa_fx.plan import Plan, Selection
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, slots=True)
+class ShrinkCouplings:
+    """The pass: ``ShrinkCouplings(plan).run(graph_module)``.
+
+    Takes a graph of ``torch.ops`` calls whose parameters are attributes, as ``torch.export.export(…).module()`` gives,
+    with example values in ``node.meta["val"]``. Changes the graph module in place and returns it.
+    Raises PlanError where the plan was made for another model.
+    """
+
+    plan: Plan
+    name: str = "shrink-couplings"
+
+    def run(self, graph_module: fx.GraphModule) -> PassResult:
+        """Shrink a graph module in place."""
+        program = program_of(graph_module)
+        changes = shrink_program(program, self.plan)
+        graph_module.recompile()
+        return PassResult(graph_module, changes)
+
+
+def shrink_program(program: Program, plan: Plan) -> int:
+    """Shrink a program in place. Returns how many parameters and nodes changed."""
+    walked = flow(program.graph, program.parameters, program.shapes, program.sizes)
+    kept = Kept(walked.dims, _choices(plan, find_couplings(walked, program.shapes), walked))
+    if not kept.choices:
+        return 0
+    cut = _cut_parameters(program, walked, kept)
+    changes = len(cut)
+    gathers = _Gathers(program, kept)
+    for gather in walked.record.gathers:
+        changes += gathers.insert(gather)
+    for node in list(program.graph.nodes):
+        if node in walked.values and node.op == "call_function":
+            changes += _resize(program, walked, kept, node)
+    _propagate(program, walked, kept, cut)
+    program.graph.lint()
+    return changes
+
+
+# -- plan to choices ---------------------------------------------------------------------------------------------
+
+
+def _key(members: Sequence[Member]) -> frozenset[Any]:
+    return frozenset((m.parameter, m.axis, m.carrier_axis, m.carriers, m.units, frozenset(m.boxes)) for m in members)
+
+
+def _choices(plan: Plan, found: Sequence[Found], walked: Flow) -> dict[int, Choice]:
+    """Per dim what a plan keeps; couplings are recognised by their members."""
+    known = {_key(f.coupling.members): f for f in found}
+    choices = {}
+    for selection in plan:
+        entry = known.get(_key(selection.members))
+        if entry is None or entry.coupling.blocked is not None:
+            why = entry.coupling.blocked.message if entry is not None and entry.coupling.blocked else "it is not there"
+            raise PlanError(
+                f"coupling {selection.name!r} of the plan cannot be shrunk in this graph: {why}; "
+                "detect and plan again on this model and these inputs"
+            )
+        sizes = [walked.dims.sizes[c] for c in entry.carriers]
+        choices[entry.dim] = Choice(entry.carriers, _keep(selection).view(*sizes, selection.size))
+    return choices
+
+
+def _keep(selection: Selection) -> Tensor:
+    return ~selection.removed
+
+
+# -- parameters --------------------------------------------------------------------------------------------------
+
+
+def _cut_parameters(program: Program, walked: Flow, kept: Kept) -> set[str]:
+    cut = set()
+    for name, value in walked.parameters.items():
+        if any(kept.changed(axis) for axis in value.axes):
+            with torch.no_grad():
+                program.replace_parameter(name, take(program.tensor(name), kept, value.axes))
+            cut.add(name)
+    return cut
+
+
+# -- stored operands ---------------------------------------------------------------------------------------------
+
+
+class _Gathers:
+    """Reduces stored operands where they are used; equal reductions of one operand are made once."""
+
+    def __init__(self, program: Program, kept: Kept) -> None:
+        self.program, self.kept = program, kept
+        self.made: dict[Any, fx.Node] = {}
+        self.constants: dict[Any, fx.Node] = {}
+
+    def insert(self, gather: Gather) -> int:
+        """Reduce one operand before its user; 0 where nothing of it goes."""
+        if not self.kept.changed(gather.target[gather.target_axis]):
+            return 0
+        source = gather.operand.node
+        mask = self.kept.mask(gather.target, gather.target_axis)
+        places = self.kept.carrier_axis(gather.target, gather.target_axis)
+        lead = len(gather.target) - len(gather.operand.axes)
+        if places is not None and (bool((mask == mask[:1]).all()) or places < lead and False):
+            places, mask = None, mask[:1]
+        if places is not None:
+            mask = mask[self.kept.mask(gather.target, places)[0]]
+        key = (source, self._module(gather.user), gather.operand_axis, places, lead, mask.numpy().tobytes())
+        if key not in self.made or not self._before(self.made[key], gather.user):
+            with self.program.graph.inserting_before(gather.user):
+                self.made[key] = self._reduce(gather, mask, places, lead)
+        gather.user.replace_input_with(source, self.made[key])
+        return 1
+
+    @staticmethod
+    def _module(node: fx.Node) -> str:
+        stack = node.meta.get("nn_module_stack") or {}
+        return next((str(path) for path, _ in reversed(list(stack.values()))), "")
+
+    @staticmethod
+    def _before(first: fx.Node, second: fx.Node) -> bool:
+        return first < second
+
+    def _reduce(self, gather: Gather, mask: Tensor, places: int | None, lead: int) -> fx.Node:
+        rank, axis, source, user = len(gather.operand.axes), gather.operand_axis, gather.operand.node, gather.user
+        if places is None:
+            return self._select(source, axis, mask[0], gather)
+        positions = mask.nonzero()[:, 1].reshape(len(mask), -1)
+        other = places - lead
+        if other >= 0 and gather.operand.axes[other].size > 1:
+            view = [1] * rank
+            view[other], view[axis] = positions.shape
+            index = self._constant((positions if other < axis else positions.T).reshape(view), user)
+            return self._call(aten.take_along_dim.default, (source, index, axis), user)
+        flat = self._constant(positions.flatten(), user)
+        node = self._call(aten.index_select.default, (source, axis, flat), user)
+        node = self._call(aten.unflatten.int, (node, axis, list(positions.shape)), user)
+        if other < 0:
+            for _ in range(-other - 1):
+                node = self._call(aten.unsqueeze.default, (node, 0), user)
+                axis += 1
+            return self._call(aten.movedim.int, (node, axis, 0), user)
+        node = self._call(aten.movedim.int, (node, axis, other), user)
+        return self._call(aten.squeeze.dim, (node, other + 1 if other < axis else other - 1), user)
+
+    def _select(self, source: fx.Node, axis: int, mask: Tensor, gather: Gather) -> fx.Node:
+        """One choice for all: a slice where it is contiguous. A leading symbolic size stays outside the choice."""
+        value = source.meta["val"]
+        size, user = value.shape[axis], gather.user
+        if not isinstance(size, int):
+            return self._select_inside(source, axis, mask, gather)
+        kept = mask.nonzero().flatten()
+        first, last = int(kept[0]), int(kept[-1]) + 1
+        if last - first == len(kept):
+            return self._call(aten.slice.Tensor, (source, axis, first, last), user)
+        return self._call(aten.index_select.default, (source, axis, self._constant(kept, user)), user)
+
+    def _select_inside(self, source: fx.Node, axis: int, mask: Tensor, gather: Gather) -> fx.Node:
+        target = self.kept.dims.resolve(gather.target[gather.target_axis])
+        cut = [p for p in target.pieces for d, s in p.dims if d in self.kept.choices]
+        inner = max((self.kept.dims.sizes[d] * s for p in cut for d, s in p.dims if d in self.kept.choices), default=0)
+        if len(target.pieces) != 1 or inner == 0 or mask.numel() % inner:
+            raise PlanError(f"node {gather.user.name} combines a cut axis with a symbolic one in several parts")
+        rows = mask.view(-1, inner)
+        user = gather.user
+        node = self._call(aten.unflatten.int, (source, axis, [-1, inner]), user)
+        index = self._constant(rows[0].nonzero().flatten(), user)
+        node = self._call(aten.index_select.default, (node, axis + 1, index), user)
+        return self._call(aten.flatten.using_ints, (node, axis, axis + 1), user)
+
+    def _constant(self, tensor: Tensor, user: fx.Node) -> fx.Node:
+        key = (self._module(user), tuple(tensor.shape), tensor.numpy().tobytes())
+        if key not in self.constants:
+            self.constants[key] = self.program.add_buffer(self._module(user), tensor.contiguous(), user)
+        return self.constants[key]
+
+    def _call(self, target: Any, args: tuple[Any, ...], user: fx.Node) -> fx.Node:
+        return inherit(self.program.graph.call_function(target, args), user)
+
+
+# -- literal sizes -----------------------------------------------------------------------------------------------
+
+
+def _several(value: Any) -> list[Value]:
+    return [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, Value)]
+
+
+def _resize(program: Program, walked: Flow, kept: Kept, node: fx.Node) -> int:
+    """Apply the operator's resize rule. Returns 1 where an argument changed."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return 0
+    name = operator_name(node.target)
+    rule = find_resize(name)
+    if rule is None:
+        return 0
+    inputs = [v for n in _tensor_arguments(node) for v in _several(walked.values.get(n))]
+    outputs = _several(walked.values[node])
+    if not any(kept.changed(axis) for v in [*inputs, *outputs] for axis in v.axes):
+        return 0
+
+    def scale(size: Any, old: int, new: int) -> Any:
+        common = gcd(old, new)
+        with program.graph.inserting_before(node):
+            part = inherit(program.graph.call_function(operator.floordiv, (size, old // common)), node)
+            return inherit(program.graph.call_function(operator.mul, (part, new // common)), node)
+
+    resize = Resize(node, name, named_arguments(node), (inputs, outputs), kept, scale)
+    rule(resize)
+    return _edited(node, resize)
+
+
+def _tensor_arguments(node: fx.Node) -> Iterator[fx.Node]:
+    for argument in named_arguments(node).values():
+        for one in argument if isinstance(argument, list | tuple) else [argument]:
+            if isinstance(one, fx.Node):
+                yield one
+
+
+def _edited(node: fx.Node, resize: Resize) -> int:
+    if resize.replacement is not None:
+        qualified, arguments = resize.replacement
+        namespace, name = qualified.split(".")
+        node.target = getattr(getattr(torch.ops, namespace), name).default
+        node.args, node.kwargs = arguments, {}
+        return 1
+    if not resize.edits:
+        return 0
+    target: Any = node.target
+    names = [a.name for a in target._schema.arguments]
+    args, kwargs = list(node.args), dict(node.kwargs)
+    for name, value in resize.edits.items():
+        at = names.index(name)
+        if at < len(args):
+            args[at] = value
+        else:
+            kwargs[name] = value
+    node.args, node.kwargs = tuple(args), kwargs
+    return 1
+
+
+# -- values ------------------------------------------------------------------------------------------------------
+
+
+def _propagate(program: Program, walked: Flow, kept: Kept, cut: set[str]) -> None:
+    """New example values for every node that a change reaches, checked against what the axes predict."""
+    stale = {node for node, name in program.parameters.items() if name in cut}
+    for node in program.graph.nodes:
+        known = walked.values.get(node)
+        touched = "val" not in node.meta or any(n in stale for n in node.all_input_nodes)
+        touched = touched or any(kept.changed(axis) for v in _several(known) for axis in v.axes)
+        if node.op != "call_function" or not touched:
+            continue
+        stale.add(node)
+        try:
+            node.meta["val"] = evaluate(node)
+        except Exception as error:
+            raise PlanError(f"the smaller graph does not compute at node {node.name} ({node.target}): {error}") from error
+        _check(program, walked, kept, node)
+
+
+def _check(program: Program, walked: Flow, kept: Kept, node: fx.Node) -> None:
+    found = node.meta["val"]
+    tensors = [t for t in (found if isinstance(found, list | tuple) else [found]) if isinstance(t, Tensor)]
+    for tensor, value in zip(tensors, _several(walked.values.get(node)), strict=False):
+        shape = [program.sizes(s) for s in tensor.shape]
+        want = [kept.count(axis) if kept.changed(axis) else size for axis, size in zip(value.axes, shape, strict=True)]
+        if shape != want:
+            raise PlanError(f"the smaller graph has shape {shape} at node {node.name} where {want} was expected")
