@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM
 
 from ecospa_fx.budget.allocate import plan
 from ecospa_fx.coupling.couplings import Couplings
-from ecospa_fx.importance.score import score
+from ecospa_fx.importance.score import Batch, score
 from ecospa_fx.importance.scores import Scores
 from ecospa_fx.plan import Plan
 
@@ -68,7 +68,7 @@ def next_token_loss(output: Any, args: Sequence[Any], kwargs: Any) -> Tensor:
 def perplexity(model: nn.Module, windows: Tensor) -> float:
     """exp of the mean next-token cross-entropy over [n, 513] token ids."""
     total = 0.0
-    for window in windows.split(4):
+    for window in torch.split(windows, 4):
         logits = model(window[:, :-1]).logits
         total += cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten(), reduction="sum").item()
     return math.exp(total / (windows.shape[0] * WINDOW))
@@ -94,7 +94,7 @@ def masked(model: nn.Module, plan: Plan) -> Iterator[None]:
 def scored(model: nn.Module, couplings: Couplings, windows: Tensor, method: str) -> tuple[Scores, float]:
     """The scores of one method and the seconds they took."""
     begin = time.perf_counter()
-    batches = [((window[None, :WINDOW],), {}) for window in windows]
+    batches: list[Batch] = [((window[None, :WINDOW],), {}) for window in windows]
     return score(model, couplings, batches, loss=next_token_loss, method=method), time.perf_counter() - begin
 
 

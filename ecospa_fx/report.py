@@ -104,7 +104,7 @@ def _fold(rows: list[_Row]) -> list[_Row]:
             else:
                 folded[-1] = joined
         rows = folded
-    return rows
+    return sorted(rows, key=lambda row: row.ranges)
 
 
 def _cells(row: _Row) -> list[str]:
@@ -132,8 +132,8 @@ def explain(coupling: Coupling) -> str:
     """
     c = coupling
     parts = [
-        f"{c.name}: {c.kind} of {c.layer or 'the root'}, {c.size:,} units × {c.carriers:,} carriers, "
-        f"symmetry {c.symmetry}, {c.parameters:,} parameters"
+        f"{c.name}: {c.kind} of {c.layer or 'the root'}, {_counted(c.size, 'unit')} × "
+        f"{_counted(c.carriers, 'carrier')}, symmetry {c.symmetry}, {c.parameters:,} parameters"
     ]
     if c.blocked is not None:
         parts.append(_refusal(c.blocked))
@@ -146,6 +146,10 @@ def explain(coupling: Coupling) -> str:
     if c.contains:
         parts.append("contains\n" + _indented("\n".join(c.contains), 2))
     return "\n".join(parts)
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def _refusal(refusal: Refusal) -> str:

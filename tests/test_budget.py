@@ -166,6 +166,25 @@ def test_the_least_score_per_parameter_goes_first() -> None:
     assert all(s.kept == s.size for s in made if s.name != "layers.1.ffn:ffn")
 
 
+def test_scores_are_weighed_by_what_they_free() -> None:
+    """A unit of V–O scores more than an FFN neuron and frees twice as much: it goes first."""
+    values = {c.name: torch.full((c.carriers, c.size), 1000.0, dtype=torch.float64) for c in DIMS.offered}
+    values["layers.0.ffn:ffn"].fill_(30)
+    values["layers.0.attention:vo"].fill_(20)
+    made = plan(DIMS, 50 / sum(c.parameters for c in DIMS.offered), Scores("mine", values))
+    assert {s.name for s in made if s.kept < s.size} == {"layers.0.attention:vo"}
+
+
+def test_the_reachable_ratio_is_told_rounded_down() -> None:
+    with torch.device("meta"):
+        model = nn.Linear(1, 30_000, bias=False)
+    wide = coupling(":ffn", [member("weight", 0, "producer", [box()], 1, 30_000)], 30_000)
+    couplings = Couplings([wide], model)
+    with pytest.raises(PlanError, match=r" leave at most 0\.6666 of the couplings' parameters to remove"):
+        plan(couplings, 0.6667, "random", floor=1 / 3)
+    assert plan(couplings, 0.6666, "random", floor=1 / 3)[":ffn"].kept == 10_002
+
+
 def test_carriers_choose_their_own_units() -> None:
     values = {c.name: torch.full((c.carriers, c.size), 100.0, dtype=torch.float64) for c in DIMS.offered}
     values["layers.0.attention:vo"] = torch.tensor([[0.0, 9, 9, 1], [9, 0, 1, 9]], dtype=torch.float64)

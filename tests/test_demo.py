@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import re
 from importlib.resources import files
 
 import pytest
@@ -9,6 +11,8 @@ import torch
 from torch.export import Dim, export
 
 from ecospa_fx import demo
+
+command = importlib.import_module("ecospa_fx.demo.__main__")
 
 PACKAGE_LIMIT = 4_000_000
 DENSE_PERPLEXITY = 2.90
@@ -112,3 +116,22 @@ def test_windows_are_disjoint_and_spread() -> None:
 def test_too_many_windows_are_refused() -> None:
     with pytest.raises(ValueError, match=r"11 windows of 9 \+ 1 bytes do not fit into a text of 100 bytes"):
         demo.windows("x" * 100, 9, 11)
+
+
+@pytest.mark.parametrize(("error", "status", "verdict"), [(None, 0, "(exact)"), (1e-6, 1, "NOT EXACT")])
+def test_the_demonstration(
+    error: float | None,
+    status: int,
+    verdict: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(command, "VALID_WINDOWS", 4)
+    if error is not None:
+        monkeypatch.setattr(command, "exactness", lambda plan, ids: error)
+    assert command.main(["--windows", "4", "--ratio", "0.25"]) == status
+    printed = capsys.readouterr().out
+    assert verdict in printed
+    dense, small = re.findall(r"^parameters +([\d,]+) +([\d,]+)$", printed, re.MULTILINE)[0]
+    assert int(small.replace(",", "")) < 0.8 * int(dense.replace(",", ""))
+    assert "blocked because" in printed

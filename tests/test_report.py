@@ -36,7 +36,7 @@ def test_the_table_of_a_model() -> None:
     assert str(COUPLINGS).splitlines() == [
         "layer                    kind       units × carriers  symmetry       parameters  blocked because",
         "-----------------------  -------  ------------------  -----------  ------------  "
-        "--------------------------------------",
+        "-------------------------------------",
         "layers.{0..2}.attention  qk                    2 × 2  rotary            3 × 216",
         "layers.{0..2}.attention  vo                    4 × 2  linear            3 × 200",
         "layers.{0..2}.attention  heads                 2 × 1  permutation       3 × 416",
@@ -107,7 +107,7 @@ def test_no_coupling_at_all() -> None:
 
 def test_explains_an_offer_node_by_node() -> None:
     assert explain(ffn_coupling("layers.0")).splitlines() == [
-        "layers.0.ffn:ffn: ffn of layers.0.ffn, 12 units × 1 carriers, symmetry permutation, 312 parameters",
+        "layers.0.ffn:ffn: ffn of layers.0.ffn, 12 units × 1 carrier, symmetry permutation, 312 parameters",
         "path",
         "   1. linear_4: aten.linear.default creates in layers.0.ffn.fused",
         "       gate, up = self.fused(x).chunk(2, -1)",
@@ -139,7 +139,7 @@ def test_explains_carriers_widths_and_contents() -> None:
 
 def test_explains_a_refusal() -> None:
     assert explain(COUPLINGS[":hidden"]).splitlines() == [
-        ":hidden: hidden of the root, 8 units × 1 carriers, symmetry permutation, 88 parameters",
+        ":hidden: hidden of the root, 8 units × 1 carrier, symmetry permutation, 88 parameters",
         "blocked: layer_norm takes statistics over this dim, so dropping an element changes the others",
         "  by aten.layer_norm.default at layer_norm",
         "    x = x + self.attention(self.norm(x))",

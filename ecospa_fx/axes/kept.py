@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -95,6 +95,12 @@ class Kept:
     def rank(self, axes: Sequence[Axis], index: int, position: int) -> int:
         """How many positions before `position` stay, the same along every carrier."""
         return int(self.mask(axes, index)[0, :position].sum())
+
+    def ranks(self, axes: Sequence[Axis], index: int, positions: Iterable[int]) -> list[int]:
+        """Where those of some positions that stay end up, along the first carrier."""
+        mask = self.mask(axes, index)[0]
+        after = mask.cumsum(0) - 1
+        return [int(after[p]) for p in positions if mask[p]]
 
 
 def take(tensor: Tensor, kept: Kept, axes: Sequence[Axis]) -> Tensor:

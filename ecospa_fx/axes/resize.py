@@ -6,6 +6,7 @@ Most operators carry no sizes and need nothing. A resize rule edits the argument
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 from ecospa_fx.axes.algebra import Axis
@@ -137,20 +138,15 @@ class Resize:
         axis = self.axis(dim)
         if not self.changed(0, axis):
             return
-        source, size = self.inputs[0], self.inputs[0].axes[axis].size
+        size = self.inputs[0].axes[axis].size
         by = self.arguments.get(step) or 1
         begin, end, _ = slice(self.arguments.get(start), self.arguments.get(stop), by).indices(size)
         if by == 1:
             self.edits[start] = self.rank_of(0, axis, begin)
             self.edits[stop] = self.rank_of(0, axis, end)
             return
-        self._strided(axis, begin, source, size)
-
-    def _strided(self, axis: int, begin: int, source: Value, size: int) -> None:
-        """A slice with a step: the same among the kept positions, as rows of equal length lose equally many."""
-        first = self.rank_of(0, axis, begin)
-        count = self.size(self.output, axis)
-        total = self.kept.count(source.axes[axis])
-        by = total // max(count, 1)
-        self.edits.update({"start": first, "end": min(total, first + count * by), "step": max(by, 1)})
-        _ = size
+        ranks = self.kept.ranks(self.inputs[0].axes, axis, range(begin, end, by))
+        spacing = {b - a for a, b in pairwise(ranks)} or {1}
+        if len(spacing) > 1:
+            raise ValueError(f"kept positions of {self.node.name} are not evenly spaced")
+        self.edits.update({start: ranks[0], stop: ranks[-1] + 1, step: spacing.pop()})

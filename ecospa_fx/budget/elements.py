@@ -29,19 +29,18 @@ def keep_factors(shapes: Shapes, removals: Iterable[Removal]) -> dict[str, Facto
     """The factors of every parameter that loses elements; True where positions stay."""
     found: dict[str, Factors] = {}
     for members, removed in removals:
-        if not removed.any():
+        gone = removed.flatten().nonzero().flatten()
+        if not len(gone):
             continue
-        carriers = removed.nonzero()[:, 0]
         for member in members:
-            positions = member.indices[removed]
+            shape, positions = shapes[member.parameter], member.indices.flatten(0, 1).index_select(0, gone)
             axes = (member.axis,) if member.carrier_axis is None else (member.carrier_axis, member.axis)
+            if member.carrier_axis is not None:
+                positions = positions + (gone // member.units)[:, None] * shape[member.axis]
             factors = found.setdefault(member.parameter, {})
             if axes not in factors:
-                factors[axes] = torch.ones([shapes[member.parameter][a] for a in axes], dtype=torch.bool)
-            if member.carrier_axis is None:
-                factors[axes][positions.flatten()] = False
-            else:
-                factors[axes][carriers[:, None].expand_as(positions), positions] = False
+                factors[axes] = torch.ones([shape[a] for a in axes], dtype=torch.bool)
+            factors[axes].view(-1).index_fill_(0, positions.flatten(), False)
     return found
 
 

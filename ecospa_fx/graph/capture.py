@@ -46,10 +46,15 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | N
 
 
 def _dynamic_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Every axis of every tensor left to torch to decide."""
+    """Every axis of every tensor left to torch to decide; of a model of images alone, the batch only.
+
+    Symbolic heights and widths make torch prove divisibility window by window, which takes minutes.
+    """
+    tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    images = all(t.dim() > 3 for t in tensors)
 
     def axes(leaf: Any) -> Any:
-        return dict.fromkeys(range(leaf.dim()), Dim.AUTO) if isinstance(leaf, Tensor) else None
+        return dict.fromkeys(range(1 if images else leaf.dim()), Dim.AUTO) if isinstance(leaf, Tensor) else None
 
     try:
         bound = inspect.signature(model.forward).bind(*args, **kwargs)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch.utils import _pytree as pytree
 
@@ -28,8 +29,16 @@ def inherit(node: fx.Node, like: fx.Node) -> fx.Node:
 def evaluate(node: fx.Node) -> Any:
     """The fake value of a call from those of its arguments."""
     args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
+    function: Any = node.target
     mode = detect_fake_mode([a for a in pytree.tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)])
+    mode = mode or fake_mode(node.graph)
     if mode is None:
-        return node.target(*args, **kwargs)  # type: ignore[operator]  # a call_function's target is callable
-    with mode:
-        return node.target(*args, **kwargs)  # type: ignore[operator]  # as above
+        return function(*args, **kwargs)
+    with mode, enable_python_dispatcher():
+        return function(*args, **kwargs)
+
+
+def fake_mode(graph: fx.Graph) -> Any:
+    """The mode that the example values of a graph live in; None for real ones."""
+    first = next((n.meta["val"] for n in graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)), None)
+    return detect_fake_mode([first]) if first is not None else None
