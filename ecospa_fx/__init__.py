@@ -1,5 +1,6 @@
 """Structured compression of any transformer: coupled weight pairs found by dataflow analysis, removed exactly."""
 
+from ecospa_fx.api import compress as compress
 from ecospa_fx.api import detect as detect
 from ecospa_fx.api import shrink as shrink
 from ecospa_fx.axes.registry import axis_rule as axis_rule

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 from torch import nn
 
 from ecospa_fx.axes.flow import flow
+from ecospa_fx.budget.allocate import plan as make_plan
 from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.coupling.find import find_couplings
 from ecospa_fx.graph.capture import capture
 from ecospa_fx.graph.restore import restore
+from ecospa_fx.importance.score import Batch, Loss, score
+from ecospa_fx.importance.scores import Scores
 from ecospa_fx.plan import Plan
 
 
@@ -54,3 +57,36 @@ def shrink(model: nn.Module, plan: Plan, args: Sequence[Any] = (), kwargs: Mappi
     program = capture(model, args, kwargs, dynamic=True)
     shrink_program(program, plan)
     return restore(program, model)
+
+
+def compress(
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    ratio: float,
+    batches: Iterable[Batch] = (),
+    loss: Loss | None = None,
+    method: str = "gate-fisher",
+    round_to: int = 1,
+    progress: bool = False,
+) -> nn.Module:
+    """Detect, score, plan and shrink in one call, with the defaults that cost least quality.
+
+    ratio: share of the couplings' parameters to remove; batches: calibration data as (args, kwargs), one sequence each;
+    loss: (output, args, kwargs) to a scalar. method="magnitude" needs neither. The model stays untouched; see `shrink`
+    for what is shared. Raises what `detect`, `score`, `plan` and `shrink` raise.
+
+    Example:
+        >>> import torch, ecospa_fx as eco
+        >>> mlp = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.GELU(), torch.nn.Linear(32, 8))
+        >>> data = [((torch.randn(1, 8),), {}) for _ in range(4)]
+        >>> small = eco.compress(mlp, *data[0], ratio=0.5, batches=data, loss=lambda y, args, kwargs: y.square().mean())
+        >>> sum(p.numel() for p in small.parameters())
+        280
+    """
+    couplings = detect(model, args, kwargs)
+    scores: Scores | Literal["magnitude"] = "magnitude"
+    if method != "magnitude":
+        scores = score(model, couplings, batches, loss=loss, method=method, progress=progress)
+    return shrink(model, make_plan(couplings, ratio, scores, round_to=round_to), args, kwargs)
