@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from importlib.resources import files
 
@@ -11,8 +10,7 @@ import torch
 from torch.export import Dim, export
 
 from ecospa_fx import demo
-
-command = importlib.import_module("ecospa_fx.demo.__main__")
+from ecospa_fx.demo import __main__ as command
 
 PACKAGE_LIMIT = 4_000_000
 DENSE_PERPLEXITY = 2.90

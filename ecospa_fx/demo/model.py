@@ -120,7 +120,13 @@ class ByteLM(nn.Module):
 
 
 def load() -> ByteLM:
-    """The trained model, float32 on the CPU, in eval mode."""
+    """The trained model, float32 on the CPU, in eval mode.
+
+    Example:
+        >>> from ecospa_fx import demo
+        >>> demo.load()(demo.encode("Once upon a time")[None]).shape
+        torch.Size([1, 16, 256])
+    """
     with as_file(files("ecospa_fx.demo") / "weights.pt") as path:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     model = ByteLM()

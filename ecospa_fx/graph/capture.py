@@ -11,11 +11,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.export import Dim
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from ecospa_fx.errors import CaptureError
+from ecospa_fx.graph.constant_index import slice_constant_indices
 from ecospa_fx.graph.hoist import hoist_selections
 from ecospa_fx.graph.inline import inline_regions
 from ecospa_fx.graph.program import ExportedForm
@@ -41,8 +42,17 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | N
     except Exception as error:
         raise CaptureError(_failure(model, error)) from error
     inline_regions(program.graph_module)
+    slice_constant_indices(program.graph_module, _constants(program))
     hoist_selections(program.graph_module)
     return ExportedForm(program, model)
+
+
+def _constants(program: ExportedProgram) -> dict[fx.Node, Tensor]:
+    """Placeholders of tensors that the model's code holds literally, such as ``torch.tensor([-2])``."""
+    literal = program.graph_signature.inputs_to_lifted_tensor_constants
+    placeholders = [n for n in program.graph_module.graph.nodes if n.op == "placeholder" and n.name in literal]
+    values = {n: program.constants[literal[n.name]] for n in placeholders}
+    return {n: v for n, v in values.items() if isinstance(v, Tensor) and not v.is_meta}
 
 
 def _dynamic_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -18,14 +18,10 @@ from ecospa_fx.graph.edit import insert
 
 aten = torch.ops.aten
 _VIEWS = {aten.view.default, aten.reshape.default, aten.unflatten.int, aten._unsafe_view.default}
-_SELECTIONS = {
-    aten.select.int,
-    aten.unbind.int,
-    aten.chunk.default,
-    aten.split.Tensor,
-    aten.split_with_sizes.default,
-    aten.slice.Tensor,
-}
+_CUTS = {aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default}
+_SELECTIONS = {aten.select.int, aten.unbind.int, aten.slice.Tensor} | _CUTS
+_COPIES = {aten.contiguous.default, aten.clone.default}
+_STEPS = {aten.transpose.int, aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim} | _COPIES
 
 
 def hoist_selections(module: fx.GraphModule) -> bool:
@@ -35,33 +31,32 @@ def hoist_selections(module: fx.GraphModule) -> bool:
         if node.op == "call_function" and node.target in _SELECTIONS:
             chain = _chain(node)
             if chain is not None:
-                _hoist(graph, node, chain)
-                changed = True
+                changed |= _hoist(graph, node, chain)
     if changed:
-        graph.eliminate_dead_code(lambda n: n.is_impure() or (n.op == "call_function" and not _movable(n)))
+        graph.eliminate_dead_code(lambda n: n.is_impure() or n.op != "call_function" or not _movable(n))
         graph.lint()
     return changed
 
 
 def _movable(node: fx.Node) -> bool:
-    return node.target in _VIEWS | _SELECTIONS | _PERMUTES or getattr(node.target, "__name__", "") == "getitem"
-
-
-_PERMUTES = {aten.transpose.int, aten.permute.default}
+    return node.target in _VIEWS | _SELECTIONS | _STEPS or getattr(node.target, "__name__", "") == "getitem"
 
 
 @dataclass(frozen=True, slots=True)
 class _Chain:
-    """view → permutes → selection. parts: sizes that the view gives to one flat axis of its input; at: which of them
-    is selected from; first: where they begin among the view's output axes; order: the permutes, composed."""
+    """source → view → steps → selection.
+
+    parts: the sizes that the view gives to one flat axis of the source, beginning at `axis`; at: which of them is
+    selected from; position: where that axis is when it is selected from; steps: the moves in between, in order.
+    """
 
     view: fx.Node
     source: fx.Node
     axis: int
-    first: int
     parts: tuple[int, ...]
     at: int
-    order: tuple[int, ...]
+    position: int
+    steps: tuple[fx.Node, ...]
 
 
 def _chain(node: fx.Node) -> _Chain | None:
@@ -69,36 +64,44 @@ def _chain(node: fx.Node) -> _Chain | None:
     source = node.args[0]
     if not isinstance(source, fx.Node) or not isinstance(source.meta.get("val"), Tensor):
         return None
-    rank = source.meta["val"].dim()
-    position = _dim_of(node) % max(rank, 1)
-    order = list(range(rank))
-    while isinstance(source, fx.Node) and source.target in _PERMUTES:
-        step = _order_of(source)
-        order = [step[i] for i in order]
-        source = source.args[0]  # type: ignore[assignment]  # a view's first argument is a node
+    last = position = _dim_of(node) % max(source.meta["val"].dim(), 1)
+    steps: list[fx.Node] = []
+    while isinstance(source, fx.Node) and source.target in _STEPS:
+        before = _before(source, position)
+        if before is None:
+            return None
+        position, steps = before, [source, *steps]
+        source = source.args[0]
     if not isinstance(source, fx.Node) or source.target not in _VIEWS:
         return None
-    return _split_of(source, order, position)
+    return _split_of(source, position, last, tuple(steps))
 
 
 def _dim_of(node: fx.Node) -> int:
-    default = -1 if node.target is None else 0
-    index = 2 if node.target in {aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default} else 1
-    found = node.args[index] if len(node.args) > index else node.kwargs.get("dim", default)
-    return int(found)  # type: ignore[arg-type]  # schema: int
+    index = 2 if node.target in _CUTS else 1
+    found: Any = node.args[index] if len(node.args) > index else node.kwargs.get("dim", 0)
+    return int(found)
 
 
-def _order_of(node: fx.Node) -> list[int]:
-    rank = node.meta["val"].dim()
-    order = list(range(rank))
-    if node.target is aten.permute.default:
-        return [int(d) % rank for d in node.args[1]]  # type: ignore[union-attr, arg-type]  # schema: int[]
-    a, b = (int(d) % rank for d in node.args[1:3])  # type: ignore[arg-type]  # schema: int
-    order[a], order[b] = order[b], order[a]
-    return order
+def _before(step: fx.Node, position: int) -> int | None:
+    """Where the axis at `position` after a step was before it; None where the step made it."""
+    arguments: Any = step.args
+    rank, inside = step.meta["val"].dim(), arguments[0].meta["val"].dim()
+    if step.target in _COPIES:
+        return position
+    if step.target is aten.permute.default:
+        return int(arguments[1][position]) % rank
+    if step.target is aten.transpose.int:
+        a, b = (int(d) % rank for d in arguments[1:3])
+        return {a: b, b: a}.get(position, position)
+    if step.target is aten.unsqueeze.default:
+        new = int(arguments[1]) % rank
+        return None if position == new else position - (position > new)
+    gone = int(arguments[1]) % inside
+    return position + (position >= gone and inside > rank)
 
 
-def _split_of(view: fx.Node, order: list[int], position: int) -> _Chain | None:
+def _split_of(view: fx.Node, position: int, last: int, steps: tuple[fx.Node, ...]) -> _Chain | None:
     source = view.args[0]
     if not isinstance(source, fx.Node) or not isinstance(source.meta.get("val"), Tensor):
         return None
@@ -106,82 +109,71 @@ def _split_of(view: fx.Node, order: list[int], position: int) -> _Chain | None:
     grown = len(outside) - len(inside)
     axis = next((i for i, (a, b) in enumerate(zip(inside, outside, strict=False)) if not _same(a, b)), len(inside) - 1)
     parts = outside[axis : axis + grown + 1]
-    if grown < 1 or not all(isinstance(p, int) for p in parts) or not isinstance(inside[axis], int):
+    if grown < 1 or not all(isinstance(p, int) for p in (*parts, inside[axis])) or prod(parts) != inside[axis]:
         return None
-    if prod(parts) != inside[axis] or any(
-        not _same(a, b) for a, b in zip(inside[axis + 1 :], outside[axis + grown + 1 :], strict=True)
-    ):
+    if not all(_same(a, b) for a, b in zip(inside[axis + 1 :], outside[axis + grown + 1 :], strict=True)):
         return None
-    at = order[position] - axis
+    at = position - axis
     if not 0 <= at < len(parts) or prod(parts[at + 1 :]) == 1 or parts[at] == 1:
         return None
-    return _Chain(view, source, axis, axis, tuple(int(p) for p in parts), at, tuple(order))
+    return _Chain(view, source, axis, tuple(int(p) for p in parts), at, last, steps)
 
 
 def _same(a: Any, b: Any) -> bool:
-    return a is b or (isinstance(a, int) and isinstance(b, int) and a == b) or str(a) == str(b)
+    return bool(a == b) if isinstance(a, int) and isinstance(b, int) else str(a) == str(b)
 
 
-def _hoist(graph: fx.Graph, node: fx.Node, chain: _Chain) -> None:
+def _hoist(graph: fx.Graph, node: fx.Node, chain: _Chain) -> bool:
     """Replace the uses of one selection."""
+    arguments: Any = node.args
+    size = chain.parts[chain.at]
     if node.target is aten.select.int:
-        size = chain.parts[chain.at]
-        index = int(node.args[2]) % size  # type: ignore[arg-type]  # schema: int
-        node.replace_all_uses_with(_part(graph, node, node, chain, (index, index + 1), drop=True))
-        return
+        index = int(arguments[2]) % size
+        node.replace_all_uses_with(_part(graph, node, chain, (index, index + 1), drop=True))
+        return True
     if node.target is aten.slice.Tensor:
-        _hoist_slice(graph, node, chain)
-        return
-    at = 0
+        start, stop, step = slice(*[*arguments, None, None, None][2:5]).indices(size)
+        if step != 1 or stop <= start or (start, stop) == (0, size):
+            return False
+        node.replace_all_uses_with(_part(graph, node, chain, (start, stop), drop=False))
+        return True
+    at, drop = 0, node.target is aten.unbind.int
     for i, value in enumerate(node.meta["val"]):
-        drop = node.target is aten.unbind.int
-        length = 1 if drop else int(value.shape[_dim_of(node)])
+        length = 1 if drop else int(value.shape[chain.position])
         for user in [u for u in node.users if u.args[1] == i]:
-            user.replace_all_uses_with(_part(graph, user, node, chain, (at, at + length), drop=drop))
+            user.replace_all_uses_with(_part(graph, user, chain, (at, at + length), drop=drop))
         at += length
+    return True
 
 
-def _hoist_slice(graph: fx.Graph, node: fx.Node, chain: _Chain) -> None:
-    arguments = [*node.args, *[None] * 5][2:5]
-    start, stop, step = slice(*arguments).indices(chain.parts[chain.at])  # type: ignore[misc]  # ints or None
-    if step == 1 and (start, stop) != (0, chain.parts[chain.at]):
-        node.replace_all_uses_with(_part(graph, node, node, chain, (start, stop), drop=False))
-
-
-def _part(graph: fx.Graph, before: fx.Node, node: fx.Node, chain: _Chain, span: tuple[int, int], drop: bool) -> fx.Node:
-    """Positions of the selected axis, cut out of the flat axis, in the shape that the selection has."""
+def _part(graph: fx.Graph, node: fx.Node, chain: _Chain, span: tuple[int, int], drop: bool) -> fx.Node:
+    """Positions of the selected axis, cut out of the flat axis, then moved as the whole was."""
     left, right = chain.parts[: chain.at], chain.parts[chain.at + 1 :]
-    inner, (start, stop) = prod(right), span
-    shape = list(_sizes(graph, before, chain))
-    with graph.inserting_before(before):
-        flat, axis = chain.source, chain.axis
+    inner, (start, stop), end = prod(right), span, chain.axis + len(chain.parts)
+    with graph.inserting_before(node):
+        shape = _sizes(graph, chain, node)
+        before, after = shape[: chain.axis], shape[end:]
+        result, axis = chain.source, chain.axis
         if left:
-            rows = [*shape[:axis], *left, chain.parts[chain.at] * inner, *shape[axis + len(chain.parts) :]]
-            flat = insert(graph, aten.reshape.default, (flat, rows), like=node)
-            axis += len(left)
-        flat = insert(graph, aten.slice.Tensor, (flat, axis, start * inner, stop * inner), like=node)
-        sizes = [*shape[: chain.axis], *left, stop - start, *right, *shape[chain.axis + len(chain.parts) :]]
-        position, order = chain.axis + chain.at, list(chain.order)
+            rows = [*before, *left, chain.parts[chain.at] * inner, *after]
+            result, axis = insert(graph, aten.reshape.default, (result, rows), like=node), axis + len(left)
+        result = insert(graph, aten.slice.Tensor, (result, axis, start * inner, stop * inner), like=node)
+        result = insert(
+            graph, aten.reshape.default, (result, [*before, *left, stop - start, *right, *after]), like=node
+        )
+        for step in chain.steps:
+            result = insert(graph, step.target, (result, *step.args[1:]), like=node, kwargs=dict(step.kwargs))
         if drop:
-            del sizes[position]
-            order = [i - (i > position) for i in order if i != position]
-        result = insert(graph, aten.reshape.default, (flat, sizes), like=node)
-        if order != sorted(order):
-            result = insert(graph, aten.permute.default, (result, order), like=node)
+            result = insert(graph, aten.squeeze.dim, (result, chain.position), like=node)
     return result
 
 
-def _sizes(graph: fx.Graph, before: fx.Node, chain: _Chain) -> list[Any]:
+def _sizes(graph: fx.Graph, chain: _Chain, like: fx.Node) -> list[Any]:
     """Sizes of the view's output as arguments; symbolic ones are read off its input."""
     outside, grown = chain.view.meta["val"].shape, len(chain.parts) - 1
     found: list[Any] = []
-    with graph.inserting_before(before):
-        for i, size in enumerate(outside):
-            if isinstance(size, int):
-                found.append(size)
-                continue
-            axis = i if i < chain.axis else i - grown
-            found.append(insert(graph, aten.sym_size.int, (chain.source, axis), like=chain.view))
+    for i, size in enumerate(outside):
+        axis = i if i < chain.axis else i - grown
+        symbolic = not isinstance(size, int)
+        found.append(insert(graph, aten.sym_size.int, (chain.source, axis), like=like) if symbolic else size)
     return found
-
-

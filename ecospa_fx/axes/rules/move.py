@@ -84,7 +84,14 @@ def transpose(call: Call) -> Value:
     return _kept(call, value, order)
 
 
-@axis_rule("aten.t", "aten.numpy_T", "aten.mT", "aten.adjoint", "aten.matrix_H", "aten.mH")
+@axis_rule("aten.numpy_T")
+def reverse(call: Call) -> Value:
+    """All axes in reverse."""
+    value = call["self"]
+    return _kept(call, value, list(reversed(range(len(value.axes)))))
+
+
+@axis_rule("aten.t", "aten.mT", "aten.adjoint", "aten.matrix_H", "aten.mH")
 def transpose_last(call: Call) -> Value:
     """The last two axes change places."""
     value = call["self"]
