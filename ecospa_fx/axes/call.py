@@ -17,13 +17,15 @@ class Value:
     """The axes of one tensor.
 
     zero: per axis, whether the positions that masking removes hold exactly 0 in the masked model;
-    weights: the parameters it is computed from where nothing else enters; node: the graph node that made it.
+    weights: the parameters it is computed from where nothing else enters; made: the parameters whose products last
+    gave it its values; node: the graph node that made it.
     """
 
     axes: tuple[Axis, ...]
     zero: tuple[bool, ...]
     weights: tuple[str, ...] = ()
     node: Any = None
+    made: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -59,6 +61,8 @@ class Record:
     """Everything that the walk learns, beyond the axes themselves."""
 
     def __init__(self) -> None:
+        self.tensors: dict[tuple[Axis, ...], None] = {}
+        """Axes of every tensor, those inside fused operators included."""
         self.gathers: list[Gather] = []
         self.events: list[Event] = []
         self.blocks: list[tuple[int, Any, str]] = []
@@ -87,6 +91,7 @@ class Call:
         self.arguments = arguments
         self.outputs = outputs
         """Shapes of the tensor outputs, as concrete integers."""
+        self._made: tuple[str, ...] | None = None
         self.dims = dims
         self.record = record
 
@@ -113,7 +118,16 @@ class Call:
         """An output with these axes; computed from weights alone where all tensor arguments are."""
         axes = tuple(axes)
         flags = tuple(zero) if zero is not None else (False,) * len(axes)
-        return Value(axes, flags, self._weights(self.values), self.node)
+        values = self.values
+        self.record.tensors[axes] = None
+        return Value(axes, flags, self._weights(values), self.node, self._made or self._union(v.made for v in values))
+
+    MAKERS = 12
+    """More parameters than this make the residual stream, whose makers nobody asks for."""
+
+    def _union(self, several: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
+        names = tuple(dict.fromkeys(name for made in several for name in made))
+        return names if len(names) <= self.MAKERS else ()
 
     @staticmethod
     def _weights(values: Sequence[Value]) -> tuple[str, ...]:
@@ -262,6 +276,8 @@ class Call:
         self, operands: Sequence[Value], labels: Sequence[Sequence[Hashable]], out: Sequence[Hashable]
     ) -> Value:
         """An Einstein summation: axes with the same label are tied, labels missing from `out` are summed over."""
+        if any(v.weights for v in operands) and not all(v.weights for v in operands):
+            self._made = self._union(v.weights for v in self.values)
         where: dict[Hashable, list[tuple[Value, int]]] = {}
         for value, names in zip(operands, labels, strict=True):
             for index, name in enumerate(names):
@@ -320,6 +336,10 @@ class Call:
             if value.weights and len(weights) < len(entries):
                 for dim in self.dims.dims_of(value.axes[index]):
                     self.record.consumed += [(w, dim) for w in value.weights]
+        if not weights:
+            for value, index in entries[1:]:
+                for dim in self.dims.dims_of(value.axes[index]):
+                    self.record.consumed += [(w, dim) for w in value.made if w not in entries[0][0].made]
         if not any(v.zero[i] for v, i in entries):
             self.block(axes[0], "it is summed over although removed elements are not zero there")
 

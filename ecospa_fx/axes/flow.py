@@ -52,7 +52,7 @@ class _Walk:
 
     def _parameter(self, name: str, shape: tuple[int, ...]) -> Value:
         axes = tuple(self.dims.fresh(size, Origin.PARAMETER) for size in shape)
-        return Value(axes, (True,) * len(axes), (name,))
+        return Value(axes, (True,) * len(axes), (name,), None, (name,))
 
     def run(self, graph: fx.Graph) -> Flow:
         for node in graph.nodes:

@@ -7,10 +7,9 @@ tokens to experts, count as having c.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from ecospa_fx.axes.algebra import Axis, Dims, Origin
-from ecospa_fx.axes.call import Value
 from ecospa_fx.axes.flow import Flow
 
 
@@ -19,7 +18,7 @@ def carriers_of(flow: Flow, wanted: Iterable[int]) -> dict[int, tuple[int, ...]]
     dims, result = flow.dims, {d: None for d in wanted}  # type: dict[int, set[int] | None]
     routed = {root: axis for d, (axis, _) in flow.record.routed.items() for p in dims.roots(d) for root, _ in p.dims}
     seen: set[tuple[Axis, ...]] = set()
-    for axes in _tensors(flow):
+    for axes in (*(v.axes for v in flow.parameters.values()), *flow.record.tensors):
         resolved = tuple(dims.resolve(a) for a in axes)
         if resolved not in seen:
             seen.add(resolved)
@@ -31,16 +30,23 @@ def carriers_of(flow: Flow, wanted: Iterable[int]) -> dict[int, tuple[int, ...]]
             found = result.get(a)
             if found:
                 found.difference_update(_roots(dims, other))
-    return {d: tuple(sorted(found)) for d, found in result.items() if found}
+    outer = _outer(flow)
+    return {
+        d: tuple(sorted(c for c in found if d not in (result.get(c) or ()) or outer.get(c, 0) < outer.get(d, 0)))
+        for d, found in result.items()
+        if found
+    }
 
 
-def _tensors(flow: Flow) -> Iterator[tuple[Axis, ...]]:
+def _outer(flow: Flow) -> dict[int, int]:
+    """A rank by which, of two dims that always go together, the outer one carries the inner one."""
+    order: dict[int, int] = {}
     for value in flow.parameters.values():
-        yield value.axes
-    for value in flow.values.values():
-        for one in value if isinstance(value, list) else [value]:
-            if isinstance(one, Value):
-                yield one.axes
+        for axis in value.axes:
+            for piece in flow.dims.resolve(axis).pieces:
+                for dim, _ in piece.dims:
+                    order.setdefault(dim, len(order))
+    return order
 
 
 def _roots(dims: Dims, dim: int) -> list[int]:

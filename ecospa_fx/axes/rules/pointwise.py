@@ -7,19 +7,19 @@ from ecospa_fx.axes.registry import axis_rule
 
 _COPIES = """
     clone contiguous detach alias lift_fresh lift_fresh_copy lift to _to_copy type_as view_as_complex_copy
-    dropout alpha_dropout native_dropout_copy neg positive conj _conj resolve_conj resolve_neg conj_physical
-    real imag feature_dropout requires_grad_ float double half bfloat16 detach_copy
+    dropout alpha_dropout neg positive conj _conj resolve_conj resolve_neg conj_physical
+    real imag feature_dropout requires_grad_ detach_copy
 """
 _KEEP_ZERO = """
     relu relu6 gelu silu tanh abs sin sinh asin asinh tan atan arctan erf sqrt square sign sgn leaky_relu elu celu
-    selu hardtanh hardswish mish softshrink hardshrink tanhshrink floor ceil round trunc fix frac log1p expm1
-    nan_to_num rrelu deg2rad rad2deg threshold_zero logical_copy angle isnan isinf
+    selu hardswish mish softshrink hardshrink floor ceil round trunc fix frac log1p expm1 atanh arctanh erfinv
+    nan_to_num rrelu deg2rad rad2deg angle isnan isinf
 """
 _LOSE_ZERO = """
     sigmoid exp exp2 cos cosh acos softplus log_sigmoid hardsigmoid logical_not bitwise_not isfinite erfc sinc
-    threshold special_expit atanh_inverse
+    threshold special_expit
 """
-_INFINITE_AT_ZERO = "log log2 log10 rsqrt reciprocal logit digamma lgamma erfinv atanh"
+_INFINITE_AT_ZERO = "log log2 log10 rsqrt reciprocal logit digamma lgamma"
 
 
 def _names(text: str) -> list[str]:
@@ -68,7 +68,8 @@ def _refuse_zero(call: Call, value: Value) -> None:
 @axis_rule("aten.add", "aten.sub", "aten.rsub", "aten.subtract")
 def add(call: Call) -> Value:
     """0 only where all terms are; a scalar other than 0 shifts it."""
-    shifted = any(isinstance(call.get(name), int | float) and call[name] != 0 for name in ("other",))
+    other = call.get("other", 0)
+    shifted = not isinstance(other, Value) and other != 0
     return call.pointwise(call.values, "lost" if shifted else "all")
 
 
@@ -101,7 +102,9 @@ def power(call: Call) -> Value:
     """0 stays 0 under a positive exponent; a negative one is infinite there."""
     base, exponent = call["self"], call["exponent"]
     call.note([axis for v in call.values for axis in v.axes], "nonlinear")
-    if not isinstance(base, Value) or isinstance(exponent, Value):
+    if isinstance(exponent, Value):
+        if isinstance(base, Value):
+            _refuse_zero(call, base)
         return call.pointwise(call.values, "lost")
     if exponent <= 0:
         _refuse_zero(call, base)
@@ -109,8 +112,10 @@ def power(call: Call) -> Value:
 
 
 @axis_rule("aten.where")
-def where(call: Call) -> Value:
-    """0 where both branches are."""
+def where(call: Call) -> Value | list[Value]:
+    """0 where both branches are; without branches, the positions where a condition holds."""
+    if "self" not in call.arguments:
+        return call.block_all(f"{call.operator} computes positions from it")
     branches = [call.get("self"), call.get("other")]
     result = call.pointwise(call.values, "lost")
     constants = [b for b in branches if not isinstance(b, Value) and b not in (0, None)]
@@ -141,10 +146,12 @@ def comparison(call: Call) -> Value:
     return call.pointwise(call.values, "all" if call.operator == "aten.complex" else "lost")
 
 
-@axis_rule("aten.clamp", "aten.clip", "aten.clamp_min", "aten.clamp_max")
+@axis_rule("aten.clamp", "aten.clip", "aten.clamp_min", "aten.clamp_max", "aten.hardtanh")
 def clamp(call: Call) -> Value:
     """0 stays 0 where the bounds allow it."""
     low, high = call.get("min"), call.get("max")
+    if call.operator.startswith("aten.hardtanh"):
+        low, high = call.get("min_val", -1), call.get("max_val", 1)
     bounds = isinstance(low, Value) or isinstance(high, Value)
     call.note(call.values[0].axes, "nonlinear")
     if bounds:

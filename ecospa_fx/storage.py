@@ -1,0 +1,433 @@
+"""Saving a shrunk model to a folder and loading it again.
+
+A folder holds ``plan.json``, the weights, ``config.json`` of a Hugging Face model, and ``manifest.json``, which names
+every other file with its size and digest and is written last. Loading builds the original architecture, shrinks it
+with the plan and reads the weights into it: nothing in the folder is executed.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ecospa_fx.errors import EcospaError, PlanError, StorageError
+from ecospa_fx.plan import Plan
+from ecospa_fx.version import __version__
+
+FORMAT = "ecospa-fx-model"
+VERSION = 1
+MANIFEST, PLAN, CONFIG = "manifest.json", "plan.json", "config.json"
+SAFETENSORS, TORCH = "weights.safetensors", "weights.pt"
+ATTRIBUTE = "ecospa_origin"
+CHUNK = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What is needed to build a shrunk model again, besides its weights.
+
+    plan: what was removed; model_class: qualified name; config: JSON of a transformers model, else None; attention:
+    its attention implementation; inputs: example inputs without their values, or None where they cannot be described;
+    buffers: names of the original model's buffers; training: its mode.
+    """
+
+    plan: Plan
+    model_class: str
+    config: str | None
+    attention: str | None
+    inputs: Any
+    buffers: tuple[str, ...]
+    training: bool
+
+
+def origin(model: nn.Module, plan: Plan, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Origin:
+    """The origin of what ``shrink(model, plan, args, kwargs)`` returns."""
+    kind, config = type(model), getattr(model, "config", None)
+    known = kind.__module__.startswith("transformers.models.") and hasattr(config, "to_json_string")
+    try:
+        inputs = _described((tuple(args), dict(kwargs or {})))
+    except TypeError:
+        inputs = None
+    return Origin(
+        plan=plan,
+        model_class=f"{kind.__module__}.{kind.__qualname__}",
+        config=config.to_json_string() if known and config is not None else None,
+        attention=getattr(config, "_attn_implementation", None) if known else None,
+        inputs=inputs,
+        buffers=tuple(name for name, _ in model.named_buffers()),
+        training=model.training,
+    )
+
+
+def remember(small: nn.Module, origin: Origin) -> nn.Module:
+    """Note on a shrunk model where it came from, so that ``save(small, path)`` needs nothing else. Returns it."""
+    setattr(small, ATTRIBUTE, origin)
+    return small
+
+
+# -- saving ------------------------------------------------------------------------------------------------------
+
+
+def save(
+    small: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    origin: Origin | None = None,
+    dtypes: Mapping[str, torch.dtype] | None = None,
+) -> None:
+    """Write a shrunk model to a new folder, which is there completely or not at all.
+
+    origin: where the model came from, for a module that does not say so itself. dtypes: types to write parameters and
+    buffers in, by name; by default the ones they have. Raises StorageError for a path that exists, a module without
+    an origin, and what the file system refuses.
+
+    >>> save(small, "smaller")  # doctest: +SKIP
+    >>> small = load("smaller")  # doctest: +SKIP
+    """
+    target = Path(path)
+    refuse_existing(target)
+    found = origin or getattr(small, ATTRIBUTE, None)
+    if not isinstance(found, Origin):
+        raise StorageError(
+            f"this {type(small).__name__} does not say what it was shrunk from: "
+            "pass origin=ecospa_fx.storage.origin(model, plan, args, kwargs)"
+        )
+    tensors = {name: _written(t, (dtypes or {}).get(name)) for name, t in _own_tensors(small, found.buffers).items()}
+    with _new_folder(target) as folder:
+        (folder / PLAN).write_text(found.plan.to_json(), encoding="utf-8")
+        if found.config is not None:
+            (folder / CONFIG).write_text(found.config, encoding="utf-8")
+        _write_weights(folder, tensors)
+        (folder / MANIFEST).write_text(json.dumps(_manifest(folder, found), indent=1), encoding="utf-8")
+
+
+def refuse_existing(path: str | os.PathLike[str]) -> None:
+    """Raise StorageError where a folder cannot be made: something is there, or its parent is not."""
+    target = Path(path)
+    if target.exists() or target.is_symlink():
+        raise StorageError(f"{target} exists already: choose a new folder or remove it first")
+    if not target.absolute().parent.is_dir():
+        raise StorageError(f"{target.absolute().parent} is not a folder: make it first")
+
+
+@contextmanager
+def _new_folder(target: Path) -> Iterator[Path]:
+    """A temporary sibling that becomes `target` at the end, or goes away."""
+    try:
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.absolute().parent))
+    except OSError as error:
+        raise StorageError(f"{target} cannot be written: {error}") from error
+    try:
+        yield partial
+        partial.chmod(0o755)
+        refuse_existing(target)
+        partial.rename(target)
+    except OSError as error:
+        raise StorageError(f"{target} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _own_tensors(small: nn.Module, buffers: Sequence[str]) -> dict[str, Tensor]:
+    """Parameters and buffers by first name; buffers that shrinking added follow from the plan and are left out."""
+    known = set(buffers)
+    found: dict[str, Tensor] = dict(small.named_parameters())
+    found.update({name: buffer for name, buffer in small.named_buffers() if name in known})
+    return found
+
+
+def _written(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A copy only where the type, the device or the layout asks for one, or where the tensor is part of another."""
+    if tensor.is_meta:
+        raise StorageError("the model is on meta and has no values to save: load its weights first")
+    found = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+    whole = found.untyped_storage().nbytes() == found.numel() * found.element_size()
+    return found if whole else found.clone()
+
+
+def _write_weights(folder: Path, tensors: dict[str, Tensor]) -> None:
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        torch.save(tensors, folder / TORCH)
+    else:
+        save_file(tensors, folder / SAFETENSORS)
+
+
+def _manifest(folder: Path, origin: Origin) -> dict[str, Any]:
+    versions = {"ecospa_fx": __version__, "torch": str(torch.__version__)}
+    if origin.config is not None:
+        from ecospa_fx.sources import import_transformers
+
+        versions["transformers"] = import_transformers().__version__
+    files = sorted(folder.iterdir())
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "versions": versions,
+        "class": origin.model_class,
+        "attention": origin.attention,
+        "training": origin.training,
+        "inputs": origin.inputs,
+        "files": {f.name: {"bytes": f.stat().st_size, "sha256": _digest(f)} for f in files},
+    }
+
+
+def _digest(path: Path) -> str:
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            found.update(chunk)
+    return found.hexdigest()
+
+
+# -- loading -----------------------------------------------------------------------------------------------------
+
+
+def load(
+    path: str | os.PathLike[str], model: Callable[[], Any] | None = None, *, dtype: torch.dtype | None = None
+) -> nn.Module:
+    """The shrunk model that `save` wrote, on the CPU, in the mode that it was shrunk in.
+
+    model: builds the original architecture, or (model, args, kwargs); its values do not matter and it is not changed.
+    Not needed for models of transformers, which are built from their configuration. dtype: floating type of
+    parameters to load instead of the saved one. No code from the folder is executed.
+
+    Raises StorageError for a folder that is incomplete, damaged or not of this kind; PlanError and CaptureError where
+    `model` builds another architecture.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    plan = _read_plan(folder)
+    tensors = _read_weights(folder, manifest)
+    if dtype is not None:
+        dense_names = {name for name, _ in plan.shapes}
+        tensors = {n: t.to(dtype) if n in dense_names and t.is_floating_point() else t for n, t in tensors.items()}
+    dense, args, kwargs = _dense(folder, manifest, model)
+    return _loaded(dense, args, kwargs, plan, tensors)
+
+
+def _loaded(dense: nn.Module, args: Any, kwargs: Any, plan: Plan, tensors: dict[str, Tensor]) -> nn.Module:
+    from ecospa_fx.api import shrink
+
+    dense = _typed(dense, tensors)
+    small = shrink(dense, plan, args, kwargs)
+    _fill(small, tensors, [name for name, _ in dense.named_buffers()])
+    return remember(small, origin(dense, plan, args, kwargs))
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest, after every file that it names was checked. Raises StorageError."""
+    if not folder.is_dir():
+        raise StorageError(f"there is no folder {folder}")
+    if not (folder / MANIFEST).is_file():
+        raise StorageError(f"{folder} has no {MANIFEST}: it was not saved by ecospa_fx, or not completely")
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise StorageError(f"{folder / MANIFEST} is damaged ({error}): save the model again") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or not _has_files(manifest.get("files")):
+        raise StorageError(f"{folder / MANIFEST} does not describe a model saved by ecospa_fx")
+    if manifest.get("version") != VERSION:
+        raise StorageError(
+            f"{folder} has format version {manifest.get('version')!r} and this library reads version {VERSION}: "
+            "load it with the version of ecospa_fx that wrote it"
+        )
+    for name, entry in manifest["files"].items():
+        _check_file(folder / name, entry)
+    return manifest
+
+
+def _has_files(files: object) -> bool:
+    """Whether a manifest names a plan and weights, and nothing but files of this format."""
+    if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
+        return False
+    return PLAN in files and len({SAFETENSORS, TORCH} & set(files)) == 1 and set(files) <= _FILES
+
+
+_FILES = {PLAN, CONFIG, SAFETENSORS, TORCH}
+
+
+def _check_file(path: Path, entry: Mapping[str, Any]) -> None:
+    if not path.is_file():
+        raise StorageError(f"{path} is missing: copy the whole folder or save the model again")
+    if path.stat().st_size != entry.get("bytes"):
+        raise StorageError(f"{path} is not as long as it was when saved: copy the folder again or save again")
+    if _digest(path) != entry.get("sha256"):
+        raise StorageError(f"{path} was changed after it was saved: copy the folder again or save again")
+
+
+def _read_plan(folder: Path) -> Plan:
+    try:
+        return Plan.from_json((folder / PLAN).read_bytes())
+    except PlanError as error:
+        raise StorageError(f"{folder / PLAN}: {error}") from error
+
+
+def _read_weights(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Tensors by name; whatever else a file holds is refused."""
+    found: Any
+    try:
+        if SAFETENSORS in manifest["files"]:
+            from safetensors.torch import load_file
+
+            found = load_file(folder / SAFETENSORS)
+        else:
+            found = torch.load(folder / TORCH, map_location="cpu", weights_only=True)
+    except ImportError as error:
+        raise StorageError('the package safetensors is not installed: pip install "ecospa-fx[hf]"') from error
+    except Exception as error:  # each format raises its own kinds
+        raise StorageError(f"the weights in {folder} cannot be read: {error}") from error
+    if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
+        raise StorageError(f"the weights in {folder} are not tensors by name")
+    return found
+
+
+# -- the original architecture -----------------------------------------------------------------------------------
+
+
+def _dense(folder: Path, manifest: Mapping[str, Any], model: Callable[[], Any] | None) -> tuple[nn.Module, Any, Any]:
+    """The original architecture with example inputs, in the mode that it had."""
+    made: Any
+    if model is not None:
+        made = model()
+    elif CONFIG in manifest["files"]:
+        made = _from_config(folder, manifest)
+    else:
+        raise StorageError(
+            f"{folder} holds a {manifest.get('class')}, which only your code can build: "
+            "pass model=, a function that returns the original model"
+        )
+    args, kwargs = _example(folder, manifest)
+    if isinstance(made, tuple | list) and len(made) == 3:
+        made, args, kwargs = made
+    if not isinstance(made, nn.Module):
+        raise StorageError(f"model() returned {type(made).__name__}: it must return an nn.Module")
+    if args is None:
+        raise StorageError(f"{folder} holds no example inputs: let model() return (model, args, kwargs)")
+    if made.training is not bool(manifest.get("training")):
+        made = copy.deepcopy(made).train(bool(manifest.get("training")))
+    return made, args, kwargs
+
+
+def _from_config(folder: Path, manifest: Mapping[str, Any]) -> Any:
+    """A model of transformers by the class that the manifest names, from its configuration."""
+    from ecospa_fx.sources import build, import_transformers
+
+    transformers = import_transformers()
+    name = str(manifest.get("class")).rpartition(".")[2]
+    kind = getattr(transformers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise StorageError(f"transformers {transformers.__version__} has no model class {name!r}: install another one")
+    attention = manifest.get("attention")
+    if attention is not None and not (isinstance(attention, str) and attention.isidentifier()):
+        raise StorageError(f"{folder / MANIFEST} names an attention implementation {attention!r} outside transformers")
+    try:
+        described = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = kind.config_class.from_dict(_plain(described))
+        config.architectures = [name]
+        config._attn_implementation = attention
+        return build(config, "cpu")
+    except EcospaError:
+        raise
+    except Exception as error:
+        raise StorageError(f"{folder / CONFIG} does not describe a {name}: {error}") from error
+
+
+def _plain(described: Any) -> Any:
+    """A configuration without the entries that point to code outside of transformers."""
+    if not isinstance(described, dict):
+        return described
+    unwanted = ("auto_map", "_attn_implementation", "attn_implementation", "quantization_config")
+    return {key: _plain(value) for key, value in described.items() if not key.startswith(unwanted)}
+
+
+def _typed(dense: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """The model in the types of the saved tensors, on the CPU; a copy where that changes anything.
+
+    A graph holds its types as literals, so they must be right before it is traced.
+    """
+    own: dict[str, Tensor] = {**dict(dense.named_parameters()), **dict(dense.named_buffers())}
+    wrong = [n for n, t in own.items() if n in tensors and (t.dtype != tensors[n].dtype or t.device.type != "cpu")]
+    if not wrong:
+        return dense
+    memo: dict[int, Any] = {}
+    for name in wrong:
+        empty = torch.empty(own[name].shape, dtype=tensors[name].dtype)
+        old = own[name]
+        memo[id(old)] = nn.Parameter(empty, old.requires_grad) if isinstance(old, nn.Parameter) else empty
+    return copy.deepcopy(dense, memo)
+
+
+def _fill(small: nn.Module, tensors: Mapping[str, Tensor], buffers: Sequence[str]) -> None:
+    """Put the saved tensors in place of those of equal name, everywhere. Raises StorageError unless all fit."""
+    own = _own_tensors(small, buffers)
+    odd = sorted(own.keys() ^ tensors.keys())
+    if odd:
+        where = "the saved weights" if odd[0] in tensors else "the model"
+        raise StorageError(f"{odd[0]!r} is in {where} only: the architecture is not the one that was saved")
+    new: dict[int, Tensor] = {}
+    for name, old in own.items():
+        if old.shape != tensors[name].shape:
+            raise StorageError(
+                f"{name!r} has shape {tuple(tensors[name].shape)} in the saved weights and {tuple(old.shape)} "
+                "in the model: the architecture or the plan is not the one that was saved"
+            )
+        saved = tensors[name]
+        new[id(old)] = nn.Parameter(saved, old.requires_grad) if isinstance(old, nn.Parameter) else saved
+    for module in small.modules():
+        for place in (module._parameters, module._buffers):
+            for key, value in list(place.items()):
+                if id(value) in new:
+                    place[key] = new[id(value)]  # type: ignore[assignment]  # of the kind that was there
+
+
+# -- example inputs without their values ---------------------------------------------------------------------------
+
+
+def _described(value: Any) -> Any:
+    """A value as JSON; of a tensor shape and type. Raises TypeError for what has no description."""
+    if isinstance(value, Tensor):
+        return {"tensor": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+    if value is None or isinstance(value, bool | int | float | str):
+        return {"value": value}
+    if type(value) in (tuple, list):
+        return {type(value).__name__: [_described(item) for item in value]}
+    if type(value) is dict and all(isinstance(key, str) for key in value):
+        return {"dict": {key: _described(item) for key, item in value.items()}}
+    raise TypeError(type(value).__name__)
+
+
+def _example(folder: Path, manifest: Mapping[str, Any]) -> tuple[Any, Any]:
+    """(args, kwargs) of zeros, or (None, None) where none were saved."""
+    if manifest.get("inputs") is None:
+        return None, None
+    try:
+        args, kwargs = _undescribed(manifest["inputs"])
+        return tuple(args), dict(kwargs)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise StorageError(f"{folder / MANIFEST} describes no example inputs: save the model again") from error
+
+
+def _undescribed(told: Any) -> Any:
+    if "tensor" in told:
+        dtype = getattr(torch, told["dtype"])
+        return torch.zeros([int(n) for n in told["tensor"]], dtype=dtype)
+    if "value" in told:
+        return told["value"]
+    if "dict" in told:
+        return {key: _undescribed(item) for key, item in told["dict"].items()}
+    items = [_undescribed(item) for item in told["tuple" if "tuple" in told else "list"]]
+    return tuple(items) if "tuple" in told else items
