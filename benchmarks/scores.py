@@ -4,7 +4,8 @@
 
 MODEL is a Hugging Face folder of a causal language model, DATA a folder with train-0.txt.xz, valid.txt.xz and
 tokenizer.json. Calibration: 128 windows of 512 tokens drawn with seed 0 from the first 20 MB of train-0, one window
-per batch. Evaluation: the first 64 windows of 512 + 1 tokens of valid (``--eval-on train`` takes them from the end of
+per batch. Evaluation: the first 64 windows of 512 + 1 tokens of valid, each beginning with
+the last token of the one before (``--eval-on train`` takes them from the end of
 the same 20 MB instead, away from the calibration windows, for choosing settings without looking at valid). Everything
 in float32. The compressed model is the dense one with masked parameters; `ratio` counts the couplings' parameters.
 """
@@ -37,7 +38,7 @@ from ecospa_fx.plan import Plan
 
 WINDOW = 512
 TRAIN_CHARACTERS = 20_000_000
-HELD_OUT_TOKENS = 64 * (WINDOW + 1)
+HELD_OUT_TOKENS = 64 * WINDOW + 1
 
 
 def tokens_of(text: str, tokenizer: Tokenizer) -> Tensor:
@@ -53,9 +54,9 @@ def read_text(path: Path, characters: int = -1) -> str:
 
 
 def calibration(train: Tensor, windows: int, seed: int) -> Tensor:
-    """[windows, 513] token ids drawn from all but the end of the training tokens."""
+    """[windows, 513] token ids drawn from the training tokens."""
     generator = torch.manual_seed(seed)
-    starts = torch.randint(0, len(train) - HELD_OUT_TOKENS - WINDOW - 1, (windows,), generator=generator)
+    starts = torch.randint(0, len(train) - WINDOW - 1, (windows,), generator=generator)
     return torch.stack([train[s : s + WINDOW + 1] for s in starts.tolist()])
 
 
@@ -132,10 +133,10 @@ def load_data(folder: Path, windows: int, seed: int, eval_on: str) -> tuple[Tens
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     train = tokens_of(read_text(folder / "train-0.txt.xz", TRAIN_CHARACTERS), tokenizer)
     if eval_on == "train":
-        held_out = train[-HELD_OUT_TOKENS:]
+        train, held_out = train[:-HELD_OUT_TOKENS], train[-HELD_OUT_TOKENS:]
     else:
         held_out = tokens_of(read_text(folder / "valid.txt.xz"), tokenizer)[:HELD_OUT_TOKENS]
-    return calibration(train, windows, seed), held_out.view(-1, WINDOW + 1)
+    return calibration(train, windows, seed), held_out.unfold(0, WINDOW + 1, WINDOW)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -149,14 +150,15 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--eval-on", choices=["valid", "train"], default="valid")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write rows, settings and environment here")
     return parser.parse_args(argv)
 
 
-def load_model(path: Path) -> nn.Module:
+def load_model(path: Path, device: str = "cpu") -> nn.Module:
     model: nn.Module = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    return model.eval()
+    return model.eval().to(device)
 
 
 def report(rows: Sequence[dict[str, Any]], arguments: argparse.Namespace) -> None:
@@ -174,9 +176,10 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     import ecospa_fx as eco
 
-    model = load_model(arguments.model)
-    data = load_data(arguments.data, arguments.windows, arguments.seed, arguments.eval_on)
-    couplings = eco.detect(model, (data[0][:1, :WINDOW],), {})
+    model = load_model(arguments.model, arguments.device)
+    loaded = load_data(arguments.data, arguments.windows, arguments.seed, arguments.eval_on)
+    data = (loaded[0].to(arguments.device), loaded[1].to(arguments.device))
+    couplings = eco.detect(model, (data[0][:2, :WINDOW],), {"use_cache": False})
     report(run(model, couplings, data, arguments), arguments)
 
 

@@ -151,6 +151,15 @@ def model_class(config: Any) -> Any:
     raise StorageError(f"transformers knows no model for a {type(config).__name__}: name a function that builds it")
 
 
+def is_causal(model: nn.Module) -> bool:
+    """False for a model of transformers that is not a causal language model; True for all others."""
+    if not type(model).__module__.startswith("transformers.models."):
+        return True
+    import_transformers()
+    names = import_module("transformers.models.auto.modeling_auto").MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return type(model).__name__ in names.values()
+
+
 def build(config: Any, device: str) -> Any:
     """The model of a configuration without values: on ``meta``, or on the CPU in memory that nobody has written yet.
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ecospa_fx.errors import EcospaError, PlanError, StorageError
+from ecospa_fx.inputs import blank, described
 from ecospa_fx.plan import Plan
 from ecospa_fx.version import __version__
 
@@ -57,7 +58,7 @@ def origin(model: nn.Module, plan: Plan, args: Sequence[Any] = (), kwargs: Mappi
     kind, config = type(model), getattr(model, "config", None)
     known = kind.__module__.startswith("transformers.models.") and hasattr(config, "to_json_string")
     try:
-        inputs = _described((tuple(args), dict(kwargs or {})))
+        inputs = described((tuple(args), dict(kwargs or {})))
     except TypeError:
         inputs = None
     return Origin(
@@ -322,13 +323,24 @@ def _dense(folder: Path, manifest: Mapping[str, Any], model: Callable[[], Any] |
     return made, args, kwargs
 
 
+def _example(folder: Path, manifest: Mapping[str, Any]) -> tuple[Any, Any]:
+    """(args, kwargs) of zeros, or (None, None) where none were saved."""
+    if manifest.get("inputs") is None:
+        return None, None
+    try:
+        args, kwargs = blank(manifest["inputs"])
+        return tuple(args), dict(kwargs)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise StorageError(f"{folder / MANIFEST} describes no example inputs: save the model again") from error
+
+
 def _from_config(folder: Path, manifest: Mapping[str, Any]) -> Any:
     """A model of transformers by the class that the manifest names, from its configuration."""
     from ecospa_fx.sources import build, import_transformers
 
     transformers = import_transformers()
     name = str(manifest.get("class")).rpartition(".")[2]
-    kind = getattr(transformers, name, None)
+    kind: Any = getattr(transformers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise StorageError(f"transformers {transformers.__version__} has no model class {name!r}: install another one")
     attention = manifest.get("attention")
@@ -336,10 +348,10 @@ def _from_config(folder: Path, manifest: Mapping[str, Any]) -> Any:
         raise StorageError(f"{folder / MANIFEST} names an attention implementation {attention!r} outside transformers")
     try:
         described = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        config = kind.config_class.from_dict(_plain(described))
+        config: Any = kind.config_class.from_dict(_plain(described))  # type: ignore[attr-defined]
         config.architectures = [name]
         config._attn_implementation = attention
-        return build(config, "cpu")
+        return build(config, "cpu").train(bool(manifest.get("training")))
     except EcospaError:
         raise
     except Exception as error:
@@ -392,42 +404,3 @@ def _fill(small: nn.Module, tensors: Mapping[str, Tensor], buffers: Sequence[str
             for key, value in list(place.items()):
                 if id(value) in new:
                     place[key] = new[id(value)]  # type: ignore[assignment]  # of the kind that was there
-
-
-# -- example inputs without their values ---------------------------------------------------------------------------
-
-
-def _described(value: Any) -> Any:
-    """A value as JSON; of a tensor shape and type. Raises TypeError for what has no description."""
-    if isinstance(value, Tensor):
-        return {"tensor": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
-    if value is None or isinstance(value, bool | int | float | str):
-        return {"value": value}
-    if type(value) in (tuple, list):
-        return {type(value).__name__: [_described(item) for item in value]}
-    if type(value) is dict and all(isinstance(key, str) for key in value):
-        return {"dict": {key: _described(item) for key, item in value.items()}}
-    raise TypeError(type(value).__name__)
-
-
-def _example(folder: Path, manifest: Mapping[str, Any]) -> tuple[Any, Any]:
-    """(args, kwargs) of zeros, or (None, None) where none were saved."""
-    if manifest.get("inputs") is None:
-        return None, None
-    try:
-        args, kwargs = _undescribed(manifest["inputs"])
-        return tuple(args), dict(kwargs)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise StorageError(f"{folder / MANIFEST} describes no example inputs: save the model again") from error
-
-
-def _undescribed(told: Any) -> Any:
-    if "tensor" in told:
-        dtype = getattr(torch, told["dtype"])
-        return torch.zeros([int(n) for n in told["tensor"]], dtype=dtype)
-    if "value" in told:
-        return told["value"]
-    if "dict" in told:
-        return {key: _undescribed(item) for key, item in told["dict"].items()}
-    items = [_undescribed(item) for item in told["tuple" if "tuple" in told else "list"]]
-    return tuple(items) if "tuple" in told else items

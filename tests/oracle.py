@@ -113,7 +113,7 @@ def check_literal(case: Case) -> None:
     assert any(case.blocked in message for message in messages) or not case.blocked, messages
 
 
-def check_exact(case: Case, seeds: Sequence[int] = (0, 1)) -> None:
+def check_exact(case: Case, seeds: Sequence[int] = (0,)) -> None:
     """Random plans over everything that is offered give what masking gives, at the example's batch and at twice it."""
     model, args, couplings = prepared(case)
     twice = tuple(torch.cat([a, a.flip(0) * 0.5]) for a in args)

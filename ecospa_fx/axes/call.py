@@ -332,6 +332,9 @@ class Call:
                     self.block(axes[0] if axis is not axes[0] else axes[1], "it is contracted with a model input")
         weights = [v for v, _ in entries if v.weights]
         self.note(axes[0], "contracts", "parameter" if weights else "activations")
+        pieces = [d for p in self.dims.resolve(axes[0]).pieces for d, _ in p.dims]
+        for dim in dict.fromkeys(d for d in pieces if pieces.count(d) > 1):
+            self.record.events.append(Event(dim, self.node, "paired"))
         for value, index in entries:
             if value.weights and len(weights) < len(entries):
                 for dim in self.dims.dims_of(value.axes[index]):

@@ -181,16 +181,16 @@ def _coupling(
                        module_of(e.node)) for e in events) if refusal is None else ()  # fmt: skip
     layer = _layer([m.parameter for m in members])
     return Coupling("", kind, layer, dims.sizes[dim], prod(dims.sizes[c] for c in carriers),
-                    _symmetry(kind, actions, members), members, 0, refusal, (), steps)  # fmt: skip
+                    _symmetry(kind, actions), members, 0, refusal, (), steps)  # fmt: skip
 
 
-def _symmetry(kind: str, actions: set[str], members: Sequence[Member]) -> Symmetry:
-    bent = actions & {"nonlinear", "multiplied"}
-    if kind == "heads" or not (bent or any(len(m.boxes) > 1 for m in members)):
-        return "permutation" if kind == "heads" else "linear"
-    if kind == "qk" and "nonlinear" not in actions and all(_width(m) % 2 == 0 for m in members):
-        return "rotary"
-    return "permutation"
+def _symmetry(kind: str, actions: set[str]) -> Symmetry:
+    """What commutes with everything that happens to the dim on its way."""
+    if kind == "heads" or "nonlinear" in actions:
+        return "permutation"
+    if "paired" in actions:
+        return "rotary" if kind == "qk" else "permutation"
+    return "permutation" if "multiplied" in actions else "linear"
 
 
 def _width(member: Member) -> int:

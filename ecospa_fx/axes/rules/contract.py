@@ -51,7 +51,7 @@ def addmm(call: Call) -> Value:
     """A product added to another tensor."""
     a = call.get("mat1") or call.get("batch1") or call["mat"]
     b = call.get("mat2") or call.get("batch2") or call["vec"]
-    if call.operator == "aten.addbmm":
+    if call.operator.startswith("aten.addbmm"):
         product = call.contraction([a, b], [["batch", "m", "k"], ["batch", "k", "n"]], ["m", "n"])
     else:
         product = _product(call, a, b)

@@ -24,13 +24,25 @@ def _kept(call: Call, source: Value, order: list[int]) -> Value:
 
 
 @axis_rule("aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten", "aten.unflatten", "aten.squeeze",
-           "aten.unsqueeze", "aten._reshape_alias", "aten.view_as", "aten.reshape_as", "aten.ravel",
-           "aten._reshape_copy", "aten.view_copy", "aten.atleast_1d", "aten.atleast_2d")  # fmt: skip
+           "aten.unsqueeze", "aten._reshape_alias", "aten.ravel", "aten._reshape_copy", "aten.view_copy",
+           "aten.atleast_1d", "aten.atleast_2d")  # fmt: skip
 def reshape(call: Call) -> Value:
     """Row-major regrouping of axes."""
-    if not isinstance(call.get("size", ()), list | tuple):  # view(dtype) reads the bytes anew
+    if "dtype" in call.arguments:
         return call.block_all("its bytes are read as another type")[0]
     return call.reshaped(call["self"], call.outputs[0])
+
+
+@axis_rule("aten.view_as", "aten.reshape_as")
+def reshape_as(call: Call) -> Value:
+    """Row-major regrouping into the shape of another tensor, whose axes are the same dims."""
+    result, other = call.reshaped(call["self"], call.outputs[0]), call["other"]
+    axes = [call.align([(result, i), (other, i)]) for i in range(len(result.axes))]
+    for axis, target in zip(result.axes, axes, strict=True):
+        if not call.follows(axis, target):
+            call.block(target, "a stored tensor is viewed in its shape")
+    call.gathered([other], axes)
+    return result
 
 
 @resize_rule("aten.view", "aten._unsafe_view", "aten._reshape_copy", "aten.view_copy")
@@ -54,18 +66,19 @@ def resize_unflatten(resize: Resize) -> None:
     resize.sizes("sizes", first)
 
 
-@axis_rule("aten.view_as_real")
+@axis_rule("aten.view_as_real", "aten.view_as_real_copy")
 def view_as_real(call: Call) -> Value:
     """A complex number becomes two real ones along a new last axis."""
     value = call["self"]
     return call.value([*value.axes, call.dims.fresh(2, Origin.STORED)], [*value.zero, False])
 
 
-@axis_rule("aten.view_as_complex")
+@axis_rule("aten.view_as_complex", "aten.view_as_complex_copy")
 def view_as_complex(call: Call) -> Value:
     """The last axis, of size 2, becomes one complex number: its two positions go together."""
     value = call["self"]
     call.mixes(value, len(value.axes) - 1, "its elements become parts of complex numbers")
+    call.note(value.axes[:-1], "paired")
     result = call.value(value.axes[:-1], value.zero[:-1])
     return replace(result, weights=value.weights)
 
@@ -172,7 +185,7 @@ def unbind(call: Call) -> list[Value]:
 def split(call: Call) -> list[Value]:
     """Consecutive parts of an axis."""
     value = call["self"]
-    axis = _axis(call, value)
+    axis = min(1, len(value.axes) - 1) if call.operator == "aten.hsplit" else _axis(call, value)
     parts, at = [], 0
     for shape in call.outputs:
         parts.append(call.sliced(value, axis, at, at + shape[axis]))
@@ -207,10 +220,10 @@ def resize_select(resize: Resize) -> None:
 
 
 @resize_rule("aten.split", "aten.chunk", "aten.split_with_sizes", "aten.tensor_split", "aten.unsafe_split",
-             "aten.unsafe_chunk", "aten.hsplit")  # fmt: skip
+             "aten.unsafe_chunk", "aten.split_copy", "aten.split_with_sizes_copy", "aten.hsplit")  # fmt: skip
 def resize_split(resize: Resize) -> None:
     """Parts of whatever sizes their kept positions have."""
-    axis = resize.axis("dim")
+    axis = min(1, len(resize.inputs[0].axes) - 1) if resize.node_is("aten.hsplit") else resize.axis("dim")
     if resize.changed(0, axis):
         sizes = [resize.size(output, axis) for output in resize.outputs]
         resize.replace_operator("aten.split_with_sizes", (resize.node.args[0], sizes, axis))
@@ -260,7 +273,7 @@ def stack(call: Call) -> Value:
 # -- copies along an axis ----------------------------------------------------------------------------------------
 
 
-@axis_rule("aten.expand", "aten.expand_as", "aten.broadcast_to", "aten.expand_copy")
+@axis_rule("aten.expand", "aten.broadcast_to", "aten.expand_copy")
 def expand(call: Call) -> Value:
     """An axis of size 1 becomes a blank one, which adopts the dim of whatever it meets."""
     value = call["self"]
@@ -272,6 +285,20 @@ def expand(call: Call) -> Value:
         axes.append(value.axes[i - pad] if same else call.dims.fresh(size, Origin.BLANK))
         flags.append(same and value.zero[i - pad])
     return replace(call.value(axes, flags), weights=value.weights)
+
+
+@axis_rule("aten.expand_as")
+def expand_as(call: Call) -> Value:
+    """Axes of size 1 get the positions of the other tensor, the others are the same dims as there."""
+    value, other = call["self"], call["other"]
+    pad = len(other.axes) - len(value.axes)
+    axes, flags = [], []
+    for i in range(len(other.axes)):
+        same = i >= pad and value.axes[i - pad].size == other.axes[i].size
+        axes.append(call.align([(other, i), (value, i - pad)]) if same else other.axes[i])
+        flags.append(same and value.zero[i - pad] and call.follows(value.axes[i - pad], axes[i]))
+    call.gathered([value, other], axes)
+    return call.value(axes, flags)
 
 
 @axis_rule("aten.broadcast_tensors", "aten.meshgrid")
@@ -295,6 +322,7 @@ def repeat(call: Call) -> Value:
     value = call["self"]
     name = "repeats" if "repeats" in call.arguments else "dims"
     counts = [int(c) for c in call[name]]
+    counts = [1] * (len(value.axes) - len(counts)) + counts
     pad = len(counts) - len(value.axes)
     axes, flags = [], []
     for i, count in enumerate(counts):
@@ -323,6 +351,7 @@ def resize_repeat(resize: Resize) -> None:
     name = "repeats" if resize.has("repeats") else "dims"
     pad = len(resize.output.axes) - len(resize.inputs[0].axes)
     counts = list(resize.argument(name))
+    counts = [1] * (len(resize.output.axes) - len(counts)) + counts
     for i, axis in enumerate(resize.output.axes):
         inner = resize.inputs[0].axes[i - pad].size if i >= pad else 1
         if axis.size != inner and resize.output_changed(i):
@@ -345,9 +374,11 @@ def resize_repeat_interleave(resize: Resize) -> None:
 @axis_rule("aten.roll")
 def roll(call: Call) -> Value:
     """The end of an axis moves to its front."""
-    value = call["self"]
+    value, dims = call["self"], call.get("dims", [])
     axes = list(value.axes)
-    for shift, dim in zip(call["shifts"], call.get("dims", []), strict=False):
+    if not dims:
+        return call.block_all("it is rolled by a fixed number of positions")[0]
+    for shift, dim in zip(call["shifts"], dims, strict=True):
         i = int(dim) % len(axes)
         size = axes[i].size
         at = (size - int(shift) % size) % size
@@ -358,13 +389,13 @@ def roll(call: Call) -> Value:
 
 @axis_rule("aten.flip", "aten.fliplr", "aten.flipud", "aten.rot90")
 def flip(call: Call) -> Value:
-    """Reversed order has no place in the algebra."""
-    value = call["self"]
+    """Reversed order has no place in the algebra; a rotation also exchanges two axes."""
+    value, fresh = call["self"], call.fresh()
     axes = list(value.axes)
     for dim in call.get("dims", range(len(axes))):
         i = int(dim) % len(axes)
         call.block(axes[i], "its order is reversed")
-        axes[i] = call.dims.fresh(axes[i].size, Origin.STORED)
+        axes[i] = fresh[i]
     return call.value(axes, value.zero)
 
 
@@ -404,6 +435,8 @@ def triangle(call: Call) -> Value:
 def diff(call: Call) -> Value:
     """Differences of neighbours."""
     value = call["self"]
+    if len(call.values) > 1:
+        return call.block_all("its neighbours are subtracted")[0]
     axis = _axis(call, value, default=-1)
     call.mixes(value, axis, "its neighbours are subtracted")
     fresh = call.fresh()

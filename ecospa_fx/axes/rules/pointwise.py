@@ -6,7 +6,7 @@ from ecospa_fx.axes.call import Call, Value
 from ecospa_fx.axes.registry import axis_rule
 
 _COPIES = """
-    clone contiguous detach alias lift_fresh lift_fresh_copy lift to _to_copy type_as view_as_complex_copy
+    clone contiguous detach alias lift_fresh lift_fresh_copy lift to _to_copy type_as
     dropout alpha_dropout neg positive conj _conj resolve_conj resolve_neg conj_physical
     real imag feature_dropout requires_grad_ detach_copy
 """
@@ -171,9 +171,10 @@ def masked_fill(call: Call) -> Value:
 @axis_rule("aten.addcmul", "aten.addcdiv", "aten.lerp")
 def three(call: Call) -> Value:
     """Sums of products: 0 where every operand is."""
-    if call.operator == "aten.addcdiv":
+    divides = call.operator.startswith("aten.addcdiv")
+    if divides:
         _refuse_zero(call, call["tensor2"])
-    return call.pointwise(call.values, "all" if call.operator != "aten.addcdiv" else "lost")
+    return call.pointwise(call.values, "lost" if divides else "all")
 
 
 @axis_rule("aten.copy")
