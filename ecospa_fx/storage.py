@@ -214,15 +214,11 @@ def load(
     plan = _read_plan(folder)
     tensors = _read_weights(folder, manifest)
     if dtype is not None:
-        dense_names = {name for name, _ in plan.shapes}
-        tensors = {n: t.to(dtype) if n in dense_names and t.is_floating_point() else t for n, t in tensors.items()}
+        weights = {name for name, _ in plan.shapes}
+        tensors = {n: t.to(dtype) if n in weights and t.is_floating_point() else t for n, t in tensors.items()}
+    from ecospa_fx.api import shrink  # which imports this module
+
     dense, args, kwargs = _dense(folder, manifest, model)
-    return _loaded(dense, args, kwargs, plan, tensors)
-
-
-def _loaded(dense: nn.Module, args: Any, kwargs: Any, plan: Plan, tensors: dict[str, Tensor]) -> nn.Module:
-    from ecospa_fx.api import shrink
-
     dense = _typed(dense, tensors)
     small = shrink(dense, plan, args, kwargs)
     _fill(small, tensors, [name for name, _ in dense.named_buffers()])
@@ -372,15 +368,12 @@ def _typed(dense: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     A graph holds its types as literals, so they must be right before it is traced.
     """
     own: dict[str, Tensor] = {**dict(dense.named_parameters()), **dict(dense.named_buffers())}
-    wrong = [n for n, t in own.items() if n in tensors and (t.dtype != tensors[n].dtype or t.device.type != "cpu")]
-    if not wrong:
-        return dense
     memo: dict[int, Any] = {}
-    for name in wrong:
-        empty = torch.empty(own[name].shape, dtype=tensors[name].dtype)
-        old = own[name]
-        memo[id(old)] = nn.Parameter(empty, old.requires_grad) if isinstance(old, nn.Parameter) else empty
-    return copy.deepcopy(dense, memo)
+    for name, old in own.items():
+        if name in tensors and (old.dtype != tensors[name].dtype or old.device.type != "cpu"):
+            empty = torch.empty(old.shape, dtype=tensors[name].dtype)
+            memo[id(old)] = nn.Parameter(empty, old.requires_grad) if isinstance(old, nn.Parameter) else empty
+    return copy.deepcopy(dense, memo) if memo else dense
 
 
 def _fill(small: nn.Module, tensors: Mapping[str, Tensor], buffers: Sequence[str]) -> None:

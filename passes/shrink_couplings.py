@@ -278,6 +278,8 @@ def _propagate(program: Program, walked: Flow, kept: Kept, cut: set[str]) -> Non
         if node.op != "call_function" or not touched:
             continue
         stale.add(node)
+        if node.target is aten.view.default:  # other widths have other strides, where a view may not exist
+            node.target = aten.reshape.default
         try:
             node.meta["val"] = evaluate(node)
         except Exception as error:

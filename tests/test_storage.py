@@ -173,7 +173,7 @@ def test_a_failure_while_writing_leaves_nothing(tmp_path: Path, monkeypatch: pyt
 
     small = shrunk()[1]
     monkeypatch.setattr(storage, "_write_weights", full)
-    with pytest.raises(StorageError, match="cannot be written: .*No space left"):
+    with pytest.raises(StorageError, match=r"cannot be written: .*No space left"):
         save(small, tmp_path / "small")
     assert not list(tmp_path.iterdir())
 
@@ -279,7 +279,7 @@ def test_a_function_that_returns_no_module_is_refused(saved: tuple[Path, nn.Modu
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match="there is no folder .*nowhere"):
+    with pytest.raises(StorageError, match=r"there is no folder .*nowhere"):
         load(tmp_path / "nowhere")
 
 

@@ -35,16 +35,36 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | N
         raise CaptureError(f"args must be a tuple of positional arguments, not {type(args).__name__}: write (x,)")
     kwargs = dict(kwargs or {})
     args = tuple(args)
-    shapes = _dynamic_shapes(model, args, kwargs) if dynamic else None
-    try:
-        with _quiet():
-            program = torch.export.export(model, args, kwargs, strict=False, dynamic_shapes=shapes)
-    except Exception as error:
-        raise CaptureError(_failure(model, error)) from error
+    program = _export(model, args, kwargs, _attempts(model, args, kwargs) if dynamic else [None])
     inline_regions(program.graph_module)
     slice_constant_indices(program.graph_module, _constants(program))
     hoist_selections(program.graph_module)
     return ExportedForm(program, model)
+
+
+def _export(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], attempts: Sequence[dict[str, Any] | None]
+) -> ExportedProgram:
+    """The first attempt that works; the error of the last, which asks for least, where none does."""
+    for shapes in attempts:
+        try:
+            with _quiet():
+                return torch.export.export(model, args, kwargs, strict=False, dynamic_shapes=shapes)
+        except Exception as error:
+            failure = error
+    raise CaptureError(_failure(model, failure)) from failure
+
+
+def _attempts(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[dict[str, Any] | None]:
+    """Which sizes become symbols, from most to least: every axis, the batch, none.
+
+    Of a model of images alone, never more than the batch: symbolic heights and widths make torch prove divisibility
+    window by window, which takes minutes.
+    """
+    tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    batch = _dynamic_shapes(model, args, kwargs, 1)
+    images = bool(tensors) and all(t.dim() > 3 for t in tensors)
+    return [batch, None] if images else [_dynamic_shapes(model, args, kwargs, None), batch, None]
 
 
 def _constants(program: ExportedProgram) -> dict[fx.Node, Tensor]:
@@ -55,16 +75,13 @@ def _constants(program: ExportedProgram) -> dict[fx.Node, Tensor]:
     return {n: v for n, v in values.items() if isinstance(v, Tensor) and not v.is_meta}
 
 
-def _dynamic_shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Every axis of every tensor left to torch to decide; of a model of images alone, the batch only.
-
-    Symbolic heights and widths make torch prove divisibility window by window, which takes minutes.
-    """
-    tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    images = all(t.dim() > 3 for t in tensors)
+def _dynamic_shapes(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], leading: int | None
+) -> dict[str, Any]:
+    """The leading axes of every tensor (None: all of them) left to torch to decide."""
 
     def axes(leaf: Any) -> Any:
-        return dict.fromkeys(range(1 if images else leaf.dim()), Dim.AUTO) if isinstance(leaf, Tensor) else None
+        return dict.fromkeys(range(leaf.dim())[:leading], Dim.AUTO) if isinstance(leaf, Tensor) else None
 
     try:
         bound = inspect.signature(model.forward).bind(*args, **kwargs)

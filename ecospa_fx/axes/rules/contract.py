@@ -29,7 +29,7 @@ def linear(call: Call) -> Value:
     return _plus(call, product, call.get("bias"))
 
 
-@axis_rule("aten.matmul", "aten.mm", "aten.bmm", "aten.mv", "aten.dot", "aten.vdot", "aten.__matmul__")
+@axis_rule("aten.matmul", "aten.mm", "aten.bmm", "aten.mv", "aten.dot", "aten.vdot")
 def matmul(call: Call) -> Value:
     """[..., m, k] · [..., k, n], batch axes broadcast; vectors lose their axis."""
     a, b = call["self"], call.get("other") or call.get("mat2") or call.get("vec") or call["tensor"]
@@ -92,22 +92,34 @@ def tensordot(call: Call) -> Value:
     return call.contraction([a, b], names, [n for part in names for n in part if not n.startswith("sum")])
 
 
-@axis_rule("aten.outer", "aten.ger", "aten.kron_vectors")
+@axis_rule("aten.outer", "aten.ger")
 def outer(call: Call) -> Value:
     """A column times a row."""
     a, b = call.values
     return call.contraction([a, b], [["m"], ["n"]], ["m", "n"])
 
 
-@axis_rule("aten.linalg_vecdot", "aten.inner")
+@axis_rule("aten.inner")
+def inner(call: Call) -> Value:
+    """a [..., k] · b [..., k], the other axes side by side."""
+    a, b = call["self"], call["other"]
+    if not a.axes or not b.axes:
+        return call.pointwise([a, b], "any")
+    left, right = ([f"{side}{i}" for i in range(len(v.axes) - 1)] for side, v in (("a", a), ("b", b)))
+    return call.contraction([a, b], [[*left, "k"], [*right, "k"]], [*left, *right])
+
+
+@axis_rule("aten.linalg_vecdot")
 def vecdot(call: Call) -> Value:
-    """Sum of products along the last axis."""
+    """Sum of products along one axis, broadcast."""
     a, b = call.values[:2]
     product = call.pointwise([a, b], "any", _wider(a, b))
-    if not product.zero[-1]:
-        call.block(product.axes[-1], "it is summed over although removed elements are not zero there")
-    call.note(product.axes[-1], "contracts", "activations")
-    return call.value(product.axes[:-1], product.zero[:-1])
+    over = call.get("dim", -1) % len(product.axes)
+    if not product.zero[over]:
+        call.block(product.axes[over], "it is summed over although removed elements are not zero there")
+    call.note(product.axes[over], "contracts", "activations")
+    left = [i for i in range(len(product.axes)) if i != over]
+    return call.value([product.axes[i] for i in left], [product.zero[i] for i in left])
 
 
 def _wider(a: Value, b: Value) -> Sequence[int]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from ecospa_fx.axes.algebra import Axis
+from ecospa_fx.axes.algebra import Axis, Origin
 from ecospa_fx.axes.call import UNIT, Call, Value
 from ecospa_fx.axes.registry import axis_rule
 
@@ -85,9 +86,11 @@ def _routes(call: Call, result: Value, indices: Value, source: Axis, at: int = 0
 
 @axis_rule("aten.gather", "aten.take_along_dim")
 def gather(call: Call) -> Value:
-    """Positions of one axis chosen for each place of the others."""
-    value = call["self"]
+    """Positions of one axis chosen for each place of the others; take_along_dim broadcasts."""
+    value, broadcasts = call["self"], call.operator == "aten.take_along_dim"
     chosen = call.get("index") or call["indices"]
+    if call.get("dim") is None:
+        return call.block_all(f"{call.operator} chooses its positions by computed indices")[0]
     axis = int(call["dim"]) % max(len(value.axes), 1)
     axes: list[Axis] = []
     for i in range(len(value.axes)):
@@ -96,6 +99,8 @@ def gather(call: Call) -> Value:
             axes.append(chosen.axes[i])
         elif value.axes[i].size == chosen.axes[i].size:
             axes.append(call.align([(value, i), (chosen, i)]) if value.axes[i].size > 1 else UNIT)
+        elif broadcasts:
+            axes.append(max(value.axes[i], chosen.axes[i], key=lambda a: a.size))
         else:
             call.block(value.axes[i], f"{call.operator} reads a part of it")
             axes.append(chosen.axes[i])
@@ -130,19 +135,16 @@ def index_put(call: Call) -> Value:
         return call.block_all(f"{call.operator} writes where a mask says")[0]
     together = where == list(range(where[0], where[-1] + 1)) if where else False
     rest = [i for i in range(len(value.axes)) if i not in where]
-    flags = list(value.zero)
+    axes, flags, target = list(value.axes), [False] * len(value.axes), list(new.axes)
     tail = [i for i in rest if not together or i > where[0]]
     for offset, i in enumerate(reversed(tail)):
         j = len(new.axes) - 1 - offset
         if j >= 0 and new.axes[j].size == value.axes[i].size > 1:
-            axis = call.align([(value, i), (new, j)])
-            call.gathered([value], [axis if k == i else a for k, a in enumerate(value.axes)])
-            flags[i] = flags[i] and new.zero[j] and call.follows(new.axes[j], axis)
-        else:
-            flags[i] = False
-    for i in where:
-        flags[i] = False
-    return call.value(value.axes, flags)
+            axes[i] = target[j] = call.align([(value, i), (new, j)])
+            flags[i] = all(v.zero[k] and call.follows(v.axes[k], axes[i]) for v, k in ((value, i), (new, j)))
+    call.gathered([value], axes)
+    call.gathered([new], target)
+    return call.value(axes, flags)
 
 
 @axis_rule("aten.index_add", "aten.index_copy", "aten.index_fill")
@@ -151,7 +153,8 @@ def index_add(call: Call) -> Value:
     value, source = call["self"], call.get("source")
     axis = int(call["dim"]) % max(len(value.axes), 1)
     _chosen(call, value, axis)
-    axes, flags = list(value.axes), list(value.zero)
+    kept = isinstance(source, Value) or (not isinstance(call.get("value"), Value) and call.get("value", 0) == 0)
+    axes, flags = list(value.axes), [kept and z for z in value.zero]
     for i in range(len(axes)):
         if i != axis and isinstance(source, Value):
             axes[i] = call.align([(value, i), (source, i)]) if axes[i].size > 1 else axes[i]
@@ -166,28 +169,30 @@ def index_add(call: Call) -> Value:
 
 @axis_rule("aten.slice_scatter", "aten.select_scatter")
 def slice_scatter(call: Call) -> Value:
-    """Part of an axis overwritten."""
+    """Part of an axis overwritten, or all of it; the other axes are the same dims."""
     value, new = call["self"], call["src"]
     axis = int(call.get("dim", 0)) % len(value.axes)
-    if call.operator == "aten.slice_scatter" and value.axes[axis].size == new.axes[axis].size:
-        return call.passes(new)
-    if call.dims.cuttable(value.axes[axis]):
-        return call.block_all(f"{call.operator} overwrites a part of it")[0]
     if call.operator == "aten.select_scatter":
-        result = [a for i, a in enumerate(value.axes) if i != axis]
-        aligned = call.pointwise([Value(tuple(result), (False,) * len(result)), new], "lost", new.shape)
-        axes = [*aligned.axes[:axis], value.axes[axis], *aligned.axes[axis:]]
-    else:
-        axes = [a if i == axis else call.align([(value, i), (new, i)]) for i, a in enumerate(value.axes)]
-        call.gathered([new], [new.axes[i] if i == axis else a for i, a in enumerate(axes)])
+        new = replace(new, axes=(*new.axes[:axis], UNIT, *new.axes[axis:]), zero=(*new.zero[:axis], True, *new.zero[axis:]))
+    part = value.axes[axis].size != new.axes[axis].size
+    if part and any(call.dims.cuttable(v.axes[axis]) for v in (value, new)):
+        return call.block_all(f"{call.operator} overwrites a part of it")[0]
+    axes, flags = [], []
+    for i, own in enumerate(value.axes):
+        along = own.size > 1 and not (part and i == axis)
+        axes.append(call.align([(value, i), (new, i)]) if along else call.dims.fresh(own.size, Origin.STORED))
+        flags.append(along and all(v.zero[i] and call.follows(v.axes[i], axes[i]) for v in (value, new)))
+    if part:
+        call.block(value.axes[axis], f"{call.operator} overwrites a part of it")
     call.gathered([value], axes)
-    zero = [value.zero[i] and (new.zero[i] if len(new.zero) == len(axes) else False) for i in range(len(axes))]
-    return call.value(axes, zero)
+    target = [a for i, a in enumerate(axes) if i != axis] if call.operator == "aten.select_scatter" else axes
+    call.gathered([call["src"]], target)
+    return call.value(axes, flags)
 
 
 @axis_rule("aten.one_hot", "aten.bincount", "aten.histc", "aten.bucketize", "aten.searchsorted", "aten.nonzero",
-           "aten.unique", "aten._unique2", "aten.unique_consecutive", "aten.masked_select", "aten.item",
-           "aten._local_scalar_dense", "aten.equal", "aten.isin", "aten.multinomial", "aten.tensor_to_list",
+           "aten._unique2", "aten.unique_consecutive", "aten.masked_select", "aten.item",
+           "aten._local_scalar_dense", "aten.equal", "aten.isin", "aten.multinomial",
            "aten.nonzero_numpy", "aten.masked_scatter", "aten.unique_dim", "aten.argwhere")  # fmt: skip
 def computed(call: Call) -> Value | list[Value]:
     """Something counted or looked up: new, and its inputs cannot be cut."""

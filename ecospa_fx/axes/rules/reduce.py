@@ -7,11 +7,15 @@ from collections.abc import Sequence
 from ecospa_fx.axes.algebra import Origin
 from ecospa_fx.axes.call import UNIT, Call, Value
 from ecospa_fx.axes.registry import axis_rule
+from ecospa_fx.axes.resize import Resize, resize_rule
+
+
+_LAST_BY_DEFAULT = {"aten.mode", "aten.kthvalue"}
 
 
 def _over(call: Call, value: Value) -> tuple[int, ...]:
     """Axis numbers of the `dim` argument; all of them where it is absent or empty."""
-    rank, dim = len(value.axes), call.get("dim")
+    rank, dim = len(value.axes), call.get("dim", -1 if call.operator in _LAST_BY_DEFAULT else None)
     if dim is None or dim == []:
         return tuple(range(rank))
     dims = dim if isinstance(dim, list | tuple) else [dim]
@@ -47,14 +51,15 @@ def _reduces(call: Call, message: str, zero: bool) -> Value:
 
 @axis_rule("aten.mean", "aten.std", "aten.var", "aten.linalg_vector_norm", "aten.norm", "aten.amax", "aten.amin",
            "aten.argmax", "aten.argmin", "aten.prod", "aten.logsumexp", "aten.any", "aten.all", "aten.nanmean",
-           "aten.linalg_norm", "aten.frobenius_norm", "aten.count_nonzero", "aten.median")  # fmt: skip
+           "aten.linalg_norm", "aten.frobenius_norm", "aten.count_nonzero")  # fmt: skip
 def statistic(call: Call) -> Value:
     """A statistic of all positions: without an element it is another."""
     zero = call.operator in {"aten.mean", "aten.linalg_vector_norm", "aten.norm", "aten.amax", "aten.amin", "aten.std"}
     return _reduces(call, f"{call.operator} is taken over it: without an element the result is another", zero)
 
 
-@axis_rule("aten.max", "aten.min", "aten.var_mean", "aten.std_mean", "aten.aminmax", "aten.mode", "aten.kthvalue")
+@axis_rule("aten.max", "aten.min", "aten.var_mean", "aten.std_mean", "aten.aminmax", "aten.mode", "aten.kthvalue",
+           "aten.median")  # fmt: skip
 def statistics(call: Call) -> Value | list[Value]:
     """Statistics with several outputs, or the larger of two tensors."""
     if isinstance(call.get("other"), Value):
@@ -64,8 +69,8 @@ def statistics(call: Call) -> Value | list[Value]:
 
 
 @axis_rule("aten.softmax", "aten._softmax", "aten.log_softmax", "aten._log_softmax", "aten._safe_softmax",
-           "aten.cumsum", "aten.cumprod", "aten.logcumsumexp", "aten.cummax", "aten.cummin", "aten.special_softmax",
-           "aten.renorm")  # fmt: skip
+           "aten.cumsum", "aten.cumprod", "aten.logcumsumexp", "aten.cummax", "aten.cummin",
+           "aten.special_softmax")  # fmt: skip
 def along(call: Call) -> Value | list[Value]:
     """The same shape, each position depending on the others along one axis."""
     value = call.values[0]
@@ -78,11 +83,22 @@ def along(call: Call) -> Value | list[Value]:
     return [result] * len(call.outputs) if len(call.outputs) > 1 else result
 
 
+@axis_rule("aten.renorm")
+def renorm(call: Call) -> Value:
+    """Each slice along one axis is scaled by its own norm, which removed elements must not count in."""
+    value = call["self"]
+    axis = call["dim"] % len(value.axes)
+    call.note(value.axes, "nonlinear")
+    for i in (j for j in range(len(value.axes)) if j != axis and not value.zero[j]):
+        call.mixes(value, i, "aten.renorm takes norms over it although removed elements are not zero there")
+    return call.passes(value)
+
+
 @axis_rule("aten.sort", "aten.topk", "aten.argsort", "aten.msort")
 def orders(call: Call) -> Value | list[Value]:
     """Positions along one axis are put in order: that axis is new."""
     value = call.values[0]
-    axis = call.get("dim", -1) % len(value.axes) if value.axes else 0
+    axis = call.get("dim", 0 if call.operator == "aten.msort" else -1) % max(len(value.axes), 1)
     outputs = []
     for fresh in (call.fresh(i) for i in range(len(call.outputs))):
         outputs.append(call.value([f if i == axis else a for i, (f, a) in enumerate(zip(fresh, value.axes, strict=True))]))
@@ -103,7 +119,7 @@ def layer_norm(call: Call) -> Value | list[Value]:
             if isinstance(call.get(name), Value):
                 call.align([(value, i), (call[name], i - first)])
     result = call.value(value.axes)
-    rest = [call.stored(i) for i in range(1, len(call.outputs))]
+    rest = [call.value([*value.axes[:first], *[UNIT] * count]) for _ in call.outputs[1:]]
     return [result, *rest] if rest else result
 
 
@@ -117,13 +133,14 @@ def batch_norm(call: Call) -> Value | list[Value]:
     channel = call.align([(value, 1), *((v, 0) for v in operands)])
     for operand in operands:
         call.gathered([operand], [channel])
+    call.gathered([value], [value.axes[0], channel, *value.axes[2:]])
     learnt = [v for v in operands if v.weights]
     zero = len(learnt) == 2 and all(v.zero[0] for v in learnt)
     call.note(channel, "nonlinear")
     result = call.value([value.axes[0], channel, *value.axes[2:]], [False, zero, *[False] * len(value.axes[2:])])
     for i in (j for j in range(len(value.axes)) if j != 1):
         call.block(value.axes[i], f"{call.operator} uses statistics over it")
-    rest = [call.stored(i) for i in range(1, len(call.outputs))]
+    rest = [call.value([channel]) if shape == (channel.size,) else call.stored(i) for i, shape in enumerate(call.outputs)][1:]
     return [result, *rest] if rest else result
 
 
@@ -137,5 +154,12 @@ def group_norm(call: Call) -> Value | list[Value]:
     for i in range(1, len(value.axes)):
         call.mixes(value, i, f"{call.operator} normalises over it: without an element the others change")
     result = call.value(value.axes)
-    rest = [call.stored(i) for i in range(1, len(call.outputs))]
+    rest = [call.value([value.axes[0], *call.fresh(i)[1:]]) for i in range(1, len(call.outputs))]
     return [result, *rest] if rest else result
+
+
+@resize_rule("aten.native_group_norm")
+def resize_group_norm(resize: Resize) -> None:
+    """The size of the batch is an argument; channels and places are never cut."""
+    if resize.changed(0, 0):
+        resize.set("N", resize.size(resize.inputs[0], 0))
