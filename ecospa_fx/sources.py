@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ecospa_fx.errors import CaptureError, EcospaError, StorageError
+from ecospa_fx.storage import MANIFEST, load_with_inputs
 
 BATCH, LENGTH, FRAMES = 2, 16, 4000
 """Sizes of example inputs: sequences, tokens of each, samples of raw audio."""
@@ -36,8 +37,8 @@ def open_source(text: str, *, weights: bool) -> Source:
     """The model that `text` names, in eval mode unless a function set its mode.
 
     text: a Hugging Face folder, a ``config.json``, or ``package.module:function``, where the function returns
-    (model, args, kwargs). weights: whether the values are needed; without them a Hugging Face model is built on
-    ``meta`` whatever its size. No code from a folder is executed. Raises StorageError for what is not there or is
+    (model, args, kwargs); without weights also a folder that `save` wrote. weights: whether the values are needed;
+    without them a Hugging Face model is built on ``meta`` whatever its size. No code from a folder is executed. Raises StorageError for what is not there or is
     not a model, CaptureError where no example inputs are known for the model.
     """
     path = Path(text)
@@ -95,6 +96,10 @@ def _told(error: Exception) -> str:
 
 def _from_path(path: Path, weights: bool) -> Source:
     folder = path if path.is_dir() else path.parent
+    if (path / MANIFEST).is_file():
+        if weights:
+            raise StorageError(f"{path} was compressed already: compress the original model with a higher ratio")
+        return Source(*load_with_inputs(path), folder)
     described = path / "config.json" if path.is_dir() else path
     if not described.is_file():
         raise StorageError(f"{path} has no config.json: name a Hugging Face folder or a config.json")

@@ -209,7 +209,13 @@ def load(
     Raises StorageError for a folder that is incomplete, damaged or not of this kind; PlanError and CaptureError where
     `model` builds another architecture.
     """
-    folder = Path(path)
+    return load_with_inputs(Path(path), model, dtype)[0]
+
+
+def load_with_inputs(
+    folder: Path, model: Callable[[], Any] | None = None, dtype: torch.dtype | None = None
+) -> tuple[nn.Module, Any, Any]:
+    """(model, args, kwargs): what `load` returns, with the example inputs that it was traced with."""
     manifest = read_manifest(folder)
     plan = _read_plan(folder)
     tensors = _read_weights(folder, manifest)
@@ -222,7 +228,7 @@ def load(
     dense = _typed(dense, tensors)
     small = shrink(dense, plan, args, kwargs)
     _fill(small, tensors, [name for name, _ in dense.named_buffers()])
-    return remember(small, origin(dense, plan, args, kwargs))
+    return remember(small, origin(dense, plan, args, kwargs)), args, kwargs
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

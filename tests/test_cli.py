@@ -264,6 +264,14 @@ def test_compress_does_what_it_prints(folder: Path, tmp_path: Path, capsys: Capt
     assert float(rows["perplexity"][1]) == pytest.approx(text.perplexity(small, reader, windows), abs=0.01)
     assert {p.dtype for p in load(output).parameters()} == {torch.bfloat16}
 
+    assert main(["inspect", str(output), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["parameters"] == count
+    again = [
+        str(output) if argument == str(folder / "model") else argument
+        for argument in compress_arguments(folder, tmp_path / "again")
+    ]
+    assert "was compressed already: compress the original" in refused(capsys, [*again, "--tokenizer", tokenizer])
+
 
 def test_compress_reads_xz_finds_the_tokenizer_and_takes_a_second_text(
     folder: Path, tmp_path: Path, capsys: Capture

@@ -32,7 +32,7 @@ CASES = [
              label="mask"),
     sandwich("aten.gather", lambda h: h.relu().gather(1, torch.zeros(8, dtype=torch.long).expand(h.shape[0], 2, 8))),
     sandwich("aten.gather", lambda h: h.relu().gather(2, torch.ones(2, 3, 1).long()), "", CHOSEN, label="channels"),
-    sandwich("aten.take_along_dim", lambda h: torch.take_along_dim(h.relu(), torch.zeros(1, 2, 1, dtype=torch.long), 1)),
+    sandwich("aten.take_along_dim", lambda h: torch.take_along_dim(h[0].relu(), torch.zeros(2, 1).long(), 0)),
     sandwich("aten.take_along_dim", lambda h: h + torch.take_along_dim(h, torch.tensor([1])), "", CHOSEN, label="flat"),
     sandwich("aten.scatter", lambda h: h.relu().scatter(1, torch.zeros(2, 1, 8, dtype=torch.long), 1.0), "", WRITES),
     sandwich("aten.index_put", lambda h: h.relu().index_put((torch.tensor([0, 1]), torch.tensor([1, 2])), h[0, 0])),

@@ -7,7 +7,8 @@ import logging
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from io import StringIO
 from typing import Any
 
 import torch
@@ -35,18 +36,21 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | N
         raise CaptureError(f"args must be a tuple of positional arguments, not {type(args).__name__}: write (x,)")
     kwargs = dict(kwargs or {})
     args = tuple(args)
-    program = _export(model, args, kwargs, _attempts(model, args, kwargs) if dynamic else [None])
+    _bound(model, args, kwargs)
+    program = _export(model, _attempts(model, args, kwargs) if dynamic else [(args, kwargs, None)])
     inline_regions(program.graph_module)
     slice_constant_indices(program.graph_module, _constants(program))
     hoist_selections(program.graph_module)
     return ExportedForm(program, model)
 
 
-def _export(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], attempts: Sequence[dict[str, Any] | None]
-) -> ExportedProgram:
+Attempt = tuple[tuple[Any, ...], dict[str, Any], dict[str, Any] | None]
+"""Example arguments, and which of their sizes become symbols."""
+
+
+def _export(model: nn.Module, attempts: Sequence[Attempt]) -> ExportedProgram:
     """The first attempt that works; the error of the last, which asks for least, where none does."""
-    for shapes in attempts:
+    for args, kwargs, shapes in attempts:
         try:
             with _quiet():
                 return torch.export.export(model, args, kwargs, strict=False, dynamic_shapes=shapes)
@@ -55,16 +59,21 @@ def _export(
     raise CaptureError(_failure(model, failure)) from failure
 
 
-def _attempts(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[dict[str, Any] | None]:
-    """Which sizes become symbols, from most to least: every axis, the batch, none.
+def _attempts(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Attempt]:
+    """From most to least that becomes a symbol: every axis, the batch, none.
 
-    Of a model of images alone, never more than the batch: symbolic heights and widths make torch prove divisibility
-    window by window, which takes minutes.
+    A size of 1 never becomes a symbol, so a batch of one is doubled for the example. Of a model of images alone only the
+    batch does: symbolic heights and widths make torch prove divisibility window by window, which takes minutes.
     """
-    tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    batch = _dynamic_shapes(model, args, kwargs, 1)
-    images = bool(tensors) and all(t.dim() > 3 for t in tensors)
-    return [batch, None] if images else [_dynamic_shapes(model, args, kwargs, None), batch, None]
+    tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim()]
+    plain: list[Attempt] = [(args, kwargs, _dynamic_shapes(model, args, kwargs, 1)), (args, kwargs, None)]
+    leading = 1 if tensors and all(t.dim() > 3 for t in tensors) else None
+    if tensors and all(t.shape[0] == 1 for t in tensors):
+        twice = pytree.tree_map(lambda t: torch.cat([t, t]) if isinstance(t, Tensor) and t.dim() else t, (args, kwargs))
+        plain.insert(0, (*twice, _dynamic_shapes(model, *twice, leading)))
+    if leading is None:
+        plain.insert(len(plain) - 2, (args, kwargs, _dynamic_shapes(model, args, kwargs, None)))
+    return plain
 
 
 def _constants(program: ExportedProgram) -> dict[fx.Node, Tensor]:
@@ -83,23 +92,29 @@ def _dynamic_shapes(
     def axes(leaf: Any) -> Any:
         return dict.fromkeys(range(leaf.dim())[:leading], Dim.AUTO) if isinstance(leaf, Tensor) else None
 
+    found: dict[str, Any] = pytree.tree_map(axes, _bound(model, args, kwargs))
+    return found
+
+
+def _bound(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments by the names that ``forward`` gives them."""
     try:
-        bound = inspect.signature(model.forward).bind(*args, **kwargs)
+        return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
     except TypeError as error:
         raise CaptureError(f"{type(model).__name__} does not take these arguments: {error}") from error
-    found: dict[str, Any] = pytree.tree_map(axes, dict(bound.arguments))
-    return found
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without the exporter's warnings about what the user cannot change."""
-    loggers = [logging.getLogger(n) for n in ("torch.export", "torch.fx.experimental.symbolic_shapes", "torch._export")]
+    names = ("torch.export", "torch.fx.experimental.symbolic_shapes", "torch._export", "torch._subclasses.fake_tensor")
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
+    # torch prints the graph of a failed trace, whatever the log level
+    with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
         warnings.simplefilter("ignore")
         for logger in loggers:
-            logger.setLevel(logging.ERROR)
+            logger.setLevel(logging.CRITICAL)
         try:
             yield
         finally:

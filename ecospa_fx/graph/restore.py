@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import redirect_stdout
+from io import StringIO
+
 import torch
-from torch import nn
+from torch import fx, nn
 
 from ecospa_fx.graph.program import ExportedForm
 
@@ -19,8 +22,10 @@ def restore(program: ExportedForm, model: nn.Module) -> nn.Module:
     for name in list(exported.state_dict):
         if name in names:
             exported.state_dict[name] = stand_ins[names[name]]
+    _complete_stacks(program.graph)
     exported.graph_module.recompile()
-    module: nn.Module = torch.export.unflatten(exported)
+    with redirect_stdout(StringIO()):  # torch 2.13 prints a line per node for some graphs
+        module: nn.Module = torch.export.unflatten(exported)
     for alias, name in names.items():
         path, _, attribute = alias.rpartition(".")
         try:
@@ -31,6 +36,18 @@ def restore(program: ExportedForm, model: nn.Module) -> nn.Module:
             owner._parameters[attribute] = program.values[name]
     module.train(model.training)
     return module
+
+
+def _complete_stacks(graph: fx.Graph) -> None:
+    """Give every node the modules from the root down; traced graph modules come without the outer ones."""
+    for node in graph.nodes:
+        stack = node.meta.get("nn_module_stack")
+        if not stack or next(iter(stack.values()))[0] == "":
+            continue
+        path, kind = next(reversed(stack.values()))
+        parts = path.split(".")
+        outer = {p: (p, "torch.nn.modules.module.Module") for p in ("", *(".".join(parts[:i]) for i in range(1, len(parts))))}
+        node.meta["nn_module_stack"] = {**outer, path: (path, kind)}
 
 
 def _stand_in(value: nn.Parameter) -> nn.Parameter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from re import search
 
 from ecospa_fx.axes.algebra import Misaligned, Origin
 from ecospa_fx.axes.call import Call, Value
@@ -65,8 +66,9 @@ def resize_convolution(resize: Resize) -> None:
     weight = resize.inputs[1]
     if groups == 1:
         return
-    channels = resize.inputs[0].axes[-(len(weight.axes) - 1)]
-    own = weight.axes[0 if resize.node_is(*(f"aten.{n}" for n in _TRANSPOSED)) else 1]
+    turned = resize.node_is(*(f"aten.{n}" for n in _TRANSPOSED)) or bool(resize.raw("transposed"))
+    channels = (resize.output if turned else resize.inputs[0]).axes[-(len(weight.axes) - 1)]
+    own = weight.axes[1]
     if resize.kept.changed(channels) or resize.kept.changed(own):
         resize.set("groups", resize.size_of(channels) // resize.size_of(own))
 
@@ -80,22 +82,28 @@ def resize_convolution(resize: Resize) -> None:
            "aten.max_pool2d_with_indices", "aten._upsample_nearest_exact2d")  # fmt: skip
 def resample(call: Call) -> Value | list[Value]:
     """Batch and channels pass; places mix."""
-    value = call.values[0]
-    channel = 1 if len(value.axes) > 3 or not call.operator.endswith(("2d", "3d")) else 0
-    channel = 0 if len(value.axes) == 2 else channel
+    value, *others = call.values
+    found = search(r"([123])d", call.operator)
+    space = int(found[1]) if found else len(value.axes) - 2
+    channel = len(value.axes) - space - 1
+    for axis in (a for other in others for a in other.axes):
+        call.block(axis, f"{call.operator} reads places from it")
     for i in range(channel + 1, len(value.axes)):
         call.mixes(value, i, f"{call.operator} mixes neighbours along it")
     call.note(value.axes[channel], "averaged" if "avg" in call.operator else "nonlinear")
     fresh = call.fresh()
     axes = [a if i <= channel else fresh[i] for i, a in enumerate(value.axes)]
     result = call.value(axes, [z and i <= channel for i, z in enumerate(value.zero)])
-    return [result] * len(call.outputs) if len(call.outputs) > 1 else result
+    positions = [call.value(axes)] * (len(call.outputs) - 1)
+    return [result, *positions] if positions else result
 
 
 @axis_rule("aten.im2col", "aten.col2im")
 def patches(call: Call) -> Value:
     """[batch, channels, …] to [batch, channels · window, places] and back."""
     value = call["self"]
+    if len(value.axes) < (3 if call.operator == "aten.col2im" else 4):
+        return call.block_all(f"{call.operator} moves windows along it")[0]
     for i in range(len(value.axes)):
         if i > 1 or call.operator == "aten.col2im":
             call.mixes(value, i, f"{call.operator} moves windows along it")

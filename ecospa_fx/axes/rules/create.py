@@ -27,7 +27,7 @@ def like(call: Call) -> Value:
 
 
 @axis_rule("aten.arange", "aten.linspace", "aten.eye", "aten.rand", "aten.randn", "aten.randint", "aten.scalar_tensor",
-           "aten.tensor", "aten.randperm", "aten.tril_indices", "aten.triu_indices", "aten.hann_window", "aten.full_copy")
+           "aten.tensor", "aten.randperm", "aten.tril_indices", "aten.triu_indices", "aten.hann_window")
 def positions(call: Call) -> Value:
     """Every position different: never cut."""
     return call.stored()
