@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ecospa_fx.errors import CaptureError, EcospaError, StorageError
-from ecospa_fx.storage import MANIFEST, load_with_inputs
+from ecospa_fx.folder import MANIFEST
+from ecospa_fx.storage import load_with_inputs
 
 BATCH, LENGTH, FRAMES = 2, 16, 4000
 """Sizes of example inputs: sequences, tokens of each, samples of raw audio."""
@@ -38,8 +39,8 @@ def open_source(text: str, *, weights: bool) -> Source:
 
     text: a Hugging Face folder, a ``config.json``, or ``package.module:function``, where the function returns
     (model, args, kwargs); without weights also a folder that `save` wrote. weights: whether the values are needed;
-    without them a Hugging Face model is built on ``meta`` whatever its size. No code from a folder is executed. Raises StorageError for what is not there or is
-    not a model, CaptureError where no example inputs are known for the model.
+    without them a Hugging Face model is built on ``meta`` whatever its size. No code from a folder is executed.
+    Raises StorageError for what is not there or is not a model, CaptureError where no example inputs are known for it.
     """
     path = Path(text)
     if path.exists():

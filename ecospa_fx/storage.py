@@ -8,13 +8,9 @@ with the plan and reads the weights into it: nothing in the folder is executed.
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,16 +19,24 @@ import torch
 from torch import Tensor, nn
 
 from ecospa_fx.errors import EcospaError, PlanError, StorageError
+from ecospa_fx.folder import (
+    CONFIG,
+    FORMAT,
+    MANIFEST,
+    PLAN,
+    VERSION,
+    digest,
+    new_folder,
+    read_manifest,
+    read_weights,
+    refuse_existing,
+    write_weights,
+)
 from ecospa_fx.inputs import blank, described
 from ecospa_fx.plan import Plan
 from ecospa_fx.version import __version__
 
-FORMAT = "ecospa-fx-model"
-VERSION = 1
-MANIFEST, PLAN, CONFIG = "manifest.json", "plan.json", "config.json"
-SAFETENSORS, TORCH = "weights.safetensors", "weights.pt"
 ATTRIBUTE = "ecospa_origin"
-CHUNK = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,39 +110,12 @@ def save(
             "pass origin=ecospa_fx.storage.origin(model, plan, args, kwargs)"
         )
     tensors = {name: _written(t, (dtypes or {}).get(name)) for name, t in _own_tensors(small, found.buffers).items()}
-    with _new_folder(target) as folder:
+    with new_folder(target) as folder:
         (folder / PLAN).write_text(found.plan.to_json(), encoding="utf-8")
         if found.config is not None:
             (folder / CONFIG).write_text(found.config, encoding="utf-8")
-        _write_weights(folder, tensors)
+        write_weights(folder, tensors)
         (folder / MANIFEST).write_text(json.dumps(_manifest(folder, found), indent=1), encoding="utf-8")
-
-
-def refuse_existing(path: str | os.PathLike[str]) -> None:
-    """Raise StorageError where a folder cannot be made: something is there, or its parent is not."""
-    target = Path(path)
-    if target.exists() or target.is_symlink():
-        raise StorageError(f"{target} exists already: choose a new folder or remove it first")
-    if not target.absolute().parent.is_dir():
-        raise StorageError(f"{target.absolute().parent} is not a folder: make it first")
-
-
-@contextmanager
-def _new_folder(target: Path) -> Iterator[Path]:
-    """A temporary sibling that becomes `target` at the end, or goes away."""
-    try:
-        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.absolute().parent))
-    except OSError as error:
-        raise StorageError(f"{target} cannot be written: {error}") from error
-    try:
-        yield partial
-        partial.chmod(0o755)
-        refuse_existing(target)
-        partial.rename(target)
-    except OSError as error:
-        raise StorageError(f"{target} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _own_tensors(small: nn.Module, buffers: Sequence[str]) -> dict[str, Tensor]:
@@ -158,15 +135,6 @@ def _written(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return found if whole else found.clone()
 
 
-def _write_weights(folder: Path, tensors: dict[str, Tensor]) -> None:
-    try:
-        from safetensors.torch import save_file
-    except ImportError:
-        torch.save(tensors, folder / TORCH)
-    else:
-        save_file(tensors, folder / SAFETENSORS)
-
-
 def _manifest(folder: Path, origin: Origin) -> dict[str, Any]:
     versions = {"ecospa_fx": __version__, "torch": str(torch.__version__)}
     if origin.config is not None:
@@ -182,16 +150,8 @@ def _manifest(folder: Path, origin: Origin) -> dict[str, Any]:
         "attention": origin.attention,
         "training": origin.training,
         "inputs": origin.inputs,
-        "files": {f.name: {"bytes": f.stat().st_size, "sha256": _digest(f)} for f in files},
+        "files": {f.name: {"bytes": f.stat().st_size, "sha256": digest(f)} for f in files},
     }
-
-
-def _digest(path: Path) -> str:
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            found.update(chunk)
-    return found.hexdigest()
 
 
 # -- loading -----------------------------------------------------------------------------------------------------
@@ -218,7 +178,7 @@ def load_with_inputs(
     """(model, args, kwargs): what `load` returns, with the example inputs that it was traced with."""
     manifest = read_manifest(folder)
     plan = _read_plan(folder)
-    tensors = _read_weights(folder, manifest)
+    tensors = read_weights(folder, manifest)
     if dtype is not None:
         weights = {name for name, _ in plan.shapes}
         tensors = {n: t.to(dtype) if n in weights and t.is_floating_point() else t for n, t in tensors.items()}
@@ -231,71 +191,11 @@ def load_with_inputs(
     return remember(small, origin(dense, plan, args, kwargs)), args, kwargs
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest, after every file that it names was checked. Raises StorageError."""
-    if not folder.is_dir():
-        raise StorageError(f"there is no folder {folder}")
-    if not (folder / MANIFEST).is_file():
-        raise StorageError(f"{folder} has no {MANIFEST}: it was not saved by ecospa_fx, or not completely")
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise StorageError(f"{folder / MANIFEST} is damaged ({error}): save the model again") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or not _has_files(manifest.get("files")):
-        raise StorageError(f"{folder / MANIFEST} does not describe a model saved by ecospa_fx")
-    if manifest.get("version") != VERSION:
-        raise StorageError(
-            f"{folder} has format version {manifest.get('version')!r} and this library reads version {VERSION}: "
-            "load it with the version of ecospa_fx that wrote it"
-        )
-    for name, entry in manifest["files"].items():
-        _check_file(folder / name, entry)
-    return manifest
-
-
-def _has_files(files: object) -> bool:
-    """Whether a manifest names a plan and weights, and nothing but files of this format."""
-    if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
-        return False
-    return PLAN in files and len({SAFETENSORS, TORCH} & set(files)) == 1 and set(files) <= _FILES
-
-
-_FILES = {PLAN, CONFIG, SAFETENSORS, TORCH}
-
-
-def _check_file(path: Path, entry: Mapping[str, Any]) -> None:
-    if not path.is_file():
-        raise StorageError(f"{path} is missing: copy the whole folder or save the model again")
-    if path.stat().st_size != entry.get("bytes"):
-        raise StorageError(f"{path} is not as long as it was when saved: copy the folder again or save again")
-    if _digest(path) != entry.get("sha256"):
-        raise StorageError(f"{path} was changed after it was saved: copy the folder again or save again")
-
-
 def _read_plan(folder: Path) -> Plan:
     try:
         return Plan.from_json((folder / PLAN).read_bytes())
     except PlanError as error:
         raise StorageError(f"{folder / PLAN}: {error}") from error
-
-
-def _read_weights(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Tensors by name; whatever else a file holds is refused."""
-    found: Any
-    try:
-        if SAFETENSORS in manifest["files"]:
-            from safetensors.torch import load_file
-
-            found = load_file(folder / SAFETENSORS)
-        else:
-            found = torch.load(folder / TORCH, map_location="cpu", weights_only=True)
-    except ImportError as error:
-        raise StorageError('the package safetensors is not installed: pip install "ecospa-fx[hf]"') from error
-    except Exception as error:  # each format raises its own kinds
-        raise StorageError(f"the weights in {folder} cannot be read: {error}") from error
-    if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
-        raise StorageError(f"the weights in {folder} are not tensors by name")
-    return found
 
 
 # -- the original architecture -----------------------------------------------------------------------------------

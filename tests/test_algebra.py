@@ -74,7 +74,10 @@ def test_merge_then_split_gives_the_parts_back(sizes: list[int], data: st.DataOb
     merged = dims.merge(parts)
     assert [labels(dims, a) for a in dims.split(merged, sizes)] == [labels(dims, a) for a in parts]
     order = data.draw(st.permutations(sizes))
-    again = dims.split(merged, order)
+    try:
+        again = dims.split(merged, order)
+    except Misaligned:
+        assume(False)
     assert labels(dims, dims.merge(again)) == labels(dims, merged)
 
 

@@ -7,6 +7,7 @@ import json
 import lzma
 import math
 import random
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -284,7 +285,9 @@ def test_compress_reads_xz_finds_the_tokenizer_and_takes_a_second_text(
     widths = [p.shape[0] for n, p in load(tmp_path / "small").named_parameters() if "up_proj" in n]
     assert sum(widths) < 2 * 64
     assert all(width % 4 == 0 for width in widths)
-    assert "40.0% of what its couplings hold" in capsys.readouterr().out
+    share = re.search(r"([\d.]+)% of what its couplings hold", capsys.readouterr().out)
+    assert share is not None
+    assert 35 < float(share[1]) < 45
 
 
 def test_compress_takes_a_function_that_reads_bytes(
@@ -328,7 +331,7 @@ def calibrated_on(content: bytes) -> Change:
         (replaced("--ratio", "1.0"), "--ratio is 1 and must lie between 0 and 1, both excluded"),
         (replaced("--ratio", "nan"), "--ratio is nan and must lie"),
         (replaced("--ratio", "half"), "argument --ratio: invalid float value: 'half'"),
-        (replaced("--ratio", "0.97"), "0.97"),
+        (replaced("--ratio", "0.97"), "ratio=0.97 is out of reach"),
         (replaced("--windows", "0"), "--windows is 0 and must be at least 1"),
         (replaced("--calibration", "absent.txt"), "there is no text file absent.txt"),
         (calibrated_on(b" \n"), "other.txt is empty: pass a file with text"),

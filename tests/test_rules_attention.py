@@ -25,7 +25,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (f(x).unflatten(-1, (-1, 4)).transpose(1, 2) for f in (self.q, self.k, self.v))
-        mask: Tensor | None = self.bias
+        mask: Any = self.bias
         if self.mask == "causal":
             mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
         result: Tensor = self.o(attend(q, k, v, mask, **self.options).transpose(1, 2).flatten(2))
@@ -33,7 +33,8 @@ class Attention(nn.Module):
 
 
 def case(offers: str, label: str, *arguments: Any, blocked: str = "", **options: Any) -> Case:
-    return Case("aten.scaled_dot_product_attention", lambda: Attention(*arguments, **options), offers, blocked, label=label)
+    return Case("aten.scaled_dot_product_attention", lambda: Attention(*arguments, **options), offers, blocked,
+        label=label)
 
 
 CASES = [
@@ -71,7 +72,8 @@ def test_one_call(options: dict[str, Any]) -> None:
 def test_the_default_scale_stays_what_it_was() -> None:
     model, args, couplings = prepared(CASES[0])
     small = eco.shrink(model, eco.plan(couplings, 0.5, "random", kinds=["qk"]), args)
-    nodes = [n for g in small.modules() if hasattr(g, "graph") for n in g.graph.nodes]
+    graphs: list[Any] = [m.graph for m in small.modules() if hasattr(m, "graph")]
+    nodes = [n for graph in graphs for n in graph.nodes]
     scales = [n.kwargs["scale"] for n in nodes if "scale" in n.kwargs]
     assert scales == [pytest.approx(0.5)]
 

@@ -35,7 +35,8 @@ class Image(nn.Module):
 
 
 def image(
-    operator: str, operation: Operation, offers: str = "ffn 8", blocked: str = "", shapes: list[tuple[int, ...]] | None = None,
+    operator: str, operation: Operation, offers: str = "ffn 8", blocked: str = "", shapes: list[tuple[int,
+        ...]] | None = None,
     *, label: str = "",
 ) -> Case:  # fmt: skip
     return Case(f"aten.{operator}", lambda: Image(operation, shapes or []), offers, blocked, (3, 4, 4), label)
@@ -48,7 +49,8 @@ CASES = [
           label="groups"),
     image("conv1d", lambda h, w: F.conv1d(h.relu().flatten(2), w)[..., None], "ffn 8, pair 6", "", [(6, 8, 3)]),
     image("conv3d", lambda h, w: F.conv3d(h.relu()[:, :, None], w)[:, :, 0], "ffn 8, pair 6", "", [(6, 8, 1, 1, 1)]),
-    image("conv_transpose2d", lambda h, w: F.conv_transpose2d(h.relu(), w, stride=2), "ffn 8, pair 6", "", [(8, 6, 2, 2)]),
+    image("conv_transpose2d", lambda h, w: F.conv_transpose2d(h.relu(), w, stride=2), "ffn 8, pair 6", "", [(8, 6, 2,
+          2)]),
     image("conv_transpose2d", lambda h, w: F.conv_transpose2d(h.relu(), w, groups=2), "ffn 2, ffn 4×2, pair 3", "",
           [(8, 3, 2, 2)], label="groups"),
     image("max_pool2d", lambda h: F.max_pool2d(h, 2)),
@@ -58,7 +60,8 @@ CASES = [
     image("adaptive_avg_pool2d", lambda h: F.adaptive_avg_pool2d(h.relu(), 1), "vo 8"),
     image("upsample_bilinear2d", lambda h: F.interpolate(h.relu(), scale_factor=2, mode="bilinear")),
     image("upsample_nearest2d", lambda h: F.interpolate(h.relu(), scale_factor=2)),
-    image("grid_sampler", lambda h: F.grid_sample(h.relu(), h[:, :2].permute(0, 2, 3, 1).sigmoid(), align_corners=False),
+    image("grid_sampler", lambda h: F.grid_sample(h.relu(), h[:, :2].permute(0, 2, 3, 1).sigmoid(),
+          align_corners=False),
           "ffn 6", "reads places from it"),
     image("im2col", lambda h: F.unfold(h.relu(), 2)[..., None]),
     image("col2im", lambda h: F.fold(h.relu().flatten(2)[..., :4], (3, 3), 2), "", "moves windows"),

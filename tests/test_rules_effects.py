@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from ecospa_fx.axes import registry
 from ecospa_fx.axes.algebra import Dims
 from ecospa_fx.axes.kept import Kept
 from ecospa_fx.axes.resize import Resize, find_resize
@@ -38,6 +39,7 @@ def test_one_call() -> None:
     ({"dtype": torch.float64}, {}),
 ])  # fmt: skip
 def test_assertions_about_sizes_are_dropped(given: dict[str, Any], edits: dict[str, Any]) -> None:
+    registry.load()
     name = "aten._assert_tensor_metadata"
     resize = Resize(None, name, given, ([], []), Kept(Dims(), {}), lambda size, old, new: size)
     rule = find_resize(name)

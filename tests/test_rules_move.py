@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from tests.oracle import Case, check_exact, check_literal, check_rule, sandwich, tagged
 
 NEIGHBOURS = "its neighbours are subtracted"
+aten = torch.ops.aten
 INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 BYTES = "read as another type"
 
@@ -32,7 +33,8 @@ CASES = [
     sandwich("aten.unsqueeze", lambda h: h.sin().unsqueeze(1).squeeze(1)),
     sandwich("aten.view_as", lambda h, p: h.view_as(p[None] + h).relu(), shapes=[(3, 8)]),
     sandwich("aten.view_as", lambda h: h[0].relu().view_as(torch.arange(24).view(3, 8)), label="stored"),
-    sandwich("aten.view_as", lambda h: h + torch.arange(24).view_as(h[0]), "", "a stored tensor is viewed", label="by-h"),
+    sandwich("aten.view_as", lambda h: h + torch.arange(24).view_as(h[0]), "", "a stored tensor is viewed",
+             label="by-h"),
     sandwich("aten.view", lambda h: h * h.view(INTEGERS[h.dtype]).sign(), "", BYTES, label="bytes"),
     sandwich("aten.view_as_real", lambda h: torch.view_as_real(torch.complex(h, h)).flatten(2).relu()),
     sandwich("aten.view_as_complex", lambda h: torch.view_as_complex(h.view(-1, 3, 4, 2)).abs(), "ffn 4",
@@ -57,15 +59,18 @@ CASES = [
     sandwich("aten.cat", lambda h: torch.cat([h.relu(), h], -1)),
     sandwich("aten.cat", lambda h, p: torch.cat([h.relu(), p.expand(h.shape[0], -1, -1)], 1), shapes=[(1, 4, 8)],
              label="rows"),
-    sandwich("aten.cat", lambda h: torch.cat([h, torch.arange(8.0).expand(h.shape[0], 1, 8)], 1).relu(), label="stored"),
+    sandwich("aten.cat", lambda h: torch.cat([h, torch.arange(8.0).expand(h.shape[0], 1, 8)], 1).relu(),
+             label="stored"),
     sandwich("aten.stack", lambda h: torch.stack([h.relu(), h], -1).flatten(2)),
     sandwich("aten.stack", lambda h: torch.stack([h.relu(), torch.arange(8.0).expand_as(h)], 1).sum(1), label="stored"),
-    sandwich("aten.expand", lambda h: h.relu().unsqueeze(2).expand(-1, -1, 2, -1).reshape(-1, 3, 16), "ffn 8, pair 2×8"),
+    sandwich("aten.expand", lambda h: h.relu().unsqueeze(2).expand(-1, -1, 2, -1).reshape(-1, 3, 16),
+             "ffn 8, pair 2×8"),
     sandwich("aten.expand", lambda h, p: h * p.expand(3, 8), "ffn 8", shapes=[(1, 1)], label="blank"),
     sandwich("aten.expand_as", lambda h, p: h.relu() * p.expand_as(h), shapes=[(1,)]),
     sandwich("aten.expand_as", lambda h: torch.ones(1).expand_as(h) * 2 + h.relu(), label="blank"),
-    sandwich("aten.broadcast_tensors", lambda h, p: torch.add(*torch.broadcast_tensors(h.relu(), p)), shapes=[(8,)]),
-    sandwich("aten.meshgrid", lambda h: h + torch.meshgrid(h[0, 0], h[0, 0], indexing="ij")[0].sum(), "", "spans a grid"),
+    sandwich("aten.broadcast_tensors", lambda h, p: torch.add(*aten.broadcast_tensors([h.relu(), p])), shapes=[(8,)]),
+    sandwich("aten.meshgrid", lambda h: h + torch.meshgrid(h[0, 0], h[0, 0], indexing="ij")[0].sum(), "",
+             "spans a grid"),
     sandwich("aten.repeat", lambda h: h.relu().repeat(1, 1, 2), "ffn 8, pair 2×8"),
     sandwich("aten.tile", lambda h: h.relu().tile(2), "ffn 8, pair 2×8"),
     sandwich("aten.repeat_interleave", lambda h: heads(h.relu()).repeat_interleave(2, 1).transpose(1, 2).flatten(2),
@@ -121,7 +126,7 @@ MOVES: list[tuple[Callable[..., Any], tuple[int, ...]]] = [
     (lambda a: a.mT, (4, 6, 2)),
     (lambda a: a.t(), (4, 6)),
     (lambda a: a.permute(2, 0, 1), (4, 6, 2)),
-    (lambda a: torch.ops.aten.numpy_T(a), (4, 6, 2)),
+    (lambda a: aten.numpy_T(a), (4, 6, 2)),
     (lambda a: a.movedim((0, 2), (1, 0)), (4, 6, 2)),
     (lambda a: a.moveaxis(-1, 0), (4, 6, 2)),
     (lambda a: a[1:5:2, ::3], (6, 6)),
@@ -130,8 +135,8 @@ MOVES: list[tuple[Callable[..., Any], tuple[int, ...]]] = [
     (lambda a: a.select(1, -2), (4, 6)),
     (lambda a: a.unbind(1), (4, 3)),
     (lambda a: a.split(4, 0), (6, 4)),
-    (lambda a: torch.ops.aten.split_copy(a, 4, 0), (6, 4)),
-    (lambda a: torch.ops.aten.split_with_sizes_copy(a, [1, 5], 0), (6, 4)),
+    (lambda a: aten.split_copy(a, 4, 0), (6, 4)),
+    (lambda a: aten.split_with_sizes_copy(a, [1, 5], 0), (6, 4)),
     (lambda a: a.chunk(4, 1), (4, 6)),
     (lambda a: a.tensor_split(4, 1), (4, 6)),
     (lambda a: a.hsplit(3), (4, 6)),
@@ -153,8 +158,8 @@ MOVES: list[tuple[Callable[..., Any], tuple[int, ...]]] = [
     (lambda a: a.unfold(0, 2, 2), (4, 6)),
     (lambda a: torch.view_as_complex(a), (4, 6, 2)),
     (lambda a: torch.view_as_real(torch.view_as_complex(a)), (4, 6, 2)),
-    (lambda a: torch.broadcast_tensors(a, a[:1]), (4, 6)),
-    (lambda a: torch.atleast_2d(a), (6,)),
+    (lambda a: aten.broadcast_tensors([a, a[:1]]), (4, 6)),
+    (lambda a: aten.atleast_2d(a), (6,)),
     (lambda a: a.squeeze(), (4, 1, 6)),
     (lambda a: a.view(2, 2, 2, 3).transpose(1, 2).reshape(4, 6), (4, 6)),
 ]
@@ -201,4 +206,5 @@ def test_any_reshape(shapes: tuple[tuple[int, ...], tuple[int, ...]], seed: int)
 def test_any_slice(start: int, length: int, step: int, parts: tuple[int, ...]) -> None:
     stop = min(12, start + length)
     check_rule(lambda a: 2 * a.reshape(12)[start:stop:step], [tagged(*parts)], masked=False)
-    check_rule(lambda a: a.reshape(12)[start:stop] + a.reshape(12)[12 - (stop - start) :], [tagged(*parts)], masked=False)
+    check_rule(lambda a: a.reshape(12)[start:stop] + a.reshape(12)[12 - (stop - start) :], [tagged(*parts)],
+        masked=False)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import ecospa_fx as eco
-from ecospa_fx import storage
+from ecospa_fx import folder, storage
 from ecospa_fx.errors import EcospaError, StorageError
 from ecospa_fx.inputs import blank, described
 from ecospa_fx.plan import Plan
@@ -143,6 +143,7 @@ def test_the_folder_holds_a_manifest_of_everything_else(saved: tuple[Path, nn.Mo
     assert Plan.from_json((folder / "plan.json").read_text()).removed_parameters > 0
     assert manifest["class"].endswith("Mlp")
     assert [p.name for p in folder.parent.iterdir()] == ["small"]
+    assert len({f.stat().st_mode for f in folder.iterdir()}) == 1
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------
@@ -172,7 +173,7 @@ def test_a_failure_while_writing_leaves_nothing(tmp_path: Path, monkeypatch: pyt
         raise OSError(28, "No space left on device")
 
     small = shrunk()[1]
-    monkeypatch.setattr(storage, "_write_weights", full)
+    monkeypatch.setattr(storage, "write_weights", full)
     with pytest.raises(StorageError, match=r"cannot be written: .*No space left"):
         save(small, tmp_path / "small")
     assert not list(tmp_path.iterdir())
@@ -243,7 +244,7 @@ def test_a_pickle_in_place_of_weights_is_not_executed(tmp_path: Path, monkeypatc
     weights = tmp_path / "small" / "weights.pt"
     torch.save({"up.weight": Payload()}, weights)
     files = json.loads((tmp_path / "small" / "manifest.json").read_text())["files"]
-    entry = {"bytes": weights.stat().st_size, "sha256": storage._digest(weights)}
+    entry = {"bytes": weights.stat().st_size, "sha256": folder.digest(weights)}
     forge(tmp_path / "small", files={**files, "weights.pt": entry})
     with pytest.raises(StorageError, match="cannot be read"):
         load(tmp_path / "small", model=Mlp)

@@ -131,7 +131,7 @@ def index_put(call: Call) -> Value:
     where = [i for i, entry in enumerate(indices) if entry is not None]
     for i in where:
         _chosen(call, value, i)
-    if any(call.is_mask(indices[i]) for i in where) and len(new.axes) > 0 and any(call.dims.cuttable(a) for a in new.axes):
+    if any(call.is_mask(indices[i]) for i in where) and any(call.dims.cuttable(a) for a in new.axes):
         return call.block_all(f"{call.operator} writes where a mask says")[0]
     together = where == list(range(where[0], where[-1] + 1)) if where else False
     rest = [i for i in range(len(value.axes)) if i not in where]
@@ -173,7 +173,8 @@ def slice_scatter(call: Call) -> Value:
     value, new = call["self"], call["src"]
     axis = int(call.get("dim", 0)) % len(value.axes)
     if call.operator == "aten.select_scatter":
-        new = replace(new, axes=(*new.axes[:axis], UNIT, *new.axes[axis:]), zero=(*new.zero[:axis], True, *new.zero[axis:]))
+        zero = (*new.zero[:axis], True, *new.zero[axis:])
+        new = replace(new, axes=(*new.axes[:axis], UNIT, *new.axes[axis:]), zero=zero)
     part = value.axes[axis].size != new.axes[axis].size
     if part and any(call.dims.cuttable(v.axes[axis]) for v in (value, new)):
         return call.block_all(f"{call.operator} overwrites a part of it")[0]

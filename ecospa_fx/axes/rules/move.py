@@ -245,10 +245,8 @@ def _joined(call: Call, values: list[Value], axis: int) -> Value:
         along = [(v, i) for v in values]
         wide = values[0].axes[i].size > 1
         axes.append(call.dims.concat([v.axes[i] for v in values]) if i == axis else call.align(along) if wide else UNIT)
-    flags = [
-        call.all_zero([(v, i) for v in values]) if i == axis else all(v.zero[i] and call.follows(v.axes[i], a) for v in values)
-        for i, a in enumerate(axes)
-    ]
+    flags = [all(v.zero[i] and call.follows(v.axes[i], a) for v in values) for i, a in enumerate(axes)]
+    flags[axis] = call.all_zero([(v, axis) for v in values])
     for value in values:
         call.gathered([value], [value.axes[i] if i == axis else a for i, a in enumerate(axes)])
     return call.value(axes, flags)
@@ -260,7 +258,8 @@ def stack(call: Call) -> Value:
     values = call["tensors"]
     axis = int(call.get("dim", 0)) % (len(values[0].axes) + 1)
     lifted = [
-        replace(v, axes=(*v.axes[:axis], UNIT, *v.axes[axis:]), zero=(*v.zero[:axis], True, *v.zero[axis:])) for v in values
+        replace(v, axes=(*v.axes[:axis], UNIT, *v.axes[axis:]), zero=(*v.zero[:axis], True, *v.zero[axis:]))
+        for v in values
     ]
     axes = [call.align([(v, i) for v in lifted]) for i in range(len(lifted[0].axes)) if i != axis]
     for value in values:

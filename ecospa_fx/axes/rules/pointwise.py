@@ -132,14 +132,15 @@ def _zero_if(call: Call, result: Value, operands: list[Value], possible: bool = 
     return call.value(result.axes, flags)
 
 
-@axis_rule("aten.maximum", "aten.minimum", "aten.fmax", "aten.fmin", "aten.__or__", "aten.logical_or", "aten.bitwise_or")
+@axis_rule(*_names("maximum minimum fmax fmin __or__ logical_or bitwise_or"))
 def extremum(call: Call) -> Value:
     """0 where both operands are."""
     call.note([axis for v in call.values for axis in v.axes], "nonlinear")
     return call.pointwise(call.values, "all" if len(call.values) == 2 else "lost")
 
 
-@axis_rule(*_names("eq ne lt le gt ge isclose logical_xor __xor__ bitwise_xor atan2 hypot copysign complex polar xlogy"))
+@axis_rule(*_names("eq ne lt le gt ge isclose logical_xor __xor__ bitwise_xor atan2 hypot copysign complex polar"),
+           "aten.xlogy")  # fmt: skip
 def comparison(call: Call) -> Value:
     """A function of two operands about whose zeros nothing is claimed."""
     call.note([axis for v in call.values for axis in v.axes], "nonlinear")

@@ -9,7 +9,6 @@ from ecospa_fx.axes.call import UNIT, Call, Value
 from ecospa_fx.axes.registry import axis_rule
 from ecospa_fx.axes.resize import Resize, resize_rule
 
-
 _LAST_BY_DEFAULT = {"aten.mode", "aten.kthvalue"}
 
 
@@ -101,7 +100,7 @@ def orders(call: Call) -> Value | list[Value]:
     axis = call.get("dim", 0 if call.operator == "aten.msort" else -1) % max(len(value.axes), 1)
     outputs = []
     for fresh in (call.fresh(i) for i in range(len(call.outputs))):
-        outputs.append(call.value([f if i == axis else a for i, (f, a) in enumerate(zip(fresh, value.axes, strict=True))]))
+        outputs.append(call.value([fresh[i] if i == axis else a for i, a in enumerate(value.axes)]))
     if value.axes:
         call.mixes(value, axis, f"{call.operator} orders its elements")
     return outputs if len(outputs) > 1 else outputs[0]
@@ -123,8 +122,8 @@ def layer_norm(call: Call) -> Value | list[Value]:
     return [result, *rest] if rest else result
 
 
-@axis_rule("aten.batch_norm", "aten._native_batch_norm_legit_no_training", "aten.native_batch_norm", "aten.instance_norm",
-           "aten.cudnn_batch_norm", "aten._native_batch_norm_legit_functional", "aten._native_batch_norm_legit",
+@axis_rule("aten.batch_norm", "aten._native_batch_norm_legit_no_training", "aten.native_batch_norm",
+           "aten.instance_norm", "aten.cudnn_batch_norm", "aten._native_batch_norm_legit_functional", "aten._native_batch_norm_legit",
            "aten._batch_norm_with_update", "aten._batch_norm_no_update")  # fmt: skip
 def batch_norm(call: Call) -> Value | list[Value]:
     """Each channel for itself, by stored or batch statistics; a masked weight and bias make removed channels 0."""
@@ -140,7 +139,8 @@ def batch_norm(call: Call) -> Value | list[Value]:
     result = call.value([value.axes[0], channel, *value.axes[2:]], [False, zero, *[False] * len(value.axes[2:])])
     for i in (j for j in range(len(value.axes)) if j != 1):
         call.block(value.axes[i], f"{call.operator} uses statistics over it")
-    rest = [call.value([channel]) if shape == (channel.size,) else call.stored(i) for i, shape in enumerate(call.outputs)][1:]
+    own = (channel.size,)
+    rest = [call.value([channel]) if call.outputs[i] == own else call.stored(i) for i in range(1, len(call.outputs))]
     return [result, *rest] if rest else result
 
 
