@@ -20,6 +20,7 @@ import platform
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
+from ecospa_fx.api import scored
 from ecospa_fx.budget.allocate import plan
 from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.importance.score import Batch, score
@@ -92,40 +94,43 @@ def masked(model: nn.Module, plan: Plan) -> Iterator[None]:
                 parameters[name].copy_(values)
 
 
-def scored(model: nn.Module, couplings: Couplings, windows: Tensor, method: str) -> tuple[Scores, float]:
-    """The scores of one method and the seconds they took."""
-    begin = time.perf_counter()
-    batches: list[Batch] = [((window[None, :WINDOW],), {}) for window in windows]
-    return score(model, couplings, batches, loss=next_token_loss, method=method), time.perf_counter() - begin
-
-
 def run(
     model: nn.Module, couplings: Couplings, data: tuple[Tensor, Tensor], arguments: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """One row per method, allocation and ratio."""
+    """One row per method, number of scoring passes, allocation and ratio."""
     calibrate, evaluate = data
+    batches: list[Batch] = [((window[None, :WINDOW],), {}) for window in calibrate]
     rows: list[dict[str, Any]] = [{"method": "dense", "perplexity": perplexity(model, evaluate)}]
     print(f"dense {rows[0]['perplexity']:.2f}", flush=True)
-    for method in arguments.methods:
-        scores, seconds = scored(model, couplings, calibrate, method)
-        for allocation in arguments.allocations:
-            for ratio in arguments.ratios:
-                made = plan(couplings, ratio, scores, uniform=allocation == "uniform", floor=arguments.floor)
-                with masked(model, made):
-                    value = perplexity(model, evaluate)
-                share = made.removed_parameters / made.coupled_parameters
-                row = {"method": method, "allocation": allocation, "ratio": ratio, "removed": share}
-                rows.append({**row, "perplexity": value, "score_seconds": seconds})
-                print(f"{method} {allocation} {ratio:.0%} {value:.2f}", flush=True)
+    known: dict[str, Scores] = {}
+    for method, steps, allocation, ratio in product(
+        arguments.methods, arguments.steps, arguments.allocations, arguments.ratios
+    ):
+        begin, options = time.perf_counter(), {"uniform": allocation == "uniform", "floor": arguments.floor}
+        if steps > 1:
+            scores = scored(
+                model, couplings, batches, ratio=ratio, loss=next_token_loss, method=method, steps=steps, **options
+            )
+        else:
+            scores = known.get(method) or score(model, couplings, batches, loss=next_token_loss, method=method)
+            known[method] = scores
+        seconds, made = time.perf_counter() - begin, plan(couplings, ratio, scores, **options)
+        with masked(model, made):
+            value = perplexity(model, evaluate)
+        share = made.removed_parameters / made.coupled_parameters
+        row = {"method": method, "steps": steps, "allocation": allocation, "ratio": ratio, "removed": share}
+        rows.append({**row, "perplexity": value, "score_seconds": seconds})
+        print(f"{method} × {steps} {allocation} {ratio:.0%} {value:.2f}", flush=True)
     return rows
 
 
 def table(rows: Sequence[dict[str, Any]], ratios: Sequence[float]) -> str:
-    lines: dict[tuple[str, str], dict[float, str]] = {}
+    lines: dict[tuple[str, int, str], dict[float, str]] = {}
     for row in rows[1:]:
-        lines.setdefault((row["method"], row["allocation"]), {})[row["ratio"]] = f"{row['perplexity']:.1f}"
+        lines.setdefault((row["method"], row["steps"], row["allocation"]), {})[row["ratio"]] = f"{row['perplexity']:.1f}"
     body = [[*key, *(cells[r] for r in ratios)] for key, cells in lines.items()]
-    return tabulate(body, headers=["method", "allocation", *(f"{r:.0%}" for r in ratios)], disable_numparse=True)
+    head = ["method", "passes", "allocation", *(f"{r:.0%}" for r in ratios)]
+    return tabulate(body, headers=head, disable_numparse=True)
 
 
 def load_data(folder: Path, windows: int, seed: int, eval_on: str) -> tuple[Tensor, Tensor]:
@@ -145,6 +150,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("data", type=Path)
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.3, 0.4, 0.5])
     parser.add_argument("--methods", nargs="+", default=["gate-fisher", "fisher", "taylor", "magnitude"])
+    parser.add_argument("--steps", type=int, nargs="+", default=[1], help="scoring passes, each on what is left")
     parser.add_argument("--allocations", nargs="+", choices=["global", "uniform"], default=["global", "uniform"])
     parser.add_argument("--floor", type=float, default=0.05)
     parser.add_argument("--windows", type=int, default=128)

@@ -11,11 +11,14 @@ from ecospa_fx.axes.flow import flow
 from ecospa_fx.budget.allocate import plan as make_plan
 from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.coupling.find import find_couplings
+from ecospa_fx.errors import ScoreError
 from ecospa_fx.graph.capture import capture
 from ecospa_fx.graph.restore import restore
 from ecospa_fx.importance.score import Batch, Loss, score
 from ecospa_fx.importance.scores import Scores
 from ecospa_fx.plan import Plan
+from ecospa_fx.storage import origin, remember
+from ecospa_fx.verify import masked
 
 
 def detect(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Couplings:
@@ -56,7 +59,7 @@ def shrink(model: nn.Module, plan: Plan, args: Sequence[Any] = (), kwargs: Mappi
     plan.check(model)
     program = capture(model, args, kwargs, dynamic=True)
     shrink_program(program, plan)
-    return restore(program, model)
+    return remember(restore(program, model, args, kwargs), origin(model, plan, args, kwargs))
 
 
 def compress(
@@ -68,14 +71,15 @@ def compress(
     batches: Iterable[Batch] = (),
     loss: Loss | None = None,
     method: str = "gate-fisher",
+    steps: int = 4,
     round_to: int = 1,
     progress: bool = False,
 ) -> nn.Module:
     """Detect, score, plan and shrink in one call, with the defaults that cost least quality.
 
-    ratio: share of the couplings' parameters to remove; batches: calibration data as (args, kwargs), one sequence each;
-    loss: (output, args, kwargs) to a scalar. method="magnitude" needs neither. The model stays untouched; see `shrink`
-    for what is shared. Raises what `detect`, `score`, `plan` and `shrink` raise.
+    ratio: share of the couplings' parameters to remove; batches: calibration data as (args, kwargs), one sequence each,
+    read once per step; loss: (output, args, kwargs) to a scalar. method="magnitude" needs neither. steps: see `scored`.
+    The model stays untouched; see `shrink` for what is shared. Raises what `detect`, `score`, `plan` and `shrink` raise.
 
     Example:
         >>> import torch, ecospa_fx as eco
@@ -88,5 +92,35 @@ def compress(
     couplings = detect(model, args, kwargs)
     scores: Scores | Literal["magnitude"] = "magnitude"
     if method != "magnitude":
-        scores = score(model, couplings, batches, loss=loss, method=method, progress=progress)
+        data = list(batches)
+        scores = scored(
+            model, couplings, data, ratio=ratio, loss=loss, method=method, steps=steps, round_to=round_to, progress=progress
+        )
     return shrink(model, make_plan(couplings, ratio, scores, round_to=round_to), args, kwargs)
+
+
+def scored(
+    model: nn.Module,
+    couplings: Couplings,
+    batches: Sequence[Batch],
+    *,
+    ratio: float,
+    loss: Loss | None = None,
+    method: str = "gate-fisher",
+    steps: int = 4,
+    progress: bool = False,
+    **planning: Any,
+) -> Scores:
+    """Scores for removing `ratio`, taken anew while units go: after each step on what is left.
+
+    What a unit is worth depends on which others are still there. Step i of `steps` masks a plan for i / steps of the
+    ratio and scores what is left; units that are gone score 0 and stay gone. The model is masked in between and restored
+    at the end, whatever happens. planning: further options of `plan`. Raises ScoreError for fewer than one step.
+    """
+    if not isinstance(steps, int) or steps < 1:
+        raise ScoreError(f"steps={steps!r} is not a number of scoring passes: give a whole number of at least 1")
+    scores = score(model, couplings, batches, loss=loss, method=method, progress=progress)
+    for step in range(1, steps):
+        with masked(model, make_plan(couplings, ratio * step / steps, scores, **planning)):
+            scores = score(model, couplings, batches, loss=loss, method=method, progress=progress)
+    return scores

@@ -76,8 +76,8 @@ class Case:
 
 
 def sandwich(
-    operator: str, operation: Operation, offers: str = "ffn 8", blocked: str = "", shapes: Sequence[tuple[int, ...]] = (),
-    *, width: int = 8, label: str = "",
+    operator: str, operation: Operation, offers: str = "ffn 8", blocked: str = "",
+    shapes: Sequence[tuple[int, ...]] = (), *, width: int = 8, label: str = "",
 ) -> Case:  # fmt: skip
     """A case of linear → operation → linear."""
     return Case(operator, lambda: Sandwich(operation, shapes, width), offers, blocked, label=label)
@@ -153,7 +153,12 @@ def tagged(*shape: int) -> Tensor:
 
 
 def check_rule(
-    function: Operation, parameters: Sequence[Tensor], buffers: Sequence[Tensor] = (), *, masked: bool = True, seed: int = 0
+    function: Operation,
+    parameters: Sequence[Tensor],
+    buffers: Sequence[Tensor] = (),
+    *,
+    masked: bool = True,
+    seed: int = 0,
 ) -> int:
     """The rules of the operators in `function` against the operators themselves. Returns how many dims were cut.
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
+from itertools import product
 from math import prod
 
 import pytest
-import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -21,7 +21,7 @@ def labels(dims: Dims, axis: Axis) -> list[Label]:
     found: dict[int, Label] = {}
     for piece in dims.resolve(axis).pieces:
         sizes = [dims.sizes[d] for d, _ in piece.dims]
-        for index in torch.cartesian_prod(*map(torch.arange, sizes)).reshape(-1, len(sizes)).tolist() if sizes else [[]]:
+        for index in product(*map(range, sizes)):
             at = piece.offset + sum(i * s for i, (_, s) in zip(index, piece.dims, strict=True))
             assert at not in found, f"position {at} twice"
             found[at] = tuple(sorted((d, i) for i, (d, _) in zip(index, piece.dims, strict=True)))

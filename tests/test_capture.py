@@ -64,3 +64,21 @@ def test_arguments_that_are_no_tuple_are_refused() -> None:
 def test_what_is_no_module_is_refused() -> None:
     with pytest.raises(CaptureError, match="function is not an nn.Module"):
         eco.detect(lambda x: x, (torch.randn(2, 8),))  # type: ignore[arg-type]  # the mistake under test
+
+
+class Options(Mlp):
+    """Constants among the arguments."""
+
+    def forward(self, x: Tensor, scale: float = 1.0, **more: bool) -> Tensor:
+        y = super().forward(x) * scale
+        return -y if more.get("negate") else y
+
+
+def test_constants_may_be_left_out_and_arguments_named() -> None:
+    model, x = Options().double(), torch.randn(3, 8).double()
+    plan = eco.plan(eco.detect(model, (x,), {"scale": 2.0, "negate": True}), 0.5)
+    small = eco.shrink(model, plan, (x,), {"scale": 2.0, "negate": True})
+    want = small(x, scale=2.0, negate=True)
+    assert torch.equal(small(x), want)
+    assert torch.equal(small(x=x), want)
+    assert torch.equal(small(negate=True, x=x), want)

@@ -71,7 +71,7 @@ class Fused(nn.Module):
         return result
 
 
-SHARED = pytest.mark.xfail(strict=True, reason="every third position is one factor of a dim, which Q, K and V then share")
+SHARED = pytest.mark.xfail(strict=True, reason="every third position is one factor of a dim, shared by Q, K and V")
 INTERLEAVED = pytest.param(thirds_innermost, marks=SHARED)
 SPLITS: list[Any] = [thirds_outside, thirds_inside_heads, chunked_heads, split_heads, indexed, chunked]
 

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from tests.oracle import Case, check_exact, check_literal, check_rule, sandwich, tagged
 
-CHOSEN, WRITES, COMPUTED = "chooses its positions by computed indices", "writes to computed positions", "computes positions"
+CHOSEN = "chooses its positions by computed indices"
+WRITES, COMPUTED = "writes to computed positions", "computes positions"
 EVEN = torch.tensor([0, 2, 4])
 
 
@@ -36,9 +37,11 @@ CASES = [
     sandwich("aten.take_along_dim", lambda h: h + torch.take_along_dim(h, torch.tensor([1])), "", CHOSEN, label="flat"),
     sandwich("aten.scatter", lambda h: h.relu().scatter(1, torch.zeros(2, 1, 8, dtype=torch.long), 1.0), "", WRITES),
     sandwich("aten.index_put", lambda h: h.relu().index_put((torch.tensor([0, 1]), torch.tensor([1, 2])), h[0, 0])),
-    sandwich("aten.index_put", lambda h: torch.arange(24.0).view(3, 8).to(h).index_put((torch.tensor([1]),), h.relu()[0, 0]),
+    sandwich("aten.index_put", lambda h: torch.arange(24.0).view(3, 8).to(h).index_put((torch.tensor([1]),),
+             h.relu()[0, 0]),
              label="into-stored"),
-    sandwich("aten.index_put", lambda h: h.index_put((torch.tensor([0]),), torch.arange(8).to(h)).relu(), label="stored"),
+    sandwich("aten.index_put", lambda h: h.index_put((torch.tensor([0]),), torch.arange(8).to(h)).relu(),
+             label="stored"),
     sandwich("aten.index_add", lambda h: h.relu().index_add(1, torch.tensor([0, 0, 1]), h)),
     sandwich("aten.index_copy", lambda h: h.relu().index_copy(1, torch.tensor([1]), h[:, 2:])),
     sandwich("aten.index_fill", lambda h: h.relu().index_fill(1, torch.tensor([1]), 0.0).sum(-1, keepdim=True), "qk 8"),
@@ -76,8 +79,10 @@ PICKS: list[Callable[[Tensor], Any]] = [
     lambda a: torch.take_along_dim(a, EVEN[:, None, None] % 3, 0), lambda a: torch.take_along_dim(a, EVEN),
     lambda a: a.scatter(0, torch.zeros(1, 6, 5, dtype=torch.long), 2.0), lambda a: a.index_put((EVEN % 3,), a[0]),
     lambda a: a.index_put((EVEN % 3, EVEN), a[0, 0], accumulate=True), lambda a: a.index_add(1, EVEN, a[:, :3]),
-    lambda a: a.index_copy(1, EVEN, a[:, :3]), lambda a: a.index_fill(1, EVEN, 2.0), lambda a: a.index_fill(1, EVEN, 0.0),
-    lambda a: a.slice_scatter(a[:1], 0, 1, 2), lambda a: a.select_scatter(a[0], 0, 2), lambda a: F.embedding(EVEN, a[0]),
+    lambda a: a.index_copy(1, EVEN, a[:, :3]), lambda a: a.index_fill(1, EVEN, 2.0), lambda a: a.index_fill(1, EVEN,
+    0.0),
+    lambda a: a.slice_scatter(a[:1], 0, 1, 2), lambda a: a.select_scatter(a[0], 0, 2), lambda a: F.embedding(EVEN,
+    a[0]),
     lambda a: a.slice_scatter(2 * a, 0), lambda a: a.scatter_add(1, torch.zeros(3, 1, 5, dtype=torch.long), a),
 ]  # fmt: skip
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from itertools import count
 from typing import Any
 
 import torch
@@ -71,21 +72,21 @@ class ExportedForm(Program):
                 node.meta["val"] = _fake_like(node.meta["val"], tensor)
 
     def add_buffer(self, module: str, tensor: Tensor, like: fx.Node) -> fx.Node:
-        target = ".".join(filter(None, [module, f"kept_positions_{len(self.buffers)}"]))
+        taken = {spec.target for spec in self.exported.graph_signature.input_specs}
+        names = (".".join(filter(None, [module, f"kept_positions_{i}"])) for i in count(len(self.buffers)))
+        target = next(name for name in names if name not in taken)
         first = next(n for n in self.graph.nodes if n.op == "placeholder")
         with self.graph.inserting_before(first):
             node = self.graph.placeholder("b_" + target.replace(".", "_"))
         node.meta["val"] = _fake_like(_any_fake(self.graph), tensor)
         spec = InputSpec(InputKind.BUFFER, TensorArgument(name=node.name), target, persistent=False)
         self.exported.graph_signature.input_specs.insert(0, spec)
-        self.exported.constants[target] = tensor.to(like_device(self))
+        self.exported.constants[target] = tensor.to(self._device())
         self.buffers[target] = tensor
         return node
 
-
-def like_device(program: ExportedForm) -> torch.device:
-    """The device that the parameters are on."""
-    return next((p.device for p in program.values.values()), torch.device("cpu"))
+    def _device(self) -> torch.device:
+        return next((p.device for p in self.values.values()), torch.device("cpu"))
 
 
 def _any_fake(graph: fx.Graph) -> Tensor:

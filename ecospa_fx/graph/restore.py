@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
+import warnings
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from io import StringIO
+from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from ecospa_fx.graph.program import ExportedForm
 
 
-def restore(program: ExportedForm, model: nn.Module) -> nn.Module:
+def restore(
+    program: ExportedForm, model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+) -> nn.Module:
     """The program as a module with the hierarchy, parameter names and mode of `model`.
 
-    Parameters that kept their shape are shared with `model`, not copied; buffers are copied.
+    It is called like `model`: constants of the example arguments may be left out, and any argument may be given by
+    position or by name. Parameters that kept their shape are shared with `model`, not copied; buffers are copied.
     """
     exported = program.exported
     names = {alias: name for name, aliases in _aliases(model).items() for alias in aliases}
@@ -24,7 +32,8 @@ def restore(program: ExportedForm, model: nn.Module) -> nn.Module:
             exported.state_dict[name] = stand_ins[names[name]]
     _complete_stacks(program.graph)
     exported.graph_module.recompile()
-    with redirect_stdout(StringIO()):  # torch 2.13 prints a line per node for some graphs
+    with redirect_stdout(StringIO()), warnings.catch_warnings():  # torch 2.13 prints a line per node for some graphs
+        warnings.simplefilter("ignore", FutureWarning)
         module: nn.Module = torch.export.unflatten(exported)
     for alias, name in names.items():
         path, _, attribute = alias.rpartition(".")
@@ -34,8 +43,39 @@ def restore(program: ExportedForm, model: nn.Module) -> nn.Module:
             continue
         if attribute in owner._parameters:
             owner._parameters[attribute] = program.values[name]
+    module.register_forward_pre_hook(_Calling(model, tuple(args), dict(kwargs or {})), with_kwargs=True)
     module.train(model.training)
     return module
+
+
+class _Calling:
+    """Brings the arguments of a call into the form of the example's, which is all that the graph takes."""
+
+    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.signature = inspect.signature(model.forward)
+        self.positional, self.keywords = len(args), tuple(kwargs)
+        self.plain = not any(p.kind is p.VAR_POSITIONAL for p in self.signature.parameters.values())
+        parameters = self.signature.parameters.values()
+        self.extra = next((p.name for p in parameters if p.kind is p.VAR_KEYWORD), "")
+        bound = self._flat(self.signature.bind(*args, **kwargs).arguments)
+        self.constants = {n: v for n, v in bound.items() if not any(isinstance(x, Tensor) for x in tree_leaves(v))}
+
+    def _flat(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments by name, those caught by ``**kwargs`` included."""
+        return {**{n: v for n, v in arguments.items() if n != self.extra}, **arguments.get(self.extra, {})}
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self.plain or (len(args) == self.positional and tuple(kwargs) == self.keywords):
+            return args, kwargs
+        try:
+            given = {**self.constants, **self._flat(self.signature.bind_partial(*args, **kwargs).arguments)}
+        except TypeError:
+            return args, kwargs  # the graph's own check says what is wrong
+        names = list(self.signature.parameters)[: self.positional]
+        if not all(n in given for n in (*names, *self.keywords)):
+            return args, kwargs
+        rest = {n: given[n] for n in given if n not in names and n not in self.keywords}
+        return tuple(given[n] for n in names), {**{n: given[n] for n in self.keywords}, **rest}
 
 
 def _complete_stacks(graph: fx.Graph) -> None:

@@ -123,8 +123,8 @@ def layer_norm(call: Call) -> Value | list[Value]:
 
 
 @axis_rule("aten.batch_norm", "aten._native_batch_norm_legit_no_training", "aten.native_batch_norm",
-           "aten.instance_norm", "aten.cudnn_batch_norm", "aten._native_batch_norm_legit_functional", "aten._native_batch_norm_legit",
-           "aten._batch_norm_with_update", "aten._batch_norm_no_update")  # fmt: skip
+           "aten.instance_norm", "aten.cudnn_batch_norm", "aten._native_batch_norm_legit_functional",
+           "aten._native_batch_norm_legit", "aten._batch_norm_with_update", "aten._batch_norm_no_update")  # fmt: skip
 def batch_norm(call: Call) -> Value | list[Value]:
     """Each channel for itself, by stored or batch statistics; a masked weight and bias make removed channels 0."""
     value = call["input"]
