@@ -3,7 +3,8 @@
     python benchmarks/detection.py --json detection.json
 
 Weights are on ``meta``, nothing is downloaded: the shapes are written out below. Every model is measured in a process
-of its own: seconds of ``torch.export``, seconds of detection with export included (a fresh one), their ratio, peak memory.
+of its own: seconds of ``torch.export``, seconds of detection with export included (a fresh one), their ratio, and peak
+memory.
 """
 
 from __future__ import annotations

@@ -127,7 +127,9 @@ def run(
 def table(rows: Sequence[dict[str, Any]], ratios: Sequence[float]) -> str:
     lines: dict[tuple[str, int, str], dict[float, str]] = {}
     for row in rows[1:]:
-        lines.setdefault((row["method"], row["steps"], row["allocation"]), {})[row["ratio"]] = f"{row['perplexity']:.1f}"
+        lines.setdefault((row["method"], row["steps"], row["allocation"]), {})[row["ratio"]] = (
+            f"{row['perplexity']:.1f}"
+        )
     body = [[*key, *(cells[r] for r in ratios)] for key, cells in lines.items()]
     head = ["method", "passes", "allocation", *(f"{r:.0%}" for r in ratios)]
     return tabulate(body, headers=head, disable_numparse=True)

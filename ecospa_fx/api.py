@@ -39,7 +39,9 @@ def detect(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any]
     return Couplings((entry.coupling for entry in find_couplings(walked, program.shapes)), model)
 
 
-def shrink(model: nn.Module, plan: Plan, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> nn.Module:
+def shrink(
+    model: nn.Module, plan: Plan, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+) -> nn.Module:
     """A smaller module that equals `model` with every parameter multiplied by its mask.
 
     args, kwargs: example inputs; other batch sizes and lengths work where the model's own code allows them. Parameters
@@ -71,15 +73,14 @@ def compress(
     batches: Iterable[Batch] = (),
     loss: Loss | None = None,
     method: str = "gate-fisher",
-    steps: int = 4,
-    round_to: int = 1,
-    progress: bool = False,
+    **options: Any,
 ) -> nn.Module:
     """Detect, score, plan and shrink in one call, with the defaults that cost least quality.
 
-    ratio: share of the couplings' parameters to remove; batches: calibration data as (args, kwargs), one sequence each,
-    read once per step; loss: (output, args, kwargs) to a scalar. method="magnitude" needs neither. steps: see `scored`.
-    The model stays untouched; see `shrink` for what is shared. Raises what `detect`, `score`, `plan` and `shrink` raise.
+    ratio: share of the couplings' parameters to remove; batches: calibration data as (args, kwargs), one sequence
+    each, read once per scoring pass; loss: (output, args, kwargs) to a scalar. method="magnitude" needs neither.
+    options: `steps` and `progress` of `scored`, and those of `plan`. The model stays untouched; see `shrink` for what
+    is shared. Raises what `detect`, `score`, `plan` and `shrink` raise.
 
     Example:
         >>> import torch, ecospa_fx as eco
@@ -92,11 +93,9 @@ def compress(
     couplings = detect(model, args, kwargs)
     scores: Scores | Literal["magnitude"] = "magnitude"
     if method != "magnitude":
-        data = list(batches)
-        scores = scored(
-            model, couplings, data, ratio=ratio, loss=loss, method=method, steps=steps, round_to=round_to, progress=progress
-        )
-    return shrink(model, make_plan(couplings, ratio, scores, round_to=round_to), args, kwargs)
+        scores = scored(model, couplings, list(batches), ratio=ratio, loss=loss, method=method, **options)
+    planning = {name: value for name, value in options.items() if name not in {"steps", "progress"}}
+    return shrink(model, make_plan(couplings, ratio, scores, **planning), args, kwargs)
 
 
 def scored(
@@ -114,8 +113,8 @@ def scored(
     """Scores for removing `ratio`, taken anew while units go: after each step on what is left.
 
     What a unit is worth depends on which others are still there. Step i of `steps` masks a plan for i / steps of the
-    ratio and scores what is left; units that are gone score 0 and stay gone. The model is masked in between and restored
-    at the end, whatever happens. planning: further options of `plan`. Raises ScoreError for fewer than one step.
+    ratio and scores what is left; units that are gone score 0 and stay gone. The model is masked in between and
+    restored at the end, whatever happens. planning: further options of `plan`. Raises ScoreError for fewer than one step.
     """
     if not isinstance(steps, int) or steps < 1:
         raise ScoreError(f"steps={steps!r} is not a number of scoring passes: give a whole number of at least 1")

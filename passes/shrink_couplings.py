@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ecospa_fx.axes.call import Gather, Value
+from ecospa_fx.axes.record import Gather, Value
 from ecospa_fx.axes.flow import Flow, flow, named_arguments, operator_name
 from ecospa_fx.axes.kept import Choice, Kept, take
 from ecospa_fx.axes.resize import Resize, find_resize
@@ -128,7 +128,7 @@ class _Gathers:
         mask = self.kept.mask(gather.target, gather.target_axis)
         places = self.kept.carrier_axis(gather.target, gather.target_axis)
         lead = len(gather.target) - len(gather.operand.axes)
-        if places is not None and (bool((mask == mask[:1]).all()) or places < lead and False):
+        if places is not None and bool((mask == mask[:1]).all()):
             places, mask = None, mask[:1]
         if places is not None:
             mask = mask[self.kept.mask(gather.target, places)[0]]
@@ -232,7 +232,10 @@ def _resize(program: Program, walked: Flow, kept: Kept, node: fx.Node) -> int:
             return inherit(program.graph.call_function(operator.mul, (part, new // common)), node)
 
     resize = Resize(node, name, named_arguments(node), (inputs, outputs), kept, scale)
-    rule(resize)
+    try:
+        rule(resize)
+    except (IndexError, TypeError, ValueError) as error:
+        raise PlanError(f"the sizes of node {node.name} ({name}) cannot follow the plan: {error}") from error
     return _edited(node, resize)
 
 
@@ -283,7 +286,9 @@ def _propagate(program: Program, walked: Flow, kept: Kept, cut: set[str]) -> Non
         try:
             node.meta["val"] = evaluate(node)
         except Exception as error:
-            raise PlanError(f"the smaller graph does not compute at node {node.name} ({node.target}): {error}") from error
+            raise PlanError(
+                f"the smaller graph does not compute at node {node.name} ({node.target}): {error}"
+            ) from error
         _check(program, walked, kept, node)
 
 

@@ -271,5 +271,3 @@ def _compare(node: fx.Node, value: Any, want: Any, got: Any, kept: Kept, *, flag
     for i, zero in enumerate(value.zero if flags else ()):
         gone = (~kept.mask(value.axes, i)[0]).nonzero().flatten()
         assert not zero or not want.index_select(i, gone).count_nonzero(), f"{node.name}: axis {i} is not 0 where cut"
-
-

@@ -62,7 +62,7 @@ def test_arguments_that_are_no_tuple_are_refused() -> None:
 
 
 def test_what_is_no_module_is_refused() -> None:
-    with pytest.raises(CaptureError, match="function is not an nn.Module"):
+    with pytest.raises(CaptureError, match=r"function is not an nn\.Module"):
         eco.detect(lambda x: x, (torch.randn(2, 8),))  # type: ignore[arg-type]  # the mistake under test
 
 

@@ -157,7 +157,6 @@ def test_a_gate_inside_every_head_is_apart_from_its_value() -> None:
     assert shrunk(model, args, ["ffn"]) <= 1e-9
 
 
-@pytest.mark.xfail(strict=True, reason="kept positions with the carrier inside the unit are in flat order")
 @pytest.mark.parametrize("seed", [0, 2])
 def test_heads_inside_the_width_are_exact(seed: int) -> None:
     class Inner(nn.Module):

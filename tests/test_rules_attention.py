@@ -33,8 +33,9 @@ class Attention(nn.Module):
 
 
 def case(offers: str, label: str, *arguments: Any, blocked: str = "", **options: Any) -> Case:
-    return Case("aten.scaled_dot_product_attention", lambda: Attention(*arguments, **options), offers, blocked,
-        label=label)
+    return Case(
+        "aten.scaled_dot_product_attention", lambda: Attention(*arguments, **options), offers, blocked, label=label
+    )
 
 
 CASES = [

@@ -18,7 +18,6 @@ NOT_FINITE = "not finite at 0"
 SUMMED = "summed over although removed elements are not zero there"
 
 
-
 def summed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The function, summed over the last axis, so that what is removed must be 0; its kind is qk."""
     return lambda *tensors: function(*tensors).sum(-1, keepdim=True)

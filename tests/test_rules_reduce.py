@@ -65,8 +65,9 @@ CASES = [
     sandwich("aten.layer_norm", lambda h, w, b: F.layer_norm(h.relu(), (8,), w, b), "", NORMS, shapes=[(8,), (8,)]),
     sandwich("aten.layer_norm", lambda h: F.layer_norm(h.relu().mT, (3,)).mT, label="time"),
     sandwich("aten.rms_norm", lambda h, w: F.rms_norm(h.relu(), (8,), w), "", NORMS, shapes=[(8,)]),
-    sandwich("aten.native_layer_norm", lambda h: torch.native_layer_norm(h.relu(), (8,), None, None, 1e-5)[0], "",
-             NORMS),
+    sandwich(
+        "aten.native_layer_norm", lambda h: torch.native_layer_norm(h.relu(), (8,), None, None, 1e-5)[0], "", NORMS
+    ),
     sandwich("aten.batch_norm", turned(lambda h: F.batch_norm(h.relu(), torch.arange(8).to(h), torch.ones(8).to(h)))),
     sandwich("aten.instance_norm", turned(lambda h: F.instance_norm(h.relu()))),
     Case("aten.batch_norm", lambda: Norm(nn.BatchNorm1d), "ffn 6, ffn 8", label="module"),

@@ -3,75 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 from ecospa_fx.axes.algebra import Axis, Dims, Misaligned, Origin, Piece
+from ecospa_fx.axes.record import Event, Gather, Record
+from ecospa_fx.axes.record import Value as Value
 
 Zero = Literal["all", "any", "lost"]
 UNIT = Axis(1, (Piece(0, ()),))
-
-
-@dataclass(frozen=True, slots=True)
-class Value:
-    """The axes of one tensor.
-
-    zero: per axis, whether the positions that masking removes hold exactly 0 in the masked model;
-    weights: the parameters it is computed from where nothing else enters; made: the parameters whose products last
-    gave it its values; node: the graph node that made it.
-    """
-
-    axes: tuple[Axis, ...]
-    zero: tuple[bool, ...]
-    weights: tuple[str, ...] = ()
-    node: Any = None
-    made: tuple[str, ...] = ()
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Sizes of the axes."""
-        return tuple(axis.size for axis in self.axes)
-
-
-@dataclass(frozen=True, slots=True)
-class Gather:
-    """A stored tensor that meets a parameter's dim: where `user` reads it, it must be reduced to the kept positions.
-
-    target: the axes it is aligned with; operand_axis of the operand meets target[target_axis].
-    """
-
-    user: Any
-    operand: Value
-    operand_axis: int
-    target: tuple[Axis, ...]
-    target_axis: int
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """What one node does to one dim."""
-
-    dim: int
-    node: Any
-    action: str
-    detail: str = ""
-
-
-class Record:
-    """Everything that the walk learns, beyond the axes themselves."""
-
-    def __init__(self) -> None:
-        self.tensors: dict[tuple[Axis, ...], None] = {}
-        """Axes of every tensor, those inside fused operators included."""
-        self.gathers: list[Gather] = []
-        self.events: list[Event] = []
-        self.blocks: list[tuple[int, Any, str]] = []
-        self.consumed: list[tuple[str, int]] = []
-        """(parameter, dim) that an activation is contracted with."""
-        self.mixed: list[tuple[int, int]] = []
-        """(dim, other): along `other`, positions of tensors that carry `dim` were mixed; no carrier of it."""
-        self.routed: dict[int, tuple[Axis, Any]] = {}
-        """Stored dims whose positions each belong to one position of a parameter's axis (tokens of experts)."""
 
 
 class Call:
@@ -111,6 +51,10 @@ class Call:
             several = argument if isinstance(argument, list | tuple) else [argument]
             found += [v for v in several if isinstance(v, Value)]
         return found
+
+    def axis_of(self, value: Value, name: str = "dim", default: int = 0) -> int:
+        """The number, counted from the front, of the axis that an argument names."""
+        return int(self.get(name, default)) % max(len(value.axes), 1)
 
     # -- results ---------------------------------------------------------------------------------------------
 
@@ -326,25 +270,26 @@ class Call:
         axes = [v.axes[i] for v, i in entries]
         for axis in axes[1:]:
             self.tie(axes[0], axis)
-        if len(axes) > 1 and any(self.dims.cuttable(a) for a in axes):
-            for axis in axes:
-                if not self.dims.cuttable(axis):
-                    self.block(axes[0] if axis is not axes[0] else axes[1], "it is contracted with a model input")
+        if any(self.dims.cuttable(a) for a in axes):
+            for axis in (a for a in axes if not self.dims.cuttable(a)):
+                self.block(axes[0] if axis is not axes[0] else axes[1], "it is contracted with a model input")
         weights = [v for v, _ in entries if v.weights]
         self.note(axes[0], "contracts", "parameter" if weights else "activations")
         pieces = [d for p in self.dims.resolve(axes[0]).pieces for d, _ in p.dims]
         for dim in dict.fromkeys(d for d in pieces if pieces.count(d) > 1):
             self.record.events.append(Event(dim, self.node, "paired"))
-        for value, index in entries:
-            if value.weights and len(weights) < len(entries):
-                for dim in self.dims.dims_of(value.axes[index]):
-                    self.record.consumed += [(w, dim) for w in value.weights]
-        if not weights:
-            for value, index in entries[1:]:
-                for dim in self.dims.dims_of(value.axes[index]):
-                    self.record.consumed += [(w, dim) for w in value.made if w not in entries[0][0].made]
+        self._consumed(entries, len(weights))
         if not any(v.zero[i] for v, i in entries):
             self.block(axes[0], "it is summed over although removed elements are not zero there")
+
+    def _consumed(self, entries: Sequence[tuple[Value, int]], weights: int) -> None:
+        """Which parameters are consumers here: weights that an activation meets, or what made the second operand."""
+        for value, index in entries if 0 < weights < len(entries) else ():
+            for dim in self.dims.dims_of(value.axes[index]):
+                self.record.consumed += [(w, dim) for w in value.weights]
+        for value, index in entries[1:] if not weights else ():
+            for dim in self.dims.dims_of(value.axes[index]):
+                self.record.consumed += [(w, dim) for w in value.made if w not in entries[0][0].made]
 
     def all_zero(self, parts: Iterable[tuple[Value, int]]) -> bool:
         """Whether removed positions are 0 on every one of these axes; what is never cut does not count."""
@@ -377,6 +322,11 @@ class Call:
             self.block(merged, f"a reshape cuts across it ({reason})")
             return [self.dims.fresh(size, Origin.STORED) for size in sizes]
 
+    def ordered(self, source: Value, order: Sequence[int]) -> Value:
+        """A view with some of the source's axes, in another order."""
+        result = self.value([source.axes[i] for i in order], [source.zero[i] for i in order])
+        return replace(result, weights=source.weights)
+
     def sliced(self, source: Value, axis: int, start: int, stop: int, step: int = 1) -> Value:
         """Positions start, start + step, … below stop of one axis."""
         axes = list(source.axes)
@@ -393,7 +343,9 @@ def _groups(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int],
     result: list[tuple[list[int], list[int]]] = []
     i = j = 0
     while i < len(old) or j < len(new):
-        inside, sizes, m, n = [], [], 1, 1
+        inside: list[int] = []
+        sizes: list[int] = []
+        m = n = 1
         while True:
             if i < len(old) and (m < n or (m == n and not inside)):
                 m, inside, i = m * old[i], [*inside, i], i + 1

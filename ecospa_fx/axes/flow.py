@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from operator import getitem
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from torch import fx
 
 from ecospa_fx.axes import registry
 from ecospa_fx.axes.algebra import Dims, Origin
-from ecospa_fx.axes.call import Call, Record, Value
+from ecospa_fx.axes.call import Call
+from ecospa_fx.axes.record import Record, Value
 
 Sizes = Callable[[Any], int]
 """From a size (an int or a symbol) to a concrete number."""
@@ -33,16 +35,16 @@ class Flow:
     parameters: dict[str, Value]
 
 
-def flow(graph: fx.Graph, parameters: Mapping[fx.Node, str], shapes: Mapping[str, tuple[int, ...]], sizes: Sizes) -> Flow:
+def flow(
+    graph: fx.Graph, parameters: Mapping[fx.Node, str], shapes: Mapping[str, tuple[int, ...]], sizes: Sizes
+) -> Flow:
     """Walk a graph. parameters: which nodes stand for which parameter; shapes: of the parameters."""
     registry.load()
     return _Walk(parameters, shapes, sizes).run(graph)
 
 
 class _Walk:
-    def __init__(
-        self, parameters: Mapping[fx.Node, str], shapes: Mapping[str, tuple[int, ...]], sizes: Sizes
-    ) -> None:
+    def __init__(self, parameters: Mapping[fx.Node, str], shapes: Mapping[str, tuple[int, ...]], sizes: Sizes) -> None:
         self.dims, self.record, self.sizes = Dims(), Record(), sizes
         self.names = parameters
         self.values: dict[fx.Node, Any] = {}
@@ -103,10 +105,12 @@ class _Walk:
 
     def _python(self, node: fx.Node) -> None:
         """Picking one of several outputs, arithmetic on sizes, or something that is no operator."""
-        if node.target.__name__ == "getitem" and isinstance(self.values.get(node.args[0]), list):
-            picked = self._tensors_of(node.args[0])[node.args[1]]
+        source: Any = node.args[0] if node.args else None
+        if node.target is getitem and isinstance(self.values.get(source), list):
+            position: Any = node.args[1]
+            picked = self._tensors_of(source)[position]
             self.values[node] = picked if picked is None else replace(picked, node=node)
-            base = self.aliases.get(node.args[0], node.args[0])
+            base = self.aliases.get(source, source)
             self.aliases[node] = base
             self.views.setdefault(base, [base]).append(node)
             return
@@ -121,7 +125,8 @@ class _Walk:
 
     def _tensors_of(self, node: fx.Node) -> list[Value | None]:
         """The outputs of a node in their places; a place that holds no tensor is None."""
-        found, values = node.meta.get("val"), iter(self.values[node])
+        found: Any = node.meta.get("val")
+        values = iter(self.values[node])
         return [next(values) if isinstance(t, torch.Tensor) else None for t in found]
 
     def _arguments(self, node: fx.Node) -> dict[str, Any]:
@@ -142,7 +147,8 @@ class _Walk:
 
     def _alias(self, node: fx.Node, call: Call, gathers: int) -> None:
         """Follow views, and let what is written in place be known to every view of the same memory."""
-        schema = node.target._schema
+        target: Any = node.target
+        schema = target._schema
         first = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
         if first is None or not schema.arguments or schema.arguments[0].alias_info is None:
             return
@@ -182,5 +188,6 @@ def operator_name(target: Any) -> str:
 
 def named_arguments(node: fx.Node) -> dict[str, Any]:
     """Raw arguments by the names of the operator's schema; those left out are absent."""
-    names: Iterable[str] = (a.name for a in node.target._schema.arguments)
+    target: Any = node.target
+    names: Iterable[str] = (a.name for a in target._schema.arguments)
     return {**dict(zip(names, node.args, strict=False)), **node.kwargs}

@@ -15,7 +15,18 @@ Rule = Callable[["Call"], "Value | list[Value]"]
 
 _RULES: dict[str, Rule] = {}
 _REFUSED: dict[str, str] = {}
-_FAMILIES = ("pointwise", "move", "contract", "attention", "reduce", "index", "create", "convolution", "effects")
+_FAMILIES = (
+    "pointwise",
+    "view",
+    "move",
+    "contract",
+    "attention",
+    "reduce",
+    "index",
+    "create",
+    "convolution",
+    "effects",
+)
 
 
 def axis_rule(*operators: str) -> Callable[[Rule], Rule]:

@@ -15,7 +15,8 @@ from ecospa_fx.axes.flow import Flow
 
 def carriers_of(flow: Flow, wanted: Iterable[int]) -> dict[int, tuple[int, ...]]:
     """Carriers of each wanted dim, in no particular order."""
-    dims, result = flow.dims, {d: None for d in wanted}  # type: dict[int, set[int] | None]
+    dims = flow.dims
+    result: dict[int, set[int] | None] = dict.fromkeys(wanted)
     routed = {root: axis for d, (axis, _) in flow.record.routed.items() for p in dims.roots(d) for root, _ in p.dims}
     seen: set[tuple[Axis, ...]] = set()
     for axes in (*(v.axes for v in flow.parameters.values()), *flow.record.tensors):
@@ -57,12 +58,13 @@ def _narrow(dims: Dims, axes: tuple[Axis, ...], routed: dict[int, Axis], result:
     """Intersect the candidates of every dim of one tensor with the dims that go with it there."""
     everywhere = [_in_all_pieces(dims, axis, routed) for axis in axes]
     for i, axis in enumerate(axes):
-        others = set().union(*(e for j, e in enumerate(everywhere) if j != i))
+        others: set[int] = set().union(*(e for j, e in enumerate(everywhere) if j != i))
         for piece in axis.pieces:
-            own = {d for d, _ in piece.dims}
-            for dim in own:
+            order = [d for d, _ in piece.dims]
+            for at, dim in enumerate(order):
                 if dim in result:
-                    here = {d for d in (own - {dim}) | others if dims.origins[d] is Origin.PARAMETER}
+                    # Only outer dims: units that differ along an inner one would not stay in row-major order.
+                    here = {d for d in {*order[:at], *others} - {dim} if dims.origins[d] is Origin.PARAMETER}
                     known = result[dim]
                     result[dim] = here if known is None else known & here
 

@@ -9,7 +9,7 @@ from math import prod
 from torch import fx
 
 from ecospa_fx.axes.algebra import Axis, Dims, Origin, Piece
-from ecospa_fx.axes.call import Event, Value
+from ecospa_fx.axes.record import Event, Value
 from ecospa_fx.axes.flow import Flow, operator_name
 from ecospa_fx.coupling.carriers import carriers_of
 from ecospa_fx.coupling.couplings import Box, Coupling, Member, Refusal, Step, Symmetry
@@ -142,7 +142,7 @@ def _ordered(dim: int, where: Sequence[Place], carriers: tuple[int, ...]) -> tup
     return tuple(dict.fromkeys(order))
 
 
-def _outside(dims: Dims, dim: int, axis: int, axes: Sequence[Axis], carriers: tuple[int, ...]) -> int | None | bool:
+def _outside(dims: Dims, dim: int, axis: int, axes: Sequence[Axis], carriers: tuple[int, ...]) -> int | bool | None:
     """The axis that is the carrier itself; None where carriers lie on the member's own axis; False where unordered."""
     if not carriers or all(d in {x for x, _ in _pieces(dim, axes[axis])[0].dims} for d in carriers):
         return None
@@ -250,13 +250,15 @@ def _span(member: Member, shape: tuple[int, ...]) -> int:
     return per_carrier * (member.carriers if on_axis else 1)
 
 
-
-
 def operator_of(node: fx.Node) -> str:
     """The operator's qualified name, or what stands in its place."""
     if node.op != "call_function":
         return node.op
-    return operator_name(node.target) if hasattr(node.target, "_schema") else str(getattr(node.target, "__name__", node.target))
+    return (
+        operator_name(node.target)
+        if hasattr(node.target, "_schema")
+        else str(getattr(node.target, "__name__", node.target))
+    )
 
 
 def source_of(node: fx.Node) -> str:

@@ -62,18 +62,22 @@ def _export(model: nn.Module, attempts: Sequence[Attempt]) -> ExportedProgram:
 def _attempts(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Attempt]:
     """From most to least that becomes a symbol: every axis, the batch, none.
 
-    A size of 1 never becomes a symbol, so a batch of one is doubled for the example. Of a model of images alone only the
-    batch does: symbolic heights and widths make torch prove divisibility window by window, which takes minutes.
+    A size of 1 never becomes a symbol, so a batch of one is doubled for the example. Of a model of images alone only
+    the batch does: symbolic heights and widths make torch prove divisibility window by window, which takes minutes.
     """
     tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim()]
     plain: list[Attempt] = [(args, kwargs, _dynamic_shapes(model, args, kwargs, 1)), (args, kwargs, None)]
     leading = 1 if tensors and all(t.dim() > 3 for t in tensors) else None
     if tensors and all(t.shape[0] == 1 for t in tensors):
-        twice = pytree.tree_map(lambda t: torch.cat([t, t]) if isinstance(t, Tensor) and t.dim() else t, (args, kwargs))
-        plain.insert(0, (*twice, _dynamic_shapes(model, *twice, leading)))
+        more, named = pytree.tree_map(_twice, (args, kwargs))
+        plain.insert(0, (more, named, _dynamic_shapes(model, more, named, leading)))
     if leading is None:
         plain.insert(len(plain) - 2, (args, kwargs, _dynamic_shapes(model, args, kwargs, None)))
     return plain
+
+
+def _twice(leaf: Any) -> Any:
+    return torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) and leaf.dim() else leaf
 
 
 def _constants(program: ExportedProgram) -> dict[fx.Node, Tensor]:

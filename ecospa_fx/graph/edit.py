@@ -13,7 +13,9 @@ from torch.utils import _pytree as pytree
 _INHERITED = ("nn_module_stack", "stack_trace", "torch_fn", "source_fn_stack", "custom")
 
 
-def insert(graph: fx.Graph, target: Any, args: tuple[Any, ...], like: fx.Node, kwargs: dict[str, Any] | None = None) -> fx.Node:
+def insert(
+    graph: fx.Graph, target: Any, args: tuple[Any, ...], like: fx.Node, kwargs: dict[str, Any] | None = None
+) -> fx.Node:
     """A call at the graph's insertion point that belongs where `like` belongs, with its value propagated."""
     node = inherit(graph.call_function(target, args, kwargs or {}), like)
     node.meta["val"] = evaluate(node)

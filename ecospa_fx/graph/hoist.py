@@ -1,8 +1,8 @@
 """Selections move in front of the view that made their axis.
 
-``linear(x).view(b, t, heads, 3, d)[..., 0, :]`` selects a third of every head. As written, the view says that all three
-thirds have rows of the same shape, which ties the widths of Q, K and V together. Selected from the flat axis first, each
-has its own: the same elements, one more degree of freedom. Purely a rewrite of views; no number changes.
+``linear(x).view(b, t, heads, 3, d)[..., 0, :]`` selects a third of every head. As written, the view says that all
+three thirds have rows of the same shape, which ties the widths of Q, K and V together. Selected from the flat axis
+first, each has its own: the same elements, one more degree of freedom. Purely a rewrite of views; no number changes.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def _dim_of(node: fx.Node) -> int:
 def _before(step: fx.Node, position: int) -> int | None:
     """Where the axis at `position` after a step was before it; None where the step made it."""
     arguments: Any = step.args
-    rank, inside = step.meta["val"].dim(), arguments[0].meta["val"].dim()
+    rank, inside = int(step.meta["val"].dim()), int(arguments[0].meta["val"].dim())
     if step.target in _COPIES:
         return position
     if step.target is aten.permute.default:

@@ -40,7 +40,8 @@ def _inline(module: fx.GraphModule, node: fx.Node) -> None:
         results = module.graph.graph_copy(body.graph, known)
         outputs = [_detached(module.graph, r) if frozen else r for r in _several(results)]
     for user in list(node.users):
-        user.replace_all_uses_with(outputs[user.args[1]])
+        position: Any = user.args[1]
+        user.replace_all_uses_with(outputs[position])
         module.graph.erase_node(user)
     module.graph.erase_node(node)
     if not region.users:

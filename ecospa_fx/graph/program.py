@@ -90,7 +90,8 @@ class ExportedForm(Program):
 
 
 def _any_fake(graph: fx.Graph) -> Tensor:
-    return next(n.meta["val"] for n in graph.nodes if isinstance(n.meta.get("val"), Tensor))
+    found: Tensor = next(n.meta["val"] for n in graph.nodes if isinstance(n.meta.get("val"), Tensor))
+    return found
 
 
 def _fake_like(value: Tensor, tensor: Tensor) -> Tensor:
@@ -99,7 +100,8 @@ def _fake_like(value: Tensor, tensor: Tensor) -> Tensor:
     if mode is None:
         return tensor
     with mode:
-        return torch.empty(tuple(tensor.shape), dtype=tensor.dtype, device=value.device)
+        fake: Tensor = torch.empty(tuple(tensor.shape), dtype=tensor.dtype, device=value.device)
+    return fake
 
 
 class AttributeForm(Program):
@@ -112,7 +114,8 @@ class AttributeForm(Program):
         for node in self.graph.nodes:
             if node.op == "call_module" and node.users:
                 raise CaptureError(
-                    f"node {node.name} calls module {node.target!r}: trace it with torch.export, or use ecospa_fx.shrink"
+                    f"node {node.name} calls module {node.target!r}: "
+                    "trace it with torch.export, or use ecospa_fx.shrink"
                 )
             if node.op == "get_attr":
                 held = _attribute(module, str(node.target))

@@ -43,9 +43,19 @@ def restore(
             continue
         if attribute in owner._parameters:
             owner._parameters[attribute] = program.values[name]
+    _forget_examples(module)
     module.register_forward_pre_hook(_Calling(model, tuple(args), dict(kwargs or {})), with_kwargs=True)
     module.train(model.training)
     return module
+
+
+def _forget_examples(module: nn.Module) -> None:
+    """Drop example values, which cannot be copied or pickled; nothing reads them any more."""
+    for part in module.modules():
+        graph = getattr(part, "graph", None)
+        for node in graph.nodes if isinstance(graph, fx.Graph) else ():
+            node.meta.pop("val", None)
+            node.meta.pop("tensor_meta", None)
 
 
 class _Calling:
@@ -86,7 +96,9 @@ def _complete_stacks(graph: fx.Graph) -> None:
             continue
         path, kind = next(reversed(stack.values()))
         parts = path.split(".")
-        outer = {p: (p, "torch.nn.modules.module.Module") for p in ("", *(".".join(parts[:i]) for i in range(1, len(parts))))}
+        outer = {
+            p: (p, "torch.nn.modules.module.Module") for p in ("", *(".".join(parts[:i]) for i in range(1, len(parts))))
+        }
         node.meta["nn_module_stack"] = {**outer, path: (path, kind)}
 
 
@@ -102,4 +114,3 @@ def _aliases(model: nn.Module) -> dict[str, list[str]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         result.setdefault(first.setdefault(id(parameter), name), []).append(name)
     return result
-

@@ -26,8 +26,20 @@ def like(call: Call) -> Value:
     return Value(value.axes, (call.operator == "aten.zeros_like",) * len(value.axes), (), call.node)
 
 
-@axis_rule("aten.arange", "aten.linspace", "aten.eye", "aten.rand", "aten.randn", "aten.randint", "aten.scalar_tensor",
-           "aten.tensor", "aten.randperm", "aten.tril_indices", "aten.triu_indices", "aten.hann_window")
+@axis_rule(
+    "aten.arange",
+    "aten.linspace",
+    "aten.eye",
+    "aten.rand",
+    "aten.randn",
+    "aten.randint",
+    "aten.scalar_tensor",
+    "aten.tensor",
+    "aten.randperm",
+    "aten.tril_indices",
+    "aten.triu_indices",
+    "aten.hann_window",
+)
 def positions(call: Call) -> Value:
     """Every position different: never cut."""
     return call.stored()
@@ -39,8 +51,16 @@ def noise(call: Call) -> Value:
     return call.block_all("random numbers are drawn for each of its elements")[0]
 
 
-@resize_rule("aten.zeros", "aten.new_zeros", "aten.empty", "aten.new_empty", "aten.ones", "aten.new_ones", "aten.full",
-             "aten.new_full")
+@resize_rule(
+    "aten.zeros",
+    "aten.new_zeros",
+    "aten.empty",
+    "aten.new_empty",
+    "aten.ones",
+    "aten.new_ones",
+    "aten.full",
+    "aten.new_full",
+)
 def resize_size(resize: Resize) -> None:
     """Literal sizes follow the output."""
     resize.sizes("size")

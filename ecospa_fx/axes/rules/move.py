@@ -1,4 +1,4 @@
-"""Operators that move elements without changing them: views, transposes, slices, concatenations."""
+"""Operators that move parts of tensors: slices, concatenations, copies along an axis, padding."""
 
 from __future__ import annotations
 
@@ -9,129 +9,6 @@ from ecospa_fx.axes.call import UNIT, Call, Value
 from ecospa_fx.axes.registry import axis_rule, refuse
 from ecospa_fx.axes.resize import Resize, resize_rule
 
-
-def _axis(call: Call, value: Value, name: str = "dim", default: int = 0) -> int:
-    return int(call.get(name, default)) % max(len(value.axes), 1)
-
-
-def _kept(call: Call, source: Value, order: list[int]) -> Value:
-    """A view with the source's axes in another order."""
-    result = call.value([source.axes[i] for i in order], [source.zero[i] for i in order])
-    return replace(result, weights=source.weights)
-
-
-# -- row-major views ---------------------------------------------------------------------------------------------
-
-
-@axis_rule("aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten", "aten.unflatten", "aten.squeeze",
-           "aten.unsqueeze", "aten._reshape_alias", "aten.ravel", "aten._reshape_copy", "aten.view_copy",
-           "aten.atleast_1d", "aten.atleast_2d")  # fmt: skip
-def reshape(call: Call) -> Value:
-    """Row-major regrouping of axes."""
-    if "dtype" in call.arguments:
-        return call.block_all("its bytes are read as another type")[0]
-    return call.reshaped(call["self"], call.outputs[0])
-
-
-@axis_rule("aten.view_as", "aten.reshape_as")
-def reshape_as(call: Call) -> Value:
-    """Row-major regrouping into the shape of another tensor, whose axes are the same dims."""
-    result, other = call.reshaped(call["self"], call.outputs[0]), call["other"]
-    axes = [call.align([(result, i), (other, i)]) for i in range(len(result.axes))]
-    for axis, target in zip(result.axes, axes, strict=True):
-        if not call.follows(axis, target):
-            call.block(target, "a stored tensor is viewed in its shape")
-    call.gathered([other], axes)
-    return result
-
-
-@resize_rule("aten.view", "aten._unsafe_view", "aten._reshape_copy", "aten.view_copy")
-def resize_view(resize: Resize) -> None:
-    """Literal sizes follow the output."""
-    resize.sizes("size")
-
-
-@resize_rule("aten.reshape")
-def resize_reshape(resize: Resize) -> None:
-    """Literal sizes follow the output."""
-    resize.sizes("shape")
-
-
-@resize_rule("aten.unflatten")
-def resize_unflatten(resize: Resize) -> None:
-    """The sizes are those of the axes that one axis becomes."""
-    rank = len(resize.output.axes)
-    sizes = len(resize.argument("sizes"))
-    first = int(resize.argument("dim")) % (rank - sizes + 1)
-    resize.sizes("sizes", first)
-
-
-@axis_rule("aten.view_as_real", "aten.view_as_real_copy")
-def view_as_real(call: Call) -> Value:
-    """A complex number becomes two real ones along a new last axis."""
-    value = call["self"]
-    return call.value([*value.axes, call.dims.fresh(2, Origin.STORED)], [*value.zero, False])
-
-
-@axis_rule("aten.view_as_complex", "aten.view_as_complex_copy")
-def view_as_complex(call: Call) -> Value:
-    """The last axis, of size 2, becomes one complex number: its two positions go together."""
-    value = call["self"]
-    call.mixes(value, len(value.axes) - 1, "its elements become parts of complex numbers")
-    call.note(value.axes[:-1], "paired")
-    result = call.value(value.axes[:-1], value.zero[:-1])
-    return replace(result, weights=value.weights)
-
-
-# -- transposes --------------------------------------------------------------------------------------------------
-
-
-@axis_rule("aten.transpose", "aten.swapaxes", "aten.swapdims")
-def transpose(call: Call) -> Value:
-    """Two axes change places."""
-    value = call["self"]
-    names = ("dim0", "dim1") if "dim0" in call.arguments else ("axis0", "axis1")
-    a, b = (_axis(call, value, name) for name in names)
-    order = list(range(len(value.axes)))
-    order[a], order[b] = order[b], order[a]
-    return _kept(call, value, order)
-
-
-@axis_rule("aten.numpy_T")
-def reverse(call: Call) -> Value:
-    """All axes in reverse."""
-    value = call["self"]
-    return _kept(call, value, list(reversed(range(len(value.axes)))))
-
-
-@axis_rule("aten.t", "aten.mT", "aten.adjoint", "aten.matrix_H", "aten.mH")
-def transpose_last(call: Call) -> Value:
-    """The last two axes change places."""
-    value = call["self"]
-    order = list(range(len(value.axes)))
-    order[-2:] = order[-2:][::-1]
-    return _kept(call, value, order)
-
-
-@axis_rule("aten.permute", "aten.permute_copy")
-def permute(call: Call) -> Value:
-    """Axes in the given order."""
-    value = call["self"]
-    return _kept(call, value, [int(d) % len(value.axes) for d in call["dims"]])
-
-
-@axis_rule("aten.movedim", "aten.moveaxis")
-def movedim(call: Call) -> Value:
-    """Axes moved to given places, the others in their order."""
-    value = call["self"]
-    rank = len(value.axes)
-    lists = [call[n] if isinstance(call[n], list | tuple) else [call[n]] for n in ("source", "destination")]
-    source, target = ([int(d) % rank for d in dims] for dims in lists)
-    rest = iter(i for i in range(rank) if i not in source)
-    moved = dict(zip(target, source, strict=True))
-    return _kept(call, value, [moved[i] if i in moved else next(rest) for i in range(rank)])
-
-
 # -- parts of an axis --------------------------------------------------------------------------------------------
 
 
@@ -139,7 +16,7 @@ def movedim(call: Call) -> Value:
 def slice_(call: Call) -> Value:
     """Positions start, start + step, … below end."""
     value = call["self"]
-    axis = _axis(call, value)
+    axis = call.axis_of(value)
     size = value.axes[axis].size
     start, stop, step = slice(call.get("start"), call.get("end"), call.get("step", 1)).indices(size)
     if call.get("step", 1) == 1:
@@ -151,7 +28,7 @@ def slice_(call: Call) -> Value:
 def narrow(call: Call) -> Value:
     """`length` positions from `start`."""
     value = call["self"]
-    axis = _axis(call, value)
+    axis = call.axis_of(value)
     start = call["start"]
     if isinstance(start, Value):
         call.block(value.axes[axis], "it is narrowed at a place that is computed")
@@ -164,20 +41,20 @@ def narrow(call: Call) -> Value:
 def select(call: Call) -> Value:
     """One position; the axis disappears."""
     value = call["self"]
-    axis = _axis(call, value)
+    axis = call.axis_of(value)
     at = int(call["index"]) % max(value.axes[axis].size, 1)
     part = call.sliced(value, axis, at, at + 1)
     order = [i for i in range(len(value.axes)) if i != axis]
-    return _kept(call, part, order)
+    return call.ordered(part, order)
 
 
 @axis_rule("aten.unbind")
 def unbind(call: Call) -> list[Value]:
     """Every position by itself."""
     value = call["self"]
-    axis = _axis(call, value)
+    axis = call.axis_of(value)
     order = [i for i in range(len(value.axes)) if i != axis]
-    return [_kept(call, call.sliced(value, axis, at, at + 1), order) for at in range(value.axes[axis].size)]
+    return [call.ordered(call.sliced(value, axis, at, at + 1), order) for at in range(value.axes[axis].size)]
 
 
 @axis_rule("aten.split", "aten.chunk", "aten.split_with_sizes", "aten.tensor_split", "aten.unsafe_split",
@@ -185,7 +62,7 @@ def unbind(call: Call) -> list[Value]:
 def split(call: Call) -> list[Value]:
     """Consecutive parts of an axis."""
     value = call["self"]
-    axis = min(1, len(value.axes) - 1) if call.operator == "aten.hsplit" else _axis(call, value)
+    axis = min(1, len(value.axes) - 1) if call.operator == "aten.hsplit" else call.axis_of(value)
     parts, at = [], 0
     for shape in call.outputs:
         parts.append(call.sliced(value, axis, at, at + shape[axis]))
@@ -236,7 +113,7 @@ def resize_split(resize: Resize) -> None:
 def cat(call: Call) -> Value:
     """One after another along an axis; the other axes are the same dims."""
     values = [v for v in call["tensors"] if v.shape != (0,)]
-    return _joined(call, values, _axis(call, values[0]))
+    return _joined(call, values, call.axis_of(values[0]))
 
 
 def _joined(call: Call, values: list[Value], axis: int) -> Value:
@@ -436,7 +313,7 @@ def diff(call: Call) -> Value:
     value = call["self"]
     if len(call.values) > 1:
         return call.block_all("its neighbours are subtracted")[0]
-    axis = _axis(call, value, default=-1)
+    axis = call.axis_of(value, default=-1)
     call.mixes(value, axis, "its neighbours are subtracted")
     fresh = call.fresh()
     return call.value([fresh[i] if i == axis else a for i, a in enumerate(value.axes)])
@@ -446,7 +323,7 @@ def diff(call: Call) -> Value:
 def unfold(call: Call) -> Value:
     """Sliding windows over one axis; the window's positions come last."""
     value = call["self"]
-    axis = _axis(call, value, "dimension")
+    axis = call.axis_of(value, "dimension")
     call.mixes(value, axis, "windows slide over it")
     fresh = call.fresh()
     return call.value(

@@ -133,6 +133,8 @@ def batch_norm(call: Call) -> Value | list[Value]:
     for operand in operands:
         call.gathered([operand], [channel])
     call.gathered([value], [value.axes[0], channel, *value.axes[2:]])
+    if call.get("training", False) and isinstance(call.get("running_mean"), Value):
+        call.block(channel, f"{call.operator} would update its running statistics in a copy; call model.eval() first")
     learnt = [v for v in operands if v.weights]
     zero = len(learnt) == 2 and all(v.zero[0] for v in learnt)
     call.note(channel, "nonlinear")

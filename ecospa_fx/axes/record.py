@@ -1,0 +1,70 @@
+"""What the walk knows: the axes of a tensor, and what the rules have said about dims so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ecospa_fx.axes.algebra import Axis
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """The axes of one tensor.
+
+    zero: per axis, whether the positions that masking removes hold exactly 0 in the masked model;
+    weights: the parameters it is computed from where nothing else enters; made: the parameters whose products last
+    gave it its values; node: the graph node that made it.
+    """
+
+    axes: tuple[Axis, ...]
+    zero: tuple[bool, ...]
+    weights: tuple[str, ...] = ()
+    node: Any = None
+    made: tuple[str, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of the axes."""
+        return tuple(axis.size for axis in self.axes)
+
+
+@dataclass(frozen=True, slots=True)
+class Gather:
+    """A stored tensor that meets a parameter's dim: where `user` reads it, it must be reduced to the kept positions.
+
+    target: the axes it is aligned with; operand_axis of the operand meets target[target_axis].
+    """
+
+    user: Any
+    operand: Value
+    operand_axis: int
+    target: tuple[Axis, ...]
+    target_axis: int
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """What one node does to one dim."""
+
+    dim: int
+    node: Any
+    action: str
+    detail: str = ""
+
+
+class Record:
+    """Everything that the walk learns, beyond the axes themselves."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[tuple[Axis, ...], None] = {}
+        """Axes of every tensor, those inside fused operators included."""
+        self.gathers: list[Gather] = []
+        self.events: list[Event] = []
+        self.blocks: list[tuple[int, Any, str]] = []
+        self.consumed: list[tuple[str, int]] = []
+        """(parameter, dim) that an activation is contracted with."""
+        self.mixed: list[tuple[int, int]] = []
+        """(dim, other): along `other`, positions of tensors that carry `dim` were mixed; no carrier of it."""
+        self.routed: dict[int, tuple[Axis, Any]] = {}
+        """Stored dims whose positions each belong to one position of a parameter's axis (tokens of experts)."""
