@@ -114,7 +114,8 @@ def scored(
 
     What a unit is worth depends on which others are still there. Step i of `steps` masks a plan for i / steps of the
     ratio and scores what is left; units that are gone score 0 and stay gone. The model is masked in between and
-    restored at the end, whatever happens. planning: further options of `plan`. Raises ScoreError for fewer than one step.
+    restored at the end, whatever happens. planning: further options of `plan`. Raises ScoreError for fewer than one
+    step.
     """
     if not isinstance(steps, int) or steps < 1:
         raise ScoreError(f"steps={steps!r} is not a number of scoring passes: give a whole number of at least 1")

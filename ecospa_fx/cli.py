@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import ecospa_fx as eco
-from ecospa_fx import text
+from ecospa_fx import api, text
 from ecospa_fx.coupling.couplings import Coupling, Couplings
 from ecospa_fx.errors import EcospaError, PlanError, ScoreError, StorageError
 from ecospa_fx.folder import refuse_existing
@@ -91,6 +91,7 @@ def parser() -> Parser:
     add("--eval", type=Path, metavar="FILE", help="held-out text (default: the last tenth of the calibration text)")
     add("--tokenizer", metavar="FILE", help="tokenizer.json, or 'bytes' (default: beside the model or the text)")
     add("--windows", type=int, default=128, metavar="N", help="calibration windows (default: 128)")
+    add("--passes", type=int, default=4, metavar="N", help="scoring passes, each on what is left (default: 4)")
     add("--length", type=int, metavar="L", help="tokens per window (default: 512, or what the model can read)")
     add("--round-to", type=int, default=1, metavar="N", help="keep multiples of N units (default: 1)")
     add("--seed", type=int, default=0, metavar="S", help="where the calibration windows are drawn (default: 0)")
@@ -199,7 +200,7 @@ def check_options(arguments: argparse.Namespace) -> None:
     """Raise for options out of range and an output that exists, before any work."""
     if not 0 < arguments.ratio < 1:
         raise UsageError(f"--ratio is {arguments.ratio:g} and must lie between 0 and 1, both excluded")
-    for name, least in (("windows", 1), ("length", 2), ("round_to", 1), ("seed", 0)):
+    for name, least in (("windows", 1), ("passes", 1), ("length", 2), ("round_to", 1), ("seed", 0)):
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise UsageError(f"--{name.replace('_', '-')} is {value} and must be at least {least}")
@@ -300,7 +301,17 @@ def scored(
 ) -> Any:
     """Scores from the calibration windows, one sequence each."""
     batches = [reader.batch(window[None]) for window in texts.calibration]
-    return eco.score(model, couplings, batches, loss=reader.loss, method=arguments.method, progress=True)
+    return api.scored(
+        model,
+        couplings,
+        batches,
+        ratio=arguments.ratio,
+        loss=reader.loss,
+        method=arguments.method,
+        steps=1 if arguments.method == "magnitude" else arguments.passes,
+        progress=True,
+        round_to=arguments.round_to,
+    )
 
 
 def exactness(source: Source, plan: Plan, reader: text.Reader, ids: Tensor) -> tuple[float, float]:

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ecospa_fx.axes.record import Gather, Value
 from ecospa_fx.axes.flow import Flow, flow, named_arguments, operator_name
 from ecospa_fx.axes.kept import Choice, Kept, take
+from ecospa_fx.axes.record import Gather, Value
 from ecospa_fx.axes.resize import Resize, find_resize
 from ecospa_fx.coupling.couplings import Member
 from ecospa_fx.coupling.find import Found, find_couplings

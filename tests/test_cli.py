@@ -26,7 +26,7 @@ SURFACE = {
     "inspect": {"source", "--json", "--explain", "-h/--help"},
     "compress": {
         *("source", "--ratio", "--calibration", "--output", "--method", "--eval", "--tokenizer", "--windows"),
-        *("--length", "--round-to", "--seed", "--device", "-h/--help"),
+        *("--passes", "--length", "--round-to", "--seed", "--device", "-h/--help"),
     },
 }
 QK, FFN = "model.layers.0.self_attn.qk", "model.layers.1.mlp.ffn"

@@ -9,8 +9,8 @@ from math import prod
 from torch import fx
 
 from ecospa_fx.axes.algebra import Axis, Dims, Origin, Piece
-from ecospa_fx.axes.record import Event, Value
 from ecospa_fx.axes.flow import Flow, operator_name
+from ecospa_fx.axes.record import Event, Value
 from ecospa_fx.coupling.carriers import carriers_of
 from ecospa_fx.coupling.couplings import Box, Coupling, Member, Refusal, Step, Symmetry
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import ecospa_fx as eco
 from ecospa_fx import demo
+from ecospa_fx.api import scored
 from ecospa_fx.plan import Plan
 from ecospa_fx.verify import masked_error
 
@@ -70,7 +71,9 @@ def report(models: Sequence[nn.Module], perplexities: Sequence[float], error: fl
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m ecospa_fx.demo", description=__doc__)
-    parser.add_argument("--ratio", type=float, default=0.3, help="share of the couplings' parameters to remove")
+    parser.add_argument("--ratio", type=float, default=0.2, help="share of the couplings' parameters to remove")
+    parser.add_argument("--method", default="gate-fisher", help="gate-fisher, fisher, taylor or magnitude")
+    parser.add_argument("--passes", type=int, default=4, help="scoring passes, each on what is left")
     parser.add_argument("--windows", type=int, default=64, help="calibration windows, of 512 bytes each")
     return parser.parse_args(argv)
 
@@ -86,7 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     couplings = watch("detect", eco.detect, model, (example,), {})
     sys.stdout.write(f"{couplings}\n\n")
     batches: list[tuple[tuple[Tensor], dict[str, Any]]] = [((piece[None],), {}) for piece in pieces]
-    scores = watch("score", eco.score, model, couplings, batches, loss=demo.next_byte_loss, method="gate-fisher")
+    options = {"ratio": arguments.ratio, "loss": demo.next_byte_loss, "method": arguments.method}
+    scores = watch("score", scored, model, couplings, batches, steps=arguments.passes, **options)
     plan = watch("plan", eco.plan, couplings, ratio=arguments.ratio, scores=scores)
     sys.stdout.write(f"{plan}\n\n")
     small = watch("shrink", eco.shrink, model, plan, (example,), {})
