@@ -1,5 +1,7 @@
 """Structured compression of any transformer: coupled weight pairs found by dataflow analysis, removed exactly."""
 
+from importlib import import_module
+
 from ecospa_fx.api import compress as compress
 from ecospa_fx.api import detect as detect
 from ecospa_fx.api import shrink as shrink
@@ -10,3 +12,10 @@ from ecospa_fx.plan import Plan as Plan
 from ecospa_fx.storage import load as load
 from ecospa_fx.storage import save as save
 from ecospa_fx.version import __version__ as __version__
+
+
+def __getattr__(name: str) -> object:
+    """``ecospa_fx.passes`` is imported when it is first asked for."""
+    if name == "passes":
+        return import_module("ecospa_fx.passes")
+    raise AttributeError(f"module 'ecospa_fx' has no attribute {name!r}")

@@ -74,7 +74,7 @@ CASES = [
     sandwich("aten.repeat", lambda h: h.relu().repeat(1, 1, 2), "ffn 8, pair 2"),
     sandwich("aten.tile", lambda h: h.relu().tile(2), "ffn 8, pair 2"),
     sandwich("aten.repeat_interleave", lambda h: heads(h.relu()).repeat_interleave(2, 1).transpose(1, 2).flatten(2),
-             "ffn 2, ffn 4×2, pair 2×8"),
+             "ffn 2, ffn 4×2, pair 2×2"),
     sandwich("aten.repeat", lambda h, p: p.repeat(1, 1, 8) * h, "ffn 8", shapes=[(1, 1, 1)], label="blank"),
     sandwich("aten.roll", lambda h: h.relu().roll(1, 1), label="time"),
     sandwich("aten.roll", lambda h: h.relu().roll(1, -1), "", "rolled by a fixed number", label="channels"),

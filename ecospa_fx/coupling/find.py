@@ -218,15 +218,26 @@ def _finished(found: Sequence[Found], shapes: Mapping[str, tuple[int, ...]]) -> 
         used[name] = used.get(name, 0) + 1
         name = name if used[name] == 1 else f"{name}.{used[name]}"
         named.append(replace(entry, coupling=replace(c, name=name, parameters=_elements(c, shapes))))
-    inside: dict[int, list[str]] = {}
-    for entry in named:
-        if entry.coupling.blocked is None:
-            for carrier in entry.carriers:
-                inside.setdefault(carrier, []).append(entry.coupling.name)
+    content = _content(named)
     return [
-        replace(e, coupling=replace(e.coupling, contains=tuple(inside.get(e.dim, ())))) if e.dim in inside else e
+        replace(e, coupling=replace(e.coupling, contains=content[e.coupling.name])) if e.coupling.name in content else e
         for e in named
     ]
+
+
+def _content(named: Sequence[Found]) -> dict[str, tuple[str, ...]]:
+    """Per head coupling the finer couplings that its heads hold: those on the same axes of the same parameters."""
+    finer: dict[tuple[str, int], list[str]] = {}
+    for entry in named:
+        if entry.coupling.blocked is None and entry.coupling.kind != "heads":
+            for member in entry.coupling.members:
+                finer.setdefault((member.parameter, member.axis), []).append(entry.coupling.name)
+    found = {}
+    for entry in named:
+        if entry.coupling.kind == "heads":
+            held = (name for m in entry.coupling.members for name in finer.get((m.parameter, m.axis), ()))
+            found[entry.coupling.name] = tuple(dict.fromkeys(held))
+    return found
 
 
 def _elements(coupling: Coupling, shapes: Mapping[str, tuple[int, ...]]) -> int:

@@ -172,7 +172,8 @@ def concrete_sizes() -> Sizes:
         if node.has_hint():
             return int(node.hint)
         symbols = sorted(node.expr.free_symbols, key=str)
-        hints = getattr(node.shape_env, "backed_var_to_val", None) or getattr(node.shape_env, "var_to_val", {})
+        known = "backed_var_to_val" if hasattr(node.shape_env, "backed_var_to_val") else "var_to_val"
+        hints = getattr(node.shape_env, known)
         values = {}
         for symbol in symbols:
             hint = hints.get(symbol)
