@@ -75,6 +75,14 @@ def whisper() -> tuple[nn.Module, Callable[[int], Inputs]]:
     )
 
 
+def mixtral() -> tuple[nn.Module, Callable[[int], Inputs]]:
+    config = transformers.MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=40, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=3, num_experts_per_tok=2,
+    )  # fmt: skip
+    return transformers.MixtralForCausalLM(config), lambda n: ((ids(n),), {"use_cache": False})
+
+
 SHAPES: dict[Callable[[], Any], Counter[tuple[str, int, int]]] = {
     llama: Counter({("ffn", 40, 1): 2, ("qk", 4, 2): 2, ("vo", 8, 2): 2, ("heads", 2, 1): 2, ("heads", 2, 2): 2}),
     gpt2: Counter({("ffn", 128, 1): 2, ("qk", 8, 4): 2, ("vo", 8, 4): 2, ("heads", 4, 1): 2}),
@@ -82,6 +90,7 @@ SHAPES: dict[Callable[[], Any], Counter[tuple[str, int, int]]] = {
     vit: Counter({("ffn", 40, 1): 2, ("qk", 8, 4): 2, ("vo", 8, 4): 2, ("heads", 4, 1): 2}),
     # one position bias serves all layers of a stack, so their heads go together
     t5: Counter({("ffn", 40, 1): 4, ("qk", 8, 4): 6, ("vo", 8, 4): 6, ("heads", 4, 1): 3}),
+    mixtral: Counter({("ffn", 40, 3): 1, ("qk", 4, 2): 1, ("vo", 8, 2): 1, ("heads", 2, 1): 1}),
     whisper: Counter({("ffn", 40, 1): 2, ("qk", 8, 4): 3, ("vo", 8, 4): 3, ("heads", 4, 1): 3}),
 }
 
@@ -90,15 +99,16 @@ SHAPES: dict[Callable[[], Any], Counter[tuple[str, int, int]]] = {
 def test_what_is_found_and_that_it_is_exact(make: Callable[[], tuple[nn.Module, Callable[[int], Inputs]]]) -> None:
     torch.manual_seed(0)
     model, inputs = make()
-    model = model.double().eval()
+    model = model.eval() if make is mixtral else model.double().eval()
     args, kwargs = inputs(2)
     couplings = eco.detect(model, args, kwargs)
     found = Counter((c.kind, c.size, c.carriers) for c in couplings.offered)
     assert {shape: found[shape] for shape in SHAPES[make]} == dict(SHAPES[make])
     plan = eco.plan(couplings, 0.5, scores="random", seed=1)
     small = eco.shrink(model, plan, args, kwargs)
-    assert masked_error(model, small, plan, *inputs(2)) <= 1e-9
-    assert masked_error(model, small, plan, *inputs(4)) <= 1e-9
+    limit = 2e-5 if make is mixtral else 1e-9  # products per expert exist in float32 only
+    assert masked_error(model, small, plan, *inputs(2)) <= limit
+    assert masked_error(model, small, plan, *inputs(4)) <= limit
     kept = {n: int(mask.sum()) for n, mask in plan.masks(model).items()}
     assert {n: p.numel() for n, p in small.named_parameters() if n in kept} == kept
 

@@ -56,6 +56,7 @@ CASES = [
              "overwrites a part", label="into-stored"),
     sandwich("aten.select_scatter", lambda h: h.relu().select_scatter(h[:, 0], 1, 1)),
     sandwich("aten.one_hot", lambda h: h + F.one_hot(h.argmax(-1), 8), "", "is taken over it"),
+    sandwich("aten.histc", lambda h: h + torch.histc(h.relu(), 4, 0, 3).sum(), "", "counts its elements"),
     sandwich("aten.nonzero", lambda h: h + h.relu().nonzero().sum(), "", COMPUTED),
     sandwich("aten.searchsorted", lambda h: h + torch.searchsorted(h.relu(), h), "", COMPUTED),
     sandwich("aten.masked_scatter", lambda h: h.masked_scatter(h > 0, h.relu()), "", COMPUTED),

@@ -24,7 +24,8 @@ def summed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 CASES = [
-    sandwich("aten.neg", lambda h: -h.clone(), "pair 8"),
+    sandwich("aten.neg", lambda h: -h, "pair 8"),
+    sandwich("aten.clone", lambda h: h.clone(), "pair 8"),
     sandwich("aten.dropout", lambda h: F.dropout(h, 0.5, False), "pair 8"),
     sandwich("aten.relu", torch.relu),
     sandwich("aten.gelu", summed(F.gelu), "qk 8", label="summed"),

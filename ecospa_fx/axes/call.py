@@ -130,13 +130,12 @@ class Call:
         return [d for d in self.dims.dims_of(axis) if self.dims.origins[d] is not Origin.STORED]
 
     def routed(self, rows: Axis, source: Axis, by: Value) -> None:
-        """Each position of `rows` belongs to the position of `source` that `by` says: it carries what that carries."""
-        for dim in self.dims.dims_of(rows):
-            known = self.record.routed.get(dim)
-            if known is not None and known[1] is by.node and known[0].size == source.size:
-                self.tie(known[0], source)
-            else:
-                self.record.routed[dim] = (source, by.node)
+        """Each position of `rows` belongs to the position of `source` that `by` says: it carries what that carries.
+
+        Sorted numbers and the ends of their runs say the same.
+        """
+        key = ("runs", by.tag[1]) if by.tag is not None and by.tag[0] in {"sorted", "ends"} else ("node", by.node)
+        self.record.routed += [(dim, source, key) for dim in self.dims.dims_of(rows)]
 
     def is_mask(self, value: Value) -> bool:
         """Whether a tensor argument holds booleans."""

@@ -6,6 +6,7 @@ This file knows no operator. A node whose operator has no rule blocks every dim 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from operator import getitem
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import fx
 
 from ecospa_fx.axes import registry
-from ecospa_fx.axes.algebra import Dims, Origin
+from ecospa_fx.axes.algebra import Axis, Dims, Misaligned, Origin
 from ecospa_fx.axes.call import Call
 from ecospa_fx.axes.record import Record, Value
 
@@ -66,7 +67,18 @@ class _Walk:
                 self._call(node)
             else:
                 self.values[node] = self._given(node)
+        self._tie_routes()
         return Flow(self.dims, self.record, self.values, self.parameters)
+
+    def _tie_routes(self) -> None:
+        """Axes that the same rows belong to, by the same key, are the same index set."""
+        known: dict[Any, Axis] = {}
+        for dim, axis, key in self.record.routed:
+            roots = tuple(root for piece in self.dims.roots(dim) for root, _ in piece.dims)
+            first = known.setdefault((roots, key), axis)
+            if first.size == axis.size:
+                with suppress(Misaligned):
+                    self.dims.unify(first, axis)
 
     # -- nodes -----------------------------------------------------------------------------------------------
 
@@ -168,7 +180,7 @@ class _Walk:
             if not isinstance(old, Value) or view is node:
                 continue
             lowered = new.zero if isinstance(new, Value) and view is first else (False,) * len(old.axes)
-            self.values[view] = replace(old, zero=tuple(lowered), weights=())
+            self.values[view] = replace(old, zero=tuple(lowered), weights=(), tag=None)
 
     def _output(self, node: fx.Node) -> None:
         for source in dict.fromkeys(node.all_input_nodes):

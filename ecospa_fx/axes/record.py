@@ -22,6 +22,9 @@ class Value:
     weights: tuple[str, ...] = ()
     node: Any = None
     made: tuple[str, ...] = ()
+    tag: tuple[str, Any] | None = None
+    """What its numbers are known to be: ("sorted", node) for what a node sorted, ("counts", node) for how often each
+    number occurs there, ("ends", node) for where the run of each number ends."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -66,5 +69,6 @@ class Record:
         """(parameter, dim) that an activation is contracted with."""
         self.mixed: list[tuple[int, int]] = []
         """(dim, other): along `other`, positions of tensors that carry `dim` were mixed; no carrier of it."""
-        self.routed: dict[int, tuple[Axis, Any]] = {}
-        """Stored dims whose positions each belong to one position of a parameter's axis (tokens of experts)."""
+        self.routed: list[tuple[int, Axis, Any]] = []
+        """(dim, axis, key): each position of a stored dim belongs to one position of a parameter's axis, as tokens do
+        to experts; which one, equal keys answer alike."""

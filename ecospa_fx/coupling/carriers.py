@@ -17,7 +17,10 @@ def carriers_of(flow: Flow, wanted: Iterable[int]) -> dict[int, tuple[int, ...]]
     """Carriers of each wanted dim, in no particular order."""
     dims = flow.dims
     result: dict[int, set[int] | None] = dict.fromkeys(wanted)
-    routed = {root: axis for d, (axis, _) in flow.record.routed.items() for p in dims.roots(d) for root, _ in p.dims}
+    routed: dict[int, set[int]] = {}
+    for dim, axis, _ in flow.record.routed:
+        for root in _roots(dims, dim):
+            routed.setdefault(root, set()).update(dims.dims_of(axis))
     seen: set[tuple[Axis, ...]] = set()
     for axes in (*(v.axes for v in flow.parameters.values()), *flow.record.tensors):
         resolved = tuple(dims.resolve(a) for a in axes)
@@ -54,7 +57,9 @@ def _roots(dims: Dims, dim: int) -> list[int]:
     return [root for piece in dims.roots(dim) for root, _ in piece.dims]
 
 
-def _narrow(dims: Dims, axes: tuple[Axis, ...], routed: dict[int, Axis], result: dict[int, set[int] | None]) -> None:
+def _narrow(
+    dims: Dims, axes: tuple[Axis, ...], routed: dict[int, set[int]], result: dict[int, set[int] | None]
+) -> None:
     """Intersect the candidates of every dim of one tensor with the dims that go with it there."""
     everywhere = [_in_all_pieces(dims, axis, routed) for axis in axes]
     for i, axis in enumerate(axes):
@@ -69,12 +74,11 @@ def _narrow(dims: Dims, axes: tuple[Axis, ...], routed: dict[int, Axis], result:
                     result[dim] = here if known is None else known & here
 
 
-def _in_all_pieces(dims: Dims, axis: Axis, routed: dict[int, Axis]) -> set[int]:
+def _in_all_pieces(dims: Dims, axis: Axis, routed: dict[int, set[int]]) -> set[int]:
     sets = []
     for piece in axis.pieces:
         own = {d for d, _ in piece.dims}
         for dim in tuple(own):
-            if dim in routed:
-                own |= set(dims.dims_of(routed[dim]))
+            own |= routed.get(dim, set())
         sets.append(own)
     return set.intersection(*sets) if sets else set()

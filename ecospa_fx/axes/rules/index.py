@@ -191,7 +191,19 @@ def slice_scatter(call: Call) -> Value:
     return call.value(axes, flags)
 
 
-@axis_rule("aten.one_hot", "aten.bincount", "aten.histc", "aten.bucketize", "aten.searchsorted", "aten.nonzero",
+@axis_rule("aten.bincount", "aten.histc")
+def counts(call: Call) -> Value:
+    """How often each number occurs: of sorted numbers from 0 up, that says where the run of each begins and ends."""
+    value = call["self"]
+    (result,) = call.block_all(f"{call.operator} counts its elements")
+    bins = int(call.get("bins", 100))
+    whole = call.operator == "aten.bincount" or (call.get("min", 0), call.get("max", 0)) == (0, bins - 1)
+    if whole and value.tag is not None and value.tag[0] == "sorted" and call.get("weights") is None:
+        return replace(result, tag=("counts", value.tag[1]))
+    return result
+
+
+@axis_rule("aten.one_hot", "aten.bucketize", "aten.searchsorted", "aten.nonzero",
            "aten._unique2", "aten.unique_consecutive", "aten.masked_select", "aten.item",
            "aten._local_scalar_dense", "aten.equal", "aten.isin", "aten.multinomial",
            "aten.nonzero_numpy", "aten.masked_scatter", "aten.unique_dim", "aten.argwhere")  # fmt: skip

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ecospa_fx.axes.call import Call, Value
 from ecospa_fx.axes.registry import axis_rule
 
+_SAME = """
+    clone contiguous detach alias lift_fresh lift_fresh_copy lift to _to_copy type_as detach_copy
+"""
 _COPIES = """
-    clone contiguous detach alias lift_fresh lift_fresh_copy lift to _to_copy type_as
-    dropout alpha_dropout neg positive conj _conj resolve_conj resolve_neg conj_physical
-    real imag feature_dropout requires_grad_ detach_copy
+    dropout alpha_dropout neg positive conj _conj resolve_conj resolve_neg conj_physical real imag
+    feature_dropout requires_grad_
 """
 _KEEP_ZERO = """
     relu relu6 gelu silu tanh abs sin sinh asin asinh tan atan arctan erf sqrt square sign sgn leaky_relu elu celu
@@ -28,6 +32,12 @@ def _names(text: str) -> list[str]:
 
 def _first(call: Call) -> Value:
     return call.values[0]
+
+
+@axis_rule(*_names(_SAME))
+def same(call: Call) -> Value:
+    """The same numbers, perhaps of another type."""
+    return replace(call.passes(_first(call)), tag=_first(call).tag)
 
 
 @axis_rule(*_names(_COPIES))

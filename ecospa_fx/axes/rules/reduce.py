@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ecospa_fx.axes.algebra import Origin
 from ecospa_fx.axes.call import UNIT, Call, Value
@@ -79,6 +80,8 @@ def along(call: Call) -> Value | list[Value]:
     call.note(value.axes, "nonlinear")
     axes = [call.dims.fresh(a.size, Origin.STORED) if i in _over(call, value) else a for i, a in enumerate(value.axes)]
     result = call.value(axes, [keeps_zero and z and i not in _over(call, value) for i, z in enumerate(value.zero)])
+    if call.operator == "aten.cumsum" and value.tag is not None and value.tag[0] == "counts":
+        result = replace(result, tag=("ends", value.tag[1]))
     return [result] * len(call.outputs) if len(call.outputs) > 1 else result
 
 
@@ -103,6 +106,8 @@ def orders(call: Call) -> Value | list[Value]:
         outputs.append(call.value([fresh[i] if i == axis else a for i, a in enumerate(value.axes)]))
     if value.axes:
         call.mixes(value, axis, f"{call.operator} orders its elements")
+    if call.operator == "aten.sort" and len(value.axes) == 1 and not call.get("descending", False):
+        outputs[0] = replace(outputs[0], tag=("sorted", call.node))
     return outputs if len(outputs) > 1 else outputs[0]
 
 
