@@ -16,8 +16,8 @@ from ecospa_fx.graph.capture import capture
 from ecospa_fx.graph.restore import restore
 from ecospa_fx.importance.score import Batch, Loss, score
 from ecospa_fx.importance.scores import Scores
+from ecospa_fx.origin import origin, remember
 from ecospa_fx.plan import Plan
-from ecospa_fx.storage import origin, remember
 from ecospa_fx.verify import masked
 
 

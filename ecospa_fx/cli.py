@@ -24,12 +24,14 @@ from ecospa_fx import api, text
 from ecospa_fx.coupling.couplings import Coupling, Couplings
 from ecospa_fx.errors import EcospaError, PlanError, ScoreError, StorageError
 from ecospa_fx.folder import refuse_existing
+from ecospa_fx.huggingface import is_causal
 from ecospa_fx.importance.methods import method_named
 from ecospa_fx.importance.progress import watched
+from ecospa_fx.origin import origin
 from ecospa_fx.plan import Plan
 from ecospa_fx.report import couplings_data, explain
-from ecospa_fx.sources import Source, is_causal, open_source
-from ecospa_fx.storage import origin, save
+from ecospa_fx.sources import Source, open_source
+from ecospa_fx.storage import save
 from ecospa_fx.verify import masked_error
 
 REFUSED = 2

@@ -11,7 +11,6 @@ import copy
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,55 +31,11 @@ from ecospa_fx.folder import (
     refuse_existing,
     write_weights,
 )
-from ecospa_fx.inputs import blank, described
+from ecospa_fx.huggingface import build, import_transformers
+from ecospa_fx.inputs import blank
+from ecospa_fx.origin import ATTRIBUTE, Origin, origin, remember
 from ecospa_fx.plan import Plan
 from ecospa_fx.version import __version__
-
-ATTRIBUTE = "ecospa_origin"
-
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """What is needed to build a shrunk model again, besides its weights.
-
-    plan: what was removed; model_class: qualified name; config: JSON of a transformers model, else None; attention:
-    its attention implementation; inputs: example inputs without their values, or None where they cannot be described;
-    buffers: names of the original model's buffers; training: its mode.
-    """
-
-    plan: Plan
-    model_class: str
-    config: str | None
-    attention: str | None
-    inputs: Any
-    buffers: tuple[str, ...]
-    training: bool
-
-
-def origin(model: nn.Module, plan: Plan, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Origin:
-    """The origin of what ``shrink(model, plan, args, kwargs)`` returns."""
-    kind, config = type(model), getattr(model, "config", None)
-    known = kind.__module__.startswith("transformers.models.") and hasattr(config, "to_json_string")
-    try:
-        inputs = described((tuple(args), dict(kwargs or {})))
-    except TypeError:
-        inputs = None
-    return Origin(
-        plan=plan,
-        model_class=f"{kind.__module__}.{kind.__qualname__}",
-        config=config.to_json_string() if known and config is not None else None,
-        attention=getattr(config, "_attn_implementation", None) if known else None,
-        inputs=inputs,
-        buffers=tuple(name for name, _ in model.named_buffers()),
-        training=model.training,
-    )
-
-
-def remember(small: nn.Module, origin: Origin) -> nn.Module:
-    """Note on a shrunk model where it came from, so that ``save(small, path)`` needs nothing else. Returns it."""
-    setattr(small, ATTRIBUTE, origin)
-    return small
-
 
 # -- saving ------------------------------------------------------------------------------------------------------
 
@@ -138,8 +93,6 @@ def _written(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 def _manifest(folder: Path, origin: Origin) -> dict[str, Any]:
     versions = {"ecospa_fx": __version__, "torch": str(torch.__version__)}
     if origin.config is not None:
-        from ecospa_fx.sources import import_transformers
-
         versions["transformers"] = import_transformers().__version__
     files = sorted(folder.iterdir())
     return {
@@ -238,8 +191,6 @@ def _example(folder: Path, manifest: Mapping[str, Any]) -> tuple[Any, Any]:
 
 def _from_config(folder: Path, manifest: Mapping[str, Any]) -> Any:
     """A model of transformers by the class that the manifest names, from its configuration."""
-    from ecospa_fx.sources import build, import_transformers
-
     transformers = import_transformers()
     name = str(manifest.get("class")).rpartition(".")[2]
     kind: Any = getattr(transformers, name, None)

@@ -15,8 +15,9 @@ import ecospa_fx as eco
 from ecospa_fx import folder, storage
 from ecospa_fx.errors import EcospaError, StorageError
 from ecospa_fx.inputs import blank, described
+from ecospa_fx.origin import origin, remember
 from ecospa_fx.plan import Plan
-from ecospa_fx.storage import load, origin, remember, save
+from ecospa_fx.storage import load, save
 
 HIDDEN, FFN = 8, 24
 

@@ -1,0 +1,57 @@
+"""Where a shrunk model came from: noted on it by `shrink`, read by `save`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ecospa_fx.inputs import described
+from ecospa_fx.plan import Plan
+
+ATTRIBUTE = "ecospa_origin"
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What is needed to build a shrunk model again, besides its weights.
+
+    plan: what was removed; model_class: qualified name; config: JSON of a transformers model, else None; attention:
+    its attention implementation; inputs: example inputs without their values, or None where they cannot be described;
+    buffers: names of the original model's buffers; training: its mode.
+    """
+
+    plan: Plan
+    model_class: str
+    config: str | None
+    attention: str | None
+    inputs: Any
+    buffers: tuple[str, ...]
+    training: bool
+
+
+def origin(model: nn.Module, plan: Plan, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Origin:
+    """The origin of what ``shrink(model, plan, args, kwargs)`` returns."""
+    kind, config = type(model), getattr(model, "config", None)
+    known = kind.__module__.startswith("transformers.models.") and hasattr(config, "to_json_string")
+    try:
+        inputs = described((tuple(args), dict(kwargs or {})))
+    except TypeError:
+        inputs = None
+    return Origin(
+        plan=plan,
+        model_class=f"{kind.__module__}.{kind.__qualname__}",
+        config=config.to_json_string() if known and config is not None else None,
+        attention=getattr(config, "_attn_implementation", None) if known else None,
+        inputs=inputs,
+        buffers=tuple(name for name, _ in model.named_buffers()),
+        training=model.training,
+    )
+
+
+def remember(small: nn.Module, origin: Origin) -> nn.Module:
+    """Note on a shrunk model where it came from, so that ``save(small, path)`` needs nothing else. Returns it."""
+    setattr(small, ATTRIBUTE, origin)
+    return small
