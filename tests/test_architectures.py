@@ -135,3 +135,12 @@ def test_refusals_name_operator_node_and_line() -> None:
     assert "normalises over it" in normalised.message
     assert normalised.node.startswith("layer_norm")
     assert ".py:" in normalised.source
+
+
+def test_the_path_leads_from_the_producer_to_the_contraction() -> None:
+    model, inputs = llama()
+    path = eco.detect(model, *inputs(2))["model.layers.0.self_attn.vo"].path
+    assert (path[0].operator, path[0].action) == ("aten.linear", "produced")
+    assert path[0].module.endswith("v_proj")
+    assert (path[-1].operator, path[-1].action) == ("aten.linear", "contracts parameter")
+    assert all(".py:" in step.source for step in path)

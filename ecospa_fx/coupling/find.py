@@ -34,13 +34,14 @@ def find_couplings(flow: Flow, shapes: Mapping[str, tuple[int, ...]]) -> list[Fo
     consumed = {(name, root) for name, dim in flow.record.consumed for root in _roots(flow.dims, dim)}
     places = _places(flow)
     carriers = carriers_of(flow, [d for d in places if d in events and d not in refusals])
+    paths = _paths(flow, {d: e for d, e in events.items() if d not in refusals})
     found = []
     for dim, where in places.items():
         if dim not in events and dim not in refusals:
             continue
         chosen, members = _members(flow.dims, dim, carriers.get(dim, ()), where, consumed)
-        steps = events.get(dim, ())
-        found.append(Found(_coupling(flow.dims, dim, chosen, members, steps, refusals.get(dim)), dim, chosen))
+        coupling = _coupling(flow.dims, dim, chosen, members, events.get(dim, ()), refusals.get(dim))
+        found.append(Found(replace(coupling, path=paths.get(dim, ())), dim, chosen))
     return _finished(found, shapes)
 
 
@@ -177,11 +178,33 @@ def _coupling(
 ) -> Coupling:  # fmt: skip
     actions = {e.action for e in events} | {f"{e.action} {e.detail}" for e in events}
     kind = next((kind for action, kind in _KINDS if action in actions), "pair")
-    steps = tuple(Step(e.node.name, operator_of(e.node), f"{e.action} {e.detail}".strip(), source_of(e.node),
-                       module_of(e.node)) for e in events) if refusal is None else ()  # fmt: skip
     layer = _layer([m.parameter for m in members])
     return Coupling("", kind, layer, dims.sizes[dim], prod(dims.sizes[c] for c in carriers),
-                    _symmetry(kind, actions), members, 0, refusal, (), steps)  # fmt: skip
+                    _symmetry(kind, actions), members, 0, refusal)  # fmt: skip
+
+
+def _paths(flow: Flow, events: Mapping[int, Sequence[Event]]) -> dict[int, tuple[Step, ...]]:
+    """Per dim every node that carries it or does something to it, in graph order."""
+    actions: dict[int, dict[fx.Node, dict[str, None]]] = {d: {} for d in events}
+    for node, value in flow.values.items():
+        for one in value if isinstance(value, list) else [value]:
+            for axis in one.axes if isinstance(one, Value) and node.op == "call_function" else ():
+                for dim in flow.dims.dims_of(axis):
+                    if dim in actions:
+                        actions[dim].setdefault(node, {})
+    for dim, several in events.items():
+        for event in several:
+            actions[dim].setdefault(event.node, {})[f"{event.action} {event.detail}".strip()] = None
+    order = {node: i for i, node in enumerate(flow.values)}
+    return {
+        dim: tuple(_step(node, own, at) for node, own in sorted(at.items(), key=lambda item: order[item[0]]))
+        for dim, at in actions.items()
+    }
+
+
+def _step(node: fx.Node, own: Iterable[str], carrying: Mapping[fx.Node, object]) -> Step:
+    action = ", ".join(own) or ("passes" if any(n in carrying for n in node.all_input_nodes) else "produced")
+    return Step(node.name, operator_of(node), action, source_of(node), module_of(node))
 
 
 def _symmetry(kind: str, actions: set[str]) -> Symmetry:
@@ -257,7 +280,6 @@ def _elements(coupling: Coupling, shapes: Mapping[str, tuple[int, ...]]) -> int:
 def _span(member: Member, shape: tuple[int, ...]) -> int:
     per_carrier = member.units * _width(member)
     on_axis = any(box.carriers for box in member.boxes)
-    _ = shape
     return per_carrier * (member.carriers if on_axis else 1)
 
 
@@ -288,11 +310,3 @@ def module_of(node: fx.Node) -> str:
     """The path of the module that the node was called in."""
     stack = node.meta.get("nn_module_stack") or {}
     return next((str(path) for path, _ in reversed(list(stack.values()))), "")
-
-
-def values_of(flow: Flow) -> Iterator[Value]:
-    """Every tensor of the graph."""
-    for value in flow.values.values():
-        for one in value if isinstance(value, list) else [value]:
-            if isinstance(one, Value):
-                yield one
