@@ -18,8 +18,7 @@ import lzma
 import math
 import platform
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ from ecospa_fx.budget.allocate import plan
 from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.importance.score import Batch, score
 from ecospa_fx.importance.scores import Scores
-from ecospa_fx.plan import Plan
+from ecospa_fx.verify import masked
 
 WINDOW = 512
 TRAIN_CHARACTERS = 20_000_000
@@ -75,23 +74,6 @@ def perplexity(model: nn.Module, windows: Tensor) -> float:
         logits = model(window[:, :-1]).logits
         total += cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten(), reduction="sum").item()
     return math.exp(total / (windows.shape[0] * WINDOW))
-
-
-@contextmanager
-def masked(model: nn.Module, plan: Plan) -> Iterator[None]:
-    """The model with every parameter multiplied by its mask, restored afterwards."""
-    parameters = dict(model.named_parameters())
-    masks = plan.masks(model)
-    saved = {name: parameters[name].detach().clone() for name in masks}
-    with torch.no_grad():
-        for name, mask in masks.items():
-            parameters[name].mul_(mask)
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for name, values in saved.items():
-                parameters[name].copy_(values)
 
 
 def run(

@@ -16,15 +16,15 @@ from torch import Tensor, fx
 
 from ecospa_fx.axes.flow import Flow, flow, named_arguments, operator_name
 from ecospa_fx.axes.kept import Choice, Kept, take
-from ecospa_fx.axes.record import Gather, Value
+from ecospa_fx.axes.record import Gather, several
 from ecospa_fx.axes.resize import Resize, find_resize
 from ecospa_fx.coupling.couplings import Member
-from ecospa_fx.coupling.find import Found, find_couplings
+from ecospa_fx.coupling.find import Found, find_couplings, module_of
 from ecospa_fx.errors import PlanError
 from ecospa_fx.graph.edit import evaluate, inherit
 from ecospa_fx.graph.passes import PassResult
-from ecospa_fx.graph.program import Program, program_of
-from ecospa_fx.plan import Plan, Selection
+from ecospa_fx.graph.program import AttributeForm, Program
+from ecospa_fx.plan import Plan
 
 aten = torch.ops.aten
 
@@ -43,7 +43,7 @@ class ShrinkCouplings:
 
     def run(self, graph_module: fx.GraphModule) -> PassResult:
         """Shrink a graph module in place."""
-        program = program_of(graph_module)
+        program = AttributeForm(graph_module)
         changes = shrink_program(program, self.plan)
         graph_module.recompile()
         return PassResult(graph_module, changes)
@@ -88,12 +88,8 @@ def _choices(plan: Plan, found: Sequence[Found], walked: Flow) -> dict[int, Choi
                 "detect and plan again on this model and these inputs"
             )
         sizes = [walked.dims.sizes[c] for c in entry.carriers]
-        choices[entry.dim] = Choice(entry.carriers, _keep(selection).view(*sizes, selection.size))
+        choices[entry.dim] = Choice(entry.carriers, (~selection.removed).view(*sizes, selection.size))
     return choices
-
-
-def _keep(selection: Selection) -> Tensor:
-    return ~selection.removed
 
 
 # -- parameters --------------------------------------------------------------------------------------------------
@@ -132,21 +128,12 @@ class _Gathers:
             places, mask = None, mask[:1]
         if places is not None:
             mask = mask[self.kept.mask(gather.target, places)[0]]
-        key = (source, self._module(gather.user), gather.operand_axis, places, lead, mask.numpy().tobytes())
-        if key not in self.made or not self._before(self.made[key], gather.user):
+        key = (source, module_of(gather.user), gather.operand_axis, places, lead, mask.numpy().tobytes())
+        if key not in self.made or not self.made[key] < gather.user:
             with self.program.graph.inserting_before(gather.user):
                 self.made[key] = self._reduce(gather, mask, places, lead)
         gather.user.replace_input_with(source, self.made[key])
         return 1
-
-    @staticmethod
-    def _module(node: fx.Node) -> str:
-        stack = node.meta.get("nn_module_stack") or {}
-        return next((str(path) for path, _ in reversed(list(stack.values()))), "")
-
-    @staticmethod
-    def _before(first: fx.Node, second: fx.Node) -> bool:
-        return first < second
 
     def _reduce(self, gather: Gather, mask: Tensor, places: int | None, lead: int) -> fx.Node:
         rank, axis, source, user = len(gather.operand.axes), gather.operand_axis, gather.operand.node, gather.user
@@ -196,9 +183,9 @@ class _Gathers:
         return self._call(aten.flatten.using_ints, (node, axis, axis + 1), user)
 
     def _constant(self, tensor: Tensor, user: fx.Node) -> fx.Node:
-        key = (self._module(user), tuple(tensor.shape), tensor.numpy().tobytes())
+        key = (module_of(user), tuple(tensor.shape), tensor.numpy().tobytes())
         if key not in self.constants:
-            self.constants[key] = self.program.add_buffer(self._module(user), tensor.contiguous(), user)
+            self.constants[key] = self.program.add_buffer(module_of(user), tensor.contiguous())
         return self.constants[key]
 
     def _call(self, target: Any, args: tuple[Any, ...], user: fx.Node) -> fx.Node:
@@ -206,10 +193,6 @@ class _Gathers:
 
 
 # -- literal sizes -----------------------------------------------------------------------------------------------
-
-
-def _several(value: Any) -> list[Value]:
-    return [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, Value)]
 
 
 def _resize(program: Program, walked: Flow, kept: Kept, node: fx.Node) -> int:
@@ -220,8 +203,8 @@ def _resize(program: Program, walked: Flow, kept: Kept, node: fx.Node) -> int:
     rule = find_resize(name)
     if rule is None:
         return 0
-    inputs = [v for n in _tensor_arguments(node) for v in _several(walked.values.get(n))]
-    outputs = _several(walked.values[node])
+    inputs = [v for n in _tensor_arguments(node) for v in several(walked.values.get(n))]
+    outputs = several(walked.values[node])
     if not any(kept.changed(axis) for v in [*inputs, *outputs] for axis in v.axes):
         return 0
 
@@ -277,7 +260,7 @@ def _propagate(program: Program, walked: Flow, kept: Kept, cut: set[str]) -> Non
     for node in program.graph.nodes:
         known = walked.values.get(node)
         touched = "val" not in node.meta or any(n in stale for n in node.all_input_nodes)
-        touched = touched or any(kept.changed(axis) for v in _several(known) for axis in v.axes)
+        touched = touched or any(kept.changed(axis) for v in several(known) for axis in v.axes)
         if node.op != "call_function" or not touched:
             continue
         stale.add(node)
@@ -295,7 +278,7 @@ def _propagate(program: Program, walked: Flow, kept: Kept, cut: set[str]) -> Non
 def _check(program: Program, walked: Flow, kept: Kept, node: fx.Node) -> None:
     found = node.meta["val"]
     tensors = [t for t in (found if isinstance(found, list | tuple) else [found]) if isinstance(t, Tensor)]
-    for tensor, value in zip(tensors, _several(walked.values.get(node)), strict=False):
+    for tensor, value in zip(tensors, several(walked.values.get(node)), strict=False):
         shape = [program.sizes(s) for s in tensor.shape]
         want = [kept.count(axis) if kept.changed(axis) else size for axis, size in zip(value.axes, shape, strict=True)]
         if shape != want:

@@ -12,3 +12,9 @@ torch.set_num_threads(1)
 def seeded() -> None:
     """The same random numbers in every test, whatever ran before."""
     torch.manual_seed(0)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that takes a `case` runs once for each of its module's CASES, the table of a family of rules."""
+    if "case" in metafunc.fixturenames:
+        metafunc.parametrize("case", metafunc.module.CASES, ids=lambda case: case.id)

@@ -34,12 +34,10 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
 def test_literal(case: Case) -> None:
     check_literal(case)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
 def test_exact(case: Case) -> None:
     check_exact(case)
 

@@ -97,12 +97,10 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
 def test_literal(case: Case) -> None:
     check_literal(case)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
 def test_exact(case: Case) -> None:
     check_exact(case)
 

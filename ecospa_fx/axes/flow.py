@@ -17,7 +17,7 @@ from torch import fx
 from ecospa_fx.axes import registry
 from ecospa_fx.axes.algebra import Axis, Dims, Misaligned, Origin
 from ecospa_fx.axes.call import Call
-from ecospa_fx.axes.record import Record, Value
+from ecospa_fx.axes.record import Record, Value, several
 
 Sizes = Callable[[Any], int]
 """From a size (an int or a symbol) to a concrete number."""
@@ -99,21 +99,23 @@ class _Walk:
         if not isinstance(node.target, torch._ops.OpOverload):
             self._python(node)
             return
-        operator = operator_name(node.target)
-        call = Call(node, operator, self._arguments(node), self._shapes(node), self.dims, self.record)
+        arguments = {name: self._value(a) for name, a in named_arguments(node).items()}
         before = len(self.record.gathers)
-        rule = registry.find(operator)
-        result: Any = rule(call) if rule is not None else call.block_all(registry.refusal(operator))
-        self._store(node, result)
+        call = self._apply(node, operator_name(node.target), arguments)
         self._alias(node, call, before)
 
-    def _store(self, node: fx.Node, result: Any) -> None:
-        several = isinstance(node.meta.get("val"), list | tuple)
-        if isinstance(result, list) and not several:
+    def _apply(self, node: fx.Node, operator: str, arguments: dict[str, Any]) -> Call:
+        """Let the operator's rule speak, or its refusal, and keep what comes out."""
+        call = Call(node, operator, arguments, self._shapes(node), self.dims, self.record)
+        rule = registry.find(operator)
+        result: Any = rule(call) if rule is not None else call.block_all(registry.refusal(operator))
+        listed = isinstance(node.meta.get("val"), list | tuple)
+        if isinstance(result, list) and not listed:
             result = result[0] if result else None
-        elif several and isinstance(result, Value):
+        elif listed and isinstance(result, Value):
             result = [result]
         self.values[node] = result
+        return call
 
     def _python(self, node: fx.Node) -> None:
         """Picking one of several outputs, arithmetic on sizes, or something that is no operator."""
@@ -129,9 +131,7 @@ class _Walk:
         if any(isinstance(self.values.get(n), Value | list) for n in node.all_input_nodes):
             operator = str(getattr(node.target, "__name__", node.target))
             arguments = {str(i): self._value(a) for i, a in enumerate((*node.args, *node.kwargs.values()))}
-            call = Call(node, operator, arguments, self._shapes(node), self.dims, self.record)
-            rule = registry.find(operator)
-            self._store(node, rule(call) if rule is not None else call.block_all(registry.refusal(operator)))
+            self._apply(node, operator, arguments)
         else:
             self.values[node] = None
 
@@ -140,9 +140,6 @@ class _Walk:
         found: Any = node.meta.get("val")
         values = iter(self.values[node])
         return [next(values) if isinstance(t, torch.Tensor) else None for t in found]
-
-    def _arguments(self, node: fx.Node) -> dict[str, Any]:
-        return {name: self._value(a) for name, a in named_arguments(node).items()}
 
     def _value(self, argument: Any) -> Any:
         if isinstance(argument, fx.Node):
@@ -184,9 +181,8 @@ class _Walk:
 
     def _output(self, node: fx.Node) -> None:
         for source in dict.fromkeys(node.all_input_nodes):
-            value = self.values.get(source)
-            for one in value if isinstance(value, list) else [value]:
-                for axis in one.axes if isinstance(one, Value) else ():
+            for one in several(self.values.get(source)):
+                for axis in one.axes:
                     for dim in self.dims.dims_of(axis):
                         if self.dims.origins[dim] is not Origin.STORED:
                             self.record.blocks.append((dim, node, "it is part of the model's output"))

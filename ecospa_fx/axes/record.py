@@ -32,6 +32,11 @@ class Value:
         return tuple(axis.size for axis in self.axes)
 
 
+def several(value: Any) -> list[Value]:
+    """The tensors among what a walk holds for one node: a Value, a list of them, or nothing."""
+    return [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, Value)]
+
+
 @dataclass(frozen=True, slots=True)
 class Gather:
     """A stored tensor that meets a parameter's dim: where `user` reads it, it must be reduced to the kept positions.

@@ -10,7 +10,7 @@ from torch import fx
 
 from ecospa_fx.axes.algebra import Axis, Dims, Origin, Piece
 from ecospa_fx.axes.flow import Flow, operator_name
-from ecospa_fx.axes.record import Event, Value
+from ecospa_fx.axes.record import Event, several
 from ecospa_fx.coupling.carriers import carriers_of
 from ecospa_fx.coupling.couplings import Box, Coupling, Member, Refusal, Step, Symmetry
 
@@ -187,13 +187,13 @@ def _paths(flow: Flow, events: Mapping[int, Sequence[Event]]) -> dict[int, tuple
     """Per dim every node that carries it or does something to it, in graph order."""
     actions: dict[int, dict[fx.Node, dict[str, None]]] = {d: {} for d in events}
     for node, value in flow.values.items():
-        for one in value if isinstance(value, list) else [value]:
-            for axis in one.axes if isinstance(one, Value) and node.op == "call_function" else ():
+        for one in several(value) if node.op == "call_function" else ():
+            for axis in one.axes:
                 for dim in flow.dims.dims_of(axis):
                     if dim in actions:
                         actions[dim].setdefault(node, {})
-    for dim, several in events.items():
-        for event in several:
+    for dim, own in events.items():
+        for event in own:
             actions[dim].setdefault(event.node, {})[f"{event.action} {event.detail}".strip()] = None
     order = {node: i for i, node in enumerate(flow.values)}
     return {
@@ -271,13 +271,14 @@ def _elements(coupling: Coupling, shapes: Mapping[str, tuple[int, ...]]) -> int:
         own = [m for m in coupling.members if m.parameter == parameter]
         left = prod(shape)
         for axis in dict.fromkeys(m.axis for m in own):
-            gone = sum(_span(m, shape) for m in own if m.axis == axis)
+            gone = sum(_span(m) for m in own if m.axis == axis)
             left = left // shape[axis] * (shape[axis] - gone)
         total += prod(shape) - left
     return total
 
 
-def _span(member: Member, shape: tuple[int, ...]) -> int:
+def _span(member: Member) -> int:
+    """Positions of its axis that a member holds."""
     per_carrier = member.units * _width(member)
     on_axis = any(box.carriers for box in member.boxes)
     return per_carrier * (member.carriers if on_axis else 1)

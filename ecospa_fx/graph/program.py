@@ -40,7 +40,7 @@ class Program(ABC):
         """Give a parameter new values of another shape, wherever it is used."""
 
     @abstractmethod
-    def add_buffer(self, module: str, tensor: Tensor, like: fx.Node) -> fx.Node:
+    def add_buffer(self, module: str, tensor: Tensor) -> fx.Node:
         """A node for a new constant that belongs to a module and moves with it."""
 
 
@@ -71,7 +71,7 @@ class ExportedForm(Program):
             if own == name:
                 node.meta["val"] = _fake_like(node.meta["val"], tensor)
 
-    def add_buffer(self, module: str, tensor: Tensor, like: fx.Node) -> fx.Node:
+    def add_buffer(self, module: str, tensor: Tensor) -> fx.Node:
         taken = {spec.target for spec in self.exported.graph_signature.input_specs}
         names = (".".join(filter(None, [module, f"kept_positions_{i}"])) for i in count(len(self.buffers)))
         target = next(name for name in names if name not in taken)
@@ -140,18 +140,13 @@ class AttributeForm(Program):
             if own == name:
                 node.meta["val"] = _fake_like(_any_fake(self.graph), new)
 
-    def add_buffer(self, module: str, tensor: Tensor, like: fx.Node) -> fx.Node:
+    def add_buffer(self, module: str, tensor: Tensor) -> fx.Node:
         target = f"kept_positions_{sum(n.startswith('kept_positions_') for n, _ in self.module.named_buffers())}"
         self.module.register_buffer(target, tensor.to(_any_fake(self.graph).device), persistent=False)
         with self.graph.inserting_before(next(iter(self.graph.nodes))):
             node = self.graph.get_attr(target)
         node.meta["val"] = _fake_like(_any_fake(self.graph), tensor)
         return node
-
-
-def program_of(module: fx.GraphModule) -> Program:
-    """The program form of a graph module."""
-    return AttributeForm(module)
 
 
 def _attribute(module: nn.Module, path: str) -> Any:
