@@ -19,5 +19,9 @@ class ScoreError(EcospaError):
     """Importance scores that cannot be computed: no data, NaN, a loss without gradients."""
 
 
+class TrainingError(EcospaError):
+    """Sparse training that cannot begin or go on: an optimizer, schedule or checkpoint that does not fit."""
+
+
 class StorageError(EcospaError):
     """A file or folder that cannot be written or does not hold what it should."""

@@ -1,0 +1,1 @@
+"""Sparse training: a model that gets physically smaller while it is being trained."""

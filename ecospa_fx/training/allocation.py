@@ -1,0 +1,98 @@
+"""Which units go at one shrink: the least score per parameter, within bounds per coupling, down to a budget."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from functools import cache
+from math import ceil, floor
+
+import torch
+from torch import Tensor
+
+from ecospa_fx.budget.allocate import Climb, Ladder, Track
+from ecospa_fx.budget.elements import Shapes
+from ecospa_fx.coupling.couplings import Coupling
+
+Bounds = tuple[int, int]
+"""Least and most units that one coupling may have afterwards."""
+
+
+def bounds(size: int, now: int, uniform: float, limits: tuple[float, float, float], round_to: int) -> Bounds:
+    """Bounds of a coupling. size, now: its units dense and now; uniform: the share that uniform allocation keeps;
+    limits: the share kept in any case, and least and most as multiples of `uniform`."""
+    lowest, low, high = limits
+    least = max(1, ceil(lowest * size), ceil(low * uniform * size - 1e-9))
+    least = min(now, ceil(least / round_to) * round_to)
+    return least, max(least, min(now, floor(high * uniform * size + 1e-9)))
+
+
+def allocate(
+    couplings: Sequence[Coupling],
+    shapes: Shapes,
+    scores: Mapping[str, Tensor],
+    limits: Mapping[str, Bounds],
+    goal: int,
+    *,
+    round_to: int = 1,
+    dense: Mapping[str, int] | None = None,
+) -> dict[str, Tensor]:
+    """Per coupling BoolTensor [carriers, units], True where a unit stays, so that about `goal` elements go.
+
+    couplings, shapes: as they are now. Of several couplings the least score per parameter goes first; with `dense`,
+    their units before any shrink, the same share of each. Units above a coupling's bounds go whatever the goal.
+    """
+    ladders = [_ladder(c, scores[c.name], limits[c.name], round_to) for c in couplings]
+    tracks = _uniform(ladders, dense) if dense is not None else _global(ladders, limits)
+    if not ladders or not any(len(t.keys) for t in tracks):
+        return {c.name: torch.ones(c.carriers, c.size, dtype=torch.bool) for c in couplings}
+    climb = Climb.of(shapes, ladders, tracks)
+    forced = sum(int((t.keys == -torch.inf).sum()) for t in tracks)
+    rungs = climb.rungs(_height(climb, goal, forced))
+    return {x.coupling.name: ~x.removal(n)[1] for x, n in zip(ladders, rungs, strict=True)}
+
+
+def _ladder(coupling: Coupling, values: Tensor, limits: Bounds, round_to: int) -> Ladder:
+    least, most = limits
+    ranked, order = values.to("cpu", torch.float64).sort(dim=1, stable=True)
+    size = coupling.size
+    kept = [k for k in range((size - 1) // round_to * round_to, least - 1, -round_to) if k <= most]
+    removed = tuple(size - k for k in kept)
+    at = torch.tensor((0, *removed))
+    total = torch.cat([torch.zeros(1, dtype=torch.float64), ranked.sum(0).cumsum(0)])[at]
+    elements = at.diff() * (coupling.parameters / size)
+    return Ladder(coupling, order, removed, elements, total.diff() / elements)
+
+
+def _global(ladders: Sequence[Ladder], limits: Mapping[str, Bounds]) -> list[Track]:
+    """One track per ladder, by cost, ascending even where rounding made the first rung the dearest."""
+    tracks = []
+    for i, ladder in enumerate(ladders):
+        keys = ladder.cost.cummax(0).values if len(ladder.cost) else ladder.cost
+        if len(keys) and limits[ladder.coupling.name][1] < ladder.coupling.size:
+            keys = torch.cat([torch.full((1,), -torch.inf, dtype=keys.dtype), keys[1:]])
+        tracks.append(Track((i,), keys))
+    return tracks
+
+
+def _uniform(ladders: Sequence[Ladder], dense: Mapping[str, int]) -> list[Track]:
+    """Couplings of equal kind and sizes in step, by the share of their units that is gone."""
+    groups: dict[tuple[str, int, int, int], list[int]] = {}
+    for i, ladder in enumerate(ladders):
+        c = ladder.coupling
+        groups.setdefault((c.kind, dense[c.name], c.size, c.carriers), []).append(i)
+    tracks = []
+    for (_, whole, size, _), group in groups.items():
+        gone = whole - size + torch.tensor((0, *ladders[group[0]].removed), dtype=torch.float64)
+        tracks.append(Track(tuple(group), (gone[1:] + gone[:-1]) / (2 * whole)))
+    return tracks
+
+
+def _height(climb: Climb, goal: int, forced: int) -> int:
+    """How many rungs remove what is nearest to the goal, at least the forced ones."""
+    last, removed = len(climb.owner), cache(climb.removed)
+    above = bisect_left(range(last + 1), goal, lo=forced, key=removed)
+    if above > last:
+        return last
+    below = max(above - 1, forced)
+    return above if removed(above) - goal <= goal - removed(below) else below

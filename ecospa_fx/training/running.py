@@ -1,0 +1,141 @@
+"""Scores from the gradients that training computes anyway.
+
+With g a parameter's gradient at a step and w its value, per unit as in `ecospa_fx.importance.methods`:
+
+    gate-fisher   mean over steps of (Σ g·w)²      over the gate
+    fisher        mean over steps of Σ (g·w)²      over all members
+    taylor        |mean over steps of Σ g·w|       over all members
+
+Each step counts as shares: its numbers are divided by their total over all units. So what multiplies all gradients
+of a step alike (a gradient scaler, clipping, the number of accumulated batches) changes nothing. The mean is a moving
+one, and one number per unit is all that is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from ecospa_fx.coupling.couplings import Box, Coupling, Member
+from ecospa_fx.errors import TrainingError
+from ecospa_fx.importance.methods import gate_members
+from ecospa_fx.importance.reduce import MarginKey, accumulator_dtype, exact, margin, margin_key, unit_sums
+
+METHODS = ("gate-fisher", "fisher", "taylor")
+
+
+class RunningScores:
+    """Moving averages over the steps that were gathered, one number per unit."""
+
+    def __init__(self, method: str, memory: int) -> None:
+        if method not in METHODS:
+            raise TrainingError(f"scores={method!r} cannot be taken while training: use one of {', '.join(METHODS)}")
+        self._method, self._decay = method, 1 - 1 / memory
+        self._spans: dict[str, tuple[int, int, tuple[int, int]]] = {}
+        self._uses: dict[str, dict[MarginKey, list[tuple[str, float, Member]]]] = {}
+        self._parameters: Mapping[str, nn.Parameter] = {}
+        self._sums = self._values = torch.zeros(0)
+        self._step_fine = torch.tensor(False)
+
+    def follow(
+        self, couplings: Sequence[Coupling], parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]
+    ) -> None:
+        """Score these couplings from now on. values: what is known of their units so far."""
+        self._parameters, self._spans, self._uses, at = parameters, {}, {}, 0
+        for coupling in couplings:
+            count = coupling.carriers * coupling.size
+            self._spans[coupling.name] = (at, at + count, (coupling.carriers, coupling.size))
+            at += count
+            gate = self._method == "gate-fisher"
+            members, factor = gate_members(coupling) if gate else (coupling.members, 1.0)
+            for member in members:
+                margins = self._uses.setdefault(member.parameter, {})
+                margins.setdefault(margin_key(member), []).append((coupling.name, factor, member))
+        device = next((parameters[name].device for name in self._uses), torch.device("cpu"))
+        self._sums = torch.zeros(at, dtype=accumulator_dtype(device), device=device)
+        self._values = torch.zeros_like(self._sums)
+        for name, known in values.items():
+            self._part(self._values, name).copy_(known)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The parameters whose gradients are read."""
+        return tuple(self._uses)
+
+    def gather(self) -> None:
+        """Take in the gradients of one step. A step whose gradients are missing, zero or not finite counts for nothing.
+
+        Nothing waits for the device here.
+        """
+        self._sums.zero_()
+        for name, margins in self._uses.items():
+            parameter = self._parameters[name]
+            if parameter.grad is not None:
+                self._take(parameter.grad, parameter, margins)
+        squares = self._sums.abs() if self._method == "fisher" else self._sums.square()
+        total = squares.sum()
+        self._step_fine = total.isfinite() & (total > 0)
+        shares = self._sums / total.sqrt() if self._method == "taylor" else squares / total
+        moved = torch.lerp(shares, self._values, self._decay)
+        self._values = torch.where(self._step_fine, moved, self._values)
+
+    @property
+    def usable(self) -> bool:
+        """Whether the last step's gradients were fine, so that units may be judged now. Waits for the device."""
+        return bool(self._step_fine)
+
+    def values(self) -> dict[str, Tensor]:
+        """[carriers, units] per coupling: the moving averages themselves, which `follow` takes back."""
+        return {name: self._part(self._values, name).clone() for name in self._spans}
+
+    def scores(self) -> dict[str, Tensor]:
+        """[carriers, units] per coupling, on the CPU: how much each unit matters."""
+        return {name: value.abs().to("cpu", torch.float64) for name, value in self.values().items()}
+
+    def flat(self) -> Tensor:
+        """All averages in one tensor, to be averaged over processes in place."""
+        return self._values
+
+    def _part(self, flat: Tensor, name: str) -> Tensor:
+        begin, end, shape = self._spans[name]
+        return flat[begin:end].view(shape)
+
+    @torch.no_grad()
+    def _take(
+        self, gradient: Tensor, weight: Tensor, margins: Mapping[MarginKey, list[tuple[str, float, Member]]]
+    ) -> None:
+        products = exact(gradient) * exact(weight)
+        if self._method == "fisher":
+            products.square_()
+        for key, uses in margins.items():
+            sums = margin(products, key)
+            for name, factor, member in uses:
+                self._part(self._sums, name).add_(_unit_sums(sums, member), alpha=factor)
+
+
+def _unit_sums(margins: Tensor, member: Member) -> Tensor:
+    """Sums per unit [carriers, units], read off the margin by strides where its grid allows, without an index."""
+    if member.carrier_axis is not None and any(box.carriers for box in member.boxes):
+        return unit_sums(margins, member)
+    margins = margins.contiguous()
+    parts = [_strided(margins, box, member) for box in member.boxes]
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+def _strided(margins: Tensor, box: Box, member: Member) -> Tensor:
+    outer = list(box.carriers)
+    if member.carrier_axis is not None:
+        outer = [(member.carriers, margins.stride(0))]
+    sizes = [*(n for n, _ in outer), member.units, *(n for n, _ in box.width)]
+    strides = [*(s for _, s in outer), box.unit, *(s for _, s in box.width)]
+    grid = margins.as_strided(sizes, strides, box.offset)
+    rows = prod(n for n, _ in outer)
+    return grid.reshape(rows, member.units, -1).sum(2).expand(member.carriers, member.units)
+
+

@@ -1,0 +1,154 @@
+"""When a model shrinks, and how far: from the number of a step to the share of the target that is reached.
+
+Steps are calls of ``SparseTraining.step()``, counted from 1. No schedule ever gives anything back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+from typing import Protocol
+
+from ecospa_fx.errors import TrainingError
+
+
+class Schedule(Protocol):
+    """steps: those at which the model shrinks, ascending; share: of the target to have reached by a step, 0 to 1."""
+
+    @property
+    def steps(self) -> tuple[int, ...]: ...
+
+    def share(self, step: int) -> float: ...
+
+
+@dataclass(frozen=True, slots=True)
+class AtStart:
+    """Everything before the first step, by scores from a handful of batches: peak memory never is the dense one's."""
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        return ()
+
+    def share(self, step: int) -> float:
+        return 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class OneShot:
+    """Everything at one step.
+
+    >>> OneShot(100).share(99), OneShot(100).share(100)
+    (0.0, 1.0)
+    """
+
+    step: int
+
+    def __post_init__(self) -> None:
+        _whole(self, "step", self.step)
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        return (self.step,)
+
+    def share(self, step: int) -> float:
+        return float(step >= self.step)
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """Equal parts of the target at `start`, then `every` so many steps, and at `end`.
+
+    >>> Linear(start=10, end=40, every=10).steps
+    (10, 20, 30, 40)
+    >>> Linear(start=10, end=40, every=10).share(25)
+    0.5
+    """
+
+    start: int
+    end: int
+    every: int
+
+    def __post_init__(self) -> None:
+        for name in ("start", "end", "every"):
+            _whole(self, name, getattr(self, name))
+        if self.end < self.start:
+            raise TrainingError(f"{self} ends before it starts: give an end of at least {self.start}")
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        return (*range(self.start, self.end, self.every), self.end)
+
+    def share(self, step: int) -> float:
+        steps = self.steps
+        return sum(s <= step for s in steps) / len(steps)
+
+
+@dataclass(frozen=True, slots=True)
+class Cubic(Linear):
+    """Large parts first, small ones last: 1 - (1 - t)³ of the target.
+
+    >>> [round(Cubic(start=10, end=40, every=10).share(s), 3) for s in (9, 10, 20, 30, 40)]
+    [0.0, 0.578, 0.875, 0.984, 1.0]
+    """
+
+    def share(self, step: int) -> float:
+        return 1 - (1 - Linear.share(self, step)) ** 3
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """The same part of the target, `part` of it, `every` so many steps until it is reached.
+
+    start: the first of these steps, by default `every`.
+
+    >>> Constant(every=50, part=0.4).steps
+    (50, 100, 150)
+    """
+
+    every: int
+    part: float = 0.1
+    start: int | None = None
+
+    def __post_init__(self) -> None:
+        _whole(self, "every", self.every)
+        _whole(self, "start", self._first)
+        if not 0 < self.part <= 1:
+            raise TrainingError(f"{self} takes no part of the target: give a part above 0 and at most 1")
+
+    @property
+    def _first(self) -> int:
+        return self.every if self.start is None else self.start
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        first = self._first
+        return tuple(first + i * self.every for i in range(ceil(1 / self.part - 1e-9)))
+
+    def share(self, step: int) -> float:
+        return min(1.0, self.part * sum(s <= step for s in self.steps))
+
+
+def default_schedule(total_steps: int | None) -> Cubic:
+    """Eleven shrinks between a quarter and three quarters of the run: late ones cost least quality.
+
+    Raises TrainingError where the length of the run is not known.
+    """
+    if total_steps is None:
+        raise TrainingError("there is no schedule: give one, like eco.Cubic(start=…, end=…, every=…), or total_steps=")
+    start, end = max(1, total_steps // 4), max(1, 3 * total_steps // 4)
+    return Cubic(start, end, max(1, (end - start) // 10))
+
+
+def check_schedule(schedule: Schedule, total_steps: int | None) -> None:
+    """Raise TrainingError where a schedule goes on after the last step."""
+    last = max(schedule.steps, default=0)
+    if total_steps is not None and last > total_steps:
+        raise TrainingError(
+            f"{schedule} shrinks for the last time at step {last} and training ends at step {total_steps}, so the "
+            "target would not be reached: let it end earlier"
+        )
+
+
+def _whole(schedule: object, name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise TrainingError(f"{name}={value!r} of {type(schedule).__name__} is no step: give a whole number from 1 up")
