@@ -11,6 +11,12 @@ from ecospa_fx.importance.score import score as score
 from ecospa_fx.plan import Plan as Plan
 from ecospa_fx.storage import load as load
 from ecospa_fx.storage import save as save
+from ecospa_fx.training.schedule import AtStart as AtStart
+from ecospa_fx.training.schedule import Constant as Constant
+from ecospa_fx.training.schedule import Cubic as Cubic
+from ecospa_fx.training.schedule import Linear as Linear
+from ecospa_fx.training.schedule import OneShot as OneShot
+from ecospa_fx.training.sparse import SparseTraining as SparseTraining
 from ecospa_fx.version import __version__ as __version__
 
 

@@ -77,7 +77,7 @@ def test_running_scores_are_those_of_scoring_up_to_a_factor(method: str) -> None
     running = RunningScores(method, 10)
     running.follow(couplings.offered, dict(model.named_parameters()), {})
     assert not running.usable
-    loss(model(*batch[0]), *batch).backward()
+    torch.autograd.backward(loss(model(*batch[0]), *batch))
     running.gather()
     assert running.usable
     found = running.scores()
@@ -95,7 +95,7 @@ def test_what_scales_all_gradients_of_a_step_changes_nothing(method: str) -> Non
         running.follow(couplings.offered, dict(model.named_parameters()), {})
         for at, batch in enumerate(batches(3)):
             model.zero_grad()
-            (loss(model(*batch[0]), *batch) * (scale if at == 1 else 1)).backward()
+            torch.autograd.backward(loss(model(*batch[0]), *batch) * (scale if at == 1 else 1))
             running.gather()
         results.append(running.flat())
     torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=0)
@@ -109,7 +109,7 @@ def test_steps_without_usable_gradients_count_for_nothing() -> None:
     running.gather()
     assert not running.usable
     batch = batches(1)[0]
-    loss(model(*batch[0]), *batch).backward()
+    torch.autograd.backward(loss(model(*batch[0]), *batch))
     running.gather()
     before = running.flat().clone()
     weight = model.get_parameter("layers.0.ffn.down.weight")

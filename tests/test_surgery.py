@@ -110,8 +110,9 @@ def test_the_cut_parameters_are_those_that_shrink_makes() -> None:
 
 def test_the_next_backward_sees_the_new_shape_while_the_last_graph_is_alive() -> None:
     layer, seen = nn.Linear(4, 6), []
-    layer.weight.register_hook(lambda g: seen.append(tuple(g.shape)))
-    layer.weight.register_post_accumulate_grad_hook(lambda p: seen.append(tuple(p.shape)))
+    weight: Any = layer.weight
+    weight.register_hook(lambda g: seen.append(tuple(g.shape)))
+    weight.register_post_accumulate_grad_hook(lambda p: seen.append(tuple(p.shape)))
     loss = layer(torch.randn(2, 4)).sum()
     loss.backward()
     cut_all([], dict(layer.named_parameters()), {n: rows(n, p, 3) for n, p in layer.named_parameters()})
@@ -149,7 +150,7 @@ def test_groups_schedules_and_steps_survive_and_memory_falls() -> None:
 
 def test_reduced_states_are_cut_where_they_match_in_one_way() -> None:
     weight = nn.Parameter(torch.randn(6, 4))
-    optimizer = torch.optim.Adafactor([weight], lr=0.1)
+    optimizer: Any = torch.optim.Adafactor([weight], lr=0.1)
     weight.grad = torch.randn(6, 4)
     optimizer.step()
     row = optimizer.state[weight]["row_var"].clone()

@@ -52,6 +52,7 @@ def _parts(tree: nn.Module) -> Iterator[nn.Module]:
 
 def _follow(module: Any) -> int:
     graph, count = module.graph, 0
+    graph.owning_module = module  # finishing it made it belong to the code that was generated from it
     for node in list(graph.nodes):
         found = _flag(node)
         if found is None:

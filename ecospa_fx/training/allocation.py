@@ -24,7 +24,7 @@ def bounds(size: int, now: int, uniform: float, limits: tuple[float, float, floa
     lowest, low, high = limits
     least = max(1, ceil(lowest * size), ceil(low * uniform * size - 1e-9))
     least = min(now, ceil(least / round_to) * round_to)
-    return least, max(least, min(now, floor(high * uniform * size + 1e-9)))
+    return least, max(least, floor(min(now, high * uniform * size + 1e-9)))
 
 
 def allocate(

@@ -25,8 +25,12 @@ from ecospa_fx.graph.modes import follow_modes
 from ecospa_fx.graph.program import ExportedForm
 from ecospa_fx.graph.restore import restore
 from ecospa_fx.plan import Plan
+from ecospa_fx.verify import masked_error
 
 log = logging.getLogger(__name__)
+
+_SAME = 0.05
+"""Largest relative difference that half precision may make between two ways to compute the same."""
 
 _OWN = ("_modules", "_parameters", "_buffers", "training", "_compiled_call_impl")
 """What a module keeps when it gets another graph, besides its hooks."""
@@ -48,6 +52,7 @@ class GraphForm:
         self.couplings = Couplings((f.coupling for f in find_couplings(walked, self.shapes)), model)
         self.module = self._restored(program)
         _copy_modes(model, self.module)
+        self._check_eval()
 
     def rewrite(self, plan: Plan) -> ExportedForm:
         """The captured graph with a plan applied, for `adopt`. Nothing else changes; raises PlanError."""
@@ -70,14 +75,34 @@ class GraphForm:
             _transplant(fresh, tree, program.buffers)
         return _transplant(fresh, self.module, program.buffers)
 
+    def _check_eval(self) -> None:
+        """Say so where the graph, traced in training mode, is another function than the model in eval mode."""
+        if any(p.is_meta for p in self.parameters.values()):
+            return
+        modes = [(m, m.training) for tree in (self._model, self.module) for m in tree.modules()]
+        try:
+            trees = self._model.eval(), self.module.eval()
+            error = masked_error(*trees, Plan((), tuple(self.shapes.items())), self._args, self._kwargs)
+        finally:
+            for module, training in modes:
+                module.training = training
+        if not error < _SAME:
+            log.warning(
+                "the model computes something else in eval mode by its own code (relative difference %.1e), and the "
+                "model that is trained computes there what it does in training, without dropout: evaluate with care",
+                error,
+            )
+
     def _program(self) -> ExportedForm:
         """A copy of the captured program, whose parameters are dense and hold no memory."""
-        old = self._exported
-        graph = fx.GraphModule(old.graph_module, copy.deepcopy(old.graph))
+        old, new = self._exported, copy.copy(self._exported)
+        new._graph_module = fx.GraphModule(old.graph_module, copy.deepcopy(old.graph))
+        for copied, node in zip(new.graph.nodes, old.graph.nodes, strict=True):
+            copied.name = node.name  # copying renames what is called like a builtin, and the signature goes by names
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch copies what it has deprecated itself
-            signature = copy.deepcopy(old.graph_signature)
-            new = old._update(graph, signature, state_dict=dict(old.state_dict), constants=dict(old.constants))
+            new._graph_signature = copy.deepcopy(old.graph_signature)
+        new._state_dict, new._constants = dict(old.state_dict), dict(old.constants)
         program = ExportedForm(new, self._model)
         program.shapes = self.shapes
         program.values = {

@@ -89,7 +89,7 @@ def _box(member: Member, box: Box, keep: Tensor, ranks: Tensor | None) -> Box:
     if ranks is None:
         now = dense
     else:
-        rows = torch.arange(member.carriers)[:, None, None] if len(ranks) > 1 else torch.zeros(1, 1, 1, dtype=torch.long)
+        rows = torch.arange(member.carriers)[:, None, None] if len(ranks) > 1 else torch.zeros_like(dense[:1, :1, :1])
         now = ranks[rows, dense]
     width = now.shape[2]
     now = now[keep[:, :, None].expand_as(now)].view(member.carriers, -1, width)

@@ -33,7 +33,7 @@ class RunningScores:
     def __init__(self, method: str, memory: int) -> None:
         if method not in METHODS:
             raise TrainingError(f"scores={method!r} cannot be taken while training: use one of {', '.join(METHODS)}")
-        self._method, self._decay = method, 1 - 1 / memory
+        self.method, self._decay = method, 1 - 1 / memory
         self._spans: dict[str, tuple[int, int, tuple[int, int]]] = {}
         self._uses: dict[str, dict[MarginKey, list[tuple[str, float, Member]]]] = {}
         self._parameters: Mapping[str, nn.Parameter] = {}
@@ -49,7 +49,7 @@ class RunningScores:
             count = coupling.carriers * coupling.size
             self._spans[coupling.name] = (at, at + count, (coupling.carriers, coupling.size))
             at += count
-            gate = self._method == "gate-fisher"
+            gate = self.method == "gate-fisher"
             members, factor = gate_members(coupling) if gate else (coupling.members, 1.0)
             for member in members:
                 margins = self._uses.setdefault(member.parameter, {})
@@ -75,10 +75,10 @@ class RunningScores:
             parameter = self._parameters[name]
             if parameter.grad is not None:
                 self._take(parameter.grad, parameter, margins)
-        squares = self._sums.abs() if self._method == "fisher" else self._sums.square()
+        squares = self._sums.abs() if self.method == "fisher" else self._sums.square()
         total = squares.sum()
         self._step_fine = total.isfinite() & (total > 0)
-        shares = self._sums / total.sqrt() if self._method == "taylor" else squares / total
+        shares = self._sums / total.sqrt() if self.method == "taylor" else squares / total
         moved = torch.lerp(shares, self._values, self._decay)
         self._values = torch.where(self._step_fine, moved, self._values)
 
@@ -108,7 +108,7 @@ class RunningScores:
         self, gradient: Tensor, weight: Tensor, margins: Mapping[MarginKey, list[tuple[str, float, Member]]]
     ) -> None:
         products = exact(gradient) * exact(weight)
-        if self._method == "fisher":
+        if self.method == "fisher":
             products.square_()
         for key, uses in margins.items():
             sums = margin(products, key)
@@ -137,5 +137,3 @@ def _strided(margins: Tensor, box: Box, member: Member) -> Tensor:
     grid = margins.as_strided(sizes, strides, box.offset)
     rows = prod(n for n, _ in outer)
     return grid.reshape(rows, member.units, -1).sum(2).expand(member.carriers, member.units)
-
-

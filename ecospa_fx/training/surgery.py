@@ -49,9 +49,9 @@ def cut_all(optimizers: Sequence[Optimizer], tensors: Mapping[str, Tensor], cuts
     for name, cut in cuts.items():
         tensor = tensors[name]
         for optimizer in optimizers:
-            state = optimizer.state.get(tensor)
-            for key in list(state or ()):
-                state[key] = _mapped(state[key], cut)
+            state: dict[str, Any] = optimizer.state.get(tensor, {})
+            for key, value in state.items():
+                state[key] = _mapped(value, cut)
         narrow(tensor, cut)
 
 

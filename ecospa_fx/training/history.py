@@ -1,0 +1,67 @@
+"""What happened while a model shrank: a record per shrink, a table, a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tabulate import tabulate
+
+
+@dataclass(frozen=True, slots=True)
+class Shrink:
+    """One shrink.
+
+    step: at which it happened; removed: share of the couplings' dense parameters that is gone; parameters: of the
+    whole model; optimizer_bytes: held by the optimizers beside them; modules: whose code changed and that a compiler
+    has to look at again; compiled: graphs compiled in this process before it; seconds: it took; widths: units per
+    carrier of each coupling.
+    """
+
+    step: int
+    removed: float
+    parameters: int
+    optimizer_bytes: int
+    modules: int
+    compiled: int
+    seconds: float
+    widths: Mapping[str, int]
+
+
+def table(history: Sequence[Shrink], dense: Mapping[str, tuple[str, int]], now: str) -> str:
+    """The history as a table. dense: kind and units of every coupling; now: a last line."""
+    kinds = list(dict.fromkeys(kind for kind, _ in dense.values()))
+    rows = []
+    for shrink in history:
+        kept = {kind: [shrink.widths[n] / size for n, (k, size) in dense.items() if k == kind] for kind in kinds}
+        told = [f"{sum(v) / len(v):.0%} ({min(v):.0%} to {max(v):.0%})" for v in kept.values()]
+        rows.append([
+            f"{shrink.step:,}", f"{shrink.removed:.1%}", f"{shrink.parameters:,}",
+            f"{shrink.optimizer_bytes / 2**20:,.1f}", shrink.modules, shrink.compiled, f"{shrink.seconds:.2f}", *told,
+        ])  # fmt: skip
+    head = ["step", "removed", "parameters", "optimizer MiB", "modules changed", "compiled before", "seconds"]
+    head += [f"{kind} kept" for kind in kinds]
+    return f"{tabulate(rows, headers=head, disable_numparse=True, stralign='right')}\n{now}"
+
+
+def plot(history: Sequence[Shrink], dense: Mapping[str, tuple[str, int]], last: int, path: str | Path) -> None:
+    """Draw the share of units that each coupling keeps over the steps, one panel per kind."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    kinds = list(dict.fromkeys(kind for kind, _ in dense.values()))
+    figure = Figure(figsize=(4 * len(kinds) + 1, 3.5), layout="constrained")
+    panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+    steps = [0, *(s.step for s in history), last]
+    for panel, kind in zip(panels, kinds, strict=True):
+        names = [name for name, (k, _) in dense.items() if k == kind]
+        for at, name in enumerate(names):
+            kept = [1.0, *(s.widths[name] / dense[name][1] for s in history)]
+            colour = colormaps["viridis"](at / max(len(names) - 1, 1))
+            panel.step(steps, [*kept, kept[-1]], where="post", color=colour, label=name)
+        panel.set(title=kind, xlabel="step", ylim=(0, 1.05))
+        if len(names) <= 8:
+            panel.legend(fontsize="x-small")
+    panels[0].set_ylabel("share of units kept")
+    figure.savefig(path)

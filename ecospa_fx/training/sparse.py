@@ -1,0 +1,329 @@
+"""The driver: a model that shrinks while the user's own loop trains it."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ecospa_fx.budget.elements import Factors, removed_elements
+from ecospa_fx.coupling.couplings import Coupling, Couplings, parameter_shapes
+from ecospa_fx.errors import TrainingError
+from ecospa_fx.importance.score import score
+from ecospa_fx.plan import Plan, Selection
+from ecospa_fx.training import history
+from ecospa_fx.training.allocation import allocate, bounds
+from ecospa_fx.training.checkpoint import packed, unpacked
+from ecospa_fx.training.cut import cuts_between
+from ecospa_fx.training.form import GraphForm
+from ecospa_fx.training.narrow import narrowed
+from ecospa_fx.training.running import RunningScores
+from ecospa_fx.training.schedule import AtStart, Schedule, check_schedule, default_schedule
+from ecospa_fx.training.settings import Settings, check_unshared, chosen, other_owners
+from ecospa_fx.training.surgery import check_optimizers, check_states, cut_all, held_bytes
+
+log = logging.getLogger(__name__)
+
+
+class SparseTraining:
+    """Makes a model physically smaller, again and again, while it is being trained.
+
+    model: is taken over: `self.model` computes the same with the same Parameter objects, and takes its place in the
+    loop; the module itself no longer works after the first shrink. args, kwargs: example inputs. optimizer: one, or
+    several, holding parameters of the model; may follow later with `attach`. target: the share of the couplings'
+    parameters to have removed by the end. schedule: when; by default eleven shrinks between a quarter and three
+    quarters of `total_steps`. scores: "gate-fisher", "fisher" or "taylor", taken from the gradients of training.
+    options: see `Settings`.
+
+    Raises TrainingError for an optimizer of another model, a schedule that outlasts training, a target that floors put
+    out of reach, parameters that another model holds too; and what `detect` raises.
+
+    >>> sparse = SparseTraining(model, (ids,), optimizer=optimizer, target=0.5, total_steps=10_000)  # doctest: +SKIP
+    >>> for batch in loader:  # doctest: +SKIP
+    ...     loss_of(sparse.model, batch).backward()
+    ...     sparse.step()
+    ...     optimizer.step()
+    ...     optimizer.zero_grad()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        optimizer: Optimizer | Sequence[Optimizer] | None = None,
+        target: float = 0.5,
+        schedule: Schedule | None = None,
+        scores: str = "gate-fisher",
+        **options: Any,
+    ) -> None:
+        if not isinstance(target, int | float) or not 0 < target < 1:
+            raise TrainingError(f"target={target!r} is no share of parameters to remove: give one between 0 and 1")
+        self._settings, self._target = Settings(**options), target
+        self._schedule = schedule if schedule is not None else default_schedule(self._settings.total_steps)
+        check_schedule(self._schedule, self._settings.total_steps)
+        self._steps = frozenset(self._schedule.steps)
+        self._running = RunningScores(scores, self._settings.window)
+        owners = other_owners(model)
+        self._form = GraphForm(model, args, dict(kwargs or {}))
+        self._chosen = chosen(self._form.couplings, self._settings, scores, model)
+        check_unshared(self._chosen, owners)
+        self._optimizers: tuple[Optimizer, ...] = ()
+        self._copies: list[dict[str, Tensor]] = []
+        self._trees: list[nn.Module] = []
+        self._now, self._held = self._chosen, _held(self._form.shapes, self._chosen)
+        self._keep = {c.name: torch.ones(c.carriers, c.size, dtype=torch.bool) for c in self._chosen}
+        self._factors: Mapping[str, Factors] = {}
+        self._step, self._pending, self._backwards, self._said = 0, False, 0, False
+        self.history: list[history.Shrink] = []
+        """What happened, one record per shrink."""
+        self._check_reach()
+        self._running.follow(self._chosen, self._form.parameters, {})
+        self._count_backwards()
+        self._wrapped = self._wrap()
+        if optimizer is not None:
+            self.attach(optimizer)
+        if isinstance(self._schedule, AtStart):
+            self._shrink_at_start()
+
+    # -- what the loop uses ------------------------------------------------------------------------------------
+
+    @property
+    def model(self) -> nn.Module:
+        """The model to train, the same object for the whole run unless `wrap` is given: then ask for it each time."""
+        return self._wrapped
+
+    @property
+    def couplings(self) -> Couplings:
+        """The couplings of the dense model, refusals included."""
+        return self._form.couplings
+
+    @property
+    def plan(self) -> Plan:
+        """What is left of every coupling that training shrinks, in terms of the dense model."""
+        return self._plan(self._keep)
+
+    @property
+    def removed(self) -> float:
+        """The share of the couplings' dense parameters that is gone."""
+        return 1 - _held(parameter_shapes(self._form.module), self._now) / self._held
+
+    def attach(self, optimizer: Optimizer | Sequence[Optimizer]) -> None:
+        """Name the optimizers whose states are to be cut. Raises TrainingError for parameters of another model."""
+        found = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
+        copies = [tensor for copy in self._copies for tensor in copy.values()]
+        check_optimizers(found, [*self._form.parameters.values(), *copies])
+        self._optimizers = found
+
+    def follow(self, copy: nn.Module | Mapping[str, Tensor]) -> None:
+        """Cut a copy of the parameters along with them: an average, master weights.
+
+        copy: tensors by parameter name; or a module with parameters of the same names. A ``copy.deepcopy`` of `model`
+        gets its rewritten graph too. Raises TrainingError where a tensor has another shape than its parameter.
+        """
+        named = dict(copy.named_parameters()) if isinstance(copy, nn.Module) else dict(copy)
+        tensors = {name: tensor for name, tensor in named.items() if name in self._form.parameters}
+        for name, tensor in tensors.items():
+            if tensor.shape != self._form.parameters[name].shape:
+                raise TrainingError(
+                    f"the copy of parameter {name!r} has shape {tuple(tensor.shape)} instead of "
+                    f"{tuple(self._form.parameters[name].shape)}: make it from the model as it is now"
+                )
+        self._copies.append(tensors)
+        if isinstance(copy, type(self._form.module)):
+            self._trees.append(copy)
+
+    def step(self) -> None:
+        """Call once per step of the optimizer, between ``backward()`` and ``optimizer.step()``.
+
+        Gathers scores where a shrink is near, and shrinks where one is due. A call without a backward pass since the
+        last one is ignored, with a warning. A shrink that finds gradients missing or not finite waits for the next
+        step, with a warning.
+        """
+        if not self._backwards:
+            if not self._said:
+                log.warning("step() is ignored: no backward pass reached the model since its last call")
+            self._said = True
+            return
+        self._backwards, self._step = 0, self._step + 1
+        due = self._pending or self._step in self._steps
+        if not due and not self._near():
+            return
+        self._running.gather()
+        if not due:
+            return
+        self._pending = not self._running.usable
+        if self._pending:
+            log.warning("the shrink of step %s waits: gradients are missing, zero or not finite", self._step)
+        else:
+            self._shrink(self._running.scores(), self._schedule.share(self._step))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything to resume from, besides the states of `model` and the optimizers; ``weights_only`` can load it."""
+        progress, values = (self._step, self._pending), self._running.values()
+        return packed(progress, self._form.shapes, self._keep, values, self.history)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken: before the states of `model` and the optimizers are loaded.
+
+        The model is brought to the sizes of that moment, so that they fit. Raises TrainingError for the state of
+        another model, and where this model is smaller than that one was; nothing has changed then.
+        """
+        step, pending, keep, values, records = unpacked(state, self._form.shapes, self._keep)
+        self._apply(keep)
+        self._running.follow(self._now, self._form.parameters, values)
+        self._step, self._pending, self.history = step, pending, records
+
+    # -- what happened -----------------------------------------------------------------------------------------
+
+    def report(self) -> str:
+        """A table of all shrinks."""
+        return history.table(self.history, self._dense(), self._summary())
+
+    def plot(self, path: str | Path) -> None:
+        """Draw widths over steps into a PNG, SVG or PDF. Needs the extra ``report``."""
+        history.plot(self.history, self._dense(), self._step, path)
+
+    def _dense(self) -> dict[str, tuple[str, int]]:
+        return {c.name: (c.kind, c.size) for c in self._chosen}
+
+    def _summary(self) -> str:
+        shrinks, most = len(self.history), len(self._steps) + isinstance(self._schedule, AtStart)
+        parameters = sum(p.numel() for p in self._form.module.parameters())
+        return (
+            f"step {self._step:,}: {shrinks} of at most {most} shrinks done, {self.removed:.1%} of the couplings' "
+            f"parameters removed (target {self._target:.1%}), {parameters:,} parameters left, "
+            f"{_compiled():,} graphs compiled"
+        )
+
+    # -- shrinking ---------------------------------------------------------------------------------------------
+
+    def _near(self) -> bool:
+        """Whether a shrink is due within the window."""
+        return any(self._step < s <= self._step + self._settings.window for s in self._steps)
+
+    def _shrink(self, scores: Mapping[str, Tensor], share: float) -> None:
+        begin = time.perf_counter()
+        if not self._optimizers and not isinstance(self._schedule, AtStart):
+            raise TrainingError("a shrink is due and no optimizer is known, whose state would not follow: attach() it")
+        keep = self._units(scores, share)
+        same = all(torch.equal(keep[name], before) for name, before in self._keep.items())
+        modules = 0 if same else self._apply(keep)
+        self._record(modules, time.perf_counter() - begin)
+
+    def _units(self, scores: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
+        """What stays at a share of the target, in terms of the dense model."""
+        options, left, shapes = self._settings, 1 - self._target * share, parameter_shapes(self._form.module)
+        dense = {c.name: c.size for c in self._chosen}
+        limits = {c.name: bounds(dense[c.name], c.size, left, options.limits, options.round_to) for c in self._now}
+        goal = _held(shapes, self._now) - round(self._held * left)
+        uniform = dense if options.allocation == "uniform" else None
+        kept = allocate(self._now, shapes, scores, limits, goal, round_to=options.round_to, dense=uniform)
+        found = {}
+        for name, before in self._keep.items():
+            found[name] = before.clone()
+            found[name][before] = kept[name].flatten()
+        return found
+
+    def _apply(self, keep: Mapping[str, Tensor]) -> int:
+        """Cut down to what stays. Everything that can fail comes first. Returns how many modules got other code."""
+        plan = self._plan(keep)
+        factors = plan.factors()
+        cuts = cuts_between(self._form.shapes, self._factors, factors)
+        program = self._form.rewrite(plan)
+        sets: list[Mapping[str, Tensor]] = [self._form.parameters, *self._copies]
+        for tensors in sets:
+            check_states(self._optimizers, tensors, {n: c for n, c in cuts.items() if n in tensors})
+        values = self._running.values()
+        kept = {n: v[keep[n][self._keep[n]].view(v.shape)].view(len(v), -1) for n, v in values.items()}
+        for tensors in sets:
+            cut_all(self._optimizers, tensors, {n: c for n, c in cuts.items() if n in tensors})
+        modules = self._form.adopt(program, self._trees)
+        self._keep, self._factors = dict(keep), factors
+        self._now = narrowed(self._chosen, self._keep, factors, parameter_shapes(self._form.module))
+        self._running.follow(self._now, self._form.parameters, kept)
+        self._wrapped = self._wrap()
+        return modules
+
+    def _record(self, modules: int, seconds: float) -> None:
+        shrink = history.Shrink(
+            step=self._step,
+            removed=self.removed,
+            parameters=sum(p.numel() for p in self._form.module.parameters()),
+            optimizer_bytes=held_bytes(self._optimizers),
+            modules=modules,
+            compiled=_compiled(),
+            seconds=seconds,
+            widths={c.name: c.size for c in self._now},
+        )
+        self.history.append(shrink)
+        log.info("step %s: %.1f %% removed, %s parameters left", shrink.step, 100 * shrink.removed, shrink.parameters)
+
+    def _shrink_at_start(self) -> None:
+        batches, loss = self._settings.batches, self._settings.loss
+        if batches is None or loss is None:
+            raise TrainingError("shrinking at the start needs data: give batches= and loss=, as eco.score takes them")
+        couplings = Couplings(self._chosen, self._form.module)
+        found = score(self._form.module, couplings, batches, loss=loss, method=self._running.method)
+        self._shrink(found.values, 1.0)
+
+    def _plan(self, keep: Mapping[str, Tensor]) -> Plan:
+        return Plan(tuple(_selection(c, keep[c.name]) for c in self._chosen), tuple(self._form.shapes.items()))
+
+    def _check_reach(self) -> None:
+        """Raise TrainingError where floors keep more than the target leaves."""
+        options = self._settings
+        gone = []
+        for c in self._chosen:
+            least, _ = bounds(c.size, c.size, 1 - self._target, options.limits, options.round_to)
+            units = torch.zeros(c.carriers, c.size, dtype=torch.bool)
+            units[:, least:] = True
+            gone.append((c.members, units))
+        most = removed_elements(self._form.shapes, gone) / self._held
+        if most < self._target * 0.98:
+            raise TrainingError(
+                f"target={self._target} is out of reach because floor={options.floor}, band={options.band} and "
+                f"round_to={options.round_to} leave at most {most:.3f} to remove: ask for less, or lower them"
+            )
+
+    # -- odds and ends -----------------------------------------------------------------------------------------
+
+    def _wrap(self) -> nn.Module:
+        wrap = self._settings.wrap
+        return self._form.module if wrap is None else wrap(self._form.module)
+
+    def _count_backwards(self) -> None:
+        """Notice every backward pass that reaches a scored parameter; its gradient is not looked at."""
+
+        def reached(_: Tensor) -> None:
+            self._backwards += 1
+
+        for name in self._running.names:
+            hook: Any = self._form.parameters[name].register_post_accumulate_grad_hook
+            hook(reached)
+
+
+def _held(shapes: Mapping[str, tuple[int, ...]], couplings: Sequence[Coupling]) -> int:
+    """Elements that couplings hold, each counted once."""
+    return removed_elements(shapes, [(c.members, torch.ones(c.carriers, c.size, dtype=torch.bool)) for c in couplings])
+
+
+def _selection(coupling: Coupling, keep: Tensor) -> Selection:
+    units = tuple(tuple(row.nonzero().flatten().tolist()) for row in keep)
+    c = coupling
+    return Selection(c.name, c.kind, c.layer, c.size, c.carriers, c.members, units)
+
+
+def _compiled() -> int:
+    """Graphs that torch.compile made in this process."""
+    if "torch._dynamo.utils" not in sys.modules:
+        return 0
+    return int(sys.modules["torch._dynamo.utils"].counters["stats"]["unique_graphs"])
