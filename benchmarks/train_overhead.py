@@ -1,0 +1,108 @@
+"""What gathering scores costs while training: time of ``SparseTraining.step()`` over the time of a whole step.
+
+    python benchmarks/train_overhead.py --layers 4 --hidden 512 --batch 4 --length 128
+
+A LLaMA of random weights and tokens in graph form, AdamW. Every step lies in the window of a shrink that never comes, so
+each of them gathers; most runs gather in some steps only. Medians over `--steps` steps after two for warming up. The
+last line is one shrink to half of the couplings' parameters, and the step before and after it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Sequence
+from statistics import median
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import ecospa_fx as eco
+from ecospa_fx.training.schedule import OneShot
+
+
+def built(arguments: argparse.Namespace) -> nn.Module:
+    config = LlamaConfig(
+        vocab_size=arguments.vocabulary,
+        hidden_size=arguments.hidden,
+        intermediate_size=arguments.hidden * 11 // 4,
+        num_hidden_layers=arguments.layers,
+        num_attention_heads=arguments.hidden // 64,
+    )
+    torch.manual_seed(0)
+    model: nn.Module = LlamaForCausalLM(config).to(arguments.device)
+    return model
+
+
+def one_step(sparse: eco.SparseTraining, optimizer: torch.optim.Optimizer, ids: torch.Tensor) -> tuple[float, float]:
+    """Seconds of the whole step, and of ``sparse.step()`` in it."""
+    begin = now(ids)
+    logits = sparse.model(ids[:, :-1], use_cache=False).logits
+    torch.autograd.backward(cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()))
+    before = now(ids)
+    sparse.step()
+    after = now(ids)
+    optimizer.step()
+    optimizer.zero_grad()
+    return now(ids) - begin, after - before
+
+
+def now(like: torch.Tensor) -> float:
+    if like.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def measured(arguments: argparse.Namespace, method: str) -> dict[str, object]:
+    model = built(arguments)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    ids = torch.randint(0, arguments.vocabulary, (arguments.batch, arguments.length + 1), device=arguments.device)
+    due = 3 + arguments.steps
+    sparse = eco.SparseTraining(
+        model, (ids[:, :-1],), {"use_cache": False}, optimizer=optimizer, schedule=OneShot(due), scores=method,
+        window=due,
+    )  # fmt: skip
+    times = [one_step(sparse, optimizer, ids) for _ in range(due - 1)][2:]
+    whole, gathering = (median(t[i] for t in times) for i in (0, 1))
+    _, shrink = one_step(sparse, optimizer, ids)
+    one_step(sparse, optimizer, ids)
+    small = median(one_step(sparse, optimizer, ids)[0] for _ in range(3))
+    return {
+        "method": method,
+        "parameters": sum(p.numel() for p in built(arguments).parameters()),
+        "step_seconds": round(whole, 4),
+        "gathering_seconds": round(gathering, 5),
+        "overhead": round(gathering / (whole - gathering), 4),
+        "shrink_seconds": round(shrink, 2),
+        "step_seconds_at_half": round(small, 4),
+    }
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--vocabulary", type=int, default=4096)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--methods", nargs="+", default=["gate-fisher", "fisher", "taylor"])
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    arguments = parse()
+    where = torch.cuda.get_device_name() if arguments.device.startswith("cuda") else platform.machine()
+    print(json.dumps({"device": where, "threads": torch.get_num_threads(), "torch": torch.__version__,
+                      "tokens": arguments.batch * arguments.length}))  # fmt: skip
+    for method in arguments.methods:
+        print(json.dumps(measured(arguments, method)))
+
+
+if __name__ == "__main__":
+    main()
