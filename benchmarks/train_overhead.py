@@ -2,9 +2,15 @@
 
     python benchmarks/train_overhead.py --layers 4 --hidden 512 --batch 4 --length 128
 
-A LLaMA of random weights and tokens in graph form, AdamW. Every step lies in the window of a shrink that never comes, so
-each of them gathers; most runs gather in some steps only. Medians over `--steps` steps after two for warming up. The
-last line is one shrink to half of the couplings' parameters, and the step before and after it.
+A LLaMA of random weights and tokens in graph form, AdamW. Every step lies in the window of a shrink, so each of them
+gathers; most runs gather in some steps only. Medians over `--steps` steps after two for warming up; then one shrink to
+half of the couplings' parameters, and the step after it.
+
+On two shared CPU cores, one thread, float32, 17 million parameters, 512 tokens a step, torch 2.13:
+
+    gate-fisher   0.4 % of a step   (3.9 ms of 0.91 s; the shrink 1.2 s, a step after it 0.39 s)
+    fisher        1.6 %
+    taylor        1.5 %
 """
 
 from __future__ import annotations

@@ -11,13 +11,14 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 import ecospa_fx as eco
 from ecospa_fx.training import surgery
+from ecospa_fx.training.cut import Cut
 
 STEPS = 14
 
@@ -45,15 +46,15 @@ def built() -> tuple[eco.SparseTraining, torch.optim.AdamW]:
 
 def kill_at_second_parameter() -> None:
     """Let the second parameter that is cut be the last thing that this process does."""
-    narrow, cut = surgery.narrow, []
+    narrow, cut, module = surgery.narrow, [], cast(Any, surgery)
 
-    def killing(tensor: Any, how: Any) -> None:
+    def killing(tensor: torch.Tensor, how: Cut) -> None:
         cut.append(how)
         if len(cut) == 2:
             os.kill(os.getpid(), signal.SIGKILL)
         narrow(tensor, how)
 
-    surgery.narrow = killing
+    module.narrow = killing
 
 
 def run(folder: Path, fatal: int) -> None:

@@ -1,4 +1,4 @@
-"""From scratch on real text: the target size is reached, the loss stays near the dense one, the optimizer holds less."""
+"""From scratch on real text: the target size is reached near the dense loss, and the optimizer holds less."""
 
 from __future__ import annotations
 

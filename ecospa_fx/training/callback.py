@@ -1,0 +1,58 @@
+"""Sparse training under ``transformers.Trainer``.
+
+    sparse = eco.SparseTraining(model, (), batch, total_steps=1_000)
+    trainer = Trainer(sparse.model, arguments, train_dataset=data, callbacks=[SparseCallback(sparse)])
+    trainer.train()
+
+batch: a dictionary as the collator makes it, labels included, so that the graph computes the loss. The trainer sees a
+module whose ``forward`` takes anything: tell it ``remove_unused_columns=False`` and, for evaluation,
+``label_names=["labels"]`` in its arguments. To resume, call `load_checkpoint` before
+``trainer.train(resume_from_checkpoint=folder)``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from transformers import TrainerCallback
+
+from ecospa_fx.errors import TrainingError
+from ecospa_fx.training.sparse import SparseTraining
+
+FILE = "sparse_training.pt"
+"""In every checkpoint folder, beside the trainer's own files."""
+
+
+class SparseCallback(TrainerCallback):
+    """Steps `sparse` before every step of the trainer's optimizer, and keeps its state in the checkpoints."""
+
+    def __init__(self, sparse: SparseTraining) -> None:
+        self.sparse = sparse
+        # The graph takes the arguments of its example and no others, such as the number of labels in all micro-batches.
+        model: Any = sparse.model
+        model.accepts_loss_kwargs = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        inner = getattr(optimizer, "optimizer", optimizer)
+        if not isinstance(inner, Optimizer):
+            raise TrainingError(f"the trainer has an optimizer of type {type(inner).__name__}, which cannot be cut")
+        self.sparse.attach(inner)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.sparse.step()
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir():
+            torch.save(self.sparse.state_dict(), folder / FILE)
+
+
+def load_checkpoint(sparse: SparseTraining, folder: str | Path) -> None:
+    """Bring the model to the sizes that it had when the trainer wrote a checkpoint."""
+    path = Path(folder) / FILE
+    if not path.is_file():
+        raise TrainingError(f"there is no {FILE} in {folder}: it was not written by a trainer with SparseCallback")
+    sparse.load_state_dict(torch.load(path, weights_only=True))
