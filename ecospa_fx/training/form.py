@@ -29,8 +29,8 @@ from ecospa_fx.verify import masked_error
 
 log = logging.getLogger(__name__)
 
-_SAME = 0.05
-"""Largest relative difference that half precision may make between two ways to compute the same."""
+_SAME = {torch.float16: 0.05, torch.bfloat16: 0.05}
+"""Largest relative difference that rounding may make between two ways to compute the same; 1e-3 in other types."""
 
 _OWN = ("_modules", "_parameters", "_buffers", "training", "_compiled_call_impl")
 """What a module keeps when it gets another graph, besides its hooks."""
@@ -86,7 +86,7 @@ class GraphForm:
         finally:
             for module, training in modes:
                 module.training = training
-        if not error < _SAME:
+        if not error < max(_SAME.get(p.dtype, 1e-3) for p in self.parameters.values()):
             log.warning(
                 "the model computes something else in eval mode by its own code (relative difference %.1e), and the "
                 "model that is trained computes there what it does in training, without dropout: evaluate with care",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -24,7 +24,8 @@ class Settings:
     least and most that a coupling keeps, as multiples of what uniform allocation keeps (None: no bounds); round_to,
     floor, kinds: as in `plan`; window: steps before each shrink whose gradients are scored, and the memory of their
     moving average; batches, loss: calibration data as in `score`, for a schedule that shrinks at the start; wrap:
-    what to put around the model, after every shrink anew (``DistributedDataParallel``).
+    what to put around the model, after every shrink anew (``DistributedDataParallel``); group: the processes that
+    train together, by default all of them.
     """
 
     total_steps: int | None = None
@@ -37,6 +38,7 @@ class Settings:
     batches: Iterable[Batch] | None = None
     loss: Loss | None = None
     wrap: Callable[[nn.Module], nn.Module] | None = None
+    group: Any = None
 
     def __post_init__(self) -> None:
         if self.allocation not in ("global", "uniform"):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from ecospa_fx.training import history
 from ecospa_fx.training.allocation import allocate, bounds
 from ecospa_fx.training.checkpoint import packed, unpacked
 from ecospa_fx.training.cut import cuts_between
+from ecospa_fx.training.distributed import all_agree, average, check_same
 from ecospa_fx.training.form import GraphForm
 from ecospa_fx.training.narrow import narrowed
 from ecospa_fx.training.running import RunningScores
@@ -160,10 +163,12 @@ class SparseTraining:
         self._running.gather()
         if not due:
             return
-        self._pending = not self._running.usable
+        group, flat = self._settings.group, self._running.flat()
+        self._pending = not all_agree(self._running.usable, flat.device, group)
         if self._pending:
             log.warning("the shrink of step %s waits: gradients are missing, zero or not finite", self._step)
         else:
+            average(flat, group)
             self._shrink(self._running.scores(), self._schedule.share(self._step))
 
     def state_dict(self) -> dict[str, Any]:
@@ -215,6 +220,7 @@ class SparseTraining:
         if not self._optimizers and not isinstance(self._schedule, AtStart):
             raise TrainingError("a shrink is due and no optimizer is known, whose state would not follow: attach() it")
         keep = self._units(scores, share)
+        check_same(keep, self._running.flat().device, self._settings.group)
         same = all(torch.equal(keep[name], before) for name, before in self._keep.items())
         modules = 0 if same else self._apply(keep)
         self._record(modules, time.perf_counter() - begin)
@@ -242,6 +248,7 @@ class SparseTraining:
         sets: list[Mapping[str, Tensor]] = [self._form.parameters, *self._copies]
         for tensors in sets:
             check_states(self._optimizers, tensors, {n: c for n, c in cuts.items() if n in tensors})
+        self._unwrap()
         values = self._running.values()
         kept = {n: v[keep[n][self._keep[n]].view(v.shape)].view(len(v), -1) for n, v in values.items()}
         for tensors in sets:
@@ -299,6 +306,23 @@ class SparseTraining:
     def _wrap(self) -> nn.Module:
         wrap = self._settings.wrap
         return self._form.module if wrap is None else wrap(self._form.module)
+
+    def _unwrap(self) -> None:
+        """Let go of what is around the model: it may have hooks on the parameters, which must be gone before the next.
+
+        Raises TrainingError where somebody else holds it.
+        """
+        if self._settings.wrap is None:
+            return
+        held, self._wrapped = weakref.ref(self._wrapped), self._form.module
+        gc.collect()
+        left = held()
+        if left is not None:
+            self._wrapped = left
+            raise TrainingError(
+                f"the {type(left).__name__} around the model cannot be made anew, and nothing was removed, because "
+                "the loop holds it: use sparse.model each time instead of a variable of its own"
+            )
 
     def _count_backwards(self) -> None:
         """Notice every backward pass that reaches a scored parameter; its gradient is not looked at."""
