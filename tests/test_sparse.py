@@ -145,11 +145,23 @@ class Moody(nn.Module):
         return out if self.training else 2 * out
 
 
-def test_a_model_whose_own_code_asks_for_the_mode_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    sparse_mlp(mlp(dropout=0.5))
+def test_a_model_whose_own_code_asks_for_the_mode_gets_a_graph_for_each(caplog: pytest.LogCaptureFixture) -> None:
+    """Both modes follow every shrink, copies too, on one set of parameters."""
+    model, dense = Moody(), Moody()
+    optimizer = adamw(model)
+    sparse = sparse_mlp(model, optimizer=optimizer)
+    average = copy.deepcopy(sparse.model)
+    sparse.follow(average)
+    train(sparse, optimizer, 0, 3)
+    assert sparse.removed == pytest.approx(0.5)
+    for small in (sparse.model, average):
+        scattered(small, dense, sparse.plan)
+        for training in (True, False):
+            got, want = (one.train(training)(points(9)) for one in (small, dense))
+            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+    assert list(sparse.model.state_dict()) == list(dense.state_dict())
+    assert sparse.model.float()(points(9).float()).dtype is torch.float32
     assert not said(caplog)
-    sparse_mlp(Moody())
-    assert "computes something else in eval mode" in said(caplog)[0]
 
 
 def test_whoever_holds_modules_and_parameters_goes_on_holding_them() -> None:

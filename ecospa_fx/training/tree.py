@@ -1,0 +1,103 @@
+"""Trees of modules in graph form: other graphs for the modules that are there, and two graphs for two modes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+from torch import Tensor, fx, nn
+from torch.export.unflatten import UnflattenedModule
+
+_OWN = ("_modules", "_parameters", "_buffers", "training", "_compiled_call_impl", "in_eval")
+"""What a module keeps when it gets another graph, besides its hooks."""
+
+
+class TwoModes(UnflattenedModule):
+    """The root of a tree that computes another graph in eval mode: that of a second tree on the same parameters.
+
+    The second tree is no submodule, so that every parameter keeps its one name. It follows the mode of the root alone.
+    """
+
+    in_eval: nn.Module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the graph of the mode computes."""
+        in_training: Any = super().forward
+        return in_training(*args, **kwargs) if self.training else self.in_eval(*args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        convert: list[Any] = [super()._apply, self.in_eval._apply]
+        for own in convert:
+            own(fn, recurse)
+        share_state(self, self.in_eval)
+        return self
+
+
+def add_eval_mode(tree: nn.Module, in_eval: nn.Module) -> None:
+    """Let the root of a tree compute another one in eval mode."""
+    if not isinstance(tree, UnflattenedModule):
+        raise TypeError(f"{type(tree).__name__} is no root of a restored tree")
+    tree.__class__ = TwoModes
+    tree.__dict__["in_eval"] = in_eval.eval()
+    share_state(tree, in_eval)
+
+
+def share_state(tree: nn.Module, other: nn.Module) -> None:
+    """Give another tree the very parameters and buffers of a tree, those that both have."""
+    modules = dict(tree.named_modules())
+    for path, module in other.named_modules():
+        own = modules.get(path)
+        for held, known in ((module._parameters, own._parameters), (module._buffers, own._buffers)) if own else ():
+            for name in held:
+                if name in known and not name.startswith(KEPT):
+                    cast(Any, held)[name] = known[name]
+
+
+KEPT = "kept_positions_"
+"""How names of buffers begin that came with a rewritten graph."""
+
+
+def copy_modes(model: nn.Module, tree: nn.Module) -> None:
+    """Give every module of a tree the mode of its namesake, or of the nearest one above."""
+    modes = {path: module.training for path, module in model.named_modules()}
+    for path, module in tree.named_modules():
+        known = path
+        while known not in modes:
+            known = known.rpartition(".")[0]
+        module.training = modes[known]
+
+
+def transplant(fresh: nn.Module, tree: nn.Module, made: Mapping[str, Tensor]) -> int:
+    """Give the modules of a tree the graphs of a fresh one. made: buffers that came with these graphs, by name."""
+    modules, changed = dict(tree.named_modules()), 0
+    for path, new in fresh.named_modules():
+        old = modules.get(path)
+        if old is None:
+            parent, _, name = path.rpartition(".")
+            tree.get_submodule(parent).add_module(name, new)
+            continue
+        prefix = f"{path}." if path else ""
+        for name in [n for n in old._buffers if n.startswith(KEPT)]:
+            del old._buffers[name]
+        for name, buffer in new._buffers.items():
+            if prefix + name in made:
+                old.register_buffer(name, buffer, persistent=False)
+        if _code(old) != _code(new):
+            _take_over(old, new)
+            changed += 1
+    return changed
+
+
+def _take_over(old: nn.Module, new: nn.Module) -> None:
+    for key, value in new.__dict__.items():
+        if key not in _OWN and not key.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):
+            old.__dict__[key] = value
+    graph = old.__dict__.get("graph")
+    if isinstance(graph, fx.Graph):
+        graph.owning_module = old  # type: ignore[assignment]  # a module that is no GraphModule, as in unflattening
+
+
+def _code(module: nn.Module) -> str | None:
+    code = getattr(module.__dict__.get("graph_module"), "code", None)
+    calls = getattr(module, "_call_modules", None)
+    return "\n".join(str(_code(m)) for m in calls) if calls else code
