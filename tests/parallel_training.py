@@ -1,12 +1,14 @@
 """One of several processes that train together: what `test_parallel` starts.
 
-    python parallel_training.py FOLDER RANK WORLD [different]
+    python parallel_training.py FOLDER RANK WORLD [different | sharded]
 
-All see the same global batch, each its own part of it. Writes its weights, its plan and its scores at the end.
+All see the same global batch, each its own part of it. Writes its weights, its plan and its scores at the end; sharded
+ones write a distributed checkpoint in the middle too, and end with what a new run makes of it.
 """
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves, tree_map
 
 import ecospa_fx as eco
 from ecospa_fx.errors import TrainingError
@@ -22,39 +25,82 @@ from ecospa_fx.errors import TrainingError
 STEPS, BATCH = 9, 8
 
 
-def run(folder: Path, rank: int, world: int, target: float) -> None:
+def sharded(module: nn.Module) -> nn.Module:
+    """The first part for itself, then the rest."""
+    from torch.distributed.fsdp import fully_shard
+
+    fully_shard(module.get_submodule("0"))
+    fully_shard(module)
+    return module
+
+
+def built(target: float, wrap: Any) -> tuple[eco.SparseTraining, torch.optim.Optimizer]:
     torch.manual_seed(0)
     first = nn.Sequential(nn.Linear(6, 40), nn.GELU(), nn.Linear(40, 6))
     model = nn.Sequential(first, nn.Linear(6, 32), nn.GELU(), nn.Linear(32, 2)).double()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    options: dict[str, Any] = {"wrap": DistributedDataParallel} if world > 1 else {}
     sparse = eco.SparseTraining(
-        model, (torch.randn(4, 6, dtype=torch.float64),), optimizer=optimizer, target=target,
-        schedule=eco.Linear(start=2, end=6, every=2), **options,
+        model, (torch.randn(4, 6, dtype=torch.float64),), target=target, wrap=wrap,
+        schedule=eco.Linear(start=2, end=6, every=2),
     )  # fmt: skip
-    source = torch.Generator().manual_seed(1)
-    for _ in range(STEPS):
+    optimizer = torch.optim.AdamW(sparse.model.parameters(), lr=1e-2)
+    sparse.attach(optimizer)
+    return sparse, optimizer
+
+
+def train(sparse: eco.SparseTraining, optimizer: torch.optim.Optimizer, steps: range, place: tuple[int, int]) -> None:
+    rank, world = place
+    for step in steps:
+        source = torch.Generator().manual_seed(step)
         batch = torch.randn(BATCH, 6, generator=source, dtype=torch.float64)
-        part = batch.chunk(world)[rank]
-        torch.autograd.backward(sparse.model(part).square().mean())
+        torch.autograd.backward(sparse.model(batch.chunk(world)[rank]).square().mean())
         sparse.step()
         optimizer.step()
         optimizer.zero_grad()
-    state = sparse.state_dict()
-    torch.save(
-        {"weights": model.state_dict(), "sparse": state, "optimizer": optimizer.state_dict()}, folder / f"{rank}"
-    )
+
+
+def resumed(folder: Path, sparse: eco.SparseTraining, optimizer: torch.optim.Optimizer) -> Any:
+    """Training and its optimizer after a round trip through a distributed checkpoint."""
+    import torch.distributed.checkpoint as module
+
+    checkpoint: Any = module
+    state = {"model": sparse.model.state_dict(), "optimizer": optimizer.state_dict()}
+    checkpoint.save(state, checkpoint_id=folder / "checkpoint")
+    again, other = built(0.5, sharded)
+    again.load_state_dict(sparse.state_dict())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # of the right sizes; the values come from the file
+    state = {"model": again.model.state_dict(), "optimizer": other.state_dict()}
+    for value in tree_leaves(state):
+        if isinstance(value, torch.Tensor):
+            value.zero_()
+    checkpoint.load(state, checkpoint_id=folder / "checkpoint")
+    again.model.load_state_dict(state["model"])
+    other.load_state_dict(state["optimizer"])
+    return again, other
+
+
+def whole(value: Any) -> Any:
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
 def main() -> None:
     folder, rank, world = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    mode = sys.argv[4] if len(sys.argv) > 4 else ""
     torch.set_num_threads(1)
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=world)
+    wrap = sharded if mode == "sharded" else DistributedDataParallel if world > 1 else None
     try:
-        run(folder, rank, world, 0.5 if len(sys.argv) < 5 or rank == 0 else 0.4)
+        sparse, optimizer = built(0.4 if mode == "different" and rank else 0.5, wrap)
+        train(sparse, optimizer, range(5), (rank, world))
+        if mode == "sharded":
+            sparse, optimizer = resumed(folder, sparse, optimizer)
+        train(sparse, optimizer, range(5, STEPS), (rank, world))
     except TrainingError as error:
         sys.exit(str(error))
+    state = {"weights": sparse.model.state_dict(), "optimizer": optimizer.state_dict()["state"]}
+    weights = {k.removeprefix("module."): whole(v) for k, v in state["weights"].items()}
+    states = tree_map(whole, state["optimizer"])
+    torch.save({"weights": weights, "optimizer": states, "sparse": sparse.state_dict()}, folder / f"{rank}")
     if world > 1:
         dist.destroy_process_group()
 

@@ -35,15 +35,26 @@ def result(folder: Path, rank: int) -> dict[str, Any]:
     return found
 
 
-def test_two_processes_train_as_one_with_the_same_global_batch(tmp_path: Path) -> None:
-    for folder, world in (("one", 1), ("two", 2)):
-        assert [code for code, _ in together(tmp_path / folder, world)] == [0] * world
-    one, two = result(tmp_path / "one", 0), [result(tmp_path / "two", rank) for rank in range(2)]
-    assert_equal(two[0], two[1])
-    assert len(one["sparse"]["history"]) == 3
-    assert_equal(one["sparse"]["keep"], two[0]["sparse"]["keep"])
-    for name, weight in one["weights"].items():
-        torch.testing.assert_close(weight, two[0]["weights"][name], rtol=1e-9, atol=1e-12)
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What one process makes of it."""
+    folder = tmp_path_factory.mktemp("alone") / "one"
+    assert together(folder, 1) == [(0, "")]
+    return result(folder, 0)
+
+
+@pytest.mark.parametrize(("world", "mode"), [(2, "replicated"), (2, "sharded"), (4, "sharded")])
+def test_several_processes_train_as_one(tmp_path: Path, alone: dict[str, Any], world: int, mode: str) -> None:
+    """With the same global batch: same plan, same weights and states to rounding; between them no difference at all."""
+    outcomes = together(tmp_path / "folder", world, mode)
+    assert [code for code, _ in outcomes] == [0] * world, outcomes[0][1]
+    found = [result(tmp_path / "folder", rank) for rank in range(world)]
+    for other in found[1:]:
+        assert_equal(found[0], other)
+    assert len(alone["sparse"]["history"]) == len(found[0]["sparse"]["history"]) == 3
+    assert_equal(alone["sparse"]["keep"], found[0]["sparse"]["keep"])
+    for part in ("weights", "optimizer"):
+        torch.testing.assert_close(found[0][part], alone[part], rtol=1e-9, atol=1e-12)
 
 
 def test_processes_that_disagree_are_stopped_before_anything_is_removed(tmp_path: Path) -> None:

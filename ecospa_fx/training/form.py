@@ -25,7 +25,7 @@ from ecospa_fx.graph.modes import follow_modes
 from ecospa_fx.graph.program import ExportedForm
 from ecospa_fx.graph.restore import restore
 from ecospa_fx.plan import Plan
-from ecospa_fx.training.tree import TwoModes, add_eval_mode, copy_modes, transplant
+from ecospa_fx.training.tree import TwoModes, add_eval_mode, copy_modes, share, transplant
 from ecospa_fx.verify import masked_error
 
 log = logging.getLogger(__name__)
@@ -76,6 +76,22 @@ class GraphForm:
             own = self.module.in_eval if at and isinstance(self.module, TwoModes) else self.module
             changed += transplant(fresh, own, program.buffers)
         return changed
+
+    def rebuilt(self, programs: Sequence[ExportedForm]) -> nn.Module:
+        """A new tree of a rewritten graph, whose parameters have the new shapes and no memory."""
+        (program,) = programs
+        tree = self._restored(program, dict(program.values))
+        copy_modes(self.module, tree)
+        share(self.module, tree, "_buffers")
+        return tree
+
+    def forget(self) -> None:
+        """Let go of the memory of the parameters from before sharding: only their names and shapes are needed."""
+        self._model.to("meta")
+        for exported in self._exported:
+            for name, tensor in exported.state_dict.items():
+                if isinstance(tensor, nn.Parameter):
+                    exported.state_dict[name] = nn.Parameter(torch.empty_like(tensor, device="meta"))
 
     # -- eval mode ---------------------------------------------------------------------------------------------
 
@@ -137,8 +153,8 @@ class GraphForm:
         }
         return program
 
-    def _restored(self, program: ExportedForm) -> nn.Module:
-        program.values = dict(self.parameters)
+    def _restored(self, program: ExportedForm, values: dict[str, nn.Parameter] | None = None) -> nn.Module:
+        program.values = dict(self.parameters) if values is None else values
         module = restore(program, self._model, self._args, self._kwargs)
         follow_modes(module)
         return module

@@ -23,6 +23,7 @@ from ecospa_fx.coupling.couplings import Box, Coupling, Member
 from ecospa_fx.errors import TrainingError
 from ecospa_fx.importance.methods import gate_members
 from ecospa_fx.importance.reduce import MarginKey, accumulator_dtype, exact, margin, margin_key, unit_sums
+from ecospa_fx.training.sharded import is_sharded, local, placed, summed
 
 METHODS = ("gate-fisher", "fisher", "taylor")
 
@@ -37,6 +38,7 @@ class RunningScores:
         self._spans: dict[str, tuple[int, int, tuple[int, int]]] = {}
         self._uses: dict[str, dict[MarginKey, list[tuple[str, float, Member]]]] = {}
         self._parameters: Mapping[str, nn.Parameter] = {}
+        self._spread: Tensor | None = None
         self._sums = self._values = torch.zeros(0)
         self._step_fine = torch.tensor(False)
 
@@ -54,6 +56,7 @@ class RunningScores:
             for member in members:
                 margins = self._uses.setdefault(member.parameter, {})
                 margins.setdefault(margin_key(member), []).append((coupling.name, factor, member))
+        self._spread = next((parameters[name] for name in self._uses if is_sharded([parameters[name]])), None)
         device = next((parameters[name].device for name in self._uses), torch.device("cpu"))
         self._sums = torch.zeros(at, dtype=accumulator_dtype(device), device=device)
         self._values = torch.zeros_like(self._sums)
@@ -75,6 +78,8 @@ class RunningScores:
             parameter = self._parameters[name]
             if parameter.grad is not None:
                 self._take(parameter.grad, parameter, margins)
+        if self._spread is not None:
+            summed(self._sums, self._spread)
         squares = self._sums.abs() if self.method == "fisher" else self._sums.square()
         total = squares.sum()
         self._step_fine = total.isfinite() & (total > 0)
@@ -107,11 +112,11 @@ class RunningScores:
     def _take(
         self, gradient: Tensor, weight: Tensor, margins: Mapping[MarginKey, list[tuple[str, float, Member]]]
     ) -> None:
-        products = exact(gradient) * exact(weight)
+        products = exact(local(gradient)) * exact(local(weight))
         if self.method == "fisher":
             products.square_()
         for key, uses in margins.items():
-            sums = margin(products, key)
+            sums = placed(margin(products, key), key, weight)
             for name, factor, member in uses:
                 self._part(self._sums, name).add_(_unit_sums(sums, member), alpha=factor)
 

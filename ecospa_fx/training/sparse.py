@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import sys
 import time
-import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,11 +24,12 @@ from ecospa_fx.training.checkpoint import packed, unpacked
 from ecospa_fx.training.cut import cuts_between
 from ecospa_fx.training.distributed import all_agree, average, check_same
 from ecospa_fx.training.form import GraphForm
+from ecospa_fx.training.held import Held
 from ecospa_fx.training.narrow import narrowed
 from ecospa_fx.training.running import RunningScores
 from ecospa_fx.training.schedule import AtStart, Schedule, check_schedule, default_schedule
 from ecospa_fx.training.settings import Settings, check_unshared, chosen, other_owners
-from ecospa_fx.training.surgery import check_optimizers, check_states, cut_all, held_bytes
+from ecospa_fx.training.surgery import held_bytes
 
 log = logging.getLogger(__name__)
 
@@ -79,19 +78,16 @@ class SparseTraining:
         self._form = GraphForm(model, args, dict(kwargs or {}))
         self._chosen = chosen(self._form.couplings, self._settings, scores, model)
         check_unshared(self._chosen, owners)
-        self._optimizers: tuple[Optimizer, ...] = ()
-        self._copies: list[dict[str, Tensor]] = []
-        self._trees: list[nn.Module] = []
         self._now, self._held = self._chosen, _held(self._form.shapes, self._chosen)
         self._keep = {c.name: torch.ones(c.carriers, c.size, dtype=torch.bool) for c in self._chosen}
         self._factors: Mapping[str, Factors] = {}
-        self._step, self._pending, self._backwards, self._said = 0, False, 0, False
+        self._step, self._pending, self._said = 0, False, False
         self.history: list[history.Shrink] = []
         """What happened, one record per shrink."""
         self._check_reach()
+        self._model = Held(self._form, self._settings.wrap)
         self._running.follow(self._chosen, self._form.parameters, {})
-        self._count_backwards()
-        self._wrapped = self._wrap()
+        self._model.count_backwards(self._running.names)
         if optimizer is not None:
             self.attach(optimizer)
         if isinstance(self._schedule, AtStart):
@@ -102,7 +98,7 @@ class SparseTraining:
     @property
     def model(self) -> nn.Module:
         """The model to train, the same object for the whole run unless `wrap` is given: then ask for it each time."""
-        return self._wrapped
+        return self._model.model
 
     @property
     def couplings(self) -> Couplings:
@@ -121,10 +117,7 @@ class SparseTraining:
 
     def attach(self, optimizer: Optimizer | Sequence[Optimizer]) -> None:
         """Name the optimizers whose states are to be cut. Raises TrainingError for parameters of another model."""
-        found = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
-        copies = [tensor for copy in self._copies for tensor in copy.values()]
-        check_optimizers(found, [*self._form.parameters.values(), *copies])
-        self._optimizers = found
+        self._model.attach((optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer))
 
     def follow(self, copy: nn.Module | Mapping[str, Tensor]) -> None:
         """Cut a copy of the parameters along with them: an average, master weights.
@@ -132,17 +125,7 @@ class SparseTraining:
         copy: tensors by parameter name; or a module with parameters of the same names. A ``copy.deepcopy`` of `model`
         gets its rewritten graph too. Raises TrainingError where a tensor has another shape than its parameter.
         """
-        named = dict(copy.named_parameters()) if isinstance(copy, nn.Module) else dict(copy)
-        tensors = {name: tensor for name, tensor in named.items() if name in self._form.parameters}
-        for name, tensor in tensors.items():
-            if tensor.shape != self._form.parameters[name].shape:
-                raise TrainingError(
-                    f"the copy of parameter {name!r} has shape {tuple(tensor.shape)} instead of "
-                    f"{tuple(self._form.parameters[name].shape)}: make it from the model as it is now"
-                )
-        self._copies.append(tensors)
-        if isinstance(copy, type(self._form.module)):
-            self._trees.append(copy)
+        self._model.follow(copy)
 
     def step(self) -> None:
         """Call once per step of the optimizer, between ``backward()`` and ``optimizer.step()``.
@@ -151,12 +134,12 @@ class SparseTraining:
         last one is ignored, with a warning. A shrink that finds gradients missing or not finite waits for the next
         step, with a warning.
         """
-        if not self._backwards:
+        if not self._model.backwards:
             if not self._said:
                 log.warning("step() is ignored: no backward pass reached the model since its last call")
             self._said = True
             return
-        self._backwards, self._step = 0, self._step + 1
+        self._model.backwards, self._step = 0, self._step + 1
         due = self._pending or self._step in self._steps
         if not due and not self._near():
             return
@@ -217,7 +200,7 @@ class SparseTraining:
 
     def _shrink(self, scores: Mapping[str, Tensor], share: float) -> None:
         begin = time.perf_counter()
-        if not self._optimizers and not isinstance(self._schedule, AtStart):
+        if not self._model.optimizers and not isinstance(self._schedule, AtStart):
             raise TrainingError("a shrink is due and no optimizer is known, whose state would not follow: attach() it")
         keep = self._units(scores, share)
         check_same(keep, self._running.flat().device, self._settings.group)
@@ -241,23 +224,15 @@ class SparseTraining:
 
     def _apply(self, keep: Mapping[str, Tensor]) -> int:
         """Cut down to what stays. Everything that can fail comes first. Returns how many modules got other code."""
-        plan = self._plan(keep)
+        plan, form = self._plan(keep), self._form
         factors = plan.factors()
-        cuts = cuts_between(self._form.shapes, self._factors, factors)
-        program = self._form.rewrite(plan)
-        sets: list[Mapping[str, Tensor]] = [self._form.parameters, *self._copies]
-        for tensors in sets:
-            check_states(self._optimizers, tensors, {n: c for n, c in cuts.items() if n in tensors})
-        self._unwrap()
+        cuts, programs = cuts_between(form.shapes, self._factors, factors), form.rewrite(plan)
         values = self._running.values()
         kept = {n: v[keep[n][self._keep[n]].view(v.shape)].view(len(v), -1) for n, v in values.items()}
-        for tensors in sets:
-            cut_all(self._optimizers, tensors, {n: c for n, c in cuts.items() if n in tensors})
-        modules = self._form.adopt(program, self._trees)
+        modules = self._model.cut(programs, cuts)
         self._keep, self._factors = dict(keep), factors
-        self._now = narrowed(self._chosen, self._keep, factors, parameter_shapes(self._form.module))
-        self._running.follow(self._now, self._form.parameters, kept)
-        self._wrapped = self._wrap()
+        self._now = narrowed(self._chosen, self._keep, factors, parameter_shapes(form.module))
+        self._running.follow(self._now, form.parameters, kept)
         return modules
 
     def _record(self, modules: int, seconds: float) -> None:
@@ -265,7 +240,7 @@ class SparseTraining:
             step=self._step,
             removed=self.removed,
             parameters=sum(p.numel() for p in self._form.module.parameters()),
-            optimizer_bytes=held_bytes(self._optimizers),
+            optimizer_bytes=held_bytes(self._model.optimizers),
             modules=modules,
             compiled=_compiled(),
             seconds=seconds,
@@ -300,39 +275,6 @@ class SparseTraining:
                 f"target={self._target} is out of reach because floor={options.floor}, band={options.band} and "
                 f"round_to={options.round_to} leave at most {most:.3f} to remove: ask for less, or lower them"
             )
-
-    # -- odds and ends -----------------------------------------------------------------------------------------
-
-    def _wrap(self) -> nn.Module:
-        wrap = self._settings.wrap
-        return self._form.module if wrap is None else wrap(self._form.module)
-
-    def _unwrap(self) -> None:
-        """Let go of what is around the model: it may have hooks on the parameters, which must be gone before the next.
-
-        Raises TrainingError where somebody else holds it.
-        """
-        if self._settings.wrap is None:
-            return
-        held, self._wrapped = weakref.ref(self._wrapped), self._form.module
-        gc.collect()
-        left = held()
-        if left is not None:
-            self._wrapped = left
-            raise TrainingError(
-                f"the {type(left).__name__} around the model cannot be made anew, and nothing was removed, because "
-                "the loop holds it: use sparse.model each time instead of a variable of its own"
-            )
-
-    def _count_backwards(self) -> None:
-        """Notice every backward pass that reaches a scored parameter; its gradient is not looked at."""
-
-        def reached(_: Tensor) -> None:
-            self._backwards += 1
-
-        for name in self._running.names:
-            hook: Any = self._form.parameters[name].register_post_accumulate_grad_hook
-            hook(reached)
 
 
 def _held(shapes: Mapping[str, tuple[int, ...]], couplings: Sequence[Coupling]) -> int:

@@ -36,7 +36,7 @@ def check_states(optimizers: Sequence[Optimizer], tensors: Mapping[str, Tensor],
         for optimizer in optimizers:
             for key, value in optimizer.state.get(tensors[name], {}).items():
                 for tensor in _tensors(value):
-                    if cut.beside(torch.empty_like(tensor, device="meta")) is None:
+                    if cut.beside(torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")) is None:
                         raise TrainingError(
                             f"{type(optimizer).__name__} keeps {key!r} of shape {tuple(tensor.shape)} and type "
                             f"{tensor.dtype} beside parameter {name!r} of shape {cut.before}, and how it follows "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.export.unflatten import UnflattenedModule
@@ -29,7 +29,7 @@ class TwoModes(UnflattenedModule):
         convert: list[Any] = [super()._apply, self.in_eval._apply]
         for own in convert:
             own(fn, recurse)
-        share_state(self, self.in_eval)
+        share(self, self.in_eval, "_parameters", "_buffers")
         return self
 
 
@@ -39,18 +39,16 @@ def add_eval_mode(tree: nn.Module, in_eval: nn.Module) -> None:
         raise TypeError(f"{type(tree).__name__} is no root of a restored tree")
     tree.__class__ = TwoModes
     tree.__dict__["in_eval"] = in_eval.eval()
-    share_state(tree, in_eval)
+    share(tree, in_eval, "_parameters", "_buffers")
 
 
-def share_state(tree: nn.Module, other: nn.Module) -> None:
-    """Give another tree the very parameters and buffers of a tree, those that both have."""
+def share(tree: nn.Module, other: nn.Module, *kinds: str) -> None:
+    """Give another tree the very tensors of a tree, those that both have. kinds: "_parameters", "_buffers"."""
     modules = dict(tree.named_modules())
     for path, module in other.named_modules():
-        own = modules.get(path)
-        for held, known in ((module._parameters, own._parameters), (module._buffers, own._buffers)) if own else ():
-            for name in held:
-                if name in known and not name.startswith(KEPT):
-                    cast(Any, held)[name] = known[name]
+        for kind in kinds if path in modules else ():
+            known, held = modules[path].__dict__[kind], module.__dict__[kind]
+            held.update({name: known[name] for name in held if name in known and not name.startswith(KEPT)})
 
 
 KEPT = "kept_positions_"

@@ -1,0 +1,145 @@
+"""The model in training with all that is cut along with it: optimizers, copies, and what is put around it."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ecospa_fx.errors import TrainingError
+from ecospa_fx.graph.program import ExportedForm
+from ecospa_fx.training.cut import Cut
+from ecospa_fx.training.form import GraphForm
+from ecospa_fx.training.sharded import fill, is_sharded, release, replace_in
+from ecospa_fx.training.surgery import check_optimizers, check_states, cut_all
+from ecospa_fx.training.tree import TwoModes
+
+Wrap = Callable[[nn.Module], nn.Module]
+
+
+class Held:
+    """A model in graph form, and who holds its parameters.
+
+    model: what the loop calls; optimizers: whose states are cut; backwards: passes seen since it was last set to 0.
+    """
+
+    def __init__(self, form: GraphForm, wrap: Wrap | None) -> None:
+        self.form, self._wrap = form, wrap
+        self.optimizers: tuple[Optimizer, ...] = ()
+        self._copies: list[Mapping[str, Tensor]] = []
+        self._trees: list[nn.Module] = []
+        self.backwards = 0
+        self.model = self._wrapped()
+        self.sharded = is_sharded(form.module.parameters())
+        if self.sharded:
+            self._begin_sharded()
+
+    # -- who takes part ----------------------------------------------------------------------------------------
+
+    def attach(self, optimizers: Sequence[Optimizer]) -> None:
+        """Name the optimizers. Raises TrainingError for parameters of another model."""
+        copies = [tensor for copy in self._copies for tensor in copy.values()]
+        check_optimizers(optimizers, [*self.form.parameters.values(), *copies])
+        self.optimizers = tuple(optimizers)
+
+    def follow(self, copy: nn.Module | Mapping[str, Tensor]) -> None:
+        """Name a copy of the parameters. Raises TrainingError where a tensor has another shape than its parameter."""
+        if self.sharded:
+            raise TrainingError("copies cannot follow where parameters are sharded: make them after the last shrink")
+        named = dict(copy.named_parameters()) if isinstance(copy, nn.Module) else dict(copy)
+        tensors = {name: tensor for name, tensor in named.items() if name in self.form.parameters}
+        for name, tensor in tensors.items():
+            if tensor.shape != self.form.parameters[name].shape:
+                raise TrainingError(
+                    f"the copy of parameter {name!r} has shape {tuple(tensor.shape)} instead of "
+                    f"{tuple(self.form.parameters[name].shape)}: make it from the model as it is now"
+                )
+        self._copies.append(tensors)
+        if isinstance(copy, type(self.form.module)):
+            self._trees.append(copy)
+
+    def count_backwards(self, names: Sequence[str]) -> None:
+        """Notice every backward pass that reaches one of these parameters; gradients are not looked at."""
+
+        def reached(_: Tensor) -> None:
+            self.backwards += 1
+
+        for name in names if not self.sharded else ():
+            hook: Any = self.form.parameters[name].register_post_accumulate_grad_hook
+            hook(reached)
+
+    # -- cutting -----------------------------------------------------------------------------------------------
+
+    def cut(self, programs: Sequence[ExportedForm], cuts: Mapping[str, Cut]) -> int:
+        """Cut everything, and let the model compute rewritten graphs. Returns how many of its modules changed.
+
+        Everything that can be refused is refused before anything changes.
+        """
+        sets: list[Mapping[str, Tensor]] = [self.form.parameters, *self._copies]
+        for tensors in sets:
+            check_states(self.optimizers, tensors, {n: c for n, c in cuts.items() if n in tensors})
+        if self.sharded:
+            return self._cut_sharded(programs, cuts)
+        self._unwrap()
+        for tensors in sets:
+            cut_all(self.optimizers, tensors, {n: c for n, c in cuts.items() if n in tensors})
+        changed = self.form.adopt(programs, self._trees)
+        self.model = self._wrapped()
+        return changed
+
+    def _cut_sharded(self, programs: Sequence[ExportedForm], cuts: Mapping[str, Cut]) -> int:
+        old, before = self.form.parameters, self.form.module
+        self.form.module = self.form.rebuilt(programs)
+        self.model = self._wrapped()
+        with torch.no_grad():
+            fill(self.form.module, old, cuts)
+        self.form.parameters = dict(self.form.module.named_parameters())
+        with torch.no_grad():
+            replace_in(self.optimizers, old, self.form.parameters, cuts)
+        self._count_forwards()
+        return sum(1 for _ in before.modules())
+
+    def _begin_sharded(self) -> None:
+        if isinstance(self.form.module, TwoModes):
+            raise TrainingError(
+                "a model whose own code asks for its mode cannot be sharded here: its eval graph would not be"
+            )
+        self.form.parameters = dict(self.form.module.named_parameters())
+        self.form.forget()
+        release(self.form.module)
+        self._count_forwards()
+
+    def _count_forwards(self) -> None:
+        """Gradients of sharded parameters come without hooks, so passes forward are counted instead."""
+
+        def called(*_: Any) -> None:
+            self.backwards += torch.is_grad_enabled()
+
+        self.form.module.register_forward_pre_hook(called)
+
+    # -- what is around the model ------------------------------------------------------------------------------
+
+    def _wrapped(self) -> nn.Module:
+        return self.form.module if self._wrap is None else self._wrap(self.form.module)
+
+    def _unwrap(self) -> None:
+        """Let go of what is around the model: it may have hooks on the parameters, which must be gone before the next.
+
+        Raises TrainingError where somebody else holds it.
+        """
+        if self.model is self.form.module:
+            return
+        held, self.model = weakref.ref(self.model), self.form.module
+        gc.collect()
+        left = held()
+        if left is not None:
+            self.model = left
+            raise TrainingError(
+                f"the {type(left).__name__} around the model cannot be made anew, and nothing was removed, because "
+                "the loop holds it: use sparse.model each time instead of a variable of its own"
+            )
