@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.optim import Optimizer, lr_scheduler
 
 import ecospa_fx as eco
 from ecospa_fx.errors import TrainingError
+from ecospa_fx.training import surgery
 from ecospa_fx.training.cut import Cut, cuts_between
 from ecospa_fx.training.surgery import check_optimizers, check_states, cut_all, held_bytes
 from tests.tiny import Tiny, tiny, tiny_couplings
@@ -128,6 +130,31 @@ def rows(name: str, weight: Tensor, kept: int) -> Cut:
     """Keep the first rows."""
     keep = torch.arange(weight.shape[0]) < kept
     return cuts_between({name: tuple(weight.shape)}, {}, {name: {(0,): keep}})[name]
+
+
+def test_one_parameter_is_cut_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So no more than one exists twice: memory falls with each, by no more than one holds with all beside it."""
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(8)))
+    optimizer = torch.optim.AdamW(model.parameters())
+    torch.autograd.backward(model(torch.randn(2, 64)).sum())
+    optimizer.step()
+    held = [own_bytes(model, optimizer)]
+    original = surgery.narrow
+
+    def watched(tensor: Tensor, cut: Cut) -> None:
+        original(tensor, cut)
+        held.append(own_bytes(model, optimizer))
+
+    monkeypatch.setattr(surgery, "narrow", watched)
+    cut_all([optimizer], dict(model.named_parameters()), {n: rows(n, p, 32) for n, p in model.named_parameters()})
+    falls = [before - after for before, after in pairwise(held)]
+    assert falls == [4 * 4 * 64 * 32, 4 * 4 * 32] * 8
+
+
+def own_bytes(model: nn.Module, optimizer: Optimizer) -> int:
+    """Of parameters, gradients and states."""
+    tensors = [t for p in model.parameters() for t in (p, p.grad) if t is not None]
+    return sum(t.numel() * t.element_size() for t in tensors) + held_bytes([optimizer])
 
 
 def test_groups_schedules_and_steps_survive_and_memory_falls() -> None:
