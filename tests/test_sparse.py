@@ -210,6 +210,30 @@ def test_averages_follow_on_request() -> None:
         sparse.follow(tiny(1))
 
 
+def test_an_optimizer_may_train_master_weights() -> None:
+    """Copies in another type, which the optimizer holds in place of the parameters, are cut with its states."""
+    model = mlp().float()
+    sparse = eco.SparseTraining(model, (points().float(),), schedule=eco.OneShot(2))
+    masters = {name: p.detach().double().requires_grad_() for name, p in sparse.model.named_parameters()}
+    optimizer = torch.optim.AdamW(masters.values(), lr=1e-2)
+    with pytest.raises(TrainingError, match=r"follow\(\) the copies"):
+        sparse.attach(optimizer)
+    sparse.follow(masters)
+    sparse.attach(optimizer)
+    for step in range(4):
+        torch.autograd.backward(sparse.model(points(step).float()).square().mean())
+        sparse.step()
+        for name, parameter in sparse.model.named_parameters():
+            assert parameter.grad is not None
+            masters[name].grad = parameter.grad.double()
+        optimizer.step()
+        sparse.model.zero_grad()
+        with torch.no_grad():
+            for name, parameter in sparse.model.named_parameters():
+                parameter.copy_(masters[name])
+    assert masters["0.weight"].shape == optimizer.state[masters["0.weight"]]["exp_avg"].shape == (6, 4)
+
+
 def test_compiled_layers_are_compiled_anew_only_where_they_changed() -> None:
     compiled: list[int] = []
 

@@ -58,8 +58,7 @@ class RunningScores:
                 margins.setdefault(margin_key(member), []).append((coupling.name, factor, member))
         self._spread = next((parameters[name] for name in self._uses if is_sharded([parameters[name]])), None)
         device = next((parameters[name].device for name in self._uses), torch.device("cpu"))
-        self._sums = torch.zeros(at, dtype=accumulator_dtype(device), device=device)
-        self._values = torch.zeros_like(self._sums)
+        self._values = torch.zeros(at, dtype=accumulator_dtype(device), device=device)
         for name, known in values.items():
             self._part(self._values, name).copy_(known)
 
@@ -73,7 +72,7 @@ class RunningScores:
 
         Nothing waits for the device here.
         """
-        self._sums.zero_()
+        self._sums = torch.zeros_like(self._values)
         for name, margins in self._uses.items():
             parameter = self._parameters[name]
             if parameter.grad is not None:
@@ -86,6 +85,7 @@ class RunningScores:
         shares = self._sums / total.sqrt() if self.method == "taylor" else squares / total
         moved = torch.lerp(shares, self._values, self._decay)
         self._values = torch.where(self._step_fine, moved, self._values)
+        self._sums = torch.zeros(0)
 
     @property
     def usable(self) -> bool:

@@ -26,7 +26,7 @@ def check_optimizers(optimizers: Sequence[Optimizer], known: Iterable[Tensor]) -
         if foreign:
             raise TrainingError(
                 f"{kind} holds {foreign} of {len(held)} parameters that are not this model's: build it from "
-                "model.parameters(), or let copies= name the copies that it trains"
+                "model.parameters(), or follow() the copies that it trains before you attach() it"
             )
 
 
