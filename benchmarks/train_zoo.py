@@ -2,6 +2,9 @@
 
     python benchmarks/train_zoo.py ZOO [NAME ...]
 
+On the 85 architectures of our zoo: 85 exact; one of them (DETR) asks for finite values by its own code in training
+mode, so it is traced in eval mode and trained without dropout, with a warning.
+
 ZOO is a folder with factories.py, whose ``F`` maps names to functions that return (model, args, kwargs). Trained by
 AdamW on the mean square of all outputs; in float32, to 2e-5, where the model itself cannot do float64. The weights
 that are left are put into the dense model, zeros elsewhere: in eval mode both must compute the same, to 1e-9. Prints

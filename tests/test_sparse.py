@@ -338,6 +338,28 @@ def test_gradients_that_are_missing_postpone_a_shrink(caplog: pytest.LogCaptureF
     assert "the shrink of step 1 waits" in caplog.text
 
 
+class Idle(nn.Module):
+    """Two branches, the second of which no gradient reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.busy, self.idle = mlp(), mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.busy(x) + 0 * self.idle(x)
+        return out
+
+
+@pytest.mark.parametrize("allocation", ["global", "uniform"])
+def test_units_that_no_gradient_reaches_are_kept(caplog: pytest.LogCaptureFixture, allocation: str) -> None:
+    model = Idle()
+    optimizer = adamw(model)
+    sparse = sparse_mlp(model, optimizer=optimizer, target=0.25, allocation=allocation)
+    train(sparse, optimizer, 0, 3)
+    assert [(s.name, s.kept) for s in sparse.plan] == [("busy.ffn", 6), ("idle.ffn", 12)]
+    assert said(caplog) == ["coupling idle.ffn keeps its units at step 2: no gradient reached them lately"]
+
+
 def test_a_step_without_a_backward_pass_is_ignored(caplog: pytest.LogCaptureFixture) -> None:
     model = mlp()
     optimizer = adamw(model)

@@ -77,12 +77,12 @@ def _global(ladders: Sequence[Ladder], limits: Mapping[str, Bounds]) -> list[Tra
 
 def _uniform(ladders: Sequence[Ladder], dense: Mapping[str, int]) -> list[Track]:
     """Couplings of equal kind and sizes in step, by the share of their units that is gone."""
-    groups: dict[tuple[str, int, int, int], list[int]] = {}
+    groups: dict[tuple[str, int, int, int, tuple[int, ...]], list[int]] = {}
     for i, ladder in enumerate(ladders):
         c = ladder.coupling
-        groups.setdefault((c.kind, dense[c.name], c.size, c.carriers), []).append(i)
+        groups.setdefault((c.kind, dense[c.name], c.size, c.carriers, ladder.removed), []).append(i)
     tracks = []
-    for (_, whole, size, _), group in groups.items():
+    for (_, whole, size, _, _), group in groups.items():
         gone = whole - size + torch.tensor((0, *ladders[group[0]].removed), dtype=torch.float64)
         tracks.append(Track(tuple(group), (gone[1:] + gone[:-1]) / (2 * whole)))
     return tracks

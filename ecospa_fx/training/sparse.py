@@ -213,6 +213,9 @@ class SparseTraining:
         options, left, shapes = self._settings, 1 - self._target * share, parameter_shapes(self._form.module)
         dense = {c.name: c.size for c in self._chosen}
         limits = {c.name: bounds(dense[c.name], c.size, left, options.limits, options.round_to) for c in self._now}
+        for name in [n for n in limits if not scores[n].any()]:
+            log.warning("coupling %s keeps its units at step %s: no gradient reached them lately", name, self._step)
+            limits[name] = (self._keep[name].shape[1],) * 2
         goal = _held(shapes, self._now) - round(self._held * left)
         uniform = dense if options.allocation == "uniform" else None
         kept = allocate(self._now, shapes, scores, limits, goal, round_to=options.round_to, dense=uniform)
