@@ -345,7 +345,9 @@ class Dims:
         return tuple((self.sizes[d], s) for d, s in piece.dims)
 
     def _refine_pair(self, p: Piece, q: Piece) -> None:
-        """Refine the innermost dim in which two pieces of equal offset differ."""
+        """Refine the innermost dim in which two pieces of equal offset differ; runs of unequal length are cut first."""
+        if self._cut_run(p, q):
+            return
         for depth in range(1, 1 + max(len(p.dims), len(q.dims))):
             if depth > len(p.dims) or depth > len(q.dims):
                 longer = p if depth <= len(p.dims) else q
@@ -359,6 +361,18 @@ class Dims:
                 (x, s, m, p), (y, t, n, q) = (y, t, n, q), (x, s, m, p)
             self._refine_finer(x, s, t, n, next_stride=q.dims[-depth - 1][1] if depth < len(q.dims) else 0)
             return
+
+    def _cut_run(self, p: Piece, q: Piece) -> bool:
+        """Cut the longer of two runs of positions where the shorter ends: what follows need not have its shape."""
+        short, long = sorted((p, q), key=self.span)
+        length = self.span(short)
+        if length == self.span(long) or not all(prod(self.sizes[d] for d, _ in r.dims) == self.span(r) for r in (p, q)):
+            return False
+        dim, stride = long.dims[0]
+        if length % stride:
+            return False
+        self.cut(dim, length // stride)
+        return True
 
     def _refine_finer(self, x: int, s: int, t: int, n: int, next_stride: int) -> None:
         """Refine x (the denser or longer dim, stride s) against a dim of size n and stride t."""

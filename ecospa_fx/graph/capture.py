@@ -21,6 +21,7 @@ from ecospa_fx.graph.constant_index import slice_constant_indices
 from ecospa_fx.graph.hoist import hoist_selections
 from ecospa_fx.graph.inline import inline_regions
 from ecospa_fx.graph.program import ExportedForm
+from ecospa_fx.graph.sink import sink_concatenations
 
 
 def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, *, dynamic: bool) -> ExportedForm:
@@ -41,6 +42,7 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | N
     inline_regions(program.graph_module)
     slice_constant_indices(program.graph_module, _constants(program))
     hoist_selections(program.graph_module)
+    sink_concatenations(program.graph_module)
     return ExportedForm(program, model)
 
 

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ecospa_fx.graph.edit import insert
+from ecospa_fx.graph.edit import insert, written_to
 
 aten = torch.ops.aten
-_VIEWS = {aten.view.default, aten.reshape.default, aten.unflatten.int, aten._unsafe_view.default}
+VIEWS = {aten.view.default, aten.reshape.default, aten.unflatten.int, aten._unsafe_view.default}
 _CUTS = {aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default}
 _SELECTIONS = {aten.select.int, aten.unbind.int, aten.slice.Tensor} | _CUTS
-_COPIES = {aten.contiguous.default, aten.clone.default}
-_STEPS = {aten.transpose.int, aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim} | _COPIES
+COPIES = {aten.contiguous.default, aten.clone.default}
+STEPS = {aten.transpose.int, aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim} | COPIES
 
 
 def hoist_selections(module: fx.GraphModule) -> bool:
@@ -30,7 +30,7 @@ def hoist_selections(module: fx.GraphModule) -> bool:
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target in _SELECTIONS:
             chain = _chain(node)
-            if chain is not None:
+            if chain is not None and not written_to(chain.source):
                 changed |= _hoist(graph, node, chain)
     if changed:
         graph.eliminate_dead_code(lambda n: n.is_impure() or n.op != "call_function" or not _movable(n))
@@ -39,7 +39,7 @@ def hoist_selections(module: fx.GraphModule) -> bool:
 
 
 def _movable(node: fx.Node) -> bool:
-    return node.target in _VIEWS | _SELECTIONS | _STEPS or getattr(node.target, "__name__", "") == "getitem"
+    return node.target in VIEWS | _SELECTIONS | STEPS or getattr(node.target, "__name__", "") == "getitem"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +66,13 @@ def _chain(node: fx.Node) -> _Chain | None:
         return None
     last = position = _dim_of(node) % max(source.meta["val"].dim(), 1)
     steps: list[fx.Node] = []
-    while isinstance(source, fx.Node) and source.target in _STEPS:
-        before = _before(source, position)
+    while isinstance(source, fx.Node) and source.target in STEPS:
+        before = axis_before(source, position)
         if before is None:
             return None
         position, steps = before, [source, *steps]
         source = source.args[0]
-    if not isinstance(source, fx.Node) or source.target not in _VIEWS:
+    if not isinstance(source, fx.Node) or source.target not in VIEWS:
         return None
     return _split_of(source, position, last, tuple(steps))
 
@@ -83,11 +83,11 @@ def _dim_of(node: fx.Node) -> int:
     return int(found)
 
 
-def _before(step: fx.Node, position: int) -> int | None:
+def axis_before(step: fx.Node, position: int) -> int | None:
     """Where the axis at `position` after a step was before it; None where the step made it."""
     arguments: Any = step.args
     rank, inside = int(step.meta["val"].dim()), int(arguments[0].meta["val"].dim())
-    if step.target in _COPIES:
+    if step.target in COPIES:
         return position
     if step.target is aten.permute.default:
         return int(arguments[1][position]) % rank
