@@ -128,12 +128,20 @@ class _Gathers:
             places, mask = None, mask[:1]
         if places is not None:
             mask = mask[self.kept.mask(gather.target, places)[0]]
+        mask = mask[:, self._present(gather)]
         key = (source, module_of(gather.user), gather.operand_axis, places, lead, mask.numpy().tobytes())
         if key not in self.made or not self.made[key] < gather.user:
             with self.program.graph.inserting_before(gather.user):
                 self.made[key] = self._reduce(gather, mask, places, lead)
         gather.user.replace_input_with(source, self.made[key])
         return 1
+
+    def _present(self, gather: Gather) -> Tensor:
+        """Which positions the operand still has: repeats of something stored may be cut where they are made."""
+        own = self.kept.mask(gather.operand.axes, gather.operand_axis)
+        if not bool((own == own[:1]).all()):
+            raise PlanError(f"node {gather.user.name} reads a stored tensor whose repeats differ along another axis")
+        return own[0]
 
     def _reduce(self, gather: Gather, mask: Tensor, places: int | None, lead: int) -> fx.Node:
         rank, axis, source, user = len(gather.operand.axes), gather.operand_axis, gather.operand.node, gather.user

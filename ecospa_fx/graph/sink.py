@@ -1,6 +1,6 @@
 """Concatenations move behind the view that merges their axis into a longer one.
 
-``cat([a, b], 2).view(b, t, heads * d)`` of two tensors [b, t, heads, d] puts all positions of `a` before all of `b`. As
+``cat([a, b], 2).view(b, t, heads * d)`` of tensors [b, t, heads, d] puts all positions of `a` before all of `b`. As
 written, the concatenation says that both have rows of the same shape, which ties their widths together. Viewed first and
 concatenated along the flat axis, each has its own: the same elements, one more degree of freedom. Purely a rewrite of
 views; no number changes.
