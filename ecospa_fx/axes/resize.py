@@ -106,10 +106,17 @@ class Resize:
         """Kept positions before `position` on an axis of an input."""
         return self.kept.rank(self.inputs[index].axes, axis, position)
 
-    @staticmethod
-    def quotient(size: int, part: int) -> int:
-        """How many parts make a size."""
-        return size // part
+    def copies(self, count: Any, output_axis: int, input_axis: int | None) -> Any:
+        """How many copies of an axis of the first input (None: of one position) make an axis of the output now."""
+        inner, whole = self.inputs[0].axes[input_axis] if input_axis is not None else None, self.output.axes[output_axis]
+        old = whole.size // (inner.size if inner is not None else 1)
+        new = self.size_of(whole) // (self.size_of(inner) if inner is not None else 1)
+        return count if old == new else new if isinstance(count, int) else self._scale(count, old, new)
+
+    def scaled(self, size: Any, axis: Axis) -> Any:
+        """The new size of an axis in place of a literal or computed one."""
+        new = self.kept.count(axis)
+        return new if isinstance(size, int) else self._scale(size, axis.size, new)
 
     # -- editing ---------------------------------------------------------------------------------------------
 
@@ -129,8 +136,7 @@ class Resize:
         for i, size in enumerate(sizes):
             axis = self.output.axes[first + i]
             if self.kept.changed(axis) and size != -1:
-                new = self.kept.count(axis)
-                sizes[i] = new if isinstance(size, int) else self._scale(size, axis.size, new)
+                sizes[i] = self.scaled(size, axis)
         self.edits[name] = sizes
 
     def bounds(self, dim: str, start: str, stop: str, step: str) -> None:

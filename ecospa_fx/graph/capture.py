@@ -8,6 +8,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from copy import copy
 from io import StringIO
 from typing import Any
 
@@ -22,6 +23,7 @@ from ecospa_fx.graph.hoist import hoist_selections
 from ecospa_fx.graph.inline import inline_regions
 from ecospa_fx.graph.program import ExportedForm
 from ecospa_fx.graph.sink import sink_concatenations
+from ecospa_fx.graph.whole_slice import drop_whole_slices
 
 
 def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, *, dynamic: bool) -> ExportedForm:
@@ -38,8 +40,9 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | N
     kwargs = dict(kwargs or {})
     args = tuple(args)
     _bound(model, args, kwargs)
-    program = _export(model, _attempts(model, args, kwargs) if dynamic else [(args, kwargs, None)])
+    program = _export(_explicit(model, kwargs), _attempts(model, args, kwargs) if dynamic else [(args, kwargs, None)])
     inline_regions(program.graph_module)
+    drop_whole_slices(program.graph_module)
     slice_constant_indices(program.graph_module, _constants(program))
     hoist_selections(program.graph_module)
     sink_concatenations(program.graph_module)
@@ -67,6 +70,7 @@ def _attempts(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     A size of 1 never becomes a symbol, so a batch of one is doubled for the example. Of a model of images alone only
     the batch does: symbolic heights and widths make torch prove divisibility window by window, which takes minutes.
     """
+    model = _explicit(model, kwargs)
     tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim()]
     plain: list[Attempt] = [(args, kwargs, _dynamic_shapes(model, args, kwargs, 1)), (args, kwargs, None)]
     leading = 1 if tensors and all(t.dim() > 3 for t in tensors) else None
@@ -100,6 +104,27 @@ def _dynamic_shapes(
 
     found: dict[str, Any] = pytree.tree_map(axes, _bound(model, args, kwargs))
     return found
+
+
+def _explicit(model: nn.Module, kwargs: Mapping[str, Any]) -> nn.Module:
+    """The model, or a view of it whose ``forward`` names what the model's own catches in ``**kwargs``.
+
+    torch.export does not take shapes of arguments that are caught so.
+    """
+    signature = inspect.signature(model.forward)
+    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    caught = [name for name in kwargs if name not in signature.parameters]
+    if not caught or len(own) == len(signature.parameters):
+        return model
+    view, forward = copy(model), model.forward
+
+    def named(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    new = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in caught]
+    named.__signature__ = signature.replace(parameters=[*own, *new])  # type: ignore[attr-defined]
+    view.__dict__["forward"] = named
+    return view
 
 
 def _bound(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

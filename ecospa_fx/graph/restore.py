@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from ecospa_fx.graph.program import ExportedForm
+from ecospa_fx.graph.repeated import share_repeated
 
 
 def restore(
@@ -43,6 +44,7 @@ def restore(
             continue
         if attribute in owner._parameters:
             owner._parameters[attribute] = program.values[name]
+    share_repeated(module)
     _forget_examples(module)
     module.register_forward_pre_hook(_Calling(model, tuple(args), dict(kwargs or {})), with_kwargs=True)
     module.train(model.training)

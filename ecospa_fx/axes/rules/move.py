@@ -228,20 +228,19 @@ def resize_repeat(resize: Resize) -> None:
     pad = len(resize.output.axes) - len(resize.inputs[0].axes)
     counts = list(resize.argument(name))
     counts = [1] * (len(resize.output.axes) - len(counts)) + counts
-    for i, axis in enumerate(resize.output.axes):
-        inner = resize.inputs[0].axes[i - pad].size if i >= pad else 1
-        if axis.size != inner and resize.output_changed(i):
-            kept = resize.size_of(resize.inputs[0].axes[i - pad]) if i >= pad else 1
-            counts[i] = resize.quotient(resize.size(resize.output, i), kept)
+    for i in range(len(resize.output.axes)):
+        counts[i] = resize.copies(counts[i], i, i - pad if i >= pad else None)
     resize.set(name, counts)
 
 
 @resize_rule("aten.repeat_interleave")
 def resize_repeat_interleave(resize: Resize) -> None:
-    """The number of copies follows the output where the copies themselves are cut."""
+    """The number of copies follows the output where the copies themselves are cut, and so does the size of it all."""
     i = resize.axis("dim")
     if resize.output_changed(i):
-        resize.set("repeats", resize.quotient(resize.size(resize.output, i), resize.size_of(resize.inputs[0].axes[i])))
+        resize.set("repeats", resize.copies(resize.argument("repeats"), i, i))
+        if resize.has("output_size"):
+            resize.set("output_size", resize.scaled(resize.argument("output_size"), resize.output.axes[i]))
 
 
 # -- order and edges ---------------------------------------------------------------------------------------------

@@ -1,0 +1,53 @@
+"""Modules that are called several times keep their parameters in one place.
+
+Where the calls of one module differ, unflattening makes a module per call, ``layer``, ``layer@1``, …, with parameters
+of its own. The later ones read those of the first instead, and are no children of their parents, so that names, states,
+optimisers and sharding see each parameter once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from torch import fx, nn
+
+_CALL = re.compile(r"@\d+")
+_FIRST = "first_call"
+
+
+def share_repeated(module: nn.Module) -> None:
+    """Change an unflattened module in place."""
+    named = dict(module.named_modules(remove_duplicate=False))
+    for path, repeated in named.items():
+        first = named[_CALL.sub("", path)]
+        if first is not repeated and _FIRST not in repeated.__dict__:
+            _read_from(repeated, first)
+    for path, repeated in named.items():
+        parent, _, name = path.rpartition(".")
+        if _CALL.search(name):
+            named[parent].__dict__[name] = repeated
+            named[parent]._modules.pop(name, None)
+
+
+def _read_from(repeated: nn.Module, first: nn.Module) -> None:
+    """Let the graph of `repeated` read parameters and buffers from `first`."""
+    graph = getattr(repeated, "graph", None)
+    if isinstance(graph, fx.Graph):
+        for node in _reads(repeated, graph):
+            node.target = f"{_FIRST}.{_CALL.sub('', str(node.target))}"
+    # into __dict__, past nn.Module.__setattr__, which would register it as a child
+    repeated.__dict__[_FIRST] = first
+    repeated._parameters.clear()
+    repeated._buffers.clear()
+    if isinstance(graph, fx.Graph) and "graph_module" in repeated.__dict__:
+        repeated.__dict__["graph_module"] = fx.GraphModule(repeated, graph)
+
+
+def _reads(module: nn.Module, graph: fx.Graph) -> Iterator[fx.Node]:
+    """Nodes that read a parameter or a buffer, here or in a module below."""
+    held = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    held |= {name for name, _ in module.named_buffers(remove_duplicate=False)}
+    for node in graph.nodes:
+        if node.op == "get_attr" and str(node.target) in held:
+            yield node
