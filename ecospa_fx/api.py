@@ -11,8 +11,9 @@ from ecospa_fx.axes.flow import flow
 from ecospa_fx.budget.allocate import plan as make_plan
 from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.coupling.find import find_couplings
-from ecospa_fx.errors import ScoreError
-from ecospa_fx.graph.capture import capture
+from ecospa_fx.errors import PlanError, ScoreError
+from ecospa_fx.graph.capture import capture, captures
+from ecospa_fx.graph.program import ExportedForm
 from ecospa_fx.graph.restore import restore
 from ecospa_fx.importance.score import Batch, Loss, score
 from ecospa_fx.importance.scores import Scores
@@ -56,12 +57,25 @@ def shrink(
         >>> tuple(small.get_parameter("0.weight").shape)
         (16, 8)
     """
+    plan.check(model)
+    program = _shrunk(model, plan, args, kwargs)
+    return remember(restore(program, model, args, kwargs), origin(model, plan, args, kwargs))
+
+
+def _shrunk(model: nn.Module, plan: Plan, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> ExportedForm:
+    """The smaller program with as many symbolic sizes as the model and the plan allow."""
     from ecospa_fx.passes.shrink_couplings import shrink_program
 
-    plan.check(model)
-    program = capture(model, args, kwargs, dynamic=True)
-    shrink_program(program, plan)
-    return remember(restore(program, model, args, kwargs), origin(model, plan, args, kwargs))
+    failure: PlanError | None = None
+    for program in captures(model, args, kwargs, dynamic=True):
+        try:
+            shrink_program(program, plan)
+        except PlanError as error:
+            failure = failure or error
+            continue
+        return program
+    assert failure is not None  # there is at least one program
+    raise failure
 
 
 def compress(

@@ -108,7 +108,8 @@ class Resize:
 
     def copies(self, count: Any, output_axis: int, input_axis: int | None) -> Any:
         """How many copies of an axis of the first input (None: of one position) make an axis of the output now."""
-        inner, whole = self.inputs[0].axes[input_axis] if input_axis is not None else None, self.output.axes[output_axis]
+        inner = self.inputs[0].axes[input_axis] if input_axis is not None else None
+        whole = self.output.axes[output_axis]
         old = whole.size // (inner.size if inner is not None else 1)
         new = self.size_of(whole) // (self.size_of(inner) if inner is not None else 1)
         return count if old == new else new if isinstance(count, int) else self._scale(count, old, new)

@@ -33,35 +33,51 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | N
     sizes only, which is enough to find couplings and takes half the time. Raises CaptureError with torch's reason and
     the line of the user's code.
     """
+    return next(captures(model, args, kwargs, dynamic=dynamic))
+
+
+def captures(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, *, dynamic: bool
+) -> Iterator[ExportedForm]:
+    """The exports of a module that torch can make, from most to fewest symbolic sizes. Raises CaptureError for none."""
     if not isinstance(model, nn.Module):
         raise CaptureError(f"{type(model).__name__} is not an nn.Module: pass the model itself")
     if not isinstance(args, tuple | list):
         raise CaptureError(f"args must be a tuple of positional arguments, not {type(args).__name__}: write (x,)")
-    kwargs = dict(kwargs or {})
-    args = tuple(args)
+    args, kwargs = tuple(args), dict(kwargs or {})
     _bound(model, args, kwargs)
-    program = _export(_explicit(model, kwargs), _attempts(model, args, kwargs) if dynamic else [(args, kwargs, None)])
-    inline_regions(program.graph_module)
-    drop_whole_slices(program.graph_module)
-    slice_constant_indices(program.graph_module, _constants(program))
-    hoist_selections(program.graph_module)
-    sink_concatenations(program.graph_module)
-    return ExportedForm(program, model)
+    seen, failure, made = _explicit(model, kwargs), None, False
+    for attempt in _attempts(seen, args, kwargs) if dynamic else [(args, kwargs, None)]:
+        try:
+            program = _export(seen, attempt)
+        except Exception as error:
+            failure = error
+            continue
+        made = True
+        yield ExportedForm(_normalised(program), model)
+    if failure is not None and not made:
+        raise CaptureError(_failure(model, failure)) from failure
+
+
+def _normalised(program: ExportedProgram) -> ExportedProgram:
+    """The program with what the exporter wraps unwrapped, and views in the order in which they say most."""
+    module = program.graph_module
+    inline_regions(module)
+    drop_whole_slices(module)
+    slice_constant_indices(module, _constants(program))
+    hoist_selections(module)
+    sink_concatenations(module)
+    return program
 
 
 Attempt = tuple[tuple[Any, ...], dict[str, Any], dict[str, Any] | None]
 """Example arguments, and which of their sizes become symbols."""
 
 
-def _export(model: nn.Module, attempts: Sequence[Attempt]) -> ExportedProgram:
-    """The first attempt that works; the error of the last, which asks for least, where none does."""
-    for args, kwargs, shapes in attempts:
-        try:
-            with _quiet():
-                return torch.export.export(model, args, kwargs, strict=False, dynamic_shapes=shapes)
-        except Exception as error:
-            failure = error
-    raise CaptureError(_failure(model, failure)) from failure
+def _export(model: nn.Module, attempt: Attempt) -> ExportedProgram:
+    args, kwargs, shapes = attempt
+    with _quiet():
+        return torch.export.export(model, args, kwargs, strict=False, dynamic_shapes=shapes)
 
 
 def _attempts(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Attempt]:
@@ -70,7 +86,6 @@ def _attempts(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     A size of 1 never becomes a symbol, so a batch of one is doubled for the example. Of a model of images alone only
     the batch does: symbolic heights and widths make torch prove divisibility window by window, which takes minutes.
     """
-    model = _explicit(model, kwargs)
     tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim()]
     plain: list[Attempt] = [(args, kwargs, _dynamic_shapes(model, args, kwargs, 1)), (args, kwargs, None)]
     leading = 1 if tensors and all(t.dim() > 3 for t in tensors) else None

@@ -1,9 +1,9 @@
 """Concatenations move behind the view that merges their axis into a longer one.
 
 ``cat([a, b], 2).view(b, t, heads * d)`` of tensors [b, t, heads, d] puts all positions of `a` before all of `b`. As
-written, the concatenation says that both have rows of the same shape, which ties their widths together. Viewed first and
-concatenated along the flat axis, each has its own: the same elements, one more degree of freedom. Purely a rewrite of
-views; no number changes.
+written, the concatenation says that both have rows of the same shape, which ties their widths together. Viewed first
+and concatenated along the flat axis, each has its own: the same elements, one more degree of freedom. Purely a rewrite
+of views; no number changes.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def _chain(view: fx.Node) -> _Chain | None:
     axis = _merged(view, source)
     if axis is None:
         return None
-    position, steps = axis, []
+    position = axis
+    steps: list[fx.Node] = []
     while isinstance(source, fx.Node) and source.target in STEPS:
         before = axis_before(source, position)
         if before is None:

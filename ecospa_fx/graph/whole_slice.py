@@ -1,7 +1,7 @@
 """A slice of everything is the tensor itself.
 
-``x[:, :, 1]`` of symbolic sizes reaches the graph as two slices from 0 to the end and a selection; with sizes known, the
-exporter leaves the slices out. Without them the two graphs are alike.
+``x[:, :, 1]`` of symbolic sizes reaches the graph as two slices from 0 to the end and a selection; with sizes known,
+the exporter leaves the slices out. Without them the two graphs are alike.
 """
 
 from __future__ import annotations
