@@ -11,6 +11,10 @@ class CaptureError(EcospaError):
     """The module could not be traced into a graph."""
 
 
+class InputError(EcospaError, ValueError):
+    """Arguments that a smaller model does not take."""
+
+
 class PlanError(EcospaError):
     """A plan that cannot be made, read, or applied to this model."""
 

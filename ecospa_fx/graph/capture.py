@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from ecospa_fx.errors import CaptureError
 from ecospa_fx.graph.constant_index import slice_constant_indices
+from ecospa_fx.graph.explicit_shape import write_out_shapes
 from ecospa_fx.graph.hoist import hoist_selections
 from ecospa_fx.graph.inline import inline_regions
 from ecospa_fx.graph.program import ExportedForm
@@ -64,6 +65,7 @@ def _normalised(program: ExportedProgram) -> ExportedProgram:
     module = program.graph_module
     inline_regions(module)
     drop_whole_slices(module)
+    write_out_shapes(module)
     slice_constant_indices(module, _constants(program))
     hoist_selections(module)
     sink_concatenations(module)

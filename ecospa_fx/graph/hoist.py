@@ -46,17 +46,19 @@ def _movable(node: fx.Node) -> bool:
 class _Chain:
     """source → view → steps → selection.
 
-    parts: the sizes that the view gives to one flat axis of the source, beginning at `axis`; at: which of them is
-    selected from; position: where that axis is when it is selected from; steps: the moves in between, in order.
+    parts: the sizes that the view gives to axis `inner` of the source, from axis `axis` of its own on; at: which of them
+    is selected from; position: where that axis is when it is selected from; steps: the moves in between, in order, each
+    with where the axis is after it.
     """
 
     view: fx.Node
     source: fx.Node
+    inner: int
     axis: int
     parts: tuple[int, ...]
     at: int
     position: int
-    steps: tuple[fx.Node, ...]
+    steps: tuple[tuple[fx.Node, int], ...]
 
 
 def _chain(node: fx.Node) -> _Chain | None:
@@ -65,12 +67,14 @@ def _chain(node: fx.Node) -> _Chain | None:
     if not isinstance(source, fx.Node) or not isinstance(source.meta.get("val"), Tensor):
         return None
     last = position = _dim_of(node) % max(source.meta["val"].dim(), 1)
-    steps: list[fx.Node] = []
-    while isinstance(source, fx.Node) and source.target in STEPS:
-        before = axis_before(source, position)
+    steps: list[tuple[fx.Node, int]] = []
+    while isinstance(source, fx.Node) and source.target in STEPS | VIEWS:
+        before = axis_before(source, position) if source.target in STEPS else _untouched(source, position)
+        if before is None and source.target in VIEWS:
+            break
         if before is None:
             return None
-        position, steps = before, [source, *steps]
+        position, steps = before, [(source, position), *steps]
         source = source.args[0]
     if not isinstance(source, fx.Node) or source.target not in VIEWS:
         return None
@@ -101,22 +105,45 @@ def axis_before(step: fx.Node, position: int) -> int | None:
     return position + (position >= gone and inside > rank)
 
 
-def _split_of(view: fx.Node, position: int, last: int, steps: tuple[fx.Node, ...]) -> _Chain | None:
+def _untouched(view: fx.Node, position: int) -> int | None:
+    """Where an axis of a view's output is in its input, if the view only regroups the axes before and after it."""
+    source: Any = view.args[0]
+    if view.target is aten.unflatten.int or not isinstance(source.meta.get("val"), Tensor):
+        return None
+    inside, outside = source.meta["val"].shape, view.meta["val"].shape
+    before = prod(outside[:position])
+    for i, size in enumerate(inside):
+        if _same(size, outside[position]) and _same(prod(inside[:i]), before) and len(inside) > 1:
+            return i
+    return None
+
+
+def _split_of(view: fx.Node, position: int, last: int, steps: tuple[tuple[fx.Node, int], ...]) -> _Chain | None:
+    """The run of the view's axes around `position` that one axis of its source becomes."""
     source = view.args[0]
     if not isinstance(source, fx.Node) or not isinstance(source.meta.get("val"), Tensor):
         return None
     inside, outside = source.meta["val"].shape, view.meta["val"].shape
-    grown = len(outside) - len(inside)
-    axis = next((i for i, (a, b) in enumerate(zip(inside, outside, strict=False)) if not _same(a, b)), len(inside) - 1)
-    parts = outside[axis : axis + grown + 1]
-    if grown < 1 or not all(isinstance(p, int) for p in (*parts, inside[axis])) or prod(parts) != inside[axis]:
-        return None
-    if not all(_same(a, b) for a, b in zip(inside[axis + 1 :], outside[axis + grown + 1 :], strict=True)):
-        return None
-    at = position - axis
-    if not 0 <= at < len(parts) or prod(parts[at + 1 :]) == 1 or parts[at] == 1:
-        return None
-    return _Chain(view, source, axis, tuple(int(p) for p in parts), at, last, steps)
+    for inner, size in enumerate(inside):
+        for first in range(position + 1) if isinstance(size, int) else ():
+            parts = _run(outside[first:], size)
+            if first <= position < first + len(parts) and _same(prod(inside[:inner]), prod(outside[:first])):
+                at = position - first
+                if len(parts) < 2 or parts[at] == 1 or prod(parts[at + 1 :]) == 1:
+                    return None
+                return _Chain(view, source, inner, first, parts, at, last, steps)
+    return None
+
+
+def _run(sizes: Any, whole: int) -> tuple[int, ...]:
+    """The leading sizes whose product is `whole`, or none; sizes of 1 after them are left out."""
+    product, found = 1, []
+    for size in sizes:
+        if not isinstance(size, int) or product == whole:
+            break
+        product *= size
+        found.append(size)
+    return tuple(found) if product == whole else ()
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -153,27 +180,39 @@ def _part(graph: fx.Graph, node: fx.Node, chain: _Chain, span: tuple[int, int], 
     with graph.inserting_before(node):
         shape = _sizes(graph, chain, node)
         before, after = shape[: chain.axis], shape[end:]
-        result, axis = chain.source, chain.axis
+        result, axis = chain.source, chain.inner
         if left:
             rows = [*before, *left, chain.parts[chain.at] * inner, *after]
-            result, axis = insert(graph, aten.reshape.default, (result, rows), like=node), axis + len(left)
+            result, axis = insert(graph, aten.reshape.default, (result, rows), like=node), chain.axis + len(left)
         result = insert(graph, aten.slice.Tensor, (result, axis, start * inner, stop * inner), like=node)
         result = insert(
             graph, aten.reshape.default, (result, [*before, *left, stop - start, *right, *after]), like=node
         )
-        for step in chain.steps:
-            result = insert(graph, step.target, (result, *step.args[1:]), like=node, kwargs=dict(step.kwargs))
+        for step, place in chain.steps:
+            moved = _arguments(step, place, stop - start)
+            result = insert(graph, step.target, (result, *moved), like=node, kwargs=dict(step.kwargs))
         if drop:
             result = insert(graph, aten.squeeze.dim, (result, chain.position), like=node)
     return result
 
 
+def _arguments(step: fx.Node, place: int, size: int) -> tuple[Any, ...]:
+    """What a step does to the part: a view has another size where the selected axis is."""
+    if step.target not in VIEWS:
+        return step.args[1:]
+    shape: Any = step.args[1]
+    return ([size if i == place and n != -1 else n for i, n in enumerate(shape)],)
+
+
 def _sizes(graph: fx.Graph, chain: _Chain, like: fx.Node) -> list[Any]:
-    """Sizes of the view's output as arguments; symbolic ones are read off its input."""
+    """Sizes of the view's output as arguments: numbers where they are known, else as the view has them."""
     outside, grown = chain.view.meta["val"].shape, len(chain.parts) - 1
+    written: Any = chain.view.args[1] if chain.view.target is not aten.unflatten.int else None
     found: list[Any] = []
     for i, size in enumerate(outside):
+        if isinstance(size, int) or written is not None:
+            found.append(size if isinstance(size, int) else written[i])
+            continue
         axis = i if i < chain.axis else i - grown
-        symbolic = not isinstance(size, int)
-        found.append(insert(graph, aten.sym_size.int, (chain.source, axis), like=like) if symbolic else size)
+        found.append(insert(graph, aten.sym_size.int, (chain.source, axis), like=like))
     return found

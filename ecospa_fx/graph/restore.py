@@ -11,8 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
 from torch.utils._pytree import tree_leaves
 
+from ecospa_fx.errors import InputError
 from ecospa_fx.graph.program import ExportedForm
 from ecospa_fx.graph.repeated import share_repeated
 
@@ -45,10 +48,24 @@ def restore(
         if attribute in owner._parameters:
             owner._parameters[attribute] = program.values[name]
     share_repeated(module)
+    shapes = _input_shapes(exported)
     _forget_examples(module)
-    module.register_forward_pre_hook(_Calling(model, tuple(args), dict(kwargs or {})), with_kwargs=True)
+    calling = _Calling(model, tuple(args), dict(kwargs or {}), shapes)
+    module.register_forward_pre_hook(calling, with_kwargs=True)
     module.train(model.training)
     return module
+
+
+def _input_shapes(exported: ExportedProgram) -> tuple[tuple[int | None, ...] | None, ...]:
+    """Per leaf of the arguments its sizes, those that may vary as None; None for what is no tensor."""
+    values = {n.name: n.meta.get("val") for n in exported.graph.nodes if n.op == "placeholder"}
+    given = [values.get(s.arg.name) for s in exported.graph_signature.input_specs if s.kind is InputKind.USER_INPUT]
+    return tuple(
+        tuple(n if isinstance(n, int) else n.node.maybe_as_int() for n in value.shape)
+        if isinstance(value, Tensor)
+        else None
+        for value in given
+    )
 
 
 def _forget_examples(module: nn.Module) -> None:
@@ -61,9 +78,16 @@ def _forget_examples(module: nn.Module) -> None:
 
 
 class _Calling:
-    """Brings the arguments of a call into the form of the example's, which is all that the graph takes."""
+    """Brings the arguments of a call into the form of the example's, and refuses sizes that the graph does not take."""
 
-    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        shapes: tuple[tuple[int | None, ...] | None, ...],
+    ) -> None:
+        self.shapes = shapes
         self.signature = inspect.signature(model.forward)
         self.positional, self.keywords = len(args), tuple(kwargs)
         self.plain = not any(p.kind is p.VAR_POSITIONAL for p in self.signature.parameters.values())
@@ -77,6 +101,26 @@ class _Calling:
         return {**{n: v for n, v in arguments.items() if n != self.extra}, **arguments.get(self.extra, {})}
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        args, kwargs = self._arranged(args, kwargs)
+        leaves = tree_leaves((args, kwargs))
+        if len(leaves) == len(self.shapes):
+            for leaf, shape in zip(leaves, self.shapes, strict=True):
+                self._check(leaf, shape)
+        return args, kwargs
+
+    @staticmethod
+    def _check(leaf: Any, shape: tuple[int | None, ...] | None) -> None:
+        if shape is None or not isinstance(leaf, Tensor):
+            return
+        fits = len(leaf.shape) == len(shape) and all(b in (None, a) for a, b in zip(leaf.shape, shape, strict=True))
+        if not fits:
+            wanted = ", ".join("any" if n is None else str(n) for n in shape)
+            raise InputError(
+                f"the smaller model takes an input of shape [{wanted}], not {list(leaf.shape)}: the original's code or "
+                "torch.export fixes these sizes, so shrink it again with example inputs of the new shape"
+            )
+
+    def _arranged(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.plain or (len(args) == self.positional and tuple(kwargs) == self.keywords):
             return args, kwargs
         try:
