@@ -271,7 +271,7 @@ def _propagate(program: Program, walked: Flow, kept: Kept, cut: set[str]) -> Non
         touched = touched or any(kept.changed(axis) for v in several(known) for axis in v.axes)
         if node.op != "call_function" or not touched:
             continue
-        stale.add(node)
+        before = _layout(node.meta.get("val"))
         if node.target is aten.view.default:  # other widths have other strides, where a view may not exist
             node.target = aten.reshape.default
         try:
@@ -281,6 +281,15 @@ def _propagate(program: Program, walked: Flow, kept: Kept, cut: set[str]) -> Non
                 f"the smaller graph does not compute at node {node.name} ({node.target}): {error}"
             ) from error
         _check(program, walked, kept, node)
+        if before != _layout(node.meta["val"]):
+            stale.add(node)
+
+
+def _layout(value: Any) -> Any:
+    """Sizes and strides as text: comparing symbols would tie them."""
+    if isinstance(value, list | tuple):
+        return [_layout(one) for one in value]
+    return str((tuple(value.shape), value.stride())) if isinstance(value, Tensor) else str(value)
 
 
 def _check(program: Program, walked: Flow, kept: Kept, node: fx.Node) -> None:

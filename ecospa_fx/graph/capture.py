@@ -46,6 +46,7 @@ def captures(
     if not isinstance(args, tuple | list):
         raise CaptureError(f"args must be a tuple of positional arguments, not {type(args).__name__}: write (x,)")
     args, kwargs = tuple(args), dict(kwargs or {})
+    _refuse_quantised(model)
     _bound(model, args, kwargs)
     seen, failure, made = _explicit(model, kwargs), None, False
     for attempt in _attempts(seen, args, kwargs) if dynamic else [(args, kwargs, None)]:
@@ -58,6 +59,15 @@ def captures(
         yield ExportedForm(_normalised(program), model)
     if failure is not None and not made:
         raise CaptureError(_failure(model, failure)) from failure
+
+
+def _refuse_quantised(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if ".quantized" in type(module).__module__ and "torch.ao" in type(module).__module__:
+            raise CaptureError(
+                f"module {name!r} ({type(module).__qualname__}) holds quantised weights: "
+                "compress the float model first and quantise the result"
+            )
 
 
 def _normalised(program: ExportedProgram) -> ExportedProgram:

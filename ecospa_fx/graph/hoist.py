@@ -46,8 +46,8 @@ def _movable(node: fx.Node) -> bool:
 class _Chain:
     """source → view → steps → selection.
 
-    parts: the sizes that the view gives to axis `inner` of the source, from axis `axis` of its own on; at: which of them
-    is selected from; position: where that axis is when it is selected from; steps: the moves in between, in order, each
+    parts: the sizes that the view gives to axis `inner` of the source, from axis `axis` of its own on; at: which of
+    them is selected from; position: where that axis is when it is selected from; steps: the moves in between, in order, each
     with where the axis is after it.
     """
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from ecospa_fx.graph.edit import insert
+
 _WRAPPERS = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
 """Higher-order operators that call a sub-graph, and at which argument it stands."""
 
@@ -38,7 +40,7 @@ def _inline(module: fx.GraphModule, node: fx.Node) -> None:
     frozen = str(node.target) == "wrap_with_set_grad_enabled" and node.args[0] is False
     with module.graph.inserting_before(node):
         results = module.graph.graph_copy(body.graph, known)
-        outputs = [_detached(module.graph, r) if frozen else r for r in _several(results)]
+        outputs = [_detached(module.graph, r, like=node) if frozen else r for r in _several(results)]
     for user in list(node.users):
         position: Any = user.args[1]
         user.replace_all_uses_with(outputs[position])
@@ -53,10 +55,9 @@ def _several(results: Any) -> list[Any]:
     return list(results) if isinstance(results, list | tuple) else [results]
 
 
-def _detached(graph: fx.Graph, node: Any) -> Any:
+def _detached(graph: fx.Graph, node: Any, like: fx.Node) -> Any:
+    """The node without gradients; it belongs to the module that left them out, not to the one that made the node."""
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
         return node
-    result = graph.call_function(torch.ops.aten.detach.default, (node,))
-    result.meta = dict(node.meta)
-    return result
+    return insert(graph, torch.ops.aten.detach.default, (node,), like=like)

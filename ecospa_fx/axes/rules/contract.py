@@ -166,3 +166,12 @@ refuse(
 refuse("its elements are mixed by a factorisation or a transform", "aten.linalg_qr", "aten.linalg_svd", "aten._fft_r2c",
        "aten._fft_c2c", "aten._fft_c2r", "aten.fft_rfft", "aten.fft_irfft", "aten.fft_fft", "aten.linalg_inv_ex",
        "aten.cdist", "aten.stft", "aten.istft", "aten.fft_fftn", "aten.fft_fft2")  # fmt: skip
+refuse("its gates mix all units of a layer at every step, in weights that stack them", "aten.lstm", "aten.gru",
+       "aten.rnn_tanh", "aten.rnn_relu", "aten.lstm_cell", "aten.gru_cell", "aten.rnn_tanh_cell",
+       "aten.rnn_relu_cell")  # fmt: skip
+refuse(
+    "it divides every row by its norm, so that a removed row is 0 / 0 and a removed column changes what is left; fold "
+    "it into the weight first, with torch.nn.utils.parametrize.remove_parametrizations or remove_weight_norm",
+    "aten._weight_norm",
+    "aten._weight_norm_interface",
+)

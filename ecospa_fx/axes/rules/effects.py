@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ecospa_fx.axes.call import Call, Value
-from ecospa_fx.axes.registry import axis_rule
+from ecospa_fx.axes.registry import axis_rule, refuse
 from ecospa_fx.axes.resize import Resize, resize_rule
 
 
@@ -22,3 +22,17 @@ def resize_assertion(resize: Resize) -> None:
     if resize.raw("size") is not None or resize.raw("stride") is not None:
         resize.set("size", None)
         resize.set("stride", None)
+
+
+refuse(
+    "the graph that it calls is not followed; write the branch or loop out, or choose it by the example inputs",
+    "cond",
+    "while_loop",
+    "map_impl",
+    "scan",
+    "associative_scan",
+)
+refuse(
+    "the functions that it calls are not followed; use torch.nn.functional.scaled_dot_product_attention to trace",
+    "flex_attention",
+)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from ecospa_fx.axes.algebra import Axis, Origin
 from ecospa_fx.axes.call import UNIT, Call, Value
 from ecospa_fx.axes.registry import axis_rule
+from ecospa_fx.axes.resize import Resize, resize_rule
 
 
 def _chosen(call: Call, value: Value, index: int) -> None:
@@ -112,16 +113,26 @@ def gather(call: Call) -> Value:
 
 @axis_rule("aten.scatter", "aten.scatter_add", "aten.scatter_reduce")
 def scatter(call: Call) -> Value:
-    """Positions of one axis overwritten for each place of the others."""
-    value = call["self"]
+    """Positions of one axis overwritten for each place of the others, which go together."""
+    value, index, source = call["self"], call["index"], call.get("src")
     axis = int(call["dim"]) % max(len(value.axes), 1)
-    others = [v for v in call.values if v is not value]
-    if any(call.dims.cuttable(a) for v in call.values for i, a in enumerate(v.axes) if i != axis):
-        return call.block_all(f"{call.operator} writes to computed positions")[0]
-    for v in [value, *others]:
+    parts = [v for v in (value, index, source) if isinstance(v, Value)]
+    for v in parts:
         if v.axes:
             call.block(v.axes[axis], f"{call.operator} writes to computed positions")
-    return call.value(value.axes)
+    others = [i for i in range(len(value.axes)) if i != axis]
+    if any(v.axes[i].size != value.axes[i].size for v in parts for i in others):
+        return call.block_all(f"{call.operator} writes to a part of it")[0]
+    sums = call.operator != "aten.scatter_reduce" or call.get("reduce") == "sum"
+    filled = isinstance(source, Value) or (not isinstance(call.get("value"), Value) and call.get("value", 0) == 0)
+    axes, flags = list(value.axes), [False] * len(value.axes)
+    for i in (j for j in others if value.axes[j].size > 1):
+        axes[i] = call.align([(v, i) for v in parts])
+        numbers = [v for v in parts if v is not index]
+        flags[i] = sums and filled and all(v.zero[i] and call.follows(v.axes[i], axes[i]) for v in numbers)
+    for v in parts:
+        call.gathered([v], [v.axes[i] if i == axis else a for i, a in enumerate(axes)])
+    return call.value(axes, flags)
 
 
 @axis_rule("aten.index_put", "aten._unsafe_index_put")
@@ -177,7 +188,7 @@ def slice_scatter(call: Call) -> Value:
         new = replace(new, axes=(*new.axes[:axis], UNIT, *new.axes[axis:]), zero=zero)
     part = value.axes[axis].size != new.axes[axis].size
     if part and any(call.dims.cuttable(v.axes[axis]) for v in (value, new)):
-        return call.block_all(f"{call.operator} overwrites a part of it")[0]
+        return _overwritten(call, value, new, axis)
     axes, flags = [], []
     for i, own in enumerate(value.axes):
         along = own.size > 1 and not (part and i == axis)
@@ -189,6 +200,39 @@ def slice_scatter(call: Call) -> Value:
     target = [a for i, a in enumerate(axes) if i != axis] if call.operator == "aten.select_scatter" else axes
     call.gathered([call["src"]], target)
     return call.value(axes, flags)
+
+
+def _overwritten(call: Call, value: Value, new: Value, axis: int) -> Value:
+    """A run of positions of a cut axis overwritten by as many others, which are the same dims."""
+    message = f"{call.operator} overwrites a part of it"
+    if call.operator == "aten.select_scatter" or call.get("step", 1) != 1:
+        return call.block_all(message)[0]
+    start, _, _ = slice(call.get("start"), call.get("end")).indices(value.axes[axis].size)
+    run = call.sliced(value, axis, start, start + new.axes[axis].size)
+    axes = list(value.axes)
+    for i in (j for j in range(len(axes)) if run.axes[j].size > 1):
+        both = call.align([(run, i), (new, i)])
+        if not (call.follows(run.axes[i], both) and call.follows(new.axes[i], both)):
+            return call.block_all(message)[0]
+    return call.value(axes, [a and b for a, b in zip(value.zero, new.zero, strict=True)])
+
+
+@resize_rule("aten.slice_scatter")
+def resize_slice_scatter(resize: Resize) -> None:
+    """Ends move to the number of kept positions before them."""
+    if resize.changed(0, resize.axis("dim")):
+        resize.bounds("dim", "start", "end", "step")
+
+
+@axis_rule("aten.embedding_bag")
+def embedding_bag(call: Call) -> list[Value]:
+    """Sums or means of rows of a table; the columns pass."""
+    weight = call["weight"]
+    _chosen(call, weight, 0)
+    if call.get("mode", 0) == 2:
+        return call.block_all(f"{call.operator} takes maxima")
+    first = call.value([call.fresh()[0], weight.axes[1]], [False, weight.zero[1]])
+    return [first, *(call.stored(i) for i in range(1, len(call.outputs)))]
 
 
 @axis_rule("aten.bincount", "aten.histc")
