@@ -11,7 +11,7 @@ from ecospa_fx.axes.flow import flow
 from ecospa_fx.budget.allocate import plan as make_plan
 from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.coupling.find import find_couplings
-from ecospa_fx.errors import PlanError, ScoreError
+from ecospa_fx.errors import InputError, PlanError, ScoreError
 from ecospa_fx.graph.capture import capture, captures
 from ecospa_fx.graph.program import ExportedForm
 from ecospa_fx.graph.restore import restore
@@ -21,13 +21,23 @@ from ecospa_fx.origin import origin, remember
 from ecospa_fx.plan import Plan
 from ecospa_fx.verify import masked
 
+ALLOWED = ("renormalise",)
 
-def detect(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Couplings:
+
+def detect(
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    allow: str | Iterable[str] = (),
+) -> Couplings:
     """Find the couplings of a model.
 
     model: an nn.Module on any device, "meta" included, or a traced ``fx.GraphModule``; args, kwargs: example inputs.
     Returns every prunable dim with everything that must shrink with it, and every dim that cannot be removed, with the
-    reason. The model stays untouched. Raises CaptureError where ``torch.export`` cannot trace it.
+    reason. allow="renormalise" also offers what nothing but a norm over it blocks: the smaller model's norms run over
+    what is kept, which is not what masking gives, so such couplings say why in ``inexact``. The model stays untouched.
+    Raises CaptureError where ``torch.export`` cannot trace it.
 
     Example:
         >>> import torch, ecospa_fx as eco
@@ -35,8 +45,12 @@ def detect(model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any]
         >>> [(c.kind, c.size) for c in eco.detect(mlp, (torch.randn(2, 8),)) if c.blocked is None]
         [('ffn', 32)]
     """
+    allowed = (allow,) if isinstance(allow, str) else tuple(allow)
+    unknown = [name for name in allowed if name not in ALLOWED]
+    if unknown:
+        raise InputError(f"allow={unknown[0]!r} is unknown: give one of {', '.join(ALLOWED)}")
     program = capture(model, args, kwargs, dynamic=False)
-    walked = flow(program.graph, program.parameters, program.shapes, program.sizes)
+    walked = flow(program.graph, program.parameters, program.shapes, program.sizes, allowed, program.state)
     return Couplings((entry.coupling for entry in find_couplings(walked, program.shapes)), model)
 
 
@@ -93,8 +107,8 @@ def compress(
 
     ratio: share of the couplings' parameters to remove; batches: calibration data as (args, kwargs), one sequence
     each, read once per scoring pass; loss: (output, args, kwargs) to a scalar. method="magnitude" needs neither.
-    options: `steps` and `progress` of `scored`, and those of `plan`. The model stays untouched; see `shrink` for what
-    is shared. Raises what `detect`, `score`, `plan` and `shrink` raise.
+    options: `allow` of `detect`, `steps` and `progress` of `scored`, and those of `plan`. The model stays untouched;
+    see `shrink` for what is shared. Raises what `detect`, `score`, `plan` and `shrink` raise.
 
     Example:
         >>> import torch, ecospa_fx as eco
@@ -104,7 +118,7 @@ def compress(
         >>> sum(p.numel() for p in small.parameters())
         280
     """
-    couplings = detect(model, args, kwargs)
+    couplings = detect(model, args, kwargs, allow=options.pop("allow", ()))
     scores: Scores | Literal["magnitude"] = "magnitude"
     if method != "magnitude":
         scores = scored(model, couplings, list(batches), ratio=ratio, loss=loss, method=method, **options)

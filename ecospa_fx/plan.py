@@ -30,7 +30,8 @@ VERSION = 1
 class Selection:
     """What one coupling keeps.
 
-    name, kind, layer, size, carriers, members: as in the coupling. keep: per carrier the kept units, ascending;
+    name, kind, layer, size, carriers, members: as in the coupling; inexact: why removing differs from masking, or "".
+    keep: per carrier the kept units, ascending;
     every carrier keeps the same number, at least one.
     """
 
@@ -41,6 +42,7 @@ class Selection:
     carriers: int
     members: tuple[Member, ...]
     keep: tuple[tuple[int, ...], ...]
+    inexact: str = ""
 
     def __post_init__(self) -> None:
         if self.carriers < 1 or len(self.keep) != self.carriers:
@@ -130,6 +132,11 @@ class Plan:
         return found
 
     @property
+    def allow(self) -> tuple[str, ...]:
+        """What detection must allow for the plan's couplings to be offered."""
+        return ("renormalise",) if any(s.inexact for s in self.selections) else ()
+
+    @property
     def removed_parameters(self) -> int:
         """Elements that go, each counted once."""
         return elements.removed_elements(dict(self.shapes), self._removals(self.selections))
@@ -154,7 +161,12 @@ class Plan:
             return "An empty plan: no coupling was offered, so nothing is removed."
         shapes = dict(self.shapes)
         rows = [
-            [s.layer, s.kind, _width(s), f"{elements.removed_elements(shapes, self._removals([s])):,}"]
+            [
+                s.layer,
+                s.kind + (" (inexact)" if s.inexact else ""),
+                _width(s),
+                f"{elements.removed_elements(shapes, self._removals([s])):,}",
+            ]
             for s in self.selections
         ]
         rows.append(["total", "", "", f"{self.removed_parameters:,}"])
@@ -198,7 +210,8 @@ class Plan:
 def _fields(selection: Selection) -> dict[str, object]:
     """A selection as JSON has it; the lists of kept units, which are long, are not copied."""
     names = ("name", "kind", "layer", "size", "carriers", "keep")
-    return {**{n: getattr(selection, n) for n in names}, "members": [asdict(m) for m in selection.members]}
+    told = {"inexact": selection.inexact} if selection.inexact else {}
+    return {**{n: getattr(selection, n) for n in names}, "members": [asdict(m) for m in selection.members], **told}
 
 
 def _width(selection: Selection) -> str:
@@ -269,6 +282,7 @@ def _selection(data: dict[str, object]) -> Selection:
         carriers=_number(data["carriers"]),
         members=tuple(_member(_object(m)) for m in _list(data["members"])),
         keep=tuple(_numbers(units) for units in _list(data["keep"])),
+        inexact=_text(data.get("inexact", "")),
     )
 
 

@@ -84,7 +84,7 @@ def _folded(couplings: Iterable[Coupling]) -> list[_Row]:
         parts = c.layer.split(".")
         template = tuple(None if part.isdecimal() else part for part in parts)
         numbers = [int(part) for part in parts if part.isdecimal()]
-        refused = None if c.blocked is None else c.blocked.operator
+        refused = (c.blocked.operator if c.blocked else None, c.inexact.operator if c.inexact else None)
         key = (template, c.kind, c.size, c.carriers, c.symmetry, c.parameters, refused)
         seen[(*key, *numbers)] += 1  # like couplings of one layer are never folded into each other
         group = groups.setdefault((*key, seen[(*key, *numbers)]), [])
@@ -116,9 +116,11 @@ def _cells(row: _Row) -> list[str]:
 
 
 def _because(row: _Row) -> str:
-    first, last = row.first.blocked, row.last.blocked
+    first, last = row.first.blocked or row.first.inexact, row.last.blocked or row.last.inexact
     if first is None or last is None:
         return ""
+    if row.first.blocked is None:
+        return f"offered, inexact: {first.operator} at {first.node}"
     return f"{first.operator} at {first.node}" + (f" … {last.node}" if first.node != last.node else "")
 
 
@@ -137,6 +139,8 @@ def explain(coupling: Coupling) -> str:
     ]
     if c.blocked is not None:
         parts.append(_refusal(c.blocked))
+    if c.inexact is not None:
+        parts.append(_refusal(c.inexact, "inexact"))
     if c.path:
         parts.append("path\n" + "\n".join(_step(number, step) for number, step in enumerate(c.path, 1)))
     if c.members:
@@ -152,9 +156,9 @@ def _counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
-def _refusal(refusal: Refusal) -> str:
+def _refusal(refusal: Refusal, what: str = "blocked") -> str:
     source = f"\n{_indented(refusal.source, 4)}" if refusal.source.strip() else ""
-    return f"blocked: {refusal.message}\n  by {refusal.operator} at {refusal.node}{source}"
+    return f"{what}: {refusal.message}\n  by {refusal.operator} at {refusal.node}{source}"
 
 
 def _step(number: int, step: Step) -> str:
@@ -216,6 +220,7 @@ def _coupling_data(coupling: Coupling) -> dict[str, object]:
         "symmetry": c.symmetry,
         "parameters": c.parameters,
         "blocked": None if c.blocked is None else asdict(c.blocked),
+        **({} if c.inexact is None else {"inexact": asdict(c.inexact)}),
         "contains": list(c.contains),
         "members": [asdict(m) for m in c.members],
     }

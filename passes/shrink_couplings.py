@@ -51,19 +51,20 @@ class ShrinkCouplings:
 
 def shrink_program(program: Program, plan: Plan) -> int:
     """Shrink a program in place. Returns how many parameters and nodes changed."""
-    walked = flow(program.graph, program.parameters, program.shapes, program.sizes)
+    walked = flow(program.graph, program.parameters, program.shapes, program.sizes, plan.allow, program.state)
     kept = Kept(walked.dims, _choices(plan, find_couplings(walked, program.shapes), walked))
     if not kept.choices:
         return 0
     cut = _cut_parameters(program, walked, kept)
-    changes = len(cut)
+    states = _cut_state(program, walked, kept)
+    changes = len(cut) + len(states)
     gathers = _Gathers(program, kept)
     for gather in walked.record.gathers:
         changes += gathers.insert(gather)
     for node in list(program.graph.nodes):
         if node in walked.values and node.op == "call_function":
             changes += _resize(program, walked, kept, node)
-    _propagate(program, walked, kept, cut)
+    _propagate(program, walked, kept, {n for n, name in program.parameters.items() if name in cut} | states)
     program.graph.lint()
     return changes
 
@@ -102,6 +103,18 @@ def _cut_parameters(program: Program, walked: Flow, kept: Kept) -> set[str]:
             with torch.no_grad():
                 program.replace_parameter(name, take(program.tensor(name), kept, value.axes))
             cut.add(name)
+    return cut
+
+
+def _cut_state(program: Program, walked: Flow, kept: Kept) -> set[fx.Node]:
+    """Buffers that the graph writes into, such as caches, get the widths of what is written."""
+    cut = set()
+    for node, name in program.state.items():
+        value = walked.values.get(node)
+        if any(kept.changed(axis) for one in several(value) for axis in one.axes):
+            (one,) = several(value)
+            program.replace_buffer(node, name, take(program.buffer(name), kept, one.axes))
+            cut.add(node)
     return cut
 
 
@@ -262,9 +275,8 @@ def _edited(node: fx.Node, resize: Resize) -> int:
 # -- values ------------------------------------------------------------------------------------------------------
 
 
-def _propagate(program: Program, walked: Flow, kept: Kept, cut: set[str]) -> None:
+def _propagate(program: Program, walked: Flow, kept: Kept, stale: set[fx.Node]) -> None:
     """New example values for every node that a change reaches, checked against what the axes predict."""
-    stale = {node for node, name in program.parameters.items() if name in cut}
     for node in program.graph.nodes:
         known = walked.values.get(node)
         touched = "val" not in node.meta or any(n in stale for n in node.all_input_nodes)

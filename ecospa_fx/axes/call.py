@@ -126,6 +126,20 @@ class Call:
         for dim in self._movable(value.axes[index]):
             self.record.mixed += [(other, dim) for other in others]
 
+    def normalises(self, value: Value, index: int, message: str) -> bool:
+        """Positions along one axis are divided by a statistic of all: blocked, unless the caller allowed otherwise.
+
+        Allowed, the statistic runs over what is kept, and the dims are marked inexact. Returns whether it is allowed.
+        """
+        if "renormalise" not in self.record.allow:
+            self.mixes(value, index, f"{message}; allow='renormalise' would offer it as inexact")
+            return False
+        others = [d for i, a in enumerate(value.axes) if i != index for d in self._movable(a)]
+        for dim in self._movable(value.axes[index]):
+            self.record.inexact.append((dim, self.node, message))
+            self.record.mixed += [(other, dim) for other in others]
+        return True
+
     def _movable(self, axis: Axis) -> list[int]:
         return [d for d in self.dims.dims_of(axis) if self.dims.origins[d] is not Origin.STORED]
 

@@ -5,7 +5,7 @@ This file knows no operator. A node whose operator has no rule blocks every dim 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from operator import getitem
@@ -37,16 +37,33 @@ class Flow:
 
 
 def flow(
-    graph: fx.Graph, parameters: Mapping[fx.Node, str], shapes: Mapping[str, tuple[int, ...]], sizes: Sizes
+    graph: fx.Graph,
+    parameters: Mapping[fx.Node, str],
+    shapes: Mapping[str, tuple[int, ...]],
+    sizes: Sizes,
+    allow: Collection[str] = (),
+    state: Collection[fx.Node] = (),
 ) -> Flow:
-    """Walk a graph. parameters: which nodes stand for which parameter; shapes: of the parameters."""
+    """Walk a graph.
+
+    parameters: which nodes stand for which parameter; shapes: of the parameters; allow: see `detect`;
+    state: nodes of buffers that the graph writes into, which are cut like what is written.
+    """
     registry.load()
-    return _Walk(parameters, shapes, sizes).run(graph)
+    return _Walk(parameters, shapes, sizes, allow, state).run(graph)
 
 
 class _Walk:
-    def __init__(self, parameters: Mapping[fx.Node, str], shapes: Mapping[str, tuple[int, ...]], sizes: Sizes) -> None:
-        self.dims, self.record, self.sizes = Dims(), Record(), sizes
+    def __init__(
+        self,
+        parameters: Mapping[fx.Node, str],
+        shapes: Mapping[str, tuple[int, ...]],
+        sizes: Sizes,
+        allow: Collection[str],
+        state: Collection[fx.Node],
+    ) -> None:
+        self.state = state
+        self.dims, self.record, self.sizes = Dims(), Record(allow), sizes
         self.names = parameters
         self.values: dict[fx.Node, Any] = {}
         self.parameters = {name: self._parameter(name, shape) for name, shape in shapes.items()}
@@ -87,7 +104,8 @@ class _Walk:
         shapes = self._shapes(node)
         if not isinstance(node.meta.get("val"), torch.Tensor):
             return None
-        axes = tuple(self.dims.fresh(size, Origin.STORED) for size in shapes[0])
+        origin = Origin.BLANK if node in self.state else Origin.STORED
+        axes = tuple(self.dims.fresh(size, origin) for size in shapes[0])
         return Value(axes, (False,) * len(axes), (), node)
 
     def _shapes(self, node: fx.Node) -> list[tuple[int, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +65,11 @@ class Event:
 class Record:
     """Everything that the walk learns, beyond the axes themselves."""
 
-    def __init__(self) -> None:
+    def __init__(self, allow: Collection[str] = ()) -> None:
+        self.allow = frozenset(allow)
+        """What may be offered although it is inexact: "renormalise"."""
+        self.inexact: list[tuple[int, Any, str]] = []
+        """(dim, node, message): like blocks, of what was allowed."""
         self.tensors: dict[tuple[Axis, ...], None] = {}
         """Axes of every tensor, those inside fused operators included."""
         self.gathers: list[Gather] = []

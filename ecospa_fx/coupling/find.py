@@ -30,7 +30,7 @@ class Found:
 def find_couplings(flow: Flow, shapes: Mapping[str, tuple[int, ...]]) -> list[Found]:
     """Every dim of a parameter that something is done to, as a coupling or a refusal, in graph order."""
     events = _by_dim(flow.dims, flow.record.events)
-    refusals = _refusals(flow)
+    refusals, inexact = _refusals(flow, flow.record.blocks), _refusals(flow, flow.record.inexact)
     consumed = {(name, root) for name, dim in flow.record.consumed for root in _roots(flow.dims, dim)}
     places = _places(flow)
     carriers = carriers_of(flow, [d for d in places if d in events and d not in refusals])
@@ -41,7 +41,8 @@ def find_couplings(flow: Flow, shapes: Mapping[str, tuple[int, ...]]) -> list[Fo
             continue
         chosen, members = _members(flow.dims, dim, carriers.get(dim, ()), where, consumed)
         coupling = _coupling(flow.dims, dim, chosen, members, events.get(dim, ()), refusals.get(dim))
-        found.append(Found(replace(coupling, path=paths.get(dim, ())), dim, chosen))
+        told = None if dim in refusals else inexact.get(dim)
+        found.append(Found(replace(coupling, path=paths.get(dim, ()), inexact=told), dim, chosen))
     return _finished(found, shapes)
 
 
@@ -60,11 +61,11 @@ def _by_dim(dims: Dims, events: Iterable[Event]) -> dict[int, list[Event]]:
     return result
 
 
-def _refusals(flow: Flow) -> dict[int, Refusal]:
-    """The first obstacle of every blocked dim."""
+def _refusals(flow: Flow, recorded: Iterable[tuple[int, fx.Node, str]]) -> dict[int, Refusal]:
+    """The first obstacle of every dim that has one."""
     result: dict[int, Refusal] = {}
     made: dict[tuple[str, fx.Node], Refusal] = {}
-    for dim, node, message in flow.record.blocks:
+    for dim, node, message in recorded:
         for root in _roots(flow.dims, dim):
             if root in result or flow.dims.origins[root] is not Origin.PARAMETER:
                 continue

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from operator import getitem
 from typing import Any
 
 import torch
@@ -45,33 +44,3 @@ def fake_mode(graph: fx.Graph) -> Any:
     """The mode that the example values of a graph live in; None for real ones."""
     first = next((n.meta["val"] for n in graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)), None)
     return detect_fake_mode([first]) if first is not None else None
-
-
-def written_to(node: fx.Node) -> bool:
-    """Whether anything is written in place into the memory that a node's result may share with others."""
-    base = node
-    while (source := _shares(base)) is not None:
-        base = source
-    seen, waiting = {base}, [base]
-    while waiting:
-        for user in waiting.pop().users:
-            if user not in seen and (user.target is getitem or _shares(user) in seen):
-                if _writes(user):
-                    return True
-                seen.add(user)
-                waiting.append(user)
-    return False
-
-
-def _shares(node: fx.Node) -> fx.Node | None:
-    """The argument whose memory a call may return."""
-    if node.target is getitem:
-        return node.all_input_nodes[0]
-    arguments = getattr(getattr(node.target, "_schema", None), "arguments", ())
-    aliased = node.op == "call_function" and arguments and arguments[0].alias_info is not None
-    return node.args[0] if aliased and node.args and isinstance(node.args[0], fx.Node) else None
-
-
-def _writes(node: fx.Node) -> bool:
-    arguments = getattr(getattr(node.target, "_schema", None), "arguments", ())
-    return any(a.alias_info is not None and a.alias_info.is_write for a in arguments[:1])

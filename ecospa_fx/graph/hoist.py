@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ecospa_fx.graph.edit import insert, written_to
+from ecospa_fx.graph.edit import insert
+from ecospa_fx.graph.memory import written_to
 
 aten = torch.ops.aten
 VIEWS = {aten.view.default, aten.reshape.default, aten.unflatten.int, aten._unsafe_view.default}
@@ -47,8 +48,8 @@ class _Chain:
     """source → view → steps → selection.
 
     parts: the sizes that the view gives to axis `inner` of the source, from axis `axis` of its own on; at: which of
-    them is selected from; position: where that axis is when it is selected from; steps: the moves in between, in order, each
-    with where the axis is after it.
+    them is selected from; position: where that axis is when it is selected from; steps: the moves in between, in order,
+    each with where the axis is after it.
     """
 
     view: fx.Node

@@ -18,18 +18,21 @@ from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
 from ecospa_fx.axes.flow import Sizes
 from ecospa_fx.errors import CaptureError
+from ecospa_fx.graph.memory import written
 
 
 class Program(ABC):
     """A graph whose parameters can be replaced.
 
-    parameters: node to the first name of the parameter, so that tied parameters are one; shapes: by that name.
+    parameters: node to the first name of the parameter, so that tied parameters are one; shapes: by that name; state:
+    buffers that the graph writes into, by node.
     """
 
     graph: fx.Graph
     parameters: Mapping[fx.Node, str]
     shapes: Mapping[str, tuple[int, ...]]
     sizes: Sizes
+    state: Mapping[fx.Node, str]
 
     @abstractmethod
     def tensor(self, name: str) -> Tensor:
@@ -38,6 +41,14 @@ class Program(ABC):
     @abstractmethod
     def replace_parameter(self, name: str, tensor: Tensor) -> None:
         """Give a parameter new values of another shape, wherever it is used."""
+
+    @abstractmethod
+    def buffer(self, name: str) -> Tensor:
+        """The buffer of a name."""
+
+    @abstractmethod
+    def replace_buffer(self, node: fx.Node, name: str, tensor: Tensor) -> None:
+        """Give a buffer, which a node stands for, new values of another shape."""
 
     @abstractmethod
     def add_buffer(self, module: str, tensor: Tensor) -> fx.Node:
@@ -61,6 +72,20 @@ class ExportedForm(Program):
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self.values: dict[str, nn.Parameter] = dict(model.named_parameters())
         self.buffers: dict[str, Tensor] = {}
+        held = exported.graph_signature.inputs_to_buffers
+        self.stored = {placeholders[node]: target for node, target in held.items()}
+        changed = written(self.graph)
+        self.state = {node: name for node, name in self.stored.items() if node in changed}
+
+    def buffer(self, name: str) -> Tensor:
+        held = self.exported.state_dict if name in self.exported.state_dict else self.exported.constants
+        found: Tensor = held[name]
+        return found
+
+    def replace_buffer(self, node: fx.Node, name: str, tensor: Tensor) -> None:
+        held = self.exported.state_dict if name in self.exported.state_dict else self.exported.constants
+        held[name] = tensor
+        node.meta["val"] = _fake_like(node.meta["val"], tensor)
 
     def tensor(self, name: str) -> Tensor:
         return self.values[name]
@@ -111,6 +136,7 @@ class AttributeForm(Program):
         self.module, self.graph, self.sizes = module, module.graph, concrete_sizes()
         first = {id(p): name for name, p in reversed(list(module.named_parameters()))}
         self.parameters = {}
+        stored: dict[fx.Node, str] = {}
         for node in self.graph.nodes:
             if node.op == "call_module" and node.users:
                 raise CaptureError(
@@ -122,9 +148,21 @@ class AttributeForm(Program):
                 node.meta.setdefault("val", held)
                 if isinstance(held, nn.Parameter):
                     self.parameters[node] = first[id(held)]
+                elif isinstance(held, Tensor):
+                    stored[node] = str(node.target)
             elif node.op == "call_function" and "val" not in node.meta:
                 raise CaptureError(f"node {node.name} has no example value in meta['val']: trace it with torch.export")
         self.shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
+        changed = written(self.graph)
+        self.state = {node: name for node, name in stored.items() if node in changed}
+
+    def buffer(self, name: str) -> Tensor:
+        return self.module.get_buffer(name)
+
+    def replace_buffer(self, node: fx.Node, name: str, tensor: Tensor) -> None:
+        path, _, attribute = name.rpartition(".")
+        setattr(self.module.get_submodule(path), attribute, tensor)
+        node.meta["val"] = _fake_like(_any_fake(self.graph), tensor)
 
     def tensor(self, name: str) -> Tensor:
         return self.module.get_parameter(name)

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ecospa_fx.graph.edit import insert, written_to
+from ecospa_fx.graph.edit import insert
 from ecospa_fx.graph.hoist import COPIES, STEPS, VIEWS, axis_before
+from ecospa_fx.graph.memory import written_to
 
 aten = torch.ops.aten
 _FLATTEN = aten.flatten.using_ints

@@ -288,7 +288,8 @@ def _held(shapes: Mapping[str, tuple[int, ...]], couplings: Sequence[Coupling]) 
 def _selection(coupling: Coupling, keep: Tensor) -> Selection:
     units = tuple(tuple(row.nonzero().flatten().tolist()) for row in keep)
     c = coupling
-    return Selection(c.name, c.kind, c.layer, c.size, c.carriers, c.members, units)
+    told = c.inexact.message if c.inexact else ""
+    return Selection(c.name, c.kind, c.layer, c.size, c.carriers, c.members, units, told)
 
 
 def _compiled() -> int:

@@ -147,12 +147,21 @@ def index_put(call: Call) -> Value:
     together = where == list(range(where[0], where[-1] + 1)) if where else False
     rest = [i for i in range(len(value.axes)) if i not in where]
     axes, flags, target = list(value.axes), [False] * len(value.axes), list(new.axes)
-    tail = [i for i in rest if not together or i > where[0]]
-    for offset, i in enumerate(reversed(tail)):
+    given = [indices[i] for i in where if isinstance(indices[i], Value)]
+    masked = any(call.is_mask(v) for v in given)
+    rows: list[int | None] = [None] * (1 if masked else len(_broadcast(given)) if given else 0)
+    at = where[0] if together else 0
+    layout = [*(i for i in rest if i < at), *rows, *(i for i in rest if i >= at)]
+    for offset, place in enumerate(reversed(layout)):
         j = len(new.axes) - 1 - offset
-        if j >= 0 and new.axes[j].size == value.axes[i].size > 1:
-            axes[i] = target[j] = call.align([(value, i), (new, j)])
-            flags[i] = all(v.zero[k] and call.follows(v.axes[k], axes[i]) for v, k in ((value, i), (new, j)))
+        if j < 0 or new.axes[j].size == 1:
+            continue
+        if place is None:
+            call.block(new.axes[j], f"{call.operator} sends it to computed positions")
+        elif new.axes[j].size == value.axes[place].size:
+            axes[place] = target[j] = call.align([(value, place), (new, j)])
+            parts = ((value, place), (new, j))
+            flags[place] = all(v.zero[k] and call.follows(v.axes[k], axes[place]) for v, k in parts)
     call.gathered([value], axes)
     call.gathered([new], target)
     return call.value(axes, flags)

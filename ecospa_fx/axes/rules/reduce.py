@@ -41,11 +41,17 @@ def total(call: Call) -> Value:
     return _without(call, value, over, bool(call.get("keepdim", False)))
 
 
+_NORMS = {"aten.mean", "aten.std", "aten.var", "aten.linalg_vector_norm", "aten.norm", "aten.var_mean", "aten.std_mean"}
+
+
 def _reduces(call: Call, message: str, zero: bool) -> Value:
     value = call.values[0]
     over = _over(call, value)
     for i in over:
-        call.mixes(value, i, message)
+        if call.operator in _NORMS:
+            call.normalises(value, i, message)
+        else:
+            call.mixes(value, i, message)
     return _without(call, value, over, bool(call.get("keepdim", False)), zero)
 
 
@@ -117,14 +123,24 @@ def layer_norm(call: Call) -> Value | list[Value]:
     value = call["input"]
     count = len(call["normalized_shape"])
     first = len(value.axes) - count
+    allowed = False
     for i in range(first, len(value.axes)):
-        call.mixes(value, i, f"{call.operator} normalises over it: without an element the others change")
+        message = f"{call.operator} normalises over it: without an element the others change"
+        allowed = call.normalises(value, i, message)
         for name in ("weight", "bias"):
             if isinstance(call.get(name), Value):
                 call.align([(value, i), (call[name], i - first)])
-    result = call.value(value.axes)
+    result = call.value(value.axes, [allowed and i >= first for i in range(len(value.axes))])
     rest = [call.value([*value.axes[:first], *[UNIT] * count]) for _ in call.outputs[1:]]
     return [result, *rest] if rest else result
+
+
+@resize_rule("aten.layer_norm", "aten.rms_norm", "aten.native_layer_norm", "aten._fused_rms_norm")
+def resize_layer_norm(resize: Resize) -> None:
+    """The sizes that it runs over are those that are kept, where that was allowed."""
+    sizes = list(resize.argument("normalized_shape"))
+    first = len(resize.output.axes) - len(sizes)
+    resize.set("normalized_shape", [resize.scaled(n, resize.output.axes[first + i]) for i, n in enumerate(sizes)])
 
 
 @axis_rule("aten.batch_norm", "aten._native_batch_norm_legit_no_training", "aten.native_batch_norm",
