@@ -13,6 +13,7 @@ from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.coupling.find import find_couplings
 from ecospa_fx.errors import InputError, PlanError, ScoreError
 from ecospa_fx.graph.capture import capture, captures
+from ecospa_fx.graph.passes import Pass, run_passes
 from ecospa_fx.graph.program import ExportedForm
 from ecospa_fx.graph.restore import restore
 from ecospa_fx.importance.score import Batch, Loss, score
@@ -55,12 +56,18 @@ def detect(
 
 
 def shrink(
-    model: nn.Module, plan: Plan, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    model: nn.Module,
+    plan: Plan,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    passes: Sequence[Pass] | None = None,
 ) -> nn.Module:
     """A smaller module that equals `model` with every parameter multiplied by its mask.
 
     args, kwargs: example inputs; other batch sizes and lengths work where the model's own code allows them. Parameters
     that lose nothing are shared with `model`, which stays untouched; ``copy.deepcopy`` the result to train both.
+    passes: what cleans the graph up afterwards; ``ecospa_fx.passes.CLEANUP`` by default, ``()`` for nothing.
     Raises PlanError where the plan was made for another model, CaptureError where it cannot be traced.
 
     Example:
@@ -71,8 +78,11 @@ def shrink(
         >>> tuple(small.get_parameter("0.weight").shape)
         (16, 8)
     """
+    from ecospa_fx.passes import CLEANUP
+
     plan.check(model)
     program = _shrunk(model, plan, args, kwargs)
+    run_passes(program.exported.graph_module, CLEANUP if passes is None else passes)
     return remember(restore(program, model, args, kwargs), origin(model, plan, args, kwargs))
 
 

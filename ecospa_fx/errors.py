@@ -29,3 +29,7 @@ class TrainingError(EcospaError):
 
 class StorageError(EcospaError):
     """A file or folder that cannot be written or does not hold what it should."""
+
+
+class PassError(EcospaError):
+    """A pass left a graph that it should not have left."""

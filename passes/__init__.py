@@ -3,4 +3,18 @@
 if __name__ != "ecospa_fx.passes":
     raise ImportError("the folder passes/ is installed as ecospa_fx.passes; import it by that name")
 
+from ecospa_fx.passes.causal_attention import CausalAttention as CausalAttention
+from ecospa_fx.passes.follow_mode import FollowMode as FollowMode
+from ecospa_fx.passes.grouped_attention import GroupedAttention as GroupedAttention
+from ecospa_fx.passes.remove_inert import RemoveInert as RemoveInert
 from ecospa_fx.passes.shrink_couplings import ShrinkCouplings as ShrinkCouplings
+
+from ecospa_fx.graph.passes import Pass as Pass
+from ecospa_fx.graph.passes import PassResult as PassResult
+from ecospa_fx.graph.passes import run_passes as run_passes
+
+CLEANUP: tuple[Pass, ...] = (CausalAttention(), GroupedAttention(), RemoveInert())
+"""What `shrink` runs after the couplings are cut, in this order.
+
+Masks go before groups, because only attention without a mask takes groups; what both leave behind goes last.
+"""

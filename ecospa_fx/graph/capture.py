@@ -19,9 +19,11 @@ from torch.utils import _pytree as pytree
 
 from ecospa_fx.errors import CaptureError
 from ecospa_fx.graph.constant_index import slice_constant_indices
+from ecospa_fx.graph.edit import allow_other_strides
 from ecospa_fx.graph.explicit_shape import write_out_shapes
 from ecospa_fx.graph.hoist import hoist_selections
 from ecospa_fx.graph.inline import inline_regions
+from ecospa_fx.graph.modes import align, note_dropout
 from ecospa_fx.graph.program import ExportedForm
 from ecospa_fx.graph.sink import sink_concatenations
 from ecospa_fx.graph.whole_slice import drop_whole_slices
@@ -56,6 +58,7 @@ def captures(
             failure = error
             continue
         made = True
+        program = _in_both_modes(model, seen, program, attempt) if dynamic else program
         yield ExportedForm(_normalised(program), model)
     if failure is not None and not made:
         raise CaptureError(_failure(model, failure)) from failure
@@ -72,11 +75,13 @@ def _refuse_quantised(model: nn.Module) -> None:
 
 def _normalised(program: ExportedProgram) -> ExportedProgram:
     """The program with what the exporter wraps unwrapped, and views in the order in which they say most."""
-    module = program.graph_module
+    module, constants = program.graph_module, _constants(program)
+    for node, value in constants.items():
+        node.meta["constant"] = value
     inline_regions(module)
     drop_whole_slices(module)
     write_out_shapes(module)
-    slice_constant_indices(module, _constants(program))
+    slice_constant_indices(module, constants)
     hoist_selections(module)
     sink_concatenations(module)
     return program
@@ -90,6 +95,39 @@ def _export(model: nn.Module, attempt: Attempt) -> ExportedProgram:
     args, kwargs, shapes = attempt
     with _quiet():
         return torch.export.export(model, args, kwargs, strict=False, dynamic_shapes=shapes)
+
+
+def _in_both_modes(
+    model: nn.Module, seen: nn.Module, program: ExportedProgram, attempt: Attempt
+) -> ExportedProgram:
+    """A program that notes what depends on the mode, from a second export in the other one.
+
+    Where that fails, or the modes differ in more than literals, the program holds for the mode of the model, but for
+    dropouts that are in it.
+    """
+    modes, opposite = [(part, part.training) for part in model.modules()], not model.training
+    try:
+        for part, _ in modes:
+            part.training = opposite
+        seen.training = opposite  # where it is a view of the model
+        other = _export(seen, attempt)
+    except Exception:
+        note_dropout(program.graph)
+        return program
+    finally:
+        for part, mode in modes:
+            part.training = mode
+        seen.training = model.training
+    training, evaluation = (program, other) if model.training else (other, program)
+    aligned = align(training.graph, evaluation.graph)
+    if isinstance(aligned, str):
+        note_dropout(program.graph)
+        return program
+    own = aligned.complete or model.training
+    aligned.note(training=model.training or not own)
+    chosen = program if own else training
+    allow_other_strides(chosen.graph)
+    return chosen
 
 
 def _attempts(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Attempt]:

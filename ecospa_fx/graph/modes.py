@@ -1,94 +1,168 @@
-"""Operators that behave differently in training follow ``train()`` and ``eval()``.
+"""Literals that differ between training and evaluation follow the mode of the module.
 
-A trace writes down the mode that it was made in: ``dropout(x, 0.1, True)``. In a restored tree of modules such a call
-becomes a small child module, which asks its own mode when it is called. The model must have been traced in training
-mode, where the probabilities are known. What a model's own code does by ``if self.training`` is not in the graph.
+Export writes the mode into the graph: a dropout that was off stays off. Two exports, one in each mode, show which
+literals depend on it, whatever the operators are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
+from torch.utils import _pytree as pytree
 
-_FLAGS = ("train", "training")
-_PROBABILITY = "dropout_p"
+from ecospa_fx.axes.flow import named_arguments
 
+KEY = "by_mode"
+"""Where a node keeps {argument: (in training, in evaluation)} in its meta data."""
 
-class ByMode(nn.Module):
-    """A call of an operator, with one argument that is another in eval mode."""
+_DROPOUT = tuple(
+    getattr(torch.ops.aten, name).default
+    for name in ("dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout")
+)
 
-    def __init__(self, operator: str, argument: str, in_training: Any, in_eval: Any) -> None:
-        super().__init__()
-        self.operator, self.argument, self.values = operator, argument, (in_eval, in_training)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The operator's result; takes all its arguments but the one."""
-        namespace, name, overload = self.operator.split(".")
-        function = getattr(getattr(getattr(torch.ops, namespace), name), overload)
-        return function(*args, **{self.argument: self.values[self.training]}, **kwargs)
-
-    def extra_repr(self) -> str:
-        in_eval, in_training = self.values
-        return f"{self.operator}, {self.argument}={in_training}, in eval mode {in_eval}"
+_LAYOUT = (torch.ops.aten.contiguous.default, torch.ops.aten.clone.default, torch.ops.aten.alias.default)
+"""Operators that change no number: which of them are in a graph depends on the kernels of the example."""
 
 
-def follow_modes(tree: nn.Module) -> int:
-    """Let every such call of an unflattened module follow its mode. Returns how many calls do."""
-    return sum(_follow(part) for part in _parts(tree))
+@dataclass(frozen=True, slots=True)
+class Aligned:
+    """Two graphs of one model that differ in literals only.
 
-
-def _parts(tree: nn.Module) -> Iterator[nn.Module]:
-    """All modules with a graph, those that stand for single calls of one module included."""
-    seen: set[int] = set()
-    for module in tree.modules():
-        for part in (module, *getattr(module, "_call_modules", ())):
-            if isinstance(getattr(part, "graph", None), fx.Graph) and id(part) not in seen:
-                seen.add(id(part))
-                yield part
-
-
-def _follow(module: Any) -> int:
-    graph, count = module.graph, 0
-    graph.owning_module = module  # finishing it made it belong to the code that was generated from it
-    for node in list(graph.nodes):
-        found = _flag(node)
-        if found is None:
-            continue
-        position, name, (now, in_eval) = found
-        child = f"by_mode_{count}"
-        module.add_module(child, ByMode(str(node.target), name, now, in_eval))
-        later = dict(zip(_names(node)[position + 1 :], node.args[position + 1 :], strict=False))
-        others = {key: value for key, value in node.kwargs.items() if key != name}
-        with graph.inserting_before(node):
-            call = graph.call_module(child, node.args[:position], {**later, **others})
-        call.meta = dict(node.meta)
-        node.replace_all_uses_with(call)
-        graph.erase_node(node)
-        count += 1
-    if count:
-        module.finalize()
-    return count
-
-
-def _flag(node: fx.Node) -> tuple[int, str, tuple[Any, Any]] | None:
-    """Position and name of an argument that depends on the mode, its value in training and in eval mode.
-
-    None where there is none, or where training makes no difference.
+    pairs: the nodes of both that correspond; a dropout that evaluation left out has None.
     """
+
+    pairs: tuple[tuple[fx.Node, fx.Node | None], ...]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every node has its counterpart."""
+        return all(other is not None for _, other in self.pairs)
+
+    def note(self, training: bool) -> None:
+        """Note on the nodes of one of the graphs what differs."""
+        for node, other in self.pairs:
+            differing = _literals(node, other)
+            target = node if training else other
+            if differing and target is not None:
+                target.meta[KEY] = differing
+
+
+def align(training: fx.Graph, evaluation: fx.Graph) -> Aligned | str:
+    """Match the graphs of the two modes node by node; where they differ in more than literals, the reason."""
+    known: dict[fx.Node, fx.Node] = {}
+    """Nodes of both graphs by the node of `evaluation` that has their value."""
+    pairs: list[tuple[fx.Node, fx.Node | None]] = []
+    mine, its = list(training.nodes), list(evaluation.nodes)
+    while mine or its:
+        node, other = mine[0] if mine else None, its[0] if its else None
+        if node is not None and other is not None and _corresponds(node, other, known):
+            known[node] = known[other] = other
+            pairs.append((mine.pop(0), its.pop(0)))
+        elif node is not None and _passes(node, known, _LAYOUT):
+            known[node] = known[_first(mine.pop(0))]
+        elif other is not None and _passes(other, known, _LAYOUT):
+            known[other] = known[_first(its.pop(0))]
+        elif node is not None and _passes(node, known, _DROPOUT):
+            known[node] = known[_first(node)]
+            pairs.append((mine.pop(0), None))
+        else:
+            return (
+                f"node {node or other} of {'training' if node else 'evaluation'} has no counterpart in the other mode"
+            )
+    return Aligned(tuple(pairs))
+
+
+def _first(node: fx.Node) -> Any:
+    return node.args[0]
+
+
+def _passes(node: fx.Node, known: dict[fx.Node, fx.Node], operators: Sequence[Any]) -> bool:
+    return node.op == "call_function" and node.target in operators and node.args[0] in known
+
+
+def _corresponds(node: fx.Node, other: fx.Node, known: dict[fx.Node, fx.Node]) -> bool:
+    if (node.op, node.op != "placeholder" and node.target) != (other.op, other.op != "placeholder" and other.target):
+        return False
+    mine, structure = pytree.tree_flatten(_arguments(node))
+    its, its_structure = pytree.tree_flatten(_arguments(other))
+    if structure != its_structure:
+        return False
+    return all(_matches(a, b, known) for a, b in zip(mine, its, strict=True))
+
+
+def _matches(a: Any, b: Any, known: dict[fx.Node, fx.Node]) -> bool:
+    if isinstance(a, fx.Node) or isinstance(b, fx.Node):
+        return isinstance(a, fx.Node) and isinstance(b, fx.Node) and known.get(a) is known.get(b) is not None
+    return type(a) is type(b) and (_numeric(a) or bool(a == b))
+
+
+def _numeric(value: Any) -> bool:
+    return isinstance(value, bool | int | float)
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
     if not isinstance(node.target, torch._ops.OpOverload):
-        return None
-    for at, name in enumerate(_names(node)):
-        value = node.args[at] if at < len(node.args) else node.kwargs.get(name)
-        if name in _FLAGS and value is True:
-            return at, name, (True, False)
-        if name == _PROBABILITY and isinstance(value, float) and value > 0:
-            return at, name, (value, 0.0)
-    return None
+        return {"args": node.args, "kwargs": dict(node.kwargs)}
+    defaults = {a.name: a.default_value for a in node.target._schema.arguments if a.has_default_value()}
+    return {**defaults, **named_arguments(node)}
 
 
-def _names(node: fx.Node) -> list[str]:
+def _literals(node: fx.Node, other: fx.Node | None) -> dict[str, tuple[Any, Any]]:
+    """Literal arguments that differ; a dropout that is missing is one that is off."""
+    mine = _arguments(node)
+    its = {**mine, "train": False} if other is None else _arguments(other)
+    return {n: (v, its[n]) for n, v in mine.items() if _numeric(v) and v != its[n]}
+
+
+# -- from notes to code ------------------------------------------------------------------------------------------
+
+
+def note_dropout(graph: fx.Graph) -> None:
+    """Note on every dropout of a single graph that it works in training only."""
+    attention = torch.ops.aten.scaled_dot_product_attention.default
+    for node in graph.nodes:
+        given = _arguments(node) if node.op == "call_function" else {}
+        if node.target in _DROPOUT and isinstance(given.get("train"), bool):
+            node.meta.setdefault(KEY, {"train": (True, False)})
+        elif node.target is attention and isinstance(given["dropout_p"], float) and given["dropout_p"] > 0:
+            node.meta.setdefault(KEY, {"dropout_p": (given["dropout_p"], 0.0)})
+
+
+def follow_notes(graph: fx.Graph) -> int:
+    """Make noted arguments depend on ``self.training`` of the module that runs the graph. Returns how many nodes do."""
+    noted = [node for node in graph.nodes if node.op == "call_function" and node.meta.get(KEY)]
+    if not noted:
+        return 0
+    with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
+        mode = graph.create_node("get_attr", "training")
+        mode.meta["val"] = True
+    for node in noted:
+        with graph.inserting_before(node):
+            chosen = {name: _chosen(graph, mode, *values) for name, values in node.meta.pop(KEY).items()}
+        _set(node, chosen)
+    return len(noted)
+
+
+def _chosen(graph: fx.Graph, mode: fx.Node, training: Any, evaluation: Any) -> fx.Node:
+    if isinstance(training, bool):
+        return mode if training else graph.call_function(operator.not_, (mode,))
+    part = graph.call_function(operator.mul, (training - evaluation, mode))
+    return part if evaluation == 0 else graph.call_function(operator.add, (evaluation, part))
+
+
+def _set(node: fx.Node, values: dict[str, fx.Node]) -> None:
     target: Any = node.target
-    return [argument.name for argument in target._schema.arguments]
+    names = [a.name for a in target._schema.arguments]
+    args, kwargs = list(node.args), dict(node.kwargs)
+    for name, value in values.items():
+        at = names.index(name)
+        if at < len(args):
+            args[at] = value
+        else:
+            kwargs[name] = value
+    node.args, node.kwargs = tuple(args), kwargs

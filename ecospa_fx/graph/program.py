@@ -98,7 +98,7 @@ class ExportedForm(Program):
 
     def add_buffer(self, module: str, tensor: Tensor) -> fx.Node:
         taken = {spec.target for spec in self.exported.graph_signature.input_specs}
-        names = (".".join(filter(None, [module, f"kept_positions_{i}"])) for i in count(len(self.buffers)))
+        names = (".".join(filter(None, [module, f"kept_positions_{i}"])) for i in count())
         target = next(name for name in names if name not in taken)
         first = next(n for n in self.graph.nodes if n.op == "placeholder")
         with self.graph.inserting_before(first):

@@ -7,15 +7,16 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from io import StringIO
-from typing import Any
+from types import FunctionType
+from typing import Any, cast
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind
-from torch.utils._pytree import tree_leaves
+from torch.utils import _pytree as pytree
 
-from ecospa_fx.errors import InputError
+from ecospa_fx.graph.calling import Calling, leaf
+from ecospa_fx.graph.layer import Code, GraphLayer, Layers, own_copy
 from ecospa_fx.graph.program import ExportedForm
 from ecospa_fx.graph.repeated import share_repeated
 
@@ -34,7 +35,7 @@ def restore(
     for name in list(exported.state_dict):
         if name in names:
             exported.state_dict[name] = stand_ins[names[name]]
-    _complete_stacks(program.graph)
+    _complete_stacks(program.graph, {path for path, _ in model.named_modules(remove_duplicate=False)})
     exported.graph_module.recompile()
     with redirect_stdout(StringIO()), warnings.catch_warnings():  # torch 2.13 prints a line per node for some graphs
         warnings.simplefilter("ignore", FutureWarning)
@@ -48,99 +49,71 @@ def restore(
         if attribute in owner._parameters:
             owner._parameters[attribute] = program.values[name]
     share_repeated(module)
-    shapes = _input_shapes(exported)
-    _forget_examples(module)
-    calling = _Calling(model, tuple(args), dict(kwargs or {}), shapes)
-    module.register_forward_pre_hook(calling, with_kwargs=True)
+    return _with_modes(_rooted(exported, module, model, args, dict(kwargs or {})), model)
+
+
+class GraphModel(GraphLayer):
+    """The root of a restored model: takes the arguments of the original and returns what it returned."""
+
+    calling: Calling
+
+    @classmethod
+    def running(cls, name: str, code: Code) -> type[GraphLayer]:
+        """A subclass for some code, which becomes ``run``; ``forward`` goes around it."""
+        methods = {
+            "run": code.function(),
+            "forward": own_copy(cast(FunctionType, _forward)),
+            "code": code,
+            "__module__": __name__,
+        }
+        return type(name, (cls,), methods)
+
+
+def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    return self.calling.returned(self.run(*self.calling.flat(args, kwargs)))
+
+
+def _rooted(
+    exported: ExportedProgram, module: Any, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> nn.Module:
+    """An unflattened module as layers that run their own code.
+
+    torch's own wrapper interprets node by node, and shuts the compiler out of its handling of arguments.
+    """
+    signature = exported.module_call_graph[0].signature
+    examples = pytree.tree_leaves((tuple(args), kwargs))
+    placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+    leaves = [leaf(node, example) for node, example in zip(placeholders, examples, strict=True)]
+    root: Any = Layers(model).convert(module, base=GraphModel)
+    root.calling = Calling(model, args, kwargs, signature, leaves)
+    told = inspect.signature(model.forward)
+    itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    # trainers and exporters look for the names of the arguments there
+    type(root).forward.__signature__ = told.replace(parameters=[itself, *told.parameters.values()])
+    return cast(nn.Module, root)
+
+
+def _with_modes(module: nn.Module, model: nn.Module) -> nn.Module:
+    """Every part in the mode of the part that it came from."""
     module.train(model.training)
+    modes = {path: part.training for path, part in model.named_modules(remove_duplicate=False)}
+    for path, part in module.named_modules(remove_duplicate=False):
+        part.training = modes.get(path.partition("@")[0], part.training)
     return module
 
 
-def _input_shapes(exported: ExportedProgram) -> tuple[tuple[int | None, ...] | None, ...]:
-    """Per leaf of the arguments its sizes, those that may vary as None; None for what is no tensor."""
-    values = {n.name: n.meta.get("val") for n in exported.graph.nodes if n.op == "placeholder"}
-    given = [values.get(s.arg.name) for s in exported.graph_signature.input_specs if s.kind is InputKind.USER_INPUT]
-    return tuple(
-        tuple(n if isinstance(n, int) else n.node.maybe_as_int() for n in value.shape)
-        if isinstance(value, Tensor)
-        else None
-        for value in given
-    )
+def _complete_stacks(graph: fx.Graph, known: set[str]) -> None:
+    """Give every node the modules from the root down; traced graph modules come without the outer ones.
 
-
-def _forget_examples(module: nn.Module) -> None:
-    """Drop example values, which cannot be copied or pickled; nothing reads them any more."""
-    for part in module.modules():
-        graph = getattr(part, "graph", None)
-        for node in graph.nodes if isinstance(graph, fx.Graph) else ():
-            node.meta.pop("val", None)
-            node.meta.pop("tensor_meta", None)
-
-
-class _Calling:
-    """Brings the arguments of a call into the form of the example's, and refuses sizes that the graph does not take."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        shapes: tuple[tuple[int | None, ...] | None, ...],
-    ) -> None:
-        self.shapes = shapes
-        self.signature = inspect.signature(model.forward)
-        self.positional, self.keywords = len(args), tuple(kwargs)
-        self.plain = not any(p.kind is p.VAR_POSITIONAL for p in self.signature.parameters.values())
-        parameters = self.signature.parameters.values()
-        self.extra = next((p.name for p in parameters if p.kind is p.VAR_KEYWORD), "")
-        bound = self._flat(self.signature.bind(*args, **kwargs).arguments)
-        self.constants = {n: v for n, v in bound.items() if not any(isinstance(x, Tensor) for x in tree_leaves(v))}
-
-    def _flat(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """Arguments by name, those caught by ``**kwargs`` included."""
-        return {**{n: v for n, v in arguments.items() if n != self.extra}, **arguments.get(self.extra, {})}
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        args, kwargs = self._arranged(args, kwargs)
-        leaves = tree_leaves((args, kwargs))
-        if len(leaves) == len(self.shapes):
-            for leaf, shape in zip(leaves, self.shapes, strict=True):
-                self._check(leaf, shape)
-        return args, kwargs
-
-    @staticmethod
-    def _check(leaf: Any, shape: tuple[int | None, ...] | None) -> None:
-        if shape is None or not isinstance(leaf, Tensor):
-            return
-        fits = len(leaf.shape) == len(shape) and all(b in (None, a) for a, b in zip(leaf.shape, shape, strict=True))
-        if not fits:
-            wanted = ", ".join("any" if n is None else str(n) for n in shape)
-            raise InputError(
-                f"the smaller model takes an input of shape [{wanted}], not {list(leaf.shape)}: the original's code or "
-                "torch.export fixes these sizes, so shrink it again with example inputs of the new shape"
-            )
-
-    def _arranged(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not self.plain or (len(args) == self.positional and tuple(kwargs) == self.keywords):
-            return args, kwargs
-        try:
-            given = {**self.constants, **self._flat(self.signature.bind_partial(*args, **kwargs).arguments)}
-        except TypeError:
-            return args, kwargs  # the graph's own check says what is wrong
-        names = list(self.signature.parameters)[: self.positional]
-        if not all(n in given for n in (*names, *self.keywords)):
-            return args, kwargs
-        rest = {n: given[n] for n in given if n not in names and n not in self.keywords}
-        return tuple(given[n] for n in names), {**{n: given[n] for n in self.keywords}, **rest}
-
-
-def _complete_stacks(graph: fx.Graph) -> None:
-    """Give every node the modules from the root down; traced graph modules come without the outer ones."""
+    Sizes of the inputs come with a module that does not exist; they are the root's.
+    """
     for node in graph.nodes:
         stack = node.meta.get("nn_module_stack")
         if not stack or next(iter(stack.values()))[0] == "":
             continue
         path, kind = next(reversed(stack.values()))
+        if path.partition("@")[0] not in known:
+            path, kind = "", "torch.nn.modules.module.Module"
         parts = path.split(".")
         outer = {
             p: (p, "torch.nn.modules.module.Module") for p in ("", *(".".join(parts[:i]) for i in range(1, len(parts))))

@@ -21,7 +21,6 @@ from ecospa_fx.coupling.couplings import Coupling, Couplings, parameter_shapes
 from ecospa_fx.coupling.find import find_couplings
 from ecospa_fx.errors import CaptureError
 from ecospa_fx.graph.capture import capture
-from ecospa_fx.graph.modes import follow_modes
 from ecospa_fx.graph.program import ExportedForm
 from ecospa_fx.graph.restore import restore
 from ecospa_fx.plan import Plan
@@ -155,9 +154,7 @@ class GraphForm:
 
     def _restored(self, program: ExportedForm, values: dict[str, nn.Parameter] | None = None) -> nn.Module:
         program.values = dict(self.parameters) if values is None else values
-        module = restore(program, self._model, self._args, self._kwargs)
-        follow_modes(module)
-        return module
+        return restore(program, self._model, self._args, self._kwargs)
 
 
 def _captured(

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor, fx, nn
-from torch.export.unflatten import UnflattenedModule
+from torch import Tensor, nn
+
+from ecospa_fx.graph.layer import GraphLayer
+from ecospa_fx.graph.restore import GraphModel
 
 _OWN = ("_modules", "_parameters", "_buffers", "training", "_compiled_call_impl", "in_eval")
 """What a module keeps when it gets another graph, besides its hooks."""
 
 
-class TwoModes(UnflattenedModule):
+class TwoModes(GraphModel):
     """The root of a tree that computes another graph in eval mode: that of a second tree on the same parameters.
 
     The second tree is no submodule, so that every parameter keeps its one name. It follows the mode of the root alone.
@@ -35,9 +37,9 @@ class TwoModes(UnflattenedModule):
 
 def add_eval_mode(tree: nn.Module, in_eval: nn.Module) -> None:
     """Let the root of a tree compute another one in eval mode."""
-    if not isinstance(tree, UnflattenedModule):
+    if not isinstance(tree, GraphModel):
         raise TypeError(f"{type(tree).__name__} is no root of a restored tree")
-    tree.__class__ = TwoModes
+    tree.__class__ = _in_two_modes(type(tree))
     tree.__dict__["in_eval"] = in_eval.eval()
     share(tree, in_eval, "_parameters", "_buffers")
 
@@ -80,22 +82,23 @@ def transplant(fresh: nn.Module, tree: nn.Module, made: Mapping[str, Tensor]) ->
         for name, buffer in new._buffers.items():
             if prefix + name in made:
                 old.register_buffer(name, buffer, persistent=False)
-        if _code(old) != _code(new):
+        if _key(old) != _key(new):
             _take_over(old, new)
             changed += 1
     return changed
 
 
+def _in_two_modes(kind: type[GraphModel]) -> type[GraphModel]:
+    return type(kind.__name__, (TwoModes, kind), {})
+
+
 def _take_over(old: nn.Module, new: nn.Module) -> None:
-    for key, value in new.__dict__.items():
-        if key not in _OWN and not key.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):
-            old.__dict__[key] = value
-    graph = old.__dict__.get("graph")
-    if isinstance(graph, fx.Graph):
-        graph.owning_module = old  # type: ignore[assignment]  # a module that is no GraphModule, as in unflattening
+    kind = type(new)
+    old.__class__ = _in_two_modes(kind) if isinstance(old, TwoModes) and issubclass(kind, GraphModel) else kind
+    for name, value in new.__dict__.items():
+        if name not in _OWN and not name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):
+            old.__dict__[name] = value
 
 
-def _code(module: nn.Module) -> str | None:
-    code = getattr(module.__dict__.get("graph_module"), "code", None)
-    calls = getattr(module, "_call_modules", None)
-    return "\n".join(str(_code(m)) for m in calls) if calls else code
+def _key(module: nn.Module) -> str:
+    return module.key if isinstance(module, GraphLayer) else ""

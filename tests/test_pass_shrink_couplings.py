@@ -143,7 +143,7 @@ def test_golden_shapes(model: Llama, couplings: Couplings) -> None:
     assert result.reasons == ()
 
 
-def test_nothing_to_remove_leaves_the_graph_as_it_is(model: Llama, couplings: Couplings) -> None:
+def test_twin_nothing_to_remove_leaves_the_graph_as_it_is(model: Llama, couplings: Couplings) -> None:
     graph = traced(model)
     before, code = state(graph), str(graph.graph)
     result = ShrinkCouplings(Plan((), tuple(couplings.shapes.items()))).run(graph)
@@ -153,7 +153,7 @@ def test_nothing_to_remove_leaves_the_graph_as_it_is(model: Llama, couplings: Co
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_equals_masking(model: Llama, couplings: Couplings, seed: int) -> None:
+def test_equal_to_masking(model: Llama, couplings: Couplings, seed: int) -> None:
     plan = eco.plan(couplings, ratio=0.5, scores="random", seed=seed)
     small = ShrinkCouplings(plan).run(traced(model)).graph_module
     for batch, length in ((2, 5), (5, 5), (3, 11)):
@@ -163,7 +163,7 @@ def test_equals_masking(model: Llama, couplings: Couplings, seed: int) -> None:
         assert p.numel() == (int(masks[name].sum()) if name in masks else model.get_parameter(name).numel())
 
 
-def test_a_second_run_is_refused_and_changes_nothing(model: Llama, plan: Plan) -> None:
+def test_again_is_refused_and_changes_nothing(model: Llama, plan: Plan) -> None:
     once = ShrinkCouplings(plan).run(traced(model)).graph_module
     before, code = state(once), str(once.graph)
     with pytest.raises(PlanError):

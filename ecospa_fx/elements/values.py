@@ -1,0 +1,169 @@
+"""Expressions for the elements of tensors: numbers by condition, and elements of other tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from typing import Any, TypeAlias
+
+import sympy
+import torch
+from sympy.logic.boolalg import Boolean
+from torch import fx
+
+Number: TypeAlias = Any
+"""A sympy expression."""
+Condition: TypeAlias = Any
+"""A sympy truth value."""
+TRUE, FALSE = sympy.true, sympy.false
+
+
+@cache
+def position(axis: int) -> sympy.Symbol:
+    """The position along an axis, counted from the left."""
+    return sympy.Symbol(f"i{axis}", integer=True, nonnegative=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """Numbers by condition: exactly one condition holds at each position. A truth value is 1 or 0."""
+
+    cases: tuple[tuple[Condition, Number], ...]
+
+    def at(self, places: Mapping[Any, Any]) -> Values:
+        """The same, with positions replaced."""
+        return merged((c.xreplace(dict(places)), n.xreplace(dict(places))) for c, n in self.cases)
+
+    @property
+    def single(self) -> Number | None:
+        """The one expression that holds everywhere."""
+        return self.cases[0][1] if len(self.cases) == 1 else None
+
+    @property
+    def truth(self) -> Condition:
+        """Where it is not 0; meaningful for truth values."""
+        return sympy.Or(*(c for c, n in self.cases if n != 0))
+
+
+@dataclass(frozen=True, slots=True)
+class Element:
+    """One element of the tensor that another node computes."""
+
+    source: fx.Node
+    places: tuple[Number, ...]
+
+    def at(self, places: Mapping[Any, Any]) -> Element:
+        """The same, with positions replaced."""
+        return Element(self.source, tuple(sympy.sympify(p).xreplace(dict(places)) for p in self.places))
+
+
+Value = Values | Element
+
+
+def merged(cases: Any) -> Values:
+    """Cases without the impossible ones; equal numbers under one condition."""
+    found: dict[Number, Condition] = {}
+    for condition, number in cases:
+        if condition is not FALSE and condition != FALSE:
+            found[number] = sympy.Or(found.get(number, FALSE), condition)
+    if len(found) == 1:
+        return Values(((TRUE, next(iter(found))),))
+    return Values(tuple((c, n) for n, c in found.items()))
+
+
+def constant(number: Any) -> Values:
+    """The same number everywhere."""
+    return Values(((TRUE, as_number(number)),))
+
+
+def as_number(value: Any) -> Number:
+    """A Python or symbolic number as an expression."""
+    if isinstance(value, torch.SymInt):
+        return value.node.expr
+    if isinstance(value, bool):
+        return sympy.Integer(int(value))
+    return sympy.sympify(value)
+
+
+def truth(condition: Condition) -> Values:
+    """A truth value."""
+    return merged([(condition, sympy.Integer(1)), (negated(condition), sympy.Integer(0))])
+
+
+def combined(function: Callable[..., Any], *values: Values) -> Values | None:
+    """A function of numbers case by case; it returns a number, a condition, or None where it does not know."""
+    cases: list[tuple[Condition, Number]] = []
+    for chosen in product(*(v.cases for v in values)):
+        condition = sympy.And(*(c for c, _ in chosen))
+        if condition == FALSE:
+            continue
+        result = function(*(n for _, n in chosen))
+        if result is None or result is sympy.nan:
+            return None
+        for inner, number in truth(result).cases if is_condition(result) else [(TRUE, result)]:
+            cases.append((sympy.And(condition, inner), number))
+    return merged(cases)
+
+
+def is_condition(value: Any) -> bool:
+    """Whether an expression is true or false; a symbol, which could be either, counts as a number here."""
+    return isinstance(value, Boolean) and not isinstance(value, sympy.Symbol)
+
+
+# -- conditions --------------------------------------------------------------------------------------------------
+
+
+def at_least_zero(number: Number) -> Condition:
+    """``number >= 0`` for a whole number, in the one form that is used throughout."""
+    number = sympy.expand(number)
+    return sympy.Ge(number, 0) if number.is_number or number.is_integer else None
+
+
+def negated(condition: Condition) -> Condition:
+    """Not; a comparison of whole numbers stays one in the form that is used throughout."""
+    if isinstance(condition, sympy.And | sympy.Or):
+        other = sympy.Or if isinstance(condition, sympy.And) else sympy.And
+        return other(*(negated(c) for c in condition.args))
+    if isinstance(condition, sympy.Ge):
+        return at_least_zero(-condition.lhs + condition.rhs - 1)
+    return sympy.Not(condition)
+
+
+def settled(condition: Condition, shape: Sequence[Any]) -> Condition:
+    """A condition without the comparisons that hold, or fail, at every position of a tensor of this shape."""
+    known = {}
+    for atom in condition.atoms(sympy.Ge):
+        gap = sympy.expand(atom.lhs - atom.rhs)
+        if lowest(gap, shape):
+            known[atom] = TRUE
+        elif lowest(-gap - 1, shape):
+            known[atom] = FALSE
+    condition = condition.xreplace(known) if known else condition
+    if not isinstance(condition, sympy.And):
+        return condition
+    parts = [c for c in condition.args if not any(_implies(other, c, shape) for other in condition.args)]
+    return sympy.And(*parts)
+
+
+def _implies(one: Condition, other: Condition, shape: Sequence[Any]) -> bool:
+    """Whether a comparison makes a different one superfluous."""
+    if one == other or not (isinstance(one, sympy.Ge) and isinstance(other, sympy.Ge)):
+        return False
+    return lowest((other.lhs - other.rhs) - (one.lhs - one.rhs), shape)
+
+
+def lowest(number: Number, shape: Sequence[Any]) -> bool:
+    """Whether a number is never negative at any position of a tensor of this shape, for all sizes from 1."""
+    number = sympy.expand(number)
+    for axis, size in enumerate(shape):
+        slope = number.coeff(position(axis))
+        if slope.is_number and slope != 0 and not (number - slope * position(axis)).has(position(axis)):
+            number = number.xreplace({position(axis): 0 if slope > 0 else as_number(size) - 1})
+            number = sympy.expand(number)
+    sizes = [s for s in number.free_symbols if not str(s).startswith("i")]
+    if any(s for s in number.free_symbols if s not in sizes):
+        return False
+    beyond_one = {s: 1 + sympy.Symbol(f"n_{s}", integer=True, nonnegative=True) for s in sizes}
+    return bool(sympy.expand(number.xreplace(beyond_one)).is_nonnegative)

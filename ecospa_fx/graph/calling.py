@@ -1,0 +1,116 @@
+"""The arguments of a restored model: brought into the form of the example's, or refused."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """What the graph requires of one input.
+
+    name: how it is told; sizes: those of a tensor, a number where only that one works, a name where one symbol stands
+    for it, None where anything goes; constant: the only value that it may have, where it is no tensor.
+    """
+
+    name: str
+    sizes: tuple[int | str | None, ...] | None
+    constant: Any = None
+
+    def check(self, value: Any, symbols: dict[str, int]) -> None:
+        """Refuse a value that the graph was not made for; symbols: what is known of the sizes so far."""
+        if self.sizes is None:
+            if isinstance(value, Tensor) or not _same(value, self.constant):
+                told = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+                raise ValueError(f"argument {self.name} is {told}, but the graph was made with {self.constant!r}")
+            return
+        if not isinstance(value, Tensor) or value.dim() != len(self.sizes):
+            told = f"{value.dim()} axes" if isinstance(value, Tensor) else f"type {type(value).__name__}"
+            raise ValueError(f"argument {self.name} has {told}, but the graph takes a tensor of {len(self.sizes)} axes")
+        for axis, (size, want) in enumerate(zip(value.shape, self.sizes, strict=True)):
+            expected = symbols.setdefault(want, size) if isinstance(want, str) else want
+            if expected is not None and size != expected:
+                raise ValueError(
+                    f"argument {self.name} has size {size} in axis {axis}, but the graph was made for {expected}: "
+                    "its size does not vary, or not apart from another argument's"
+                )
+
+
+def _same(value: Any, constant: Any) -> bool:
+    return value is constant or (type(value) is type(constant) and repr(value) == repr(constant))
+
+
+def leaf(node: fx.Node, example: Any) -> Leaf:
+    """What a placeholder requires; example: its value among the example arguments."""
+    value = node.meta.get("val")
+    if isinstance(value, Tensor):
+        return Leaf(str(node.target), tuple(_size(s) for s in value.shape))
+    return Leaf(str(node.target), None, example)
+
+
+def _size(size: Any) -> int | str | None:
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    if expression.is_number:
+        return int(expression)
+    return str(expression) if isinstance(expression, sympy.Symbol) else None
+
+
+class Calling:
+    """Binds the arguments of a call as the original ``forward`` would, and flattens them for the graph.
+
+    args, kwargs: the example's; signature: how torch flattened them; leaves: what the graph requires of each.
+    """
+
+    def __init__(
+        self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], signature: Any, leaves: Sequence[Leaf]
+    ) -> None:
+        parameters = inspect.signature(model.forward).parameters.values()
+        kinds = inspect.Parameter
+        self.positional, self.keywords = len(args), tuple(kwargs)
+        self.spec, self.result, self.leaves = signature.in_spec, signature.out_spec, tuple(leaves)
+        self.names = tuple(p.name for p in parameters if p.kind in {kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD})
+        self.plain = not any(p.kind is kinds.VAR_POSITIONAL for p in parameters)
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        plain = {n: not any(isinstance(x, Tensor) for x in pytree.tree_leaves(v)) for n, v in given.items()}
+        self.constants = {n: v for n, v in given.items() if plain[n]}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Calling:
+        """Nothing in it changes."""
+        return self
+
+    def flat(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """The leaves of the arguments in the order of the graph's inputs."""
+        if self.plain and (len(args) != self.positional or tuple(kwargs) != self.keywords):
+            args, kwargs = self._arranged(args, kwargs)
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        if len(leaves) != len(self.leaves) or (not torch.compiler.is_compiling() and spec != self.spec):
+            raise TypeError(f"the arguments are structured otherwise than the example's: {spec} instead of {self.spec}")
+        symbols: dict[str, int] = {}
+        for value, expected in zip(leaves, self.leaves, strict=True):
+            expected.check(value, symbols)
+        return leaves
+
+    def returned(self, leaves: Sequence[Any]) -> Any:
+        """What the original returns, from the graph's outputs."""
+        return pytree.tree_unflatten(leaves, self.result)
+
+    def _arranged(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if len(args) > len(self.names):
+            raise TypeError(f"{len(args)} positional arguments were given where the model takes {len(self.names)}")
+        given = {**self.constants, **dict(zip(self.names, args, strict=False)), **kwargs}
+        wanted = (*self.names[: self.positional], *self.keywords)
+        missing, unknown = [n for n in wanted if n not in given], [n for n in given if n not in wanted]
+        if missing or unknown:
+            told = [f"{', '.join(missing)} missing"] * bool(missing) + [f"{', '.join(unknown)} unknown"] * bool(unknown)
+            raise TypeError(f"the graph takes the arguments {', '.join(wanted)}: {' and '.join(told)}")
+        return tuple(given[n] for n in wanted[: self.positional]), {n: given[n] for n in self.keywords}

@@ -1,0 +1,160 @@
+"""Modules that run generated code: what a restored model is made of.
+
+They are plain modules to everything that works on modules: per-layer compilation, checkpointing, sharding, hooks,
+copying and pickling. Layers whose code and parameters agree share one class, and so one compilation, as the layers of
+a model written by hand do. Layers that differ never share, so that no limit on recompilations is met.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import linecache
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from itertools import count
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from ecospa_fx.graph.modes import follow_notes
+
+_NUMBERS = count()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Code:
+    """Source text of one function, and what its global names mean."""
+
+    source: str
+    names: Mapping[str, Any]
+
+    def function(self) -> Callable[..., Any]:
+        """The function, with its source where tracebacks and the compiler look for it."""
+        file = f"<graph layer {next(_NUMBERS)}>"
+        linecache.cache[file] = (len(self.source), None, self.source.splitlines(keepends=True), file)
+        scope = dict(self.names)
+        exec(compile(self.source, file, "exec"), scope)
+        found: Callable[..., Any] = scope["forward"]
+        return found
+
+    def __reduce__(self) -> Any:
+        """Modules among the names are pickled by name."""
+        plain = {n: _Named(v.__name__) if isinstance(v, ModuleType) else v for n, v in self.names.items()}
+        return _code, (self.source, plain)
+
+
+@dataclass(frozen=True, slots=True)
+class _Named:
+    module: str
+
+
+def _code(source: str, names: Mapping[str, Any]) -> Code:
+    found = {n: importlib.import_module(v.module) if isinstance(v, _Named) else v for n, v in names.items()}
+    return Code(source, found)
+
+
+class GraphLayer(nn.Module):
+    """A module whose ``forward`` is `code`."""
+
+    code: Code
+    key: str
+    """Equal where the code and the shapes and types of the parameters are, of this module and of all inside it."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled as its source, because its class exists in this process only."""
+        return _unpickled, (type(self).__bases__[0], type(self).__name__, self.code), self.__dict__
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GraphLayer:
+        """A copy of the same class, which runs the very same code."""
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        return twin
+
+    @classmethod
+    def running(cls, name: str, code: Code) -> type[GraphLayer]:
+        """A subclass for some code."""
+        return type(name, (cls,), {"forward": code.function(), "code": code, "__module__": __name__})
+
+
+def _unpickled(base: type[GraphLayer], name: str, code: Code) -> GraphLayer:
+    made = base.running(name, code)
+    return made.__new__(made)
+
+
+def own_copy(function: FunctionType) -> FunctionType:
+    """The function with a code object of its own, so that the compiler counts its versions apart from others'."""
+    code: CodeType = function.__code__.replace()
+    return FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+
+
+class Layers:
+    """Turns modules that hold a graph into layers; equal ones get one class."""
+
+    def __init__(self, original: nn.Module) -> None:
+        self.original = original
+        self.classes: dict[str, type[GraphLayer]] = {}
+        self.made: dict[int, nn.Module] = {}
+
+    def convert(self, module: nn.Module, path: str = "", base: type[GraphLayer] = GraphLayer) -> nn.Module:
+        """The module and all within it as layers: the same parameters, buffers and names."""
+        known = self.made.get(id(module))
+        if known is not None or isinstance(module, fx.GraphModule):
+            return known if known is not None else module
+        prefix = f"{path}." if path else ""
+        inside = {n: self.convert(m, prefix + n) for n, m in module._modules.items() if m is not None}
+        graph = module.__dict__.get("graph") if "graph_module" in module.__dict__ else None
+        if isinstance(graph, fx.Graph):
+            made: nn.Module = self._class(module, graph, inside, base)()
+        else:
+            made = self._container(path, inside)
+        made._parameters, made._buffers, made._modules = module._parameters, module._buffers, dict(inside)
+        made._non_persistent_buffers_set = module._non_persistent_buffers_set
+        for node in graph.nodes if graph is not None else ():
+            if node.op == "get_attr" and str(node.target) in module.__dict__:  # constants that are no tensors
+                made.__dict__[str(node.target)] = module.__dict__[str(node.target)]
+        self.made[id(module)] = made
+        return made
+
+    def _class(
+        self, module: nn.Module, graph: fx.Graph, inside: Mapping[str, nn.Module], base: type[GraphLayer]
+    ) -> type[GraphLayer]:
+        code = _renamed(graph).python_code("self")
+        held = {**module._parameters, **module._buffers}
+        shapes = tuple((n, tuple(t.shape), t.dtype, t.requires_grad) for n, t in held.items() if isinstance(t, Tensor))
+        parts = [(n, getattr(m, "key", type(m).__name__)) for n, m in inside.items()]
+        key = sha256(repr((base.__name__, code.src, shapes, parts)).encode()).hexdigest()
+        if key not in self.classes:
+            name = str(module.__dict__.get("_ty") or base.__name__).rpartition(".")[2]
+            self.classes[key] = base.running(name, Code(code.src, code.globals))
+            self.classes[key].key = key
+        return self.classes[key]
+
+    def _container(self, path: str, inside: Mapping[str, nn.Module]) -> nn.Module:
+        """What is never called keeps the type that lets people walk over it."""
+        try:
+            kind = type(self.original.get_submodule(path))
+        except AttributeError:
+            return nn.Module()
+        in_order = list(inside) == [str(i) for i in range(len(inside))]
+        if kind is nn.ModuleList and in_order:
+            return nn.ModuleList()
+        return nn.ModuleDict() if kind is nn.ModuleDict else nn.Module()
+
+
+def _renamed(graph: fx.Graph) -> fx.Graph:
+    """The same graph with names that depend on nothing outside it, so that equal layers have equal code."""
+    fresh = fx.Graph()
+    known: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
+        if node.op == "placeholder":
+            known[node] = fresh.placeholder(f"input_{len(known) + 1}")
+        else:
+            known[node] = fresh.create_node(node.op, node.target, args, kwargs)
+        known[node].meta = dict(node.meta)
+    follow_notes(fresh)
+    return fresh

@@ -1,0 +1,76 @@
+"""What does nothing goes, and only that."""
+
+from __future__ import annotations
+
+import torch
+from ecospa_fx.passes import RemoveInert
+from torch import Tensor, nn
+
+from tests.attention import calls, traced
+
+
+class Verbose(nn.Module):
+    """Views of the whole, casts to the same type, and a result that nobody reads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 2
+        x = x[:, :][0:].to(torch.float64).expand(-1, x.shape[1]).view(x.shape[0], -1)
+        unread = x.exp() + 1
+        assert unread.shape == x.shape
+        return x.sin().to(torch.float64)
+
+
+class Terse(nn.Module):
+    """Everything has an effect: parts, other types, copies, writes, detached gradients."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x[:, 1:].to(torch.float32).to(torch.float64).detach() + x.to(torch.float64, copy=True)[:, :-1]
+        z = torch.zeros_like(y)
+        z.copy_(y)
+        return z.view(-1, 2)
+
+
+X = torch.linspace(-1, 1, 8).double().view(2, 4)
+
+
+def test_golden_calls() -> None:
+    graph = traced(Verbose(), (X,), axes=(0,))
+    result = RemoveInert().run(graph)
+    assert calls(graph) == ["mul", "sin"]
+    assert result.changes >= 5
+
+
+def test_twin_what_has_an_effect_stays() -> None:
+    graph = traced(Terse(), (X,), axes=())
+    before = calls(graph)
+    RemoveInert().run(graph)
+    assert calls(graph) == before
+    assert {"copy_", "detach", "slice", "to"} <= set(before)
+
+
+def test_equal_to_the_bit() -> None:
+    for model in (Verbose(), Terse()):
+        graph = traced(model, (X,), axes=())
+        want = graph(X)
+        RemoveInert().run(graph)
+        graph.recompile()
+        assert torch.equal(graph(X), want)
+
+
+def test_again_changes_nothing() -> None:
+    graph = traced(Verbose(), (X,), axes=(0,))
+    RemoveInert().run(graph)
+    before = str(graph.graph)
+    assert RemoveInert().run(graph).modified is False
+    assert str(graph.graph) == before
+
+
+def test_the_type_of_an_input_is_still_taken_care_of() -> None:
+    class Cast(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.to(torch.float64) / 3
+
+    graph = traced(Cast(), (X,), axes=())
+    RemoveInert().run(graph)
+    graph.recompile()
+    assert graph(X.float()).dtype is torch.float64
