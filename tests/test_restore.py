@@ -29,9 +29,10 @@ class Layer(nn.Module):
         self.k, self.v = nn.Linear(HIDDEN, GROUPS * WIDTH), nn.Linear(HIDDEN, GROUPS * WIDTH)
         self.norm, self.up, self.down = nn.LayerNorm(HIDDEN), nn.Linear(HIDDEN, FFN), nn.Linear(FFN, HIDDEN)
         self.drop = nn.Dropout(0.1)
+        self.add_module("self", nn.Identity())
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        h = self.norm(x).to(x.dtype)
+        h = self.get_submodule("self")(self.norm(x)).to(x.dtype)
         q, k, v = (f(h).view(*h.shape[:2], -1, WIDTH).transpose(1, 2) for f in (self.q, self.k, self.v))
         k, v = (y.repeat_interleave(HEADS // GROUPS, 1) for y in (k, v))
         p = 0.1 if self.training else 0.0

@@ -154,7 +154,8 @@ def _renamed(graph: fx.Graph) -> fx.Graph:
         if node.op == "placeholder":
             known[node] = fresh.placeholder(f"input_{len(known) + 1}")
         else:
-            known[node] = fresh.create_node(node.op, node.target, args, kwargs)
+            name = f"from_{node.target}" if node.op == "call_module" else None  # a module may well be called self
+            known[node] = fresh.create_node(node.op, node.target, args, kwargs, name)
         known[node].meta = dict(node.meta)
     follow_notes(fresh)
     return fresh
