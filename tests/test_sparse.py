@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 import ecospa_fx as eco
 from ecospa_fx.errors import TrainingError
@@ -242,6 +243,7 @@ def test_compiled_layers_are_compiled_anew_only_where_they_changed() -> None:
         return graph.forward
 
     torch._dynamo.reset()
+    counters.clear()
     model = nn.Sequential(mlp(), nn.Linear(3, 4).double(), mlp(), nn.Linear(3, 4).double())
     optimizer = adamw(model)
     sparse = eco.SparseTraining(

@@ -106,14 +106,14 @@ class Layers:
             return known if known is not None else module
         prefix = f"{path}." if path else ""
         inside = {n: self.convert(m, prefix + n) for n, m in module._modules.items() if m is not None}
-        graph = module.__dict__.get("graph") if "graph_module" in module.__dict__ else None
-        if isinstance(graph, fx.Graph):
+        graph = module.__dict__.get("graph")
+        if isinstance(graph, fx.Graph) and any(n.op == "output" for n in graph.nodes):
             made: nn.Module = self._class(module, graph, inside, base)()
         else:
             made = self._container(path, inside)
         made._parameters, made._buffers, made._modules = module._parameters, module._buffers, dict(inside)
         made._non_persistent_buffers_set = module._non_persistent_buffers_set
-        for node in graph.nodes if graph is not None else ():
+        for node in graph.nodes if isinstance(graph, fx.Graph) else ():
             if node.op == "get_attr" and str(node.target) in module.__dict__:  # constants that are no tensors
                 made.__dict__[str(node.target)] = module.__dict__[str(node.target)]
         self.made[id(module)] = made
