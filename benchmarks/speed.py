@@ -131,13 +131,11 @@ def narrowed(model: nn.Module, shape: dict[str, Any], args: tuple[Any, ...], kwa
 class Variant:
     """One module with its optimizer, and what was measured of it."""
 
-    def __init__(
-        self, name: str, module: nn.Module, optimizer: torch.optim.Optimizer, layers: Sequence[nn.Module]
-    ) -> None:
+    def __init__(self, name: str, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.name, self.module, self.optimizer = name, module, optimizer
         self.seconds: dict[str, list[float]] = {"train": [], "prefill": []}
         self.memory: dict[str, float] = {}
-        for layer in layers:
+        for layer in layers_of(module):
             layer.compile(dynamic=False)
 
     def train(self, ids: Tensor) -> None:
@@ -184,7 +182,7 @@ def variants(shape: dict[str, Any], device: str, wanted: Sequence[str]) -> list[
         with torch.device(device):
             module = build().to(dtype)
         own = None if name.startswith("dense") else torch.optim.AdamW(module.parameters(), lr=1e-5, fused=True)
-        found.append(Variant(name, module, own or shared, layers_of(module)))
+        found.append(Variant(name, module, own or shared))
         print(f"built {name}: {time.perf_counter() - began:.1f} s", flush=True)
     return found
 
@@ -245,28 +243,31 @@ COMPARED = (
 def report(name: str, shape: dict[str, Any], found: Sequence[Variant]) -> dict[str, Any]:
     """Print the tables of a model and return their numbers."""
     by_name, rows, compared = {v.name: v for v in found}, [], {}
+    done = [what for what, seconds in found[0].seconds.items() if seconds]
     for v in found:
         row: list[Any] = [v.name, f"{sum(p.numel() for p in v.module.parameters()):,}"]
-        for what in ("train", "prefill"):
+        for what in done:
             tokens = shape[what][0] * shape[what][1]
-            row += [f"{tokens / statistics.median(v.seconds[what]):,.0f}", f"{v.memory[what]:.2f}"]
+            row += [f"{tokens / statistics.median(v.seconds[what]):,.0f}", f"{v.memory.get(what, float('nan')):.2f}"]
         rows.append(row)
     print(f"\n{name}, {shape['layers']} layers, train {shape['train']}, prefill {shape['prefill']}")
-    print(
-        tabulate(
-            rows, ["variant", "parameters", "train tokens/s", "GiB", "prefill tokens/s", "GiB"], disable_numparse=True
-        )
-    )
+    head = ["variant", "parameters", *(h for what in done for h in (f"{what} tokens/s", "GiB"))]
+    print(tabulate(rows, head, disable_numparse=True))
     lines = []
     for a, b in COMPARED:
         if a in by_name and b in by_name:
-            both = {what: ratios(by_name[a], by_name[b], what) for what in ("train", "prefill")}
+            both = {what: ratios(by_name[a], by_name[b], what) for what in done}
             compared[f"{a} / {b}"] = both
             told = [f"{r['median']:.3f} [{r['least']:.3f}, {r['most']:.3f}]" for r in both.values()]
             lines.append([a, b, *told])
-    print(tabulate(lines, ["speed of", "over", "train", "prefill"], disable_numparse=True), flush=True)
+    print(tabulate(lines, ["speed of", "over", *done], disable_numparse=True), flush=True)
     measured = {v.name: {"seconds": v.seconds, "memory_gib": v.memory} for v in found}
-    return {"shape": shape, "variants": measured, "ratios": compared, "difference": _difference(found, shape)}
+    return {
+        "shape": shape,
+        "variants": measured,
+        "ratios": compared,
+        "difference": _difference(found, shape) if len(done) > 1 else {},
+    }
 
 
 @torch.no_grad()
@@ -304,9 +305,9 @@ def main() -> None:
         found = variants(shape, options.device, options.variants)
         for what in ("train", "prefill"):
             measure(found, what, shape[what], shape, options)
-        result["models"][name] = report(name, shape, found)
-        if options.json:
-            options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            result["models"][name] = report(name, shape, found)
+            if options.json:
+                options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         del found
         torch._dynamo.reset()
 
