@@ -165,22 +165,21 @@ def variants(shape: dict[str, Any], device: str, wanted: Sequence[str]) -> list[
     torch.manual_seed(0)
     with torch.device(device):
         model = dense(shape).to(dtype)
-        args, kwargs = (), {"input_ids": torch.zeros(2, 8, dtype=torch.long), "use_cache": False}
+    args, kwargs = (), {"input_ids": torch.zeros(2, 8, dtype=torch.long, device=device), "use_cache": False}
     nothing = Plan((), tuple(eco.detect(model, args, kwargs).shapes.items()))
     builders: dict[str, Callable[[], nn.Module]] = {
         "dense module": lambda: model,
         "dense graph, no cleanup": lambda: eco.shrink(model, nothing, args, kwargs, passes=()),
         "dense graph": lambda: eco.shrink(model, nothing, args, kwargs),
         "shrunk graph": lambda: eco.shrink(model, narrowed(model, shape, args, kwargs), args, kwargs),
-        "by hand": lambda: by_hand(shape),
+        "by hand": lambda: by_hand(shape).to(device),
     }
     found, shared = [], torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     for name, build in builders.items():
         if name not in wanted:
             continue
         began = time.perf_counter()
-        with torch.device(device):
-            module = build().to(dtype)
+        module = build().to(dtype)
         own = None if name.startswith("dense") else torch.optim.AdamW(module.parameters(), lr=1e-5, fused=True)
         found.append(Variant(name, module, own or shared))
         print(f"built {name}: {time.perf_counter() - began:.1f} s", flush=True)
