@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from ecospa_fx.errors import InputError
+
 
 @dataclass(frozen=True, slots=True)
 class Leaf:
@@ -30,18 +32,26 @@ class Leaf:
         if self.sizes is None:
             if isinstance(value, Tensor) or not _same(value, self.constant):
                 told = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-                raise ValueError(f"argument {self.name} is {told}, but the graph was made with {self.constant!r}")
+                raise InputError(f"argument {self.name} is {told}, but the graph was made with {self.constant!r}")
             return
-        if not isinstance(value, Tensor) or value.dim() != len(self.sizes):
-            told = f"{value.dim()} axes" if isinstance(value, Tensor) else f"type {type(value).__name__}"
-            raise ValueError(f"argument {self.name} has {told}, but the graph takes a tensor of {len(self.sizes)} axes")
-        for axis, (size, want) in enumerate(zip(value.shape, self.sizes, strict=True)):
-            expected = symbols.setdefault(want, size) if isinstance(want, str) else want
-            if expected is not None and size != expected:
-                raise ValueError(
-                    f"argument {self.name} has size {size} in axis {axis}, but the graph was made for {expected}: "
-                    "its size does not vary, or not apart from another argument's"
-                )
+        shape = tuple(value.shape) if isinstance(value, Tensor) else None
+        if shape is None or len(shape) != len(self.sizes):
+            raise InputError(self._told(type(value).__name__ if shape is None else str(list(shape))))
+        for axis, (size, want) in enumerate(zip(shape, self.sizes, strict=True)):
+            if isinstance(want, str):
+                if symbols.setdefault(want, size) != size:
+                    raise InputError(
+                        f"argument {self.name} has size {size} in axis {axis}, another argument {symbols[want]}"
+                    )
+            elif want is not None and size != want:
+                raise InputError(self._told(str(list(shape))))
+
+    def _told(self, given: str) -> str:
+        wanted = ", ".join(str(n) if isinstance(n, int) else "any" for n in self.sizes or ())
+        return (
+            f"the smaller model takes an input of shape [{wanted}], not {given}: the original's code or torch.export "
+            "fixes these sizes, so shrink it again with example inputs of the new shape"
+        )
 
 
 def _same(value: Any, constant: Any) -> bool:

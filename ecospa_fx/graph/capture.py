@@ -97,9 +97,7 @@ def _export(model: nn.Module, attempt: Attempt) -> ExportedProgram:
         return torch.export.export(model, args, kwargs, strict=False, dynamic_shapes=shapes)
 
 
-def _in_both_modes(
-    model: nn.Module, seen: nn.Module, program: ExportedProgram, attempt: Attempt
-) -> ExportedProgram:
+def _in_both_modes(model: nn.Module, seen: nn.Module, program: ExportedProgram, attempt: Attempt) -> ExportedProgram:
     """A program that notes what depends on the mode, from a second export in the other one.
 
     Where that fails, or the modes differ in more than literals, the program holds for the mode of the model, but for

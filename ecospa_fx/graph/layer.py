@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from ecospa_fx.graph.modes import follow_notes
+from ecospa_fx.graph.repeated import FIRST_CALL
 
 _NUMBERS = count()
 
@@ -57,15 +58,18 @@ def _code(source: str, names: Mapping[str, Any]) -> Code:
 
 
 class GraphLayer(nn.Module):
-    """A module whose ``forward`` is `code`."""
+    """A module whose ``forward`` is code made from a graph.
 
-    code: Code
-    key: str
+    Its own attributes begin with ``_graph_``, because any other name may be that of one of the user's submodules.
+    """
+
+    _graph_code: Code
+    _graph_key: str
     """Equal where the code and the shapes and types of the parameters are, of this module and of all inside it."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickled as its source, because its class exists in this process only."""
-        return _unpickled, (type(self).__bases__[0], type(self).__name__, self.code), self.__dict__
+        return _unpickled, (type(self).__bases__[0], type(self).__name__, self._graph_code), self.__dict__
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphLayer:
         """A copy of the same class, which runs the very same code."""
@@ -75,13 +79,13 @@ class GraphLayer(nn.Module):
         return twin
 
     @classmethod
-    def running(cls, name: str, code: Code) -> type[GraphLayer]:
+    def _graph_running(cls, name: str, code: Code) -> type[GraphLayer]:
         """A subclass for some code."""
-        return type(name, (cls,), {"forward": code.function(), "code": code, "__module__": __name__})
+        return type(name, (cls,), {"forward": code.function(), "_graph_code": code, "__module__": __name__})
 
 
 def _unpickled(base: type[GraphLayer], name: str, code: Code) -> GraphLayer:
-    made = base.running(name, code)
+    made = base._graph_running(name, code)
     return made.__new__(made)
 
 
@@ -106,12 +110,15 @@ class Layers:
             return known if known is not None else module
         prefix = f"{path}." if path else ""
         inside = {n: self.convert(m, prefix + n) for n, m in module._modules.items() if m is not None}
+        # further calls of one module, which are no children: see `share_repeated`
+        beside = {n: self.convert(m, prefix + n) for n, m in module.__dict__.items() if _is_beside(n, m)}
         graph = module.__dict__.get("graph")
         if isinstance(graph, fx.Graph) and any(n.op == "output" for n in graph.nodes):
-            made: nn.Module = self._class(module, graph, inside, base)()
+            made: nn.Module = self._class(module, graph, {**inside, **beside}, base)()
         else:
             made = self._container(path, inside)
         made._parameters, made._buffers, made._modules = module._parameters, module._buffers, dict(inside)
+        made.__dict__.update(beside)
         made._non_persistent_buffers_set = module._non_persistent_buffers_set
         for node in graph.nodes if isinstance(graph, fx.Graph) else ():
             if node.op == "get_attr" and str(node.target) in module.__dict__:  # constants that are no tensors
@@ -125,12 +132,12 @@ class Layers:
         code = _renamed(graph).python_code("self")
         held = {**module._parameters, **module._buffers}
         shapes = tuple((n, tuple(t.shape), t.dtype, t.requires_grad) for n, t in held.items() if isinstance(t, Tensor))
-        parts = [(n, getattr(m, "key", type(m).__name__)) for n, m in inside.items()]
+        parts = [(n, getattr(m, "_graph_key", type(m).__name__)) for n, m in inside.items()]
         key = sha256(repr((base.__name__, code.src, shapes, parts)).encode()).hexdigest()
         if key not in self.classes:
             name = str(module.__dict__.get("_ty") or base.__name__).rpartition(".")[2]
-            self.classes[key] = base.running(name, Code(code.src, code.globals))
-            self.classes[key].key = key
+            self.classes[key] = base._graph_running(name, Code(code.src, code.globals))
+            self.classes[key]._graph_key = key
         return self.classes[key]
 
     def _container(self, path: str, inside: Mapping[str, nn.Module]) -> nn.Module:
@@ -143,6 +150,10 @@ class Layers:
         if kind is nn.ModuleList and in_order:
             return nn.ModuleList()
         return nn.ModuleDict() if kind is nn.ModuleDict else nn.Module()
+
+
+def _is_beside(name: str, held: Any) -> bool:
+    return isinstance(held, nn.Module) and ("@" in name or name == FIRST_CALL)
 
 
 def _renamed(graph: fx.Graph) -> fx.Graph:

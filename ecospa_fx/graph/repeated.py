@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from torch import fx, nn
 
 _CALL = re.compile(r"@\d+")
-_FIRST = "first_call"
+FIRST_CALL = "first_call"
 
 
 def share_repeated(module: nn.Module) -> None:
@@ -21,7 +21,7 @@ def share_repeated(module: nn.Module) -> None:
     named = dict(module.named_modules(remove_duplicate=False))
     for path, repeated in named.items():
         first = named[_CALL.sub("", path)]
-        if first is not repeated and _FIRST not in repeated.__dict__:
+        if first is not repeated and FIRST_CALL not in repeated.__dict__:
             _read_from(repeated, first)
     for path, repeated in named.items():
         parent, _, name = path.rpartition(".")
@@ -35,9 +35,9 @@ def _read_from(repeated: nn.Module, first: nn.Module) -> None:
     graph = getattr(repeated, "graph", None)
     if isinstance(graph, fx.Graph):
         for node in _reads(repeated, graph):
-            node.target = f"{_FIRST}.{_CALL.sub('', str(node.target))}"
+            node.target = f"{FIRST_CALL}.{_CALL.sub('', str(node.target))}"
     # into __dict__, past nn.Module.__setattr__, which would register it as a child
-    repeated.__dict__[_FIRST] = first
+    repeated.__dict__[FIRST_CALL] = first
     repeated._parameters.clear()
     repeated._buffers.clear()
     if isinstance(graph, fx.Graph) and "graph_module" in repeated.__dict__:

@@ -55,22 +55,22 @@ def restore(
 class GraphModel(GraphLayer):
     """The root of a restored model: takes the arguments of the original and returns what it returned."""
 
-    calling: Calling
+    _graph_calling: Calling
 
     @classmethod
-    def running(cls, name: str, code: Code) -> type[GraphLayer]:
-        """A subclass for some code, which becomes ``run``; ``forward`` goes around it."""
+    def _graph_running(cls, name: str, code: Code) -> type[GraphLayer]:
+        """A subclass for some code, which becomes ``_graph_run``; ``forward`` goes around it."""
         methods = {
-            "run": code.function(),
+            "_graph_run": code.function(),
             "forward": own_copy(cast(FunctionType, _forward)),
-            "code": code,
+            "_graph_code": code,
             "__module__": __name__,
         }
         return type(name, (cls,), methods)
 
 
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    return self.calling.returned(self.run(*self.calling.flat(args, kwargs)))
+    return self._graph_calling.returned(self._graph_run(*self._graph_calling.flat(args, kwargs)))
 
 
 def _rooted(
@@ -85,7 +85,7 @@ def _rooted(
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
     leaves = [leaf(node, example) for node, example in zip(placeholders, examples, strict=True)]
     root: Any = Layers(model).convert(module, base=GraphModel)
-    root.calling = Calling(model, args, kwargs, signature, leaves)
+    root._graph_calling = Calling(model, args, kwargs, signature, leaves)
     told = inspect.signature(model.forward)
     itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
     # trainers and exporters look for the names of the arguments there

@@ -101,4 +101,4 @@ def _take_over(old: nn.Module, new: nn.Module) -> None:
 
 
 def _key(module: nn.Module) -> str:
-    return module.key if isinstance(module, GraphLayer) else ""
+    return module._graph_key if isinstance(module, GraphLayer) else ""
