@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from ecospa_fx.passes import RemoveInert
 from torch import Tensor, nn
@@ -74,3 +76,19 @@ def test_the_type_of_an_input_is_still_taken_care_of() -> None:
     RemoveInert().run(graph)
     graph.recompile()
     assert graph(X.float()).dtype is torch.float64
+
+
+def test_sizes_that_depend_on_data_are_left_alone() -> None:
+    class Counted(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            count: Any = x.long().sum().item()
+            check: Any = torch._check
+            check(count >= 0)
+            check(count <= x.shape[1])
+            return x[:, count:].to(x.dtype).sum()
+
+    model, x = Counted(), torch.tensor([[1.0, 0.5, 1.0, 0.5]]).double()
+    graph = traced(model, (x,), axes=())
+    RemoveInert().run(graph)
+    graph.recompile()
+    assert torch.equal(graph(x), model(x))

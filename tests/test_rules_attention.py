@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as attend
 
 import ecospa_fx as eco
+from ecospa_fx.graph.layer import GraphLayer
 from tests.oracle import Case, check_exact, check_literal, check_rule, prepared, tagged
 
 
@@ -71,9 +73,8 @@ def test_one_call(options: dict[str, Any]) -> None:
 def test_the_default_scale_stays_what_it_was() -> None:
     model, args, couplings = prepared(CASES[0])
     small = eco.shrink(model, eco.plan(couplings, 0.5, "random", kinds=["qk"]), args)
-    graphs: list[Any] = [m.graph for m in small.modules() if hasattr(m, "graph")]
-    nodes = [n for graph in graphs for n in graph.nodes]
-    scales = [n.kwargs["scale"] for n in nodes if "scale" in n.kwargs]
+    sources = [m._graph_code.source for m in small.modules() if isinstance(m, GraphLayer)]
+    scales = [float(found) for source in sources for found in re.findall(r"scale = ([\d.]+)", source)]
     assert scales == [pytest.approx(0.5)]
 
 

@@ -16,7 +16,7 @@ def _triangle(lower: bool) -> Rule:
         rank, value = call.rank(), call.value()
         if not isinstance(value, Values) or rank < 2:
             return None
-        gap = position(rank - 2) - position(rank - 1) + as_number(call["diagonal"] or 0)
+        gap = position(rank - 2) - position(rank - 1) + as_number(call["diagonal"])
         kept = at_least_zero(gap if lower else -gap)
         outside = [(negated(kept), sympy.Integer(0))]
         return merged([*((sympy.And(c, kept), n) for c, n in value.cases), *outside])

@@ -15,7 +15,10 @@ def arange(call: Call) -> Value | None:
     """Whole numbers only: floating-point steps round."""
     if call.dtype.is_floating_point:
         return None
-    start, step = as_number(call["start"] or 0), as_number(call["step"] if call["step"] is not None else 1)
+    start, step = (
+        as_number(0 if call["start"] is None else call["start"]),
+        as_number(call["step"] if call["step"] is not None else 1),
+    )
     return merged([(TRUE, start + step * position(0))]) if start.is_integer and step.is_integer else None
 
 

@@ -60,7 +60,11 @@ def expand(call: Call) -> Value | None:
 @element_rule(aten.slice.Tensor)
 def part(call: Call) -> Value | None:
     """From a start counted from the left, with a step."""
-    axis, start, step = call.axis("dim", call.rank()), as_number(call["start"] or 0), call["step"]
+    axis, start, step = (
+        call.axis("dim", call.rank()),
+        as_number(0 if call["start"] is None else call["start"]),
+        call["step"],
+    )
     if start.is_nonnegative is not True:
         return None
     return call.moved([position(a) * step + start if a == axis else position(a) for a in range(call.rank())])
