@@ -73,6 +73,20 @@ def _refusals(flow: Flow, recorded: Iterable[tuple[int, fx.Node, str]]) -> dict[
             if key not in made:
                 made[key] = Refusal(message, node.name, operator_of(node), source_of(node))
             result[root] = made[key]
+    return {**_squared(flow), **result}
+
+
+def _squared(flow: Flow) -> dict[int, Refusal]:
+    """Dims that a reshape merges with themselves: what a unit holds there is a cross of rows and columns."""
+    result: dict[int, Refusal] = {}
+    reason = "it is merged with itself into one axis, where its units would be crosses"
+    for node, value in flow.values.items():
+        for axis in (a for one in several(value) for a in one.axes):
+            for piece in flow.dims.resolve(axis).pieces:
+                held = [d for d, _ in piece.dims]
+                for dim in held if len(set(held)) < len(held) else ():
+                    if held.count(dim) > 1 and flow.dims.origins[dim] is Origin.PARAMETER:
+                        result.setdefault(dim, Refusal(reason, node.name, operator_of(node), source_of(node)))
     return result
 
 
