@@ -139,6 +139,19 @@ def test_heads_that_meet_one_another_carry_no_choice() -> None:
     check_exact(model, 3, 6)
 
 
+def test_a_carrier_with_a_choice_of_its_own_carries_no_other() -> None:
+    """Axis y may differ along x and x along b, but not both: the places along x would be others for every b."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = torch.einsum("abcd,ydxb->abcxy", m.a(x).unflatten(-1, (4, 3)), m.w)
+        result: Tensor = m.b(h.flatten(1))
+        return result
+
+    model = built(forward, [(6, 12), (288, 5)])
+    model.w = nn.Parameter(torch.randn(3, 3, 4, 6, dtype=torch.float64))
+    check_exact(model, 6, 6)
+
+
 def test_a_dim_merged_with_itself_is_refused() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         h = m.a(x)

@@ -212,11 +212,11 @@ class Call:
     def _gather(self, value: Value, index: int, target: Sequence[Axis], at: int) -> None:
         if value.node is None or value.node is self.node:
             self.block(target[at], "it meets something stored inside a fused operator")
-        elif self.dims.cuttable(value.axes[index]):
-            for dim in self._lacking(self.dims.resolve(value.axes[index]), self.dims.resolve(target[at])):
-                self._block_dim(dim, "it meets a stored tensor beside other dims of one axis")
-        else:
-            self.record.gathers.append(Gather(self.node, value, index, tuple(target), at))
+            return
+        for dim in set(self.dims.dims_of(value.axes[index])) & set(self.dims.dims_of(target[at])):
+            if self.dims.origins[dim] is Origin.PARAMETER:  # the operand is cut along it already
+                self._block_dim(dim, "it lies beside a stored dim in one axis of an operand")
+        self.record.gathers.append(Gather(self.node, value, index, tuple(target), at))
 
     # -- combinators -----------------------------------------------------------------------------------------
 

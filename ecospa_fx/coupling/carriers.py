@@ -71,9 +71,9 @@ def _narrow(
             for at, dim in enumerate(order):
                 if dim in result:
                     # Only outer dims: units that differ along an inner one would not stay in row-major order.
-                    # Along a dim that lies on two axes, one choice would meet another.
-                    here = {d for d in {*order[:at], *others} - {dim} if dims.origins[d] is Origin.PARAMETER}
-                    here = {d for d in here if times[d] < 2}
+                    # Along a dim that lies on two other axes, one choice would meet another.
+                    around = {d for d in others if times[d] < 2}
+                    here = {d for d in {*order[:at], *around} - {dim} if dims.origins[d] is Origin.PARAMETER}
                     known = result[dim]
                     result[dim] = here if known is None else known & here
 
