@@ -213,9 +213,6 @@ class Call:
         if value.node is None or value.node is self.node:
             self.block(target[at], "it meets something stored inside a fused operator")
             return
-        for dim in set(self.dims.dims_of(value.axes[index])) & set(self.dims.dims_of(target[at])):
-            if self.dims.origins[dim] is Origin.PARAMETER:  # the operand is cut along it already
-                self._block_dim(dim, "it lies beside a stored dim in one axis of an operand")
         self.record.gathers.append(Gather(self.node, value, index, tuple(target), at))
 
     # -- combinators -----------------------------------------------------------------------------------------

@@ -270,8 +270,8 @@ def check_shrink(program: Program, model: nn.Module, plan: Plan, args: Sequence[
         try:
             error = masked_error(model, small, plan, example)
         except Exception as failure:
-            if batch != 2 and _one_batch_only(model, args):
-                return False
+            if batch != 2 and (_one_batch_only(model, args) or _by_accident(program, model, plan)):
+                return False  # refused, as it must be
             raise Failure(f"batch {batch}", _told(failure)) from failure
         if not error <= EXACT:
             raise Failure("inexact", f"error {error:.2e} at batch {batch} through eco.shrink\n{plan}")
