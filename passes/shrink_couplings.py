@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from ecospa_fx.axes.flow import Flow, flow, named_arguments, operator_name
 from ecospa_fx.axes.kept import Choice, Kept, take
@@ -59,7 +60,8 @@ def shrink_program(program: Program, plan: Plan) -> int:
     states = _cut_state(program, walked, kept)
     changes = len(cut) + len(states)
     gathers = _Gathers(program, kept)
-    for gather in walked.record.gathers:
+    # A choice that differs along another axis is made last, when that axis is cut already.
+    for gather in sorted(walked.record.gathers, key=lambda g: kept.carrier_axis(g.target, g.target_axis) is not None):
         changes += gathers.insert(gather)
     for node in list(program.graph.nodes):
         if node in walked.values and node.op == "call_function":
@@ -127,13 +129,20 @@ class _Gathers:
     def __init__(self, program: Program, kept: Kept) -> None:
         self.program, self.kept = program, kept
         self.made: dict[Any, fx.Node] = {}
+        self.current: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
+        """What a user reads in place of an operand so far."""
+        self.done: set[tuple[fx.Node, fx.Node, int]] = set()
         self.constants: dict[Any, fx.Node] = {}
 
     def insert(self, gather: Gather) -> int:
         """Reduce one operand before its user; 0 where nothing of it goes."""
         if not self.kept.changed(gather.target[gather.target_axis]):
             return 0
-        source = gather.operand.node
+        operand, user, axis = gather.operand.node, gather.user, gather.operand_axis
+        if (user, operand, axis) in self.done:
+            return 0
+        self.done.add((user, operand, axis))
+        source = self.current.get((user, operand), operand)
         mask = self.kept.mask(gather.target, gather.target_axis)
         places = self.kept.carrier_axis(gather.target, gather.target_axis)
         lead = len(gather.target) - len(gather.operand.axes)
@@ -142,11 +151,12 @@ class _Gathers:
         if places is not None:
             mask = mask[self.kept.mask(gather.target, places)[0]]
         mask = mask[:, self._present(gather)]
-        key = (source, module_of(gather.user), gather.operand_axis, places, lead, mask.numpy().tobytes())
-        if key not in self.made or not self.made[key] < gather.user:
-            with self.program.graph.inserting_before(gather.user):
-                self.made[key] = self._reduce(gather, mask, places, lead)
-        gather.user.replace_input_with(source, self.made[key])
+        key = (source, module_of(user), axis, places, lead, mask.numpy().tobytes())
+        if key not in self.made or not self.made[key] < user:
+            with self.program.graph.inserting_before(user):
+                self.made[key] = self._reduce(gather, source, mask, places, lead)
+        user.replace_input_with(source, self.made[key])
+        self.current[user, operand] = self.made[key]
         return 1
 
     def _present(self, gather: Gather) -> Tensor:
@@ -156,8 +166,8 @@ class _Gathers:
             raise PlanError(f"node {gather.user.name} reads a stored tensor whose repeats differ along another axis")
         return own[0]
 
-    def _reduce(self, gather: Gather, mask: Tensor, places: int | None, lead: int) -> fx.Node:
-        rank, axis, source, user = len(gather.operand.axes), gather.operand_axis, gather.operand.node, gather.user
+    def _reduce(self, gather: Gather, source: fx.Node, mask: Tensor, places: int | None, lead: int) -> fx.Node:
+        rank, axis, user = len(gather.operand.axes), gather.operand_axis, gather.user
         if places is None:
             return self._select(source, axis, mask[0], gather)
         positions = mask.nonzero()[:, 1].reshape(len(mask), -1)
@@ -180,9 +190,8 @@ class _Gathers:
 
     def _select(self, source: fx.Node, axis: int, mask: Tensor, gather: Gather) -> fx.Node:
         """One choice for all: a slice where it is contiguous. A leading symbolic size stays outside the choice."""
-        value = source.meta["val"]
-        size, user = value.shape[axis], gather.user
-        if not isinstance(size, int):
+        size, user = gather.operand.node.meta["val"].shape[axis], gather.user
+        if not is_concrete_int(size):
             return self._select_inside(source, axis, mask, gather)
         kept = mask.nonzero().flatten()
         first, last = int(kept[0]), int(kept[-1]) + 1
@@ -284,8 +293,7 @@ def _propagate(program: Program, walked: Flow, kept: Kept, stale: set[fx.Node]) 
         if node.op != "call_function" or not touched:
             continue
         before = _layout(node.meta.get("val"))
-        if node.target is aten.view.default:  # other widths have other strides, where a view may not exist
-            node.target = aten.reshape.default
+        _free_of_strides(program, node)
         try:
             node.meta["val"] = evaluate(node)
         except Exception as error:
@@ -302,6 +310,18 @@ def _layout(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_layout(one) for one in value]
     return str((tuple(value.shape), value.stride())) if isinstance(value, Tensor) else str(value)
+
+
+def _free_of_strides(program: Program, node: fx.Node) -> None:
+    """Other widths have other strides, for which a view may not exist."""
+    if node.target is aten.view.default:
+        node.target = aten.reshape.default
+    elif node.target is aten.view_as_complex.default:
+        (source,) = node.args
+        with program.graph.inserting_before(node):
+            copy = inherit(program.graph.call_function(aten.contiguous.default, (source,)), node)
+        copy.meta["val"] = evaluate(copy)
+        node.args = (copy,)
 
 
 def _check(program: Program, walked: Flow, kept: Kept, node: fx.Node) -> None:

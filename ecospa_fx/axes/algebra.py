@@ -260,7 +260,8 @@ class Dims:
             rows.setdefault(Piece(row, outside), []).append(Piece(column, inside))
         blocks = [Axis(inner, tuple(columns)) for columns in rows.values()]
         for other in blocks[1:]:
-            self.unify(blocks[0], other)
+            if self.unify(blocks[0], other):
+                raise Misaligned(f"rows of {inner} positions, of which some are stored and others are not")
         return Axis(outer, tuple(rows)), blocks[0]
 
     def _refine_straddling(self, axis: Axis, inner: int) -> bool:

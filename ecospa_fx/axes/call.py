@@ -192,7 +192,14 @@ class Call:
 
     def follows(self, axis: Axis, target: Axis) -> bool:
         """Whether an axis is cut together with the target, so that no gather is needed."""
-        return not self.dims.cuttable(target) or self.dims.resolve(axis) == self.dims.resolve(target)
+        mine, other = self.dims.resolve(axis), self.dims.resolve(target)
+        return mine == other or not self._lacking(mine, other)
+
+    def _lacking(self, axis: Axis, target: Axis) -> list[int]:
+        """Parameters' dims of the target in whose place a resolved axis has another one."""
+        own = {(piece.offset, stride, dim) for piece in axis.pieces for dim, stride in piece.dims}
+        wanted = [(piece.offset, stride, dim) for piece in target.pieces for dim, stride in piece.dims]
+        return [entry[2] for entry in wanted if entry not in own and self.dims.origins[entry[2]] is Origin.PARAMETER]
 
     def gathered(self, operands: Iterable[Value], target: Sequence[Axis]) -> None:
         """Record the gathers that operands, right-aligned with the target, need."""
@@ -205,8 +212,8 @@ class Call:
     def _gather(self, value: Value, index: int, target: Sequence[Axis], at: int) -> None:
         if value.node is None or value.node is self.node:
             self.block(target[at], "it meets something stored inside a fused operator")
-        else:
-            self.record.gathers.append(Gather(self.node, value, index, tuple(target), at))
+            return
+        self.record.gathers.append(Gather(self.node, value, index, tuple(target), at))
 
     # -- combinators -----------------------------------------------------------------------------------------
 
@@ -250,7 +257,9 @@ class Call:
                 flags[name] = any(v.zero[i] for v, i in wide if self.follows(v.axes[i], axes[name]))
                 self._batched(operands, wide, axes[name])
             else:
+                axes[name] = wide[0][0].axes[wide[0][1]]
                 self._contracted(wide)
+        self.record.tensors[tuple(axes.values())] = None  # all products, before they are summed
         for value, names in zip(operands, labels, strict=True):
             self._gather_batched(value, names, axes, out)
         return self.value([axes[name] for name in out], [flags[name] for name in out])
@@ -264,13 +273,14 @@ class Call:
     def _gather_batched(
         self, value: Value, names: Sequence[Hashable], axes: dict[Hashable, Axis], out: Sequence[Hashable]
     ) -> None:
-        target = tuple(axes[name] for name in out)
+        # The operand cannot gain an axis here: only along its own ones may the choice differ.
+        target = tuple(axes[name] for name in names)
         for index, name in enumerate(names):
-            if name not in axes or value.axes[index].size == 1 or self.follows(value.axes[index], axes[name]):
+            if name not in out or value.axes[index].size == 1 or self.follows(value.axes[index], axes[name]):
                 continue
             others = [other for i, other in enumerate(names) if other != name and value.axes[i].size > 1]
             if all(other in out for other in others) or not self._carried(value, index, axes[name]):
-                self._gather(value, index, target, list(out).index(name))
+                self._gather(value, index, target, index)
             else:
                 self.block(axes[name], "it indexes matrices that are stored or given as inputs")
 

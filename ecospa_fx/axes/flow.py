@@ -5,6 +5,7 @@ This file knows no operator. A node whose operator has no rule blocks every dim 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from ecospa_fx.axes import registry
 from ecospa_fx.axes.algebra import Axis, Dims, Misaligned, Origin
@@ -120,6 +122,7 @@ class _Walk:
         arguments = {name: self._value(a) for name, a in named_arguments(node).items()}
         before = len(self.record.gathers)
         call = self._apply(node, operator_name(node.target), arguments)
+        self._block_twice_read(node, call, before)
         self._alias(node, call, before)
 
     def _apply(self, node: fx.Node, operator: str, arguments: dict[str, Any]) -> Call:
@@ -169,6 +172,17 @@ class _Walk:
         if isinstance(argument, list | tuple):
             return [self._value(a) for a in argument]
         return argument
+
+    def _block_twice_read(self, node: fx.Node, call: Call, before: int) -> None:
+        """A stored tensor that one call reads in several places is reduced for all of them alike, or not at all."""
+        gathers = self.record.gathers[before:]
+        for source in dict.fromkeys(g.operand.node for g in gathers):
+            places = sum(a is source for a in pytree.tree_leaves((node.args, node.kwargs)))
+            wanted = Counter((g.operand_axis, self.dims.resolve(g.target[g.target_axis])) for g in gathers
+                             if g.operand.node is source)  # fmt: skip
+            if places > 1 and any(count != places for count in wanted.values()):
+                for _, axis in wanted:
+                    call.block(axis, "it meets a stored tensor that is read here in another place too")
 
     # -- memory ----------------------------------------------------------------------------------------------
 

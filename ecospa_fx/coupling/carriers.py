@@ -7,6 +7,7 @@ tokens to experts, count as having c.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 from ecospa_fx.axes.algebra import Axis, Dims, Origin
@@ -62,6 +63,7 @@ def _narrow(
 ) -> None:
     """Intersect the candidates of every dim of one tensor with the dims that go with it there."""
     everywhere = [_in_all_pieces(dims, axis, routed) for axis in axes]
+    times = Counter(d for axis in axes for d in {d for p in axis.pieces for d, _ in p.dims})
     for i, axis in enumerate(axes):
         others: set[int] = set().union(*(e for j, e in enumerate(everywhere) if j != i))
         for piece in axis.pieces:
@@ -69,7 +71,9 @@ def _narrow(
             for at, dim in enumerate(order):
                 if dim in result:
                     # Only outer dims: units that differ along an inner one would not stay in row-major order.
-                    here = {d for d in {*order[:at], *others} - {dim} if dims.origins[d] is Origin.PARAMETER}
+                    # Along a dim that lies on two other axes, one choice would meet another.
+                    around = {d for d in others if times[d] < 2}
+                    here = {d for d in {*order[:at], *around} - {dim} if dims.origins[d] is Origin.PARAMETER}
                     known = result[dim]
                     result[dim] = here if known is None else known & here
 

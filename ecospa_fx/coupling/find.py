@@ -35,11 +35,9 @@ def find_couplings(flow: Flow, shapes: Mapping[str, tuple[int, ...]]) -> list[Fo
     places = _places(flow)
     carriers = carriers_of(flow, [d for d in places if d in events and d not in refusals])
     paths = _paths(flow, {d: e for d, e in events.items() if d not in refusals})
+    wanted = {dim: where for dim, where in places.items() if dim in events or dim in refusals}
     found = []
-    for dim, where in places.items():
-        if dim not in events and dim not in refusals:
-            continue
-        chosen, members = _members(flow.dims, dim, carriers.get(dim, ()), where, consumed)
+    for dim, (chosen, members) in _all_members(flow.dims, wanted, carriers, consumed).items():
         coupling = _coupling(flow.dims, dim, chosen, members, events.get(dim, ()), refusals.get(dim))
         told = None if dim in refusals else inexact.get(dim)
         found.append(Found(replace(coupling, path=paths.get(dim, ()), inexact=told), dim, chosen))
@@ -73,6 +71,20 @@ def _refusals(flow: Flow, recorded: Iterable[tuple[int, fx.Node, str]]) -> dict[
             if key not in made:
                 made[key] = Refusal(message, node.name, operator_of(node), source_of(node))
             result[root] = made[key]
+    return {**_squared(flow), **result}
+
+
+def _squared(flow: Flow) -> dict[int, Refusal]:
+    """Dims that a reshape merges with themselves: what a unit holds there is a cross of rows and columns."""
+    result: dict[int, Refusal] = {}
+    reason = "it is merged with itself into one axis, where its units would be crosses"
+    for node, value in flow.values.items():
+        for axis in (a for one in several(value) for a in one.axes):
+            for piece in flow.dims.resolve(axis).pieces:
+                held = [d for d, _ in piece.dims]
+                for dim in held if len(set(held)) < len(held) else ():
+                    if held.count(dim) > 1 and flow.dims.origins[dim] is Origin.PARAMETER:
+                        result.setdefault(dim, Refusal(reason, node.name, operator_of(node), source_of(node)))
     return result
 
 
@@ -93,9 +105,30 @@ def _places(flow: Flow) -> dict[int, list[Place]]:
     return result
 
 
+Members = tuple[tuple[int, ...], tuple[Member, ...]]
+"""Carriers, outer ones first, and members."""
+
+
+def _all_members(
+    dims: Dims, wanted: Mapping[int, Sequence[Place]], carriers: Mapping[int, tuple[int, ...]],
+    consumed: set[tuple[str, int]],
+) -> dict[int, Members]:  # fmt: skip
+    """Members of every dim. A carrier whose own choice differs along a third dim carries only what that carries too."""
+    result = {dim: _members(dims, dim, carriers.get(dim, ()), where, consumed) for dim, where in wanted.items()}
+    again = True
+    while again:
+        again = False
+        for dim, (chosen, _) in result.items():
+            kept = tuple(c for c in chosen if c not in result or set(result[c][0]) <= set(chosen))
+            if kept != chosen:
+                result[dim] = _members(dims, dim, kept, wanted[dim], consumed)
+                again = True
+    return result
+
+
 def _members(
     dims: Dims, dim: int, carriers: tuple[int, ...], where: Sequence[Place], consumed: set[tuple[str, int]]
-) -> tuple[tuple[int, ...], tuple[Member, ...]]:
+) -> Members:
     """Members of a dim, with as many of the carriers as every member can express."""
     while True:
         drop = {c for _, axis, axes in where for c in _inexpressible(dims, dim, axis, axes, carriers)}

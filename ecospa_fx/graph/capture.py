@@ -26,6 +26,7 @@ from ecospa_fx.graph.inline import inline_regions
 from ecospa_fx.graph.modes import align, note_dropout
 from ecospa_fx.graph.program import ExportedForm
 from ecospa_fx.graph.sink import sink_concatenations
+from ecospa_fx.graph.sizes import read_sizes_off_inputs
 from ecospa_fx.graph.whole_slice import drop_whole_slices
 
 
@@ -82,6 +83,7 @@ def _normalised(program: ExportedProgram) -> ExportedProgram:
     drop_whole_slices(module)
     write_out_shapes(module)
     slice_constant_indices(module, constants)
+    read_sizes_off_inputs(module)
     hoist_selections(module)
     sink_concatenations(module)
     return program

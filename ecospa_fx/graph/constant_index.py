@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from ecospa_fx.graph.edit import insert
 
@@ -41,9 +42,9 @@ def _run(node: fx.Node, constants: Mapping[fx.Node, Tensor]) -> tuple[int, int, 
     if len(given) != 1:
         return None
     values, size = _values(indices[given[0]], constants), source.meta["val"].shape[given[0]]
-    if values is None or values.dim() != 1 or not isinstance(size, int) or values.dtype is torch.bool:
+    if values is None or values.dim() != 1 or not is_concrete_int(size) or values.dtype is torch.bool:
         return None
-    positions = [int(v) % size for v in values]
+    positions = [int(v) % int(size) for v in values]
     if not positions or positions != list(range(positions[0], positions[0] + len(positions))):
         return None
     return given[0], positions[0], positions[-1] + 1

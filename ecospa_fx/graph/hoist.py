@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from ecospa_fx.graph.edit import insert
 from ecospa_fx.graph.memory import written_to
@@ -33,8 +34,8 @@ def hoist_selections(module: fx.GraphModule) -> bool:
             chain = _chain(node)
             if chain is not None and not written_to(chain.source):
                 changed |= _hoist(graph, node, chain)
+    changed |= graph.eliminate_dead_code(lambda n: n.is_impure() or n.op != "call_function" or not _movable(n))
     if changed:
-        graph.eliminate_dead_code(lambda n: n.is_impure() or n.op != "call_function" or not _movable(n))
         graph.lint()
     return changed
 
@@ -126,8 +127,8 @@ def _split_of(view: fx.Node, position: int, last: int, steps: tuple[tuple[fx.Nod
         return None
     inside, outside = source.meta["val"].shape, view.meta["val"].shape
     for inner, size in enumerate(inside):
-        for first in range(position + 1) if isinstance(size, int) else ():
-            parts = _run(outside[first:], size)
+        for first in range(position + 1) if is_concrete_int(size) else ():
+            parts = _run(outside[first:], int(size))
             if first <= position < first + len(parts) and _same(prod(inside[:inner]), prod(outside[:first])):
                 at = position - first
                 if len(parts) < 2 or parts[at] == 1 or prod(parts[at + 1 :]) == 1:
@@ -140,10 +141,10 @@ def _run(sizes: Any, whole: int) -> tuple[int, ...]:
     """The leading sizes whose product is `whole`, or none; sizes of 1 after them are left out."""
     product, found = 1, []
     for size in sizes:
-        if not isinstance(size, int) or product == whole:
+        if not is_concrete_int(size) or product == whole:
             break
-        product *= size
-        found.append(size)
+        product *= int(size)
+        found.append(int(size))
     return tuple(found) if product == whole else ()
 
 
@@ -211,8 +212,8 @@ def _sizes(graph: fx.Graph, chain: _Chain, like: fx.Node) -> list[Any]:
     written: Any = chain.view.args[1] if chain.view.target is not aten.unflatten.int else None
     found: list[Any] = []
     for i, size in enumerate(outside):
-        if isinstance(size, int) or written is not None:
-            found.append(size if isinstance(size, int) else written[i])
+        if is_concrete_int(size) or written is not None:
+            found.append(int(size) if is_concrete_int(size) else written[i])
             continue
         axis = i if i < chain.axis else i - grown
         found.append(insert(graph, aten.sym_size.int, (chain.source, axis), like=like))

@@ -195,25 +195,53 @@ def _attribute(module: nn.Module, path: str) -> Any:
 
 
 def concrete_sizes() -> Sizes:
-    """Sizes as numbers: a symbol counts as in the example inputs, a data-dependent one as a large prime."""
-    unknown: dict[str, int] = {}
+    """Sizes as numbers: a symbol counts as a small prime, so that it equals no width of the model by accident.
+
+    Where what the graph requires of a symbol allows none, another number than the example's is taken if there is one;
+    a size that the data decides counts as a large prime.
+    """
+    numbers = _Numbers()
 
     def size(value: Any) -> int:
         if isinstance(value, int):
             return value
-        node = value.node
-        if node.has_hint():
-            return int(node.hint)
-        symbols = sorted(node.expr.free_symbols, key=str)
-        known = "backed_var_to_val" if hasattr(node.shape_env, "backed_var_to_val") else "var_to_val"
-        hints = getattr(node.shape_env, known)
-        values = {}
-        for symbol in symbols:
-            hint = hints.get(symbol)
-            values[symbol] = hint if hint is not None else unknown.setdefault(str(symbol), _prime(len(unknown)))
-        return int(node.expr.subs(values))
+        expression = value.node.expr
+        symbols = sorted(expression.free_symbols, key=str)
+        return int(expression.subs({symbol: numbers.of(symbol, value.node.shape_env) for symbol in symbols}))
 
     return size
+
+
+class _Numbers:
+    """A number for every symbol."""
+
+    PRIMES = (11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97, 7, 5, 3)
+
+    def __init__(self) -> None:
+        self.known: dict[Any, int] = {}
+        self.unknown = 0
+
+    def of(self, symbol: Any, environment: Any) -> int:
+        """The number of a symbol, always the same."""
+        if symbol not in self.known:
+            self.known[symbol] = self._choose(symbol, environment)
+        return self.known[symbol]
+
+    def _choose(self, symbol: Any, environment: Any) -> int:
+        named = "backed_var_to_val" if hasattr(environment, "backed_var_to_val") else "var_to_val"
+        hint = getattr(environment, named).get(symbol)
+        if hint is None:
+            self.unknown += 1
+            return _prime(self.unknown - 1)
+        required = [guard.expr for guard in environment.guards if symbol in guard.expr.free_symbols]
+        limits = environment.var_to_range.get(symbol)
+        candidates: list[int] = [*self.PRIMES, *range(2 * int(hint), 9 * int(hint), int(hint)), *range(2, int(hint))]
+        for number in (n for n in candidates if n not in self.known.values()):
+            given = {**self.known, symbol: number}
+            inside = limits is None or limits.lower <= number <= limits.upper
+            if inside and not any(guard.subs(given) == False for guard in required):  # noqa: E712 (sympy's)
+                return number
+        return int(hint)
 
 
 def _prime(index: int) -> int:
