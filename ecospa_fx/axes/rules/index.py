@@ -121,12 +121,13 @@ def scatter(call: Call) -> Value:
         if v.axes:
             call.block(v.axes[axis], f"{call.operator} writes to computed positions")
     others = [i for i in range(len(value.axes)) if i != axis]
-    if any(v.axes[i].size != value.axes[i].size for v in parts for i in others):
+    partly = [i for i in others if any(v.axes[i].size != value.axes[i].size for v in parts)]
+    if any(call.dims.cuttable(v.axes[i]) for v in parts for i in partly):
         return call.block_all(f"{call.operator} writes to a part of it")[0]
     sums = call.operator != "aten.scatter_reduce" or call.get("reduce") == "sum"
     filled = isinstance(source, Value) or (not isinstance(call.get("value"), Value) and call.get("value", 0) == 0)
     axes, flags = list(value.axes), [False] * len(value.axes)
-    for i in (j for j in others if value.axes[j].size > 1):
+    for i in (j for j in others if j not in partly and value.axes[j].size > 1):
         axes[i] = call.align([(v, i) for v in parts])
         numbers = [v for v in parts if v is not index]
         flags[i] = sums and filled and all(v.zero[i] and call.follows(v.axes[i], axes[i]) for v in numbers)
