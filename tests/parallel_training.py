@@ -9,6 +9,7 @@ ones write a distributed checkpoint in the middle too, and end with what a new r
 from __future__ import annotations
 
 import copy
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -82,12 +83,8 @@ def whole(value: Any) -> Any:
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
-def main() -> None:
-    folder, rank, world = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    mode = sys.argv[4] if len(sys.argv) > 4 else ""
-    torch.set_num_threads(1)
-    if world > 1:
-        dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=world)
+def outcome(folder: Path, rank: int, world: int, mode: str) -> str:
+    """Train and write what came of it; the error's text where it was refused."""
     wrap = sharded if mode == "sharded" else DistributedDataParallel if world > 1 else None
     try:
         sparse, optimizer = built(0.4 if mode == "different" and rank else 0.5, wrap)
@@ -96,13 +93,27 @@ def main() -> None:
             sparse, optimizer = resumed(folder, sparse, optimizer)
         train(sparse, optimizer, range(5, STEPS), (rank, world))
     except TrainingError as error:
-        sys.exit(str(error))
+        return str(error)
     state = {"weights": sparse.model.state_dict(), "optimizer": optimizer.state_dict()["state"]}
     weights = {k.removeprefix("module."): whole(v) for k, v in state["weights"].items()}
     states = tree_map(whole, state["optimizer"])
     torch.save({"weights": weights, "optimizer": states, "sparse": sparse.state_dict()}, folder / f"{rank}")
+    return ""
+
+
+def main() -> None:
+    """Ends without the interpreter's teardown: a thread of gloo that wants the GIL during it aborts the process."""
+    folder, rank, world = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    torch.set_num_threads(1)
     if world > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=world)
+    error = outcome(folder, rank, world, sys.argv[4] if len(sys.argv) > 4 else "")
+    if world > 1:
+        dist.barrier()
         dist.destroy_process_group()
+    sys.stderr.write(error)
+    sys.stderr.flush()
+    os._exit(1 if error else 0)
 
 
 if __name__ == "__main__":
