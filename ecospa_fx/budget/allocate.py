@@ -55,7 +55,7 @@ def plan(
     >>> print(small)  # doctest: +SKIP
     """
     _check_arguments(ratio, seed, round_to, floor)
-    chosen = _choose(couplings, kinds, containers=isinstance(scores, str) and scores == "random")
+    chosen = choose(couplings, kinds, containers=isinstance(scores, str) and scores == "random")
     values = _values(couplings, chosen, scores, seed)
     ladders = [_ladder(c, values[c.name], round_to, floor) for c in chosen]
     counts: list[int] = []
@@ -213,7 +213,7 @@ def _check_arguments(ratio: float, seed: int, round_to: int, floor: float) -> No
         )
 
 
-def _choose(couplings: Couplings, kinds: Sequence[str] | None, *, containers: bool) -> list[Coupling]:
+def choose(couplings: Couplings, kinds: Sequence[str] | None, *, containers: bool) -> list[Coupling]:
     """The couplings to allocate; containers whose content is offered are left to their content by default."""
     offered = [c for c in couplings.offered if c.size > 1]
     if kinds is not None:

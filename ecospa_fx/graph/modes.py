@@ -7,7 +7,7 @@ literals depend on it, whatever the operators are.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,6 +119,14 @@ def _literals(node: fx.Node, other: fx.Node | None) -> dict[str, tuple[Any, Any]
     return {n: (v, its[n]) for n, v in mine.items() if _numeric(v) and v != its[n]}
 
 
+def evaluation_arguments(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call as they are in evaluation mode."""
+    noted = node.meta.get(KEY)
+    if not noted:
+        return node.args, dict(node.kwargs)
+    return _with_values(node, {name: evaluation for name, (_, evaluation) in noted.items()})
+
+
 # -- from notes to code ------------------------------------------------------------------------------------------
 
 
@@ -144,7 +152,7 @@ def follow_notes(graph: fx.Graph) -> int:
     for node in noted:
         with graph.inserting_before(node):
             chosen = {name: _chosen(graph, mode, *values) for name, values in node.meta.pop(KEY).items()}
-        _set(node, chosen)
+        node.args, node.kwargs = _with_values(node, chosen)
     return len(noted)
 
 
@@ -155,7 +163,8 @@ def _chosen(graph: fx.Graph, mode: fx.Node, training: Any, evaluation: Any) -> f
     return part if evaluation == 0 else graph.call_function(operator.add, (evaluation, part))
 
 
-def _set(node: fx.Node, values: dict[str, fx.Node]) -> None:
+def _with_values(node: fx.Node, values: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call with some of them, by name, replaced."""
     target: Any = node.target
     names = [a.name for a in target._schema.arguments]
     args, kwargs = list(node.args), dict(node.kwargs)
@@ -165,4 +174,4 @@ def _set(node: fx.Node, values: dict[str, fx.Node]) -> None:
             args[at] = value
         else:
             kwargs[name] = value
-    node.args, node.kwargs = tuple(args), kwargs
+    return tuple(args), kwargs

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from copy import copy, deepcopy
 from itertools import count
 from typing import Any
 
@@ -76,6 +77,19 @@ class ExportedForm(Program):
         self.stored = {placeholders[node]: target for node, target in held.items()}
         changed = written(self.graph)
         self.state = {node: name for node, name in self.stored.items() if node in changed}
+
+    def frozen(self) -> ExportedForm:
+        """The program as it is now, whatever becomes of this one; tensors are shared."""
+        twin, exported = copy(self), copy(self.exported)
+        exported._graph_signature = deepcopy(self.exported.graph_signature)
+        exported._state_dict, exported._constants = dict(self.exported.state_dict), dict(self.exported.constants)
+        twin.exported, twin.graph = exported, deepcopy(self.graph)
+        nodes = {node.name: node for node in twin.graph.nodes}
+        twin.parameters = {nodes[node.name]: name for node, name in self.parameters.items()}
+        twin.stored = {nodes[node.name]: name for node, name in self.stored.items()}
+        twin.state = {nodes[node.name]: name for node, name in self.state.items()}
+        twin.values, twin.buffers = dict(self.values), dict(self.buffers)
+        return twin
 
     def buffer(self, name: str) -> Tensor:
         held = self.exported.state_dict if name in self.exported.state_dict else self.exported.constants

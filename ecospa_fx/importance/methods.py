@@ -215,9 +215,9 @@ class GradientStatistic:
         return {name: self._rule.finish(s / self._batches).to("cpu", torch.float64) for name, s in self._sums.items()}
 
 
+GATE_FISHER = GradientRule(per_batch=torch.square, gate=True)
+
 register(Method("magnitude", from_weights=magnitude))
 register(Method("taylor", from_batches=partial(GradientStatistic, GradientRule(finish=torch.abs))))
 register(Method("fisher", from_batches=partial(GradientStatistic, GradientRule(per_element=torch.square))))
-register(
-    Method("gate-fisher", from_batches=partial(GradientStatistic, GradientRule(per_batch=torch.square, gate=True)))
-)
+register(Method("gate-fisher", from_batches=partial(GradientStatistic, GATE_FISHER)))

@@ -57,7 +57,8 @@ def score(
     statistic, count = _statistic(chosen, weights, couplings), 0
     with _scoring(model, statistic):
         for count, batch in enumerate(watched(batches, method) if progress else batches, 1):  # read below
-            _one_batch(model, statistic, batch, loss, count - 1)
+            one_batch(model, lambda: statistic.inputs, batch, loss, count - 1)
+            statistic.end_batch(count - 1)
     if count == 0:
         raise ScoreError(f"there are no batches to score with {method!r}: pass at least one (args, kwargs)")
     return Scores(method, statistic.result())
@@ -114,9 +115,15 @@ def _scoring(model: nn.Module, statistic: Statistic) -> Iterator[None]:
             parameter.requires_grad_(required)
 
 
-def _one_batch(model: nn.Module, statistic: Statistic, batch: Batch, loss: Loss, number: int) -> None:
-    args, kwargs = _arguments(batch, number)
-    value = loss(model(*args, **kwargs), args, kwargs)
+def one_batch(
+    forward: Callable[..., Any], inputs: Callable[[], Sequence[Tensor]], batch: object, loss: Loss, number: int
+) -> None:
+    """Differentiate the loss of one batch by `inputs`, asked for after the forward pass; hooks do the rest.
+
+    Raises ScoreError for what is no batch, and for a loss that is not a finite scalar that depends on the model.
+    """
+    args, kwargs = arguments(batch, number)
+    value = loss(forward(*args, **kwargs), args, kwargs)
     if not isinstance(value, Tensor) or value.numel() != 1:
         told = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
         raise ScoreError(f"the loss of batch {number} is not a scalar but of {told}: return its mean or sum")
@@ -126,11 +133,10 @@ def _one_batch(model: nn.Module, statistic: Statistic, batch: Batch, loss: Loss,
         )
     if not value.isfinite():
         raise ScoreError(f"the loss of batch {number} is {value.item()}: leave the batch out or repair the weights")
-    torch.autograd.grad(value.reshape(()), list(statistic.inputs), allow_unused=True)
-    statistic.end_batch(number)
+    torch.autograd.grad(value.reshape(()), list(inputs()), allow_unused=True)
 
 
-def _arguments(batch: object, number: int) -> Batch:
+def arguments(batch: object, number: int) -> Batch:
     """The batch as (args, kwargs); a lone tensor in place of `args` would be unpacked row by row, so it is refused."""
     if isinstance(batch, tuple | list) and len(batch) == 2:
         args, kwargs = batch

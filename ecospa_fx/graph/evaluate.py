@@ -1,0 +1,102 @@
+"""Running a captured program on real values, some nodes at a time.
+
+Unlike a call of the module, the caller sees every value on the way, can leave off anywhere, and can go on with other
+values in place of those that were computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export.graph_signature import InputKind
+from torch.utils import _pytree as pytree
+
+from ecospa_fx.graph.calling import Calling, leaf
+from ecospa_fx.graph.modes import evaluation_arguments
+from ecospa_fx.graph.program import ExportedForm
+
+Values = dict[fx.Node, Any]
+"""What nodes have computed."""
+
+
+class Evaluator:
+    """Runs the nodes of one program in evaluation mode, whatever mode it was captured in.
+
+    model, args, kwargs: what the program was captured from.
+    """
+
+    def __init__(self, program: ExportedForm, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        self.program = program
+        nodes = list(program.graph.nodes)
+        self.order = [node for node in nodes if node.op == "call_function"]
+        """The nodes that compute, in the order of the graph."""
+        (self.output,) = (node for node in nodes if node.op == "output")
+        specs = program.exported.graph_signature.input_specs
+        given = {spec.arg.name for spec in specs if spec.kind is InputKind.USER_INPUT}
+        self._inputs = [node for node in nodes if node.op == "placeholder" and node.name in given]
+        examples = pytree.tree_leaves((tuple(args), dict(kwargs)))
+        leaves = [leaf(node, example) for node, example in zip(self._inputs, examples, strict=True)]
+        call = program.exported.module_call_graph[0].signature
+        self._calling = Calling(model, args, kwargs, call, leaves)
+        self._arguments = {node: evaluation_arguments(node) for node in self.order}
+        self._last: dict[fx.Node, int] = {}
+        for place, node in enumerate(self.order):
+            for read in node.all_input_nodes:
+                self._last[read] = place
+        for read in self.output.all_input_nodes:
+            self._last[read] = len(self.order)
+        self._place = {node: place for place, node in enumerate(self.order)}
+
+    def start(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Values:
+        """The values that a call begins with, but for the parameters: its arguments and the buffers."""
+        values: Values = dict(zip(self._inputs, self._calling.flat(tuple(args), dict(kwargs)), strict=True))
+        program, lifted = self.program, self.program.exported.graph_signature.inputs_to_lifted_tensor_constants
+        for node in program.graph.nodes:
+            if node.op != "placeholder" or node in values or node in program.parameters:
+                continue
+            if node in program.stored:
+                held = program.buffer(program.stored[node])
+                values[node] = held.clone() if node in program.state else held
+            elif node.name in lifted:
+                values[node] = program.exported.constants[lifted[node.name]]
+            else:
+                values[node] = self._added(node)
+        return values
+
+    def weights(self) -> Values:
+        """The parameters as they are now, without gradients."""
+        return {node: self.program.tensor(name).detach() for node, name in self.program.parameters.items()}
+
+    def _added(self, node: fx.Node) -> Tensor:
+        """A constant that a pass has added."""
+        exported = self.program.exported
+        (spec,) = (s for s in exported.graph_signature.input_specs if getattr(s.arg, "name", None) == node.name)
+        found: Tensor = exported.constants[str(spec.target)]
+        return found
+
+    def run(self, nodes: Iterable[fx.Node], values: Values) -> None:
+        """Compute nodes, given in the order of the graph, into `values`; what nothing reads any more is dropped."""
+        for node in nodes:
+            args, kwargs = fx.node.map_arg(self._arguments[node], values.__getitem__)
+            target: Any = node.target
+            values[node] = target(*args, **kwargs)
+            place = self._place[node]
+            for read in {node, *node.all_input_nodes}:
+                if self._last.get(read, -1) <= place:
+                    values.pop(read, None)
+
+    def returned(self, values: Values) -> Any:
+        """What the module returns, once all nodes have run."""
+        leaves: Any = fx.node.map_arg(self.output.args[0], values.__getitem__)
+        mutated = len(self.program.exported.graph_signature.output_specs) - self._calling.result.num_leaves
+        return self._calling.returned(list(leaves)[mutated:])
+
+
+def detached(value: Any) -> Any:
+    """A value without its history; sizes and other constants as they are."""
+    if isinstance(value, list | tuple):
+        return type(value)(detached(one) for one in value)
+    return value.detach() if isinstance(value, torch.Tensor) else value

@@ -1,0 +1,20 @@
+"""Symmetric matrices as they come from sums of outer products: damped, and raised to a power."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def damped(matrix: Tensor, damping: float) -> Tensor:
+    """`matrix` [..., n, n] plus `damping` times the mean of its diagonal; the identity where it is zero."""
+    mean = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)
+    added = torch.where(mean > 0, damping * mean, torch.ones_like(mean))
+    return matrix + added[..., None, None] * torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+
+
+def power(matrix: Tensor, exponent: float, floor: float = 1e-10) -> Tensor:
+    """`matrix` [..., n, n], positive semidefinite, to a power; eigenvalues below `floor` of the largest count as that."""
+    values, vectors = torch.linalg.eigh(matrix)
+    least = (values[..., -1:] * floor).clamp(min=torch.finfo(matrix.dtype).tiny)
+    return (vectors * values.maximum(least).pow(exponent)[..., None, :]) @ vectors.mT
