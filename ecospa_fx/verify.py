@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ecospa_fx.graph.objects import copied, objects, opened
 from ecospa_fx.plan import Plan
 
 
@@ -43,16 +44,23 @@ def masked_error(
     """
     kwargs = dict(kwargs or {})
     with torch.no_grad():
-        got = _floats(small(*args, **kwargs))
+        got = _floats(_called(small, args, kwargs))
         with masked(model, plan):
-            want = _floats(model(*args, **kwargs))
+            want = _floats(_called(model, args, kwargs))
     if len(got) != len(want):
         return float("inf")
     return max((_difference(a, b) for a, b in zip(got, want, strict=True)), default=0.0)
 
 
+def _called(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What the model returns for copies of the arguments, and these afterwards: what was written into caches counts."""
+    own_args, own_kwargs = copied((tuple(args), dict(kwargs)))
+    result = model(*own_args, **own_kwargs)
+    return result, [opened(one) for one in objects((own_args, own_kwargs))]
+
+
 def _floats(output: Any) -> list[Tensor]:
-    leaves = pytree.tree_leaves(output)
+    leaves = pytree.tree_leaves(opened(output))
     return [t for t in leaves if isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex())]
 
 

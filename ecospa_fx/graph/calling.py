@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import sympy
@@ -13,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from ecospa_fx.errors import InputError
+from ecospa_fx.graph.objects import closed, difference, objects, opened, skeletons, update
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,10 @@ class Leaf:
         )
 
 
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
 def _same(value: Any, constant: Any) -> bool:
     return value is constant or (type(value) is type(constant) and repr(value) == repr(constant))
 
@@ -91,28 +97,53 @@ class Calling:
         self.names = tuple(p.name for p in parameters if p.kind in {kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD})
         self.plain = not any(p.kind is kinds.VAR_POSITIONAL for p in parameters)
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        plain = {n: not any(isinstance(x, Tensor) for x in pytree.tree_leaves(v)) for n, v in given.items()}
+        plain = {n: not objects(v) and not any(map(_is_tensor, pytree.tree_leaves(v))) for n, v in given.items()}
         self.constants = {n: v for n, v in given.items() if plain[n]}
+        self.stateful = bool(objects((args, kwargs)))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Calling:
         """Nothing in it changes."""
         return self
 
-    def flat(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        """The leaves of the arguments in the order of the graph's inputs."""
+    def call(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the original returns, by a graph of leaves; objects among the arguments change as the original's would."""
         if self.plain and (len(args) != self.positional or tuple(kwargs) != self.keywords):
             args, kwargs = self._arranged(args, kwargs)
-        leaves, spec = pytree.tree_flatten((args, kwargs))
+        result = pytree.tree_unflatten(run(*self._flat(args, kwargs)), self.result)
+        given = objects((args, kwargs)) if self.stateful else []
+        if self.stateful:
+            result, states = result
+            for target, state in zip(given, states, strict=True):
+                if state is not None:
+                    update(target, state)
+        return closed(result, given)[0] if self._returns_objects else result
+
+    @cached_property
+    def _returns_objects(self) -> bool:
+        """Whether the original returns what is no container of tensors."""
+        empty = pytree.tree_unflatten([None] * self.result.num_leaves, self.result)
+        return bool(closed(empty, [None] * len(self.leaves))[1])
+
+    def _flat(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """The leaves of the arguments in the order of the graph's inputs."""
+        leaves, spec = pytree.tree_flatten(opened((args, kwargs)) if self.stateful else (args, kwargs))
         if len(leaves) != len(self.leaves) or (not torch.compiler.is_compiling() and spec != self.spec):
-            raise TypeError(f"the arguments are structured otherwise than the example's: {spec} instead of {self.spec}")
+            raise self._otherwise(spec)
         symbols: dict[str, int] = {}
         for value, expected in zip(leaves, self.leaves, strict=True):
             expected.check(value, symbols)
         return leaves
 
-    def returned(self, leaves: Sequence[Any]) -> Any:
-        """What the original returns, from the graph's outputs."""
-        return pytree.tree_unflatten(leaves, self.result)
+    def _otherwise(self, spec: Any) -> Exception:
+        """Why arguments of another structure are refused."""
+        for found, wanted in zip(skeletons(spec), skeletons(self.spec), strict=False):
+            told = difference(found, wanted)
+            if told is not None:
+                return InputError(
+                    f"an argument that is a {wanted.root.kind.__name__} differs from the example's: {told}; "
+                    "shrink the model again with an example in this state"
+                )
+        return TypeError(f"the arguments are structured otherwise than the example's: {spec} instead of {self.spec}")
 
     def _arranged(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if len(args) > len(self.names):

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from ecospa_fx.graph.calling import Calling, leaf
 from ecospa_fx.graph.layer import Code, GraphLayer, Layers, own_copy
+from ecospa_fx.graph.objects import opened
 from ecospa_fx.graph.program import ExportedForm
 from ecospa_fx.graph.repeated import share_repeated
 
@@ -70,7 +71,7 @@ class GraphModel(GraphLayer):
 
 
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    return self._graph_calling.returned(self._graph_run(*self._graph_calling.flat(args, kwargs)))
+    return self._graph_calling.call(self._graph_run, args, kwargs)
 
 
 def _rooted(
@@ -81,7 +82,7 @@ def _rooted(
     torch's own wrapper interprets node by node, and shuts the compiler out of its handling of arguments.
     """
     signature = exported.module_call_graph[0].signature
-    examples = pytree.tree_leaves((tuple(args), kwargs))
+    examples = pytree.tree_leaves(opened((tuple(args), kwargs)))
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
     leaves = [leaf(node, example) for node, example in zip(placeholders, examples, strict=True)]
     root: Any = Layers(model).convert(module, base=GraphModel)
