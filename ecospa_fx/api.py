@@ -7,10 +7,9 @@ from typing import Any, Literal
 
 from torch import nn
 
-from ecospa_fx.axes.flow import flow
 from ecospa_fx.budget.allocate import plan as make_plan
 from ecospa_fx.coupling.couplings import Couplings
-from ecospa_fx.coupling.find import find_couplings
+from ecospa_fx.coupling.find import detected
 from ecospa_fx.errors import InputError, PlanError, ScoreError
 from ecospa_fx.graph.capture import capture, captures
 from ecospa_fx.graph.passes import Pass, run_passes
@@ -22,7 +21,7 @@ from ecospa_fx.origin import origin, remember
 from ecospa_fx.plan import Plan
 from ecospa_fx.verify import masked
 
-ALLOWED = ("renormalise",)
+ALLOWED = ("renormalise", "cache")
 
 
 def detect(
@@ -37,8 +36,10 @@ def detect(
     model: an nn.Module on any device, "meta" included, or a traced ``fx.GraphModule``; args, kwargs: example inputs.
     Returns every prunable dim with everything that must shrink with it, and every dim that cannot be removed, with the
     reason. allow="renormalise" also offers what nothing but a norm over it blocks: the smaller model's norms run over
-    what is kept, which is not what masking gives, so such couplings say why in ``inexact``. The model stays untouched.
-    Raises CaptureError where ``torch.export`` cannot trace it.
+    what is kept, which is not what masking gives, so such couplings say why in ``inexact``. allow="cache" also offers
+    what the model keeps from call to call, such as keys and values of attention: the smaller model takes and returns
+    narrower tensors there, and such couplings say so in ``resized``. The model stays untouched. Raises CaptureError
+    where ``torch.export`` cannot trace it.
 
     Example:
         >>> import torch, ecospa_fx as eco
@@ -50,9 +51,7 @@ def detect(
     unknown = [name for name in allowed if name not in ALLOWED]
     if unknown:
         raise InputError(f"allow={unknown[0]!r} is unknown: give one of {', '.join(ALLOWED)}")
-    program = capture(model, args, kwargs, dynamic=False)
-    walked = flow(program.graph, program.parameters, program.shapes, program.sizes, allowed, program.state)
-    return Couplings((entry.coupling for entry in find_couplings(walked, program.shapes)), model)
+    return detected(capture(model, args, kwargs, dynamic=False), model, allowed)
 
 
 def shrink(

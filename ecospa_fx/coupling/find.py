@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
-from torch import fx
+from torch import fx, nn
 
 from ecospa_fx.axes.algebra import Axis, Dims, Origin, Piece
 from ecospa_fx.axes.flow import Flow, operator_name
 from ecospa_fx.axes.record import Event, several
 from ecospa_fx.coupling.carriers import carriers_of
-from ecospa_fx.coupling.couplings import Box, Coupling, Member, Refusal, Step, Symmetry
+from ecospa_fx.coupling.couplings import Box, Coupling, Couplings, Member, Refusal, Step, Symmetry
+from ecospa_fx.graph.program import Program
 
 _KINDS = (("batched", "heads"), ("contracts activations", "qk"), ("averaged", "vo"), ("nonlinear", "ffn"),
           ("multiplied", "ffn"))  # fmt: skip
@@ -27,10 +28,16 @@ class Found:
     carriers: tuple[int, ...]
 
 
+def detected(program: Program, model: nn.Module, allow: Collection[str] = ()) -> Couplings:
+    """The couplings of a captured model. allow: see `detect`."""
+    return Couplings((f.coupling for f in find_couplings(program.flow(allow), program.shapes)), model)
+
+
 def find_couplings(flow: Flow, shapes: Mapping[str, tuple[int, ...]]) -> list[Found]:
     """Every dim of a parameter that something is done to, as a coupling or a refusal, in graph order."""
     events = _by_dim(flow.dims, flow.record.events)
-    refusals, inexact = _refusals(flow, flow.record.blocks), _refusals(flow, flow.record.inexact)
+    record = flow.record
+    refusals, inexact, resized = (_refusals(flow, found) for found in (record.blocks, record.inexact, record.resized))
     consumed = {(name, root) for name, dim in flow.record.consumed for root in _roots(flow.dims, dim)}
     places = _places(flow)
     carriers = carriers_of(flow, [d for d in places if d in events and d not in refusals])
@@ -39,8 +46,9 @@ def find_couplings(flow: Flow, shapes: Mapping[str, tuple[int, ...]]) -> list[Fo
     found = []
     for dim, (chosen, members) in _all_members(flow.dims, wanted, carriers, consumed).items():
         coupling = _coupling(flow.dims, dim, chosen, members, events.get(dim, ()), refusals.get(dim))
-        told = None if dim in refusals else inexact.get(dim)
-        found.append(Found(replace(coupling, path=paths.get(dim, ()), inexact=told), dim, chosen))
+        if dim not in refusals:
+            coupling = replace(coupling, inexact=inexact.get(dim), resized=resized.get(dim))
+        found.append(Found(replace(coupling, path=paths.get(dim, ())), dim, chosen))
     return _finished(found, shapes)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from ecospa_fx.axes.kept import Cut, take
 from ecospa_fx.errors import InputError
 from ecospa_fx.graph.objects import closed, difference, objects, opened, skeletons, update
 
@@ -22,12 +23,14 @@ class Leaf:
     """What the graph requires of one input.
 
     name: how it is told; sizes: those of a tensor, a number where only that one works, a name where one symbol stands
-    for it, None where anything goes; constant: the only value that it may have, where it is no tensor.
+    for it, None where anything goes; constant: the only value that it may have, where it is no tensor; cut: how the
+    dense model's becomes this one's.
     """
 
     name: str
     sizes: tuple[int | str | None, ...] | None
     constant: Any = None
+    cut: Cut = ()
 
     def check(self, value: Any, symbols: dict[str, int]) -> None:
         """Refuse a value that the graph was not made for; symbols: what is known of the sizes so far."""
@@ -50,6 +53,11 @@ class Leaf:
 
     def _told(self, given: str) -> str:
         wanted = ", ".join(str(n) if isinstance(n, int) else "any" for n in self.sizes or ())
+        if self.cut:
+            return (
+                f"the smaller model takes an input {self.name} of shape [{wanted}], not {given}: what it keeps from "
+                "call to call is narrower too, so cut yours with ecospa_fx.verify.narrowed(small, args, kwargs)"
+            )
         return (
             f"the smaller model takes an input of shape [{wanted}], not {given}: the original's code or torch.export "
             "fixes these sizes, so shrink it again with example inputs of the new shape"
@@ -64,11 +72,11 @@ def _same(value: Any, constant: Any) -> bool:
     return value is constant or (type(value) is type(constant) and repr(value) == repr(constant))
 
 
-def leaf(node: fx.Node, example: Any) -> Leaf:
-    """What a placeholder requires; example: its value among the example arguments."""
+def leaf(node: fx.Node, example: Any, cut: Cut) -> Leaf:
+    """What a placeholder requires; example: its value among the example arguments; cut: how it was narrowed."""
     value = node.meta.get("val")
     if isinstance(value, Tensor):
-        return Leaf(str(node.target), tuple(_size(s) for s in value.shape))
+        return Leaf(str(node.target), tuple(_size(s) for s in value.shape), cut=cut)
     return Leaf(str(node.target), None, example)
 
 
@@ -84,16 +92,19 @@ def _size(size: Any) -> int | str | None:
 class Calling:
     """Binds the arguments of a call as the original ``forward`` would, and flattens them for the graph.
 
-    args, kwargs: the example's; signature: how torch flattened them; leaves: what the graph requires of each.
+    args, kwargs: the example's; signature: how torch flattened them; leaves: what the graph requires of each; cuts: how
+    the dense model's outputs become the graph's, None for what is no tensor.
     """
 
     def __init__(
-        self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], signature: Any, leaves: Sequence[Leaf]
-    ) -> None:
+        self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], signature: Any, leaves: Sequence[Leaf],
+        cuts: Sequence[Cut | None],
+    ) -> None:  # fmt: skip
         parameters = inspect.signature(model.forward).parameters.values()
         kinds = inspect.Parameter
         self.positional, self.keywords = len(args), tuple(kwargs)
         self.spec, self.result, self.leaves = signature.in_spec, signature.out_spec, tuple(leaves)
+        self.cuts = tuple(cuts)
         self.names = tuple(p.name for p in parameters if p.kind in {kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD})
         self.plain = not any(p.kind is kinds.VAR_POSITIONAL for p in parameters)
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
@@ -106,17 +117,38 @@ class Calling:
         return self
 
     def call(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the original returns, by a graph of leaves; objects among the arguments change as the original's would."""
+        """What the original returns, by a graph of leaves; objects among the arguments change as they would there."""
         if self.plain and (len(args) != self.positional or tuple(kwargs) != self.keywords):
             args, kwargs = self._arranged(args, kwargs)
-        result = pytree.tree_unflatten(run(*self._flat(args, kwargs)), self.result)
-        given = objects((args, kwargs)) if self.stateful else []
+        leaves = run(*self._flat(args, kwargs))
+        return self._returned(leaves, objects((args, kwargs)) if self.stateful else [])
+
+    def _returned(self, leaves: Sequence[Any], given: list[Any]) -> Any:
+        """What the original returns, from the graph's outputs; given: objects among the arguments."""
+        result = pytree.tree_unflatten(leaves, self.result)
         if self.stateful:
             result, states = result
             for target, state in zip(given, states, strict=True):
                 if state is not None:
                     update(target, state)
         return closed(result, given)[0] if self._returns_objects else result
+
+    def narrowed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of the dense model, in new objects, as the smaller one takes them."""
+        leaves, spec = pytree.tree_flatten(opened((args, kwargs)))
+        cut = [take(a, b.cut) if isinstance(a, Tensor) else a for a, b in zip(leaves, self.leaves, strict=True)]
+        made: tuple[tuple[Any, ...], dict[str, Any]] = closed(pytree.tree_unflatten(cut, spec))[0]
+        return made
+
+    def cuts_of_results(self) -> list[Cut]:
+        """How every leaf of (result, objects given) is narrowed. Numbers go the way of the tensors."""
+        known = [*(leaf.cut for leaf in self.leaves), *self.cuts]
+        marks = [None if cut is None else torch.tensor(i) for i, cut in enumerate(known)]
+        tree = pytree.tree_unflatten(marks[: len(self.leaves)], self.spec)
+        given = closed(tree)[1]
+        result = self._returned(marks[len(self.leaves) :], given)
+        found = pytree.tree_leaves(opened((result, given)))
+        return [(known[int(mark)] or ()) if isinstance(mark, Tensor) else () for mark in found]
 
     @cached_property
     def _returns_objects(self) -> bool:

@@ -6,7 +6,8 @@ Two forms: an exported program, whose parameters are placeholders, and a graph m
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import count
 from typing import Any
 
@@ -16,7 +17,8 @@ from torch._guards import detect_fake_mode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
-from ecospa_fx.axes.flow import Sizes
+from ecospa_fx.axes.flow import Flow, Sizes, carried, flow
+from ecospa_fx.axes.kept import Cut
 from ecospa_fx.errors import CaptureError
 from ecospa_fx.graph.memory import written
 
@@ -25,7 +27,8 @@ class Program(ABC):
     """A graph whose parameters can be replaced.
 
     parameters: node to the first name of the parameter, so that tied parameters are one; shapes: by that name; state:
-    buffers that the graph writes into, by node.
+    buffers that the graph writes into, by node; inputs: nodes that the caller gives; narrowed: how inputs and outputs
+    were cut.
     """
 
     graph: fx.Graph
@@ -33,6 +36,23 @@ class Program(ABC):
     shapes: Mapping[str, tuple[int, ...]]
     sizes: Sizes
     state: Mapping[fx.Node, str]
+    inputs: Collection[fx.Node]
+    narrowed: dict[fx.Node, Cut]
+
+    def flow(self, allow: Collection[str] = ()) -> Flow:
+        """The axes of every tensor. allow: see `detect`; with "cache" the inputs that hold one are cut like buffers."""
+        known = (self.graph, self.parameters, self.shapes, self.sizes, allow, self.state)
+        walked = flow(*known)
+        held = carried(walked, self.inputs, written(self.graph)) if "cache" in allow else ()
+        return flow(*known, held) if held else walked
+
+    def narrow_input(self, node: fx.Node, cut: Cut, sizes: Sequence[int | None]) -> None:
+        """Let an input be narrower. sizes: per axis, None where it stays as it is."""
+        old = node.meta["val"]
+        self.narrowed[node] = cut
+        shape = [own if new is None else new for own, new in zip(old.shape, sizes, strict=True)]
+        with detect_fake_mode([old]) or nullcontext():
+            node.meta["val"] = torch.empty(shape, dtype=old.dtype, device=old.device)
 
     @abstractmethod
     def tensor(self, name: str) -> Tensor:
@@ -76,6 +96,9 @@ class ExportedForm(Program):
         self.stored = {placeholders[node]: target for node, target in held.items()}
         changed = written(self.graph)
         self.state = {node: name for node, name in self.stored.items() if node in changed}
+        specs = exported.graph_signature.input_specs
+        self.inputs = [placeholders[spec.arg.name] for spec in specs if spec.kind is InputKind.USER_INPUT]
+        self.narrowed = {}
 
     def buffer(self, name: str) -> Tensor:
         held = self.exported.state_dict if name in self.exported.state_dict else self.exported.constants
@@ -155,6 +178,7 @@ class AttributeForm(Program):
         self.shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
         changed = written(self.graph)
         self.state = {node: name for node, name in stored.items() if node in changed}
+        self.inputs, self.narrowed = [node for node in self.graph.nodes if node.op == "placeholder"], {}
 
     def buffer(self, name: str) -> Tensor:
         return self.module.get_buffer(name)

@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import torch
 from torch import fx, nn
-from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from ecospa_fx.graph.calling import Calling, leaf
@@ -50,7 +49,7 @@ def restore(
         if attribute in owner._parameters:
             owner._parameters[attribute] = program.values[name]
     share_repeated(module)
-    return _with_modes(_rooted(exported, module, model, args, dict(kwargs or {})), model)
+    return _with_modes(_rooted(program, module, model, args, dict(kwargs or {})), model)
 
 
 class GraphModel(GraphLayer):
@@ -75,18 +74,21 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _rooted(
-    exported: ExportedProgram, module: Any, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+    program: ExportedForm, module: Any, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> nn.Module:
     """An unflattened module as layers that run their own code.
 
     torch's own wrapper interprets node by node, and shuts the compiler out of its handling of arguments.
     """
-    signature = exported.module_call_graph[0].signature
+    signature: Any = program.exported.module_call_graph[0].signature
     examples = pytree.tree_leaves(opened((tuple(args), kwargs)))
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
-    leaves = [leaf(node, example) for node, example in zip(placeholders, examples, strict=True)]
+    cuts = [program.narrowed.get(node, ()) for node in program.inputs]
+    leaves = [leaf(*told) for told in zip(placeholders, examples, cuts, strict=True)]
+    (output,) = program.graph.find_nodes(op="output")
+    returned = [program.narrowed.get(n, ()) if isinstance(n, fx.Node) else None for n in output.args[0]]
     root: Any = Layers(model).convert(module, base=GraphModel)
-    root._graph_calling = Calling(model, args, kwargs, signature, leaves)
+    root._graph_calling = Calling(model, args, kwargs, signature, leaves, returned)
     told = inspect.signature(model.forward)
     itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
     # trainers and exporters look for the names of the arguments there

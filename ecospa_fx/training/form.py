@@ -16,9 +16,8 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from ecospa_fx.axes.flow import flow
 from ecospa_fx.coupling.couplings import Coupling, Couplings, parameter_shapes
-from ecospa_fx.coupling.find import find_couplings
+from ecospa_fx.coupling.find import detected
 from ecospa_fx.errors import CaptureError
 from ecospa_fx.graph.capture import capture
 from ecospa_fx.graph.program import ExportedForm
@@ -130,9 +129,7 @@ class GraphForm:
     # -- programs ----------------------------------------------------------------------------------------------
 
     def _couplings(self, exported: ExportedProgram) -> Couplings:
-        program = self._program(exported)
-        walked = flow(program.graph, program.parameters, program.shapes, program.sizes)
-        return Couplings((f.coupling for f in find_couplings(walked, self.shapes)), self._model)
+        return detected(self._program(exported), self._model)
 
     def _program(self, old: ExportedProgram) -> ExportedForm:
         """A copy of a captured program, whose parameters are dense and hold no memory."""
