@@ -12,6 +12,7 @@ from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.coupling.find import detected
 from ecospa_fx.errors import InputError, PlanError, ScoreError
 from ecospa_fx.graph.capture import capture, captures
+from ecospa_fx.graph.owned import owned
 from ecospa_fx.graph.passes import Pass, run_passes
 from ecospa_fx.graph.program import ExportedForm
 from ecospa_fx.graph.restore import restore
@@ -34,6 +35,7 @@ def detect(
     """Find the couplings of a model.
 
     model: an nn.Module on any device, "meta" included, or a traced ``fx.GraphModule``; args, kwargs: example inputs.
+    Parameters among these, as graphs of torch.compile backends take them, become parameters of ``couplings.model``.
     Returns every prunable dim with everything that must shrink with it, and every dim that cannot be removed, with the
     reason. allow="renormalise" also offers what nothing but a norm over it blocks: the smaller model's norms run over
     what is kept, which is not what masking gives, so such couplings say why in ``inexact``. allow="cache" also offers
@@ -51,6 +53,7 @@ def detect(
     unknown = [name for name in allowed if name not in ALLOWED]
     if unknown:
         raise InputError(f"allow={unknown[0]!r} is unknown: give one of {', '.join(ALLOWED)}")
+    model, args, kwargs = owned(model, args, kwargs)
     return detected(capture(model, args, kwargs, dynamic=False), model, allowed)
 
 
@@ -64,7 +67,8 @@ def shrink(
 ) -> nn.Module:
     """A smaller module that equals `model` with every parameter multiplied by its mask.
 
-    args, kwargs: example inputs; other batch sizes and lengths work where the model's own code allows them. Parameters
+    args, kwargs: example inputs; other batch sizes and lengths work where the model's own code allows them. Where
+    Parameters are among these, the smaller model has its own and takes the other arguments. Parameters
     that lose nothing are shared with `model`, which stays untouched; ``copy.deepcopy`` the result to train both.
     passes: what cleans the graph up afterwards; ``ecospa_fx.passes.CLEANUP`` by default, ``()`` for nothing.
     Raises PlanError where the plan was made for another model, CaptureError where it cannot be traced.
@@ -79,6 +83,7 @@ def shrink(
     """
     from ecospa_fx.passes import CLEANUP
 
+    model, args, kwargs = owned(model, args, kwargs)
     plan.check(model)
     program = _shrunk(model, plan, args, kwargs)
     run_passes(program.exported.graph_module, CLEANUP if passes is None else passes)
@@ -127,6 +132,7 @@ def compress(
         >>> sum(p.numel() for p in small.parameters())
         280
     """
+    model, args, kwargs = owned(model, args, kwargs)
     couplings = detect(model, args, kwargs, allow=options.pop("allow", ()))
     scores: Scores | Literal["magnitude"] = "magnitude"
     if method != "magnitude":

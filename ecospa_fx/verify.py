@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from ecospa_fx.axes.kept import take
 from ecospa_fx.graph.objects import copied, objects, opened
+from ecospa_fx.graph.owned import owned
 from ecospa_fx.plan import Plan
 
 
@@ -43,7 +44,8 @@ def masked_error(
     Both run in the type they have: below 1e-9 in float64 is what exact means. Infinite where shapes or the places of
     infinities and NaN differ.
     """
-    kwargs, calling = dict(kwargs or {}), getattr(small, "_graph_calling", None)
+    model, args, kwargs = owned(model, args, kwargs)
+    calling = getattr(small, "_graph_calling", None)
     with torch.no_grad():
         got = _called(small, *narrowed(small, args, kwargs))
         with masked(model, plan):

@@ -20,11 +20,12 @@ from ecospa_fx.axes.kept import Choice, Kept, cut_of, take
 from ecospa_fx.axes.record import Gather, several
 from ecospa_fx.axes.resize import Resize, find_resize
 from ecospa_fx.coupling.couplings import Member
-from ecospa_fx.coupling.find import Found, find_couplings, module_of
+from ecospa_fx.coupling.find import Found, find_couplings
 from ecospa_fx.errors import PlanError
 from ecospa_fx.graph.edit import evaluate, inherit
 from ecospa_fx.graph.passes import PassResult
 from ecospa_fx.graph.program import AttributeForm, Program
+from ecospa_fx.graph.where import module_of
 from ecospa_fx.plan import Plan, Selection
 
 aten = torch.ops.aten

@@ -9,11 +9,12 @@ from math import prod
 from torch import fx, nn
 
 from ecospa_fx.axes.algebra import Axis, Dims, Origin, Piece
-from ecospa_fx.axes.flow import Flow, operator_name
+from ecospa_fx.axes.flow import Flow
 from ecospa_fx.axes.record import Event, several
 from ecospa_fx.coupling.carriers import carriers_of
 from ecospa_fx.coupling.couplings import Box, Coupling, Couplings, Member, Refusal, Step, Symmetry
 from ecospa_fx.graph.program import Program
+from ecospa_fx.graph.where import module_of, operator_of, source_of
 
 _KINDS = (("batched", "heads"), ("contracts activations", "qk"), ("averaged", "vo"), ("nonlinear", "ffn"),
           ("multiplied", "ffn"))  # fmt: skip
@@ -30,7 +31,18 @@ class Found:
 
 def detected(program: Program, model: nn.Module, allow: Collection[str] = ()) -> Couplings:
     """The couplings of a captured model. allow: see `detect`."""
-    return Couplings((f.coupling for f in find_couplings(program.flow(allow), program.shapes)), model)
+    return Couplings((_advised(f.coupling) for f in find_couplings(program.flow(allow), program.shapes)), model)
+
+
+def _advised(coupling: Coupling) -> Coupling:
+    """A refusal with what lifts it where a weight is computed from others, by what torch calls a parametrization."""
+    told = coupling.blocked
+    if told is None or not any(".parametrizations." in f".{m.parameter}" for m in coupling.members):
+        return coupling
+    how = "fold it into the weight first, with torch.nn.utils.parametrize.remove_parametrizations"
+    if how in told.message:
+        return coupling
+    return replace(coupling, blocked=replace(told, message=f"{told.message}; a parametrization reads it: {how}"))
 
 
 def find_couplings(flow: Flow, shapes: Mapping[str, tuple[int, ...]]) -> list[Found]:
@@ -324,32 +336,3 @@ def _span(member: Member) -> int:
     per_carrier = member.units * _width(member)
     on_axis = any(box.carriers for box in member.boxes)
     return per_carrier * (member.carriers if on_axis else 1)
-
-
-def operator_of(node: fx.Node) -> str:
-    """The operator's qualified name, or what stands in its place."""
-    if node.op != "call_function":
-        return node.op
-    return (
-        operator_name(node.target)
-        if hasattr(node.target, "_schema")
-        else str(getattr(node.target, "__name__", node.target))
-    )
-
-
-def source_of(node: fx.Node) -> str:
-    """The user's own line: "file:line: code", from the graph's metadata."""
-    trace = node.meta.get("stack_trace") or ""
-    lines = [line.strip() for line in trace.strip().splitlines()]
-    for at in range(len(lines) - 1, -1, -1):
-        if lines[at].startswith("File "):
-            place = lines[at].split(", in ")[0].removeprefix("File ").replace('"', "").replace(", line ", ":")
-            code = lines[at + 1] if at + 1 < len(lines) else ""
-            return f"{place}: {code}".rstrip(": ")
-    return ""
-
-
-def module_of(node: fx.Node) -> str:
-    """The path of the module that the node was called in."""
-    stack = node.meta.get("nn_module_stack") or {}
-    return next((str(path) for path, _ in reversed(list(stack.values()))), "")

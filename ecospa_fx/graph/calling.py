@@ -179,7 +179,11 @@ class Calling:
 
     def _arranged(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if len(args) > len(self.names):
-            raise TypeError(f"{len(args)} positional arguments were given where the model takes {len(self.names)}")
+            own = any(isinstance(a, nn.Parameter) for a in pytree.tree_leaves(args))
+            advice = ": leave Parameters out, the smaller model has its own" if own else ""
+            raise TypeError(
+                f"{len(args)} positional arguments were given where the model takes {len(self.names)}{advice}"
+            )
         given = {**self.constants, **dict(zip(self.names, args, strict=False)), **kwargs}
         wanted = (*self.names[: self.positional], *self.keywords)
         missing, unknown = [n for n in wanted if n not in given], [n for n in given if n not in wanted]

@@ -28,6 +28,7 @@ from ecospa_fx.graph.program import ExportedForm
 from ecospa_fx.graph.seen import seen
 from ecospa_fx.graph.sink import sink_concatenations
 from ecospa_fx.graph.sizes import read_sizes_off_inputs
+from ecospa_fx.graph.transforms import write_out_transforms
 from ecospa_fx.graph.whole_slice import drop_whole_slices
 
 
@@ -45,10 +46,6 @@ def captures(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, *, dynamic: bool
 ) -> Iterator[ExportedForm]:
     """The exports of a module that torch can make, from most to fewest symbolic sizes. Raises CaptureError for none."""
-    if not isinstance(model, nn.Module):
-        raise CaptureError(f"{type(model).__name__} is not an nn.Module: pass the model itself")
-    if not isinstance(args, tuple | list):
-        raise CaptureError(f"args must be a tuple of positional arguments, not {type(args).__name__}: write (x,)")
     parts: tuple[tuple[Any, ...], dict[str, Any]] = opened((tuple(args), dict(kwargs or {})))
     args, kwargs = parts
     _refuse_quantised(model)
@@ -63,6 +60,8 @@ def captures(
         made = True
         program = _in_both_modes(model, view, program, attempt) if dynamic else program
         yield ExportedForm(_normalised(program), model)
+    if isinstance(failure, CaptureError) and not made:
+        raise failure
     if failure is not None and not made:
         raise CaptureError(_failure(model, failure)) from failure
 
@@ -98,7 +97,7 @@ Attempt = tuple[tuple[Any, ...], dict[str, Any], dict[str, Any] | None]
 def _export(model: nn.Module, attempt: Attempt) -> ExportedProgram:
     args, kwargs, shapes = attempt
     with _quiet():
-        return torch.export.export(model, args, kwargs, strict=False, dynamic_shapes=shapes)
+        return write_out_transforms(torch.export.export(model, args, kwargs, strict=False, dynamic_shapes=shapes))
 
 
 def _in_both_modes(model: nn.Module, view: nn.Module, program: ExportedProgram, attempt: Attempt) -> ExportedProgram:
