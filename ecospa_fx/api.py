@@ -10,19 +10,17 @@ from torch import nn
 from ecospa_fx.budget.allocate import plan as make_plan
 from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.coupling.find import detected
-from ecospa_fx.errors import InputError, PlanError, ScoreError
+from ecospa_fx.errors import ScoreError
+from ecospa_fx.fitted import fitted
 from ecospa_fx.graph.capture import capture, captures
 from ecospa_fx.graph.owned import owned
 from ecospa_fx.graph.passes import Pass, run_passes
-from ecospa_fx.graph.program import ExportedForm
 from ecospa_fx.graph.restore import restore
 from ecospa_fx.importance.score import Batch, Loss, score
 from ecospa_fx.importance.scores import Scores
 from ecospa_fx.origin import origin, remember
 from ecospa_fx.plan import Plan
 from ecospa_fx.verify import masked
-
-ALLOWED = ("renormalise", "cache")
 
 
 def detect(
@@ -49,12 +47,8 @@ def detect(
         >>> [(c.kind, c.size) for c in eco.detect(mlp, (torch.randn(2, 8),)) if c.blocked is None]
         [('ffn', 32)]
     """
-    allowed = (allow,) if isinstance(allow, str) else tuple(allow)
-    unknown = [name for name in allowed if name not in ALLOWED]
-    if unknown:
-        raise InputError(f"allow={unknown[0]!r} is unknown: give one of {', '.join(ALLOWED)}")
     model, args, kwargs = owned(model, args, kwargs)
-    return detected(capture(model, args, kwargs, dynamic=False), model, allowed)
+    return detected(capture(model, args, kwargs, dynamic=False), model, allow)
 
 
 def shrink(
@@ -85,25 +79,9 @@ def shrink(
 
     model, args, kwargs = owned(model, args, kwargs)
     plan.check(model)
-    program = _shrunk(model, plan, args, kwargs)
+    program = fitted(captures(model, args, kwargs, dynamic=True), plan)
     run_passes(program.exported.graph_module, CLEANUP if passes is None else passes)
     return remember(restore(program, model, args, kwargs), origin(model, plan, args, kwargs))
-
-
-def _shrunk(model: nn.Module, plan: Plan, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> ExportedForm:
-    """The smaller program with as many symbolic sizes as the model and the plan allow."""
-    from ecospa_fx.passes.shrink_couplings import shrink_program
-
-    failure: PlanError | None = None
-    for program in captures(model, args, kwargs, dynamic=True):
-        try:
-            shrink_program(program, plan)
-        except PlanError as error:
-            failure = failure or error
-            continue
-        return program
-    assert failure is not None  # there is at least one program
-    raise failure
 
 
 def compress(

@@ -127,7 +127,8 @@ def _cut_state(program: Program, walked: Flow, kept: Kept) -> set[fx.Node]:
         value = walked.values.get(node)
         if any(kept.changed(axis) for one in several(value) for axis in one.axes):
             (one,) = several(value)
-            program.replace_buffer(node, name, take(program.buffer(name), cut_of(kept, one.axes)))
+            program.cut_buffers[name] = cut_of(kept, one.axes)
+            program.replace_buffer(node, name, take(program.buffer(name), program.cut_buffers[name]))
             cut.add(node)
     return cut
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -143,6 +144,14 @@ def _step(kept: Kept, axes: Sequence[Axis], index: int) -> Step:
     view = [1] * len(axes)
     view[other], view[index] = positions.shape
     return Step(index, size, other, (positions if other < index else positions.T).reshape(view))
+
+
+def take_more(tensor: Tensor, before: Cut, after: Cut, shape: Sequence[int]) -> Tensor:
+    """`tensor`, of this shape before it was reduced by a cut, reduced to what another one keeps, which is a part."""
+    whole = torch.arange(math.prod(shape), device=tensor.device).view(*shape)
+    had, wanted = take(whole, before), take(whole, after)
+    order, sorted_ = had.flatten().argsort(), had.flatten().sort().values
+    return tensor.flatten()[order[torch.searchsorted(sorted_, wanted)]]
 
 
 def take(tensor: Tensor, cut: Cut) -> Tensor:

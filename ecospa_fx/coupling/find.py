@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -13,6 +13,7 @@ from ecospa_fx.axes.flow import Flow
 from ecospa_fx.axes.record import Event, several
 from ecospa_fx.coupling.carriers import carriers_of
 from ecospa_fx.coupling.couplings import Box, Coupling, Couplings, Member, Refusal, Step, Symmetry
+from ecospa_fx.errors import InputError
 from ecospa_fx.graph.program import Program
 from ecospa_fx.graph.where import module_of, operator_of, source_of
 
@@ -29,9 +30,17 @@ class Found:
     carriers: tuple[int, ...]
 
 
-def detected(program: Program, model: nn.Module, allow: Collection[str] = ()) -> Couplings:
-    """The couplings of a captured model. allow: see `detect`."""
-    return Couplings((_advised(f.coupling) for f in find_couplings(program.flow(allow), program.shapes)), model)
+ALLOWED = ("renormalise", "cache")
+"""What `detect` may be allowed."""
+
+
+def detected(program: Program, model: nn.Module, allow: str | Iterable[str] = ()) -> Couplings:
+    """The couplings of a captured model. allow: see `detect`; raises InputError for what cannot be allowed."""
+    allowed = (allow,) if isinstance(allow, str) else tuple(allow)
+    unknown = [name for name in allowed if name not in ALLOWED]
+    if unknown:
+        raise InputError(f"allow={unknown[0]!r} is unknown: give one of {', '.join(ALLOWED)}")
+    return Couplings((_advised(f.coupling) for f in find_couplings(program.flow(allowed), program.shapes)), model)
 
 
 def _advised(coupling: Coupling) -> Coupling:

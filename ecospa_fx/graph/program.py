@@ -27,8 +27,8 @@ class Program(ABC):
     """A graph whose parameters can be replaced.
 
     parameters: node to the first name of the parameter, so that tied parameters are one; shapes: by that name; state:
-    buffers that the graph writes into, by node; inputs: nodes that the caller gives; narrowed: how inputs and outputs
-    were cut.
+    buffers that the graph writes into, by node; inputs: nodes that the caller gives; narrowed, cut_buffers: how inputs
+    and outputs, and buffers by name, were cut.
     """
 
     graph: fx.Graph
@@ -38,6 +38,7 @@ class Program(ABC):
     state: Mapping[fx.Node, str]
     inputs: Collection[fx.Node]
     narrowed: dict[fx.Node, Cut]
+    cut_buffers: dict[str, Cut]
 
     def flow(self, allow: Collection[str] = ()) -> Flow:
         """The axes of every tensor. allow: see `detect`; with "cache" the inputs that hold one are cut like buffers."""
@@ -98,7 +99,7 @@ class ExportedForm(Program):
         self.state = {node: name for node, name in self.stored.items() if node in changed}
         specs = exported.graph_signature.input_specs
         self.inputs = [placeholders[spec.arg.name] for spec in specs if spec.kind is InputKind.USER_INPUT]
-        self.narrowed = {}
+        self.narrowed, self.cut_buffers = {}, {}
 
     def buffer(self, name: str) -> Tensor:
         held = self.exported.state_dict if name in self.exported.state_dict else self.exported.constants
@@ -178,7 +179,8 @@ class AttributeForm(Program):
         self.shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
         changed = written(self.graph)
         self.state = {node: name for node, name in stored.items() if node in changed}
-        self.inputs, self.narrowed = [node for node in self.graph.nodes if node.op == "placeholder"], {}
+        self.inputs = [node for node in self.graph.nodes if node.op == "placeholder"]
+        self.narrowed, self.cut_buffers = {}, {}
 
     def buffer(self, name: str) -> Tensor:
         return self.module.get_buffer(name)

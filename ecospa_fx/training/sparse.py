@@ -75,7 +75,7 @@ class SparseTraining:
         self._steps = frozenset(self._schedule.steps)
         self._running = RunningScores(scores, self._settings.window)
         owners = other_owners(model)
-        self._form = GraphForm(model, args, dict(kwargs or {}))
+        self._form = GraphForm(model, args, dict(kwargs or {}), self._settings.allow, self._settings.kinds)
         self._chosen = chosen(self._form.couplings, self._settings, scores, model)
         check_unshared(self._chosen, owners)
         self._now, self._held = self._chosen, _held(self._form.shapes, self._chosen)
