@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any, Literal
 
 from torch import nn
 
-from ecospa_fx.axes.flow import flow
 from ecospa_fx.budget.allocate import plan as make_plan
 from ecospa_fx.coupling.couplings import Couplings
-from ecospa_fx.coupling.find import find_couplings
-from ecospa_fx.errors import InputError, PlanError, ScoreError
+from ecospa_fx.coupling.find import detected
+from ecospa_fx.errors import ScoreError
+from ecospa_fx.fitted import fitted
 from ecospa_fx.graph.capture import capture, captures
+from ecospa_fx.graph.owned import owned
 from ecospa_fx.graph.passes import Pass, run_passes
-from ecospa_fx.graph.program import ExportedForm
 from ecospa_fx.graph.restore import restore
 from ecospa_fx.importance.score import Batch, Loss, score
 from ecospa_fx.importance.scores import Scores
 from ecospa_fx.origin import origin, remember
 from ecospa_fx.plan import Plan
+from ecospa_fx.recipe import SECOND_ORDER, Recipe, Task, checked, compressed
 from ecospa_fx.verify import masked
-
-ALLOWED = ("renormalise",)
 
 
 def detect(
@@ -35,10 +35,13 @@ def detect(
     """Find the couplings of a model.
 
     model: an nn.Module on any device, "meta" included, or a traced ``fx.GraphModule``; args, kwargs: example inputs.
+    Parameters among these, as graphs of torch.compile backends take them, become parameters of ``couplings.model``.
     Returns every prunable dim with everything that must shrink with it, and every dim that cannot be removed, with the
     reason. allow="renormalise" also offers what nothing but a norm over it blocks: the smaller model's norms run over
-    what is kept, which is not what masking gives, so such couplings say why in ``inexact``. The model stays untouched.
-    Raises CaptureError where ``torch.export`` cannot trace it.
+    what is kept, which is not what masking gives, so such couplings say why in ``inexact``. allow="cache" also offers
+    what the model keeps from call to call, such as keys and values of attention: the smaller model takes and returns
+    narrower tensors there, and such couplings say so in ``resized``. The model stays untouched. Raises CaptureError
+    where ``torch.export`` cannot trace it.
 
     Example:
         >>> import torch, ecospa_fx as eco
@@ -46,13 +49,8 @@ def detect(
         >>> [(c.kind, c.size) for c in eco.detect(mlp, (torch.randn(2, 8),)) if c.blocked is None]
         [('ffn', 32)]
     """
-    allowed = (allow,) if isinstance(allow, str) else tuple(allow)
-    unknown = [name for name in allowed if name not in ALLOWED]
-    if unknown:
-        raise InputError(f"allow={unknown[0]!r} is unknown: give one of {', '.join(ALLOWED)}")
-    program = capture(model, args, kwargs, dynamic=False)
-    walked = flow(program.graph, program.parameters, program.shapes, program.sizes, allowed, program.state)
-    return Couplings((entry.coupling for entry in find_couplings(walked, program.shapes)), model)
+    model, args, kwargs = owned(model, args, kwargs)
+    return detected(capture(model, args, kwargs, dynamic=False), model, allow)
 
 
 def shrink(
@@ -65,7 +63,8 @@ def shrink(
 ) -> nn.Module:
     """A smaller module that equals `model` with every parameter multiplied by its mask.
 
-    args, kwargs: example inputs; other batch sizes and lengths work where the model's own code allows them. Parameters
+    args, kwargs: example inputs; other batch sizes and lengths work where the model's own code allows them. Where
+    Parameters are among these, the smaller model has its own and takes the other arguments. Parameters
     that lose nothing are shared with `model`, which stays untouched; ``copy.deepcopy`` the result to train both.
     passes: what cleans the graph up afterwards; ``ecospa_fx.passes.CLEANUP`` by default, ``()`` for nothing.
     Raises PlanError where the plan was made for another model, CaptureError where it cannot be traced.
@@ -80,26 +79,11 @@ def shrink(
     """
     from ecospa_fx.passes import CLEANUP
 
+    model, args, kwargs = owned(model, args, kwargs)
     plan.check(model)
-    program = _shrunk(model, plan, args, kwargs)
+    program = fitted(captures(model, args, kwargs, dynamic=True), plan)
     run_passes(program.exported.graph_module, CLEANUP if passes is None else passes)
     return remember(restore(program, model, args, kwargs), origin(model, plan, args, kwargs))
-
-
-def _shrunk(model: nn.Module, plan: Plan, args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> ExportedForm:
-    """The smaller program with as many symbolic sizes as the model and the plan allow."""
-    from ecospa_fx.passes.shrink_couplings import shrink_program
-
-    failure: PlanError | None = None
-    for program in captures(model, args, kwargs, dynamic=True):
-        try:
-            shrink_program(program, plan)
-        except PlanError as error:
-            failure = failure or error
-            continue
-        return program
-    assert failure is not None  # there is at least one program
-    raise failure
 
 
 def compress(
@@ -110,15 +94,18 @@ def compress(
     ratio: float,
     batches: Iterable[Batch] = (),
     loss: Loss | None = None,
-    method: str = "gate-fisher",
+    method: str = SECOND_ORDER,
     **options: Any,
 ) -> nn.Module:
     """Detect, score, plan and shrink in one call, with the defaults that cost least quality.
 
     ratio: share of the couplings' parameters to remove; batches: calibration data as (args, kwargs), one sequence
-    each, read once per scoring pass; loss: (output, args, kwargs) to a scalar. method="magnitude" needs neither.
-    options: `allow` of `detect`, `steps` and `progress` of `scored`, and those of `plan`. The model stays untouched;
-    see `shrink` for what is shared. Raises what `detect`, `score`, `plan` and `shrink` raise.
+    each, kept in memory; loss: (output, args, kwargs) to a scalar.
+    method: "second-order" chooses units by the curvature of the loss, and lets what stays make up for what goes: the
+    result is no masked dense model, it is a better one; its ingredients are options, the fields of
+    `ecospa_fx.recipe.Recipe`. Any method of `score` only removes; then `steps` and `progress` of `scored` are options.
+    "magnitude" needs neither batches nor loss. Options of every method: `allow` of `detect`, and those of `plan`. The
+    model stays untouched; see `shrink` for what is shared. Raises what `detect`, `score`, `plan` and `shrink` raise.
 
     Example:
         >>> import torch, ecospa_fx as eco
@@ -128,12 +115,30 @@ def compress(
         >>> sum(p.numel() for p in small.parameters())
         280
     """
+    model, args, kwargs = owned(model, args, kwargs)
     couplings = detect(model, args, kwargs, allow=options.pop("allow", ()))
+    if method == SECOND_ORDER:
+        task = Task(model, args, kwargs, couplings, *checked(batches, loss))
+        return _rebuilt(task, ratio, options)
     scores: Scores | Literal["magnitude"] = "magnitude"
     if method != "magnitude":
         scores = scored(model, couplings, list(batches), ratio=ratio, loss=loss, method=method, **options)
     planning = {name: value for name, value in options.items() if name not in {"steps", "progress"}}
     return shrink(model, make_plan(couplings, ratio, scores, **planning), args, kwargs)
+
+
+def _rebuilt(task: Task, ratio: float, options: Mapping[str, Any]) -> nn.Module:
+    """What `compress` returns for second-order compression."""
+    from ecospa_fx.passes import CLEANUP
+
+    ingredients = {field.name for field in fields(Recipe)}
+    recipe = Recipe(**{name: value for name, value in options.items() if name in ingredients})
+    planning = {name: value for name, value in options.items() if name not in ingredients}
+    make_plan(task.couplings, ratio, **planning)  # refuses what cannot be reached before anything slow
+    model, args, kwargs = task.model, task.args, task.kwargs
+    program, plan = compressed(captures(model, args, kwargs, dynamic=True), task, ratio, recipe, **planning)
+    run_passes(program.exported.graph_module, CLEANUP)
+    return remember(restore(program, model, args, kwargs), origin(model, plan, args, kwargs))
 
 
 def scored(

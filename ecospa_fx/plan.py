@@ -19,7 +19,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from ecospa_fx.budget import elements
-from ecospa_fx.coupling.couplings import Box, Member, Role, parameter_shapes
+from ecospa_fx.coupling.couplings import Box, Coupling, Member, Role, parameter_shapes
 from ecospa_fx.errors import PlanError
 
 FORMAT = "ecospa-fx-plan"
@@ -30,7 +30,8 @@ VERSION = 1
 class Selection:
     """What one coupling keeps.
 
-    name, kind, layer, size, carriers, members: as in the coupling; inexact: why removing differs from masking, or "".
+    name, kind, layer, size, carriers, members: as in the coupling; inexact: why removing differs from masking, or "";
+    resized: which input or output gets narrower, or "".
     keep: per carrier the kept units, ascending;
     every carrier keeps the same number, at least one.
     """
@@ -43,6 +44,14 @@ class Selection:
     members: tuple[Member, ...]
     keep: tuple[tuple[int, ...], ...]
     inexact: str = ""
+    resized: str = ""
+
+    @classmethod
+    def of(cls, coupling: Coupling, keep: Tensor) -> Selection:
+        """What stays of a coupling. keep: BoolTensor [carriers, units], True where a unit stays."""
+        c, units = coupling, tuple(tuple(row.nonzero().flatten().tolist()) for row in keep)
+        told = [note.message if note else "" for note in (c.inexact, c.resized)]
+        return cls(c.name, c.kind, c.layer, c.size, c.carriers, c.members, units, *told)
 
     def __post_init__(self) -> None:
         if self.carriers < 1 or len(self.keep) != self.carriers:
@@ -134,7 +143,8 @@ class Plan:
     @property
     def allow(self) -> tuple[str, ...]:
         """What detection must allow for the plan's couplings to be offered."""
-        return ("renormalise",) if any(s.inexact for s in self.selections) else ()
+        noted = {"renormalise": any(s.inexact for s in self), "cache": any(s.resized for s in self)}
+        return tuple(name for name, allowed in noted.items() if allowed)
 
     @property
     def removed_parameters(self) -> int:
@@ -163,7 +173,7 @@ class Plan:
         rows = [
             [
                 s.layer,
-                s.kind + (" (inexact)" if s.inexact else ""),
+                s.kind + (" (inexact)" if s.inexact else "") + (" (narrower cache)" if s.resized else ""),
                 _width(s),
                 f"{elements.removed_elements(shapes, self._removals([s])):,}",
             ]
@@ -210,7 +220,7 @@ class Plan:
 def _fields(selection: Selection) -> dict[str, object]:
     """A selection as JSON has it; the lists of kept units, which are long, are not copied."""
     names = ("name", "kind", "layer", "size", "carriers", "keep")
-    told = {"inexact": selection.inexact} if selection.inexact else {}
+    told = {n: getattr(selection, n) for n in ("inexact", "resized") if getattr(selection, n)}
     return {**{n: getattr(selection, n) for n in names}, "members": [asdict(m) for m in selection.members], **told}
 
 
@@ -283,6 +293,7 @@ def _selection(data: dict[str, object]) -> Selection:
         members=tuple(_member(_object(m)) for m in _list(data["members"])),
         keep=tuple(_numbers(units) for units in _list(data["keep"])),
         inexact=_text(data.get("inexact", "")),
+        resized=_text(data.get("resized", "")),
     )
 
 

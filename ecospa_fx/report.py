@@ -84,7 +84,7 @@ def _folded(couplings: Iterable[Coupling]) -> list[_Row]:
         parts = c.layer.split(".")
         template = tuple(None if part.isdecimal() else part for part in parts)
         numbers = [int(part) for part in parts if part.isdecimal()]
-        refused = (c.blocked.operator if c.blocked else None, c.inexact.operator if c.inexact else None)
+        refused = tuple(note.operator if note else None for note in (c.blocked, c.inexact, c.resized))
         key = (template, c.kind, c.size, c.carriers, c.symmetry, c.parameters, refused)
         seen[(*key, *numbers)] += 1  # like couplings of one layer are never folded into each other
         group = groups.setdefault((*key, seen[(*key, *numbers)]), [])
@@ -116,11 +116,11 @@ def _cells(row: _Row) -> list[str]:
 
 
 def _because(row: _Row) -> str:
-    first, last = row.first.blocked or row.first.inexact, row.last.blocked or row.last.inexact
+    c, first, last = row.first, row.first.blocked, row.last.blocked
     if first is None or last is None:
-        return ""
-    if row.first.blocked is None:
-        return f"offered, inexact: {first.operator} at {first.node}"
+        notes = [f"inexact: {c.inexact.operator} at {c.inexact.node}"] if c.inexact else []
+        notes += [f"{c.resized.message} ({c.resized.node})"] if c.resized else []
+        return f"offered, {'; '.join(notes)}" if notes else ""
     return f"{first.operator} at {first.node}" + (f" … {last.node}" if first.node != last.node else "")
 
 
@@ -141,6 +141,8 @@ def explain(coupling: Coupling) -> str:
         parts.append(_refusal(c.blocked))
     if c.inexact is not None:
         parts.append(_refusal(c.inexact, "inexact"))
+    if c.resized is not None:
+        parts.append(_refusal(c.resized, "resized"))
     if c.path:
         parts.append("path\n" + "\n".join(_step(number, step) for number, step in enumerate(c.path, 1)))
     if c.members:
@@ -220,7 +222,7 @@ def _coupling_data(coupling: Coupling) -> dict[str, object]:
         "symmetry": c.symmetry,
         "parameters": c.parameters,
         "blocked": None if c.blocked is None else asdict(c.blocked),
-        **({} if c.inexact is None else {"inexact": asdict(c.inexact)}),
+        **{name: asdict(note) for name, note in (("inexact", c.inexact), ("resized", c.resized)) if note is not None},
         "contains": list(c.contains),
         "members": [asdict(m) for m in c.members],
     }

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ecospa_fx.axes.kept import take
+from ecospa_fx.graph.objects import copied, objects, opened
+from ecospa_fx.graph.owned import owned
 from ecospa_fx.plan import Plan
 
 
@@ -41,18 +44,45 @@ def masked_error(
     Both run in the type they have: below 1e-9 in float64 is what exact means. Infinite where shapes or the places of
     infinities and NaN differ.
     """
-    kwargs = dict(kwargs or {})
+    model, args, kwargs = owned(model, args, kwargs)
+    calling = getattr(small, "_graph_calling", None)
     with torch.no_grad():
-        got = _floats(small(*args, **kwargs))
+        got = _called(small, *narrowed(small, args, kwargs))
         with masked(model, plan):
-            want = _floats(model(*args, **kwargs))
+            want = _called(model, args, kwargs)
+    if calling is not None and len(want) == len(cuts := calling.cuts_of_results()):
+        want = [take(leaf, cut) if cut else leaf for leaf, cut in zip(want, cuts, strict=True)]
+    got, want = _floats(got), _floats(want)
     if len(got) != len(want):
         return float("inf")
     return max((_difference(a, b) for a, b in zip(got, want, strict=True)), default=0.0)
 
 
-def _floats(output: Any) -> list[Tensor]:
-    leaves = pytree.tree_leaves(output)
+def narrowed(
+    small: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of the dense model as the smaller one takes them: (args, kwargs), caches cut to the kept units.
+
+    Where nothing gets narrower, they are the arguments themselves. What a masked dense model has in its caches, the
+    smaller one has in the cut ones.
+
+    >>> args, kwargs = narrowed(small, (ids,), {"past_key_values": cache})  # doctest: +SKIP
+    """
+    calling = getattr(small, "_graph_calling", None)
+    if calling is None or not any(leaf.cut for leaf in calling.leaves):
+        return tuple(args), dict(kwargs or {})
+    found: tuple[tuple[Any, ...], dict[str, Any]] = calling.narrowed(tuple(args), dict(kwargs or {}))
+    return found
+
+
+def _called(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """The leaves of what the model returns for copies of the arguments, and of the objects among these afterwards."""
+    own_args, own_kwargs = copied((tuple(args), dict(kwargs)))
+    result = model(*own_args, **own_kwargs)
+    return pytree.tree_leaves(opened((result, objects((own_args, own_kwargs)))))
+
+
+def _floats(leaves: Sequence[Any]) -> list[Tensor]:
     return [t for t in leaves if isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex())]
 
 

@@ -15,17 +15,18 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
-from ecospa_fx.axes.flow import Flow, flow, named_arguments, operator_name
-from ecospa_fx.axes.kept import Choice, Kept, take
+from ecospa_fx.axes.flow import Flow, named_arguments, operator_name
+from ecospa_fx.axes.kept import Choice, Kept, cut_of, take
 from ecospa_fx.axes.record import Gather, several
 from ecospa_fx.axes.resize import Resize, find_resize
 from ecospa_fx.coupling.couplings import Member
-from ecospa_fx.coupling.find import Found, find_couplings, module_of
+from ecospa_fx.coupling.find import Found, find_couplings
 from ecospa_fx.errors import PlanError
 from ecospa_fx.graph.edit import evaluate, inherit
 from ecospa_fx.graph.passes import PassResult
 from ecospa_fx.graph.program import AttributeForm, Program
-from ecospa_fx.plan import Plan
+from ecospa_fx.graph.where import module_of
+from ecospa_fx.plan import Plan, Selection
 
 aten = torch.ops.aten
 
@@ -52,12 +53,12 @@ class ShrinkCouplings:
 
 def shrink_program(program: Program, plan: Plan) -> int:
     """Shrink a program in place. Returns how many parameters and nodes changed."""
-    walked = flow(program.graph, program.parameters, program.shapes, program.sizes, plan.allow, program.state)
+    walked = program.flow(plan.allow)
     kept = Kept(walked.dims, _choices(plan, find_couplings(walked, program.shapes), walked))
     if not kept.choices:
         return 0
     cut = _cut_parameters(program, walked, kept)
-    states = _cut_state(program, walked, kept)
+    states = _cut_state(program, walked, kept) | _narrow_inputs(program, walked, kept)
     changes = len(cut) + len(states)
     gathers = _Gathers(program, kept)
     # A choice that differs along another axis is made last, when that axis is cut already.
@@ -66,6 +67,7 @@ def shrink_program(program: Program, plan: Plan) -> int:
     for node in list(program.graph.nodes):
         if node in walked.values and node.op == "call_function":
             changes += _resize(program, walked, kept, node)
+    _note_outputs(program, walked, kept)
     _propagate(program, walked, kept, {n for n, name in program.parameters.items() if name in cut} | states)
     program.graph.lint()
     return changes
@@ -85,14 +87,24 @@ def _choices(plan: Plan, found: Sequence[Found], walked: Flow) -> dict[int, Choi
     for selection in plan:
         entry = known.get(_key(selection.members))
         if entry is None or entry.coupling.blocked is not None:
-            why = entry.coupling.blocked.message if entry is not None and entry.coupling.blocked else "it is not there"
             raise PlanError(
-                f"coupling {selection.name!r} of the plan cannot be shrunk in this graph: {why}; "
+                f"coupling {selection.name!r} of the plan cannot be shrunk in this graph: {_why(selection, found)}; "
                 "detect and plan again on this model and these inputs"
             )
         sizes = [walked.dims.sizes[c] for c in entry.carriers]
         choices[entry.dim] = Choice(entry.carriers, (~selection.removed).view(*sizes, selection.size))
     return choices
+
+
+def _why(selection: Selection, found: Sequence[Found]) -> str:
+    """Why a graph does not offer what a plan selected: what blocks a dim of this size in the same places."""
+
+    def places(members: Sequence[Member]) -> tuple[int, set[tuple[str, int]]]:
+        return members[0].units, {(m.parameter, m.axis) for m in members}
+
+    wanted = places(selection.members)
+    refusals = (c.blocked.message for c in (f.coupling for f in found) if c.blocked and places(c.members) == wanted)
+    return next(refusals, "it is not there")
 
 
 # -- parameters --------------------------------------------------------------------------------------------------
@@ -103,7 +115,7 @@ def _cut_parameters(program: Program, walked: Flow, kept: Kept) -> set[str]:
     for name, value in walked.parameters.items():
         if any(kept.changed(axis) for axis in value.axes):
             with torch.no_grad():
-                program.replace_parameter(name, take(program.tensor(name), kept, value.axes))
+                program.replace_parameter(name, take(program.tensor(name), cut_of(kept, value.axes)))
             cut.add(name)
     return cut
 
@@ -115,9 +127,30 @@ def _cut_state(program: Program, walked: Flow, kept: Kept) -> set[fx.Node]:
         value = walked.values.get(node)
         if any(kept.changed(axis) for one in several(value) for axis in one.axes):
             (one,) = several(value)
-            program.replace_buffer(node, name, take(program.buffer(name), kept, one.axes))
+            program.cut_buffers[name] = cut_of(kept, one.axes)
+            program.replace_buffer(node, name, take(program.buffer(name), program.cut_buffers[name]))
             cut.add(node)
     return cut
+
+
+def _narrow_inputs(program: Program, walked: Flow, kept: Kept) -> set[fx.Node]:
+    """Inputs that the caller allowed to get narrower."""
+    cut = set()
+    for node in program.inputs:
+        for one in several(walked.values.get(node)):
+            if any(kept.changed(axis) for axis in one.axes):
+                sizes = [kept.count(axis) if kept.changed(axis) else None for axis in one.axes]
+                program.narrow_input(node, cut_of(kept, one.axes), sizes)
+                cut.add(node)
+    return cut
+
+
+def _note_outputs(program: Program, walked: Flow, kept: Kept) -> None:
+    """How outputs get narrower, for whoever compares them with the dense ones."""
+    for node in (source for end in program.graph.find_nodes(op="output") for source in end.all_input_nodes):
+        for one in several(walked.values.get(node)):
+            if any(kept.changed(axis) for axis in one.axes):
+                program.narrowed[node] = cut_of(kept, one.axes)
 
 
 # -- stored operands ---------------------------------------------------------------------------------------------

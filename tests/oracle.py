@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 import ecospa_fx as eco
 from ecospa_fx.axes.call import Value
 from ecospa_fx.axes.flow import Flow, flow, named_arguments, operator_name
-from ecospa_fx.axes.kept import Choice, Kept, take
+from ecospa_fx.axes.kept import Choice, Kept, cut_of, take
 from ecospa_fx.axes.resize import Resize, find_resize
 from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.graph.capture import capture
@@ -170,7 +170,7 @@ def check_rule(
     walked = flow(program.graph, program.parameters, program.shapes, program.sizes)
     kept = _free(walked, seed)
     dense = {name: program.tensor(name).detach() for name in program.shapes}
-    small = {name: take(tensor, kept, walked.parameters[name].axes) for name, tensor in dense.items()}
+    small = {name: take(tensor, cut_of(kept, walked.parameters[name].axes)) for name, tensor in dense.items()}
     if masked:
         dense = {name: _masked(tensor, kept, walked.parameters[name]) for name, tensor in dense.items()}
     whole, cut = _run(program, walked, dense, None), _run(program, walked, small, kept)
@@ -265,7 +265,7 @@ def _compare(node: fx.Node, value: Any, want: Any, got: Any, kept: Kept, *, flag
     if not isinstance(value, Value) or not isinstance(want, Tensor) or any(n >= UNKNOWN for n in value.shape):
         return
     assert value.shape == tuple(want.shape), f"{node.name}: the rule says {value.shape}, torch {tuple(want.shape)}"
-    expected = take(want, kept, value.axes)
+    expected = take(want, cut_of(kept, value.axes))
     assert expected.shape == got.shape, f"{node.name}: {tuple(got.shape)} where {tuple(expected.shape)} was predicted"
     assert torch.allclose(expected, got, rtol=EXACT, atol=EXACT, equal_nan=True), f"{node.name} differs"
     for i, zero in enumerate(value.zero if flags else ()):

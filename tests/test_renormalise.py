@@ -124,5 +124,5 @@ def test_what_is_exact_stays_exact() -> None:
 
 
 def test_an_unknown_option_is_refused() -> None:
-    with pytest.raises(InputError, match="allow='anything' is unknown: give one of renormalise"):
+    with pytest.raises(InputError, match="allow='anything' is unknown: give one of renormalise, cache"):
         eco.detect(made(nn.LayerNorm), ARGS, allow="anything")

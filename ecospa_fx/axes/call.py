@@ -201,26 +201,32 @@ class Call:
         wanted = [(piece.offset, stride, dim) for piece in target.pieces for dim, stride in piece.dims]
         return [entry[2] for entry in wanted if entry not in own and self.dims.origins[entry[2]] is Origin.PARAMETER]
 
-    def gathered(self, operands: Iterable[Value], target: Sequence[Axis]) -> None:
-        """Record the gathers that operands, right-aligned with the target, need."""
+    def gathered(self, operands: Iterable[Value], target: Sequence[Axis], joins: bool = False) -> None:
+        """Record the gathers that operands, right-aligned with the target, need.
+
+        joins: whether the elements of the operands themselves go into the result.
+        """
         for value in operands:
             for index, axis in enumerate(value.axes):
                 at = index + len(target) - len(value.axes)
                 if at >= 0 and 1 < axis.size == target[at].size and not self.follows(axis, target[at]):
-                    self._gather(value, index, target, at)
+                    self._gather(value, index, target, at, joins)
 
-    def _gather(self, value: Value, index: int, target: Sequence[Axis], at: int) -> None:
+    def _gather(self, value: Value, index: int, target: Sequence[Axis], at: int, joins: bool = False) -> None:
         if value.node is None or value.node is self.node:
             self.block(target[at], "it meets something stored inside a fused operator")
             return
-        self.record.gathers.append(Gather(self.node, value, index, tuple(target), at))
+        self.record.gathers.append(Gather(self.node, value, index, tuple(target), at, joins))
 
     # -- combinators -----------------------------------------------------------------------------------------
 
-    def pointwise(self, operands: Sequence[Value], zero: Zero, shape: Sequence[int] | None = None) -> Value:
+    def pointwise(
+        self, operands: Sequence[Value], zero: Zero, shape: Sequence[int] | None = None, joins: bool = False
+    ) -> Value:
         """Broadcast operands against one another, right-aligned.
 
-        zero: "all" where the result is 0 if all operands are (add), "any" if one is (mul), "lost" if neither.
+        zero: "all" where the result is 0 if all operands are (add), "any" if one is (mul), "lost" if neither; joins:
+        whether the result consists of elements of the operands.
         """
         shape = tuple(shape if shape is not None else self.outputs[0])
         axes: list[Axis] = []
@@ -233,7 +239,7 @@ class Call:
                 self.note(axes[-1], "multiplied")
             live = [v.zero[i] for v, i in here if self.follows(v.axes[i], axes[-1])]
             flags.append((zero == "any" and any(live)) or (zero == "all" and len(live) == len(operands) and all(live)))
-        self.gathered(operands, axes)
+        self.gathered(operands, axes, joins)
         return self.value(axes, flags)
 
     def contraction(

@@ -45,14 +45,48 @@ def flow(
     sizes: Sizes,
     allow: Collection[str] = (),
     state: Collection[fx.Node] = (),
+    inputs: Collection[fx.Node] = (),
 ) -> Flow:
     """Walk a graph.
 
     parameters: which nodes stand for which parameter; shapes: of the parameters; allow: see `detect`;
-    state: nodes of buffers that the graph writes into, which are cut like what is written.
+    state: nodes of buffers that the graph writes into, which are cut like what is written; inputs: of these, those
+    that the caller gives.
     """
     registry.load()
-    return _Walk(parameters, shapes, sizes, allow, state).run(graph)
+    return _Walk(parameters, shapes, sizes, allow, {*state, *inputs}).run(graph, inputs)
+
+
+def carried(walked: Flow, inputs: Iterable[fx.Node], changed: Collection[fx.Node]) -> set[fx.Node]:
+    """Inputs that hold what the model keeps from call to call, where `detect` allows that it gets narrower.
+
+    Their elements become elements of something that activations are multiplied with, and that is returned, or written
+    into one of them. changed: nodes into whose memory the graph writes.
+    """
+    resized = {root for dim, _, _ in walked.record.resized for root in _roots(walked.dims, dim)}
+    met = _met(walked.dims, walked.record)
+    found = set()
+    for node in inputs:
+        own = {d for one in several(walked.values.get(node)) for axis in one.axes for d in walked.dims.dims_of(axis)}
+        wanted = met if node in changed else met & resized
+        for gather in walked.record.gathers if own else ():
+            target = walked.dims.dims_of(gather.target[gather.target_axis])
+            if gather.joins and own & set(walked.dims.dims_of(gather.operand.axes[gather.operand_axis])):
+                found |= {node} if wanted.intersection(target) else set()
+    return found
+
+
+_MEETINGS = {("contracts", "activations"), ("averaged", ""), ("batched", "")}
+"""What happens to the dims of tensors that are multiplied with others that depend on the input."""
+
+
+def _met(dims: Dims, record: Record) -> set[int]:
+    events = (e for e in record.events if (e.action, e.detail) in _MEETINGS)
+    return {root for event in events for root in _roots(dims, event.dim)}
+
+
+def _roots(dims: Dims, dim: int) -> set[int]:
+    return {root for piece in dims.roots(dim) for root, _ in piece.dims}
 
 
 class _Walk:
@@ -67,6 +101,7 @@ class _Walk:
         self.state = state
         self.dims, self.record, self.sizes = Dims(), Record(allow), sizes
         self.names = parameters
+        self.outputs: list[fx.Node] = []
         self.values: dict[fx.Node, Any] = {}
         self.parameters = {name: self._parameter(name, shape) for name, shape in shapes.items()}
         self.aliases: dict[fx.Node, fx.Node] = {}
@@ -76,10 +111,10 @@ class _Walk:
         axes = tuple(self.dims.fresh(size, Origin.PARAMETER) for size in shape)
         return Value(axes, (True,) * len(axes), (name,), None, (name,))
 
-    def run(self, graph: fx.Graph) -> Flow:
+    def run(self, graph: fx.Graph, inputs: Collection[fx.Node]) -> Flow:
         for node in graph.nodes:
             if node.op == "output":
-                self._output(node)
+                self.outputs.append(node)
             elif node in self.names:
                 self.values[node] = replace(self.parameters[self.names[node]], node=node)
             elif node.op == "call_function":
@@ -87,6 +122,10 @@ class _Walk:
             else:
                 self.values[node] = self._given(node)
         self._tie_routes()
+        for node in self.outputs:
+            self._returned(node)
+        for node in inputs:
+            self.record.resized += [(dim, node, "an input gets narrower") for dim in self._cuttable(node)]
         return Flow(self.dims, self.record, self.values, self.parameters)
 
     def _tie_routes(self) -> None:
@@ -211,13 +250,21 @@ class _Walk:
             lowered = new.zero if isinstance(new, Value) and view is first else (False,) * len(old.axes)
             self.values[view] = replace(old, zero=tuple(lowered), weights=(), tag=None)
 
-    def _output(self, node: fx.Node) -> None:
+    def _returned(self, node: fx.Node) -> None:
+        """What the caller gets is not cut, but for caches where that is allowed."""
+        met, allowed = _met(self.dims, self.record), "cache" in self.record.allow
         for source in dict.fromkeys(node.all_input_nodes):
-            for one in several(self.values.get(source)):
-                for axis in one.axes:
-                    for dim in self.dims.dims_of(axis):
-                        if self.dims.origins[dim] is not Origin.STORED:
-                            self.record.blocks.append((dim, node, "it is part of the model's output"))
+            for dim in self._cuttable(source):
+                if dim in met and allowed:
+                    self.record.resized.append((dim, node, "an output gets narrower"))
+                else:
+                    told = "; allow='cache' would offer it with a narrower output" if dim in met else ""
+                    self.record.blocks.append((dim, node, f"it is part of the model's output{told}"))
+
+    def _cuttable(self, node: fx.Node) -> list[int]:
+        """The dims of a node's tensors that are not stored."""
+        dims = (d for one in several(self.values.get(node)) for axis in one.axes for d in self.dims.dims_of(axis))
+        return [d for d in dims if self.dims.origins[d] is not Origin.STORED]
 
 
 def operator_name(target: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -103,20 +104,58 @@ class Kept:
         return [int(after[p]) for p in positions if mask[p]]
 
 
-def take(tensor: Tensor, kept: Kept, axes: Sequence[Axis]) -> Tensor:
-    """`tensor` reduced to the kept positions of all its axes; axes whose choice differs along another come last."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Step:
+    """One axis reduced to some positions.
+
+    size: positions that it had; other: None, or an axis along which the choice differs; positions: LongTensor of those
+    that stay, [positions] or a view that broadcasts over the other axes.
+    """
+
+    axis: int
+    size: int
+    other: int | None
+    positions: Tensor
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The tensor with this axis reduced."""
+        positions = self.positions.to(tensor.device)
+        if self.other is None:
+            return tensor.index_select(self.axis, positions)
+        return torch.take_along_dim(tensor, positions, self.axis)
+
+
+Cut = tuple[Step, ...]
+"""A tensor reduced to the kept positions of all its axes."""
+
+
+def cut_of(kept: Kept, axes: Sequence[Axis]) -> Cut:
+    """How a tensor with these axes is reduced; axes whose choice differs along another come last."""
     order = sorted(range(len(axes)), key=lambda i: kept.carrier_axis(axes, i) is not None)
-    for index in order:
-        if not kept.changed(axes[index]):
-            continue
-        mask, other = kept.mask(axes, index), kept.carrier_axis(axes, index)
-        if other is None:
-            tensor = tensor.index_select(index, mask[0].nonzero().flatten().to(tensor.device))
-            continue
-        rows = mask[kept.mask(axes, other)[0]]
-        positions = rows.nonzero()[:, 1].reshape(len(rows), -1)
-        view = [1] * len(axes)
-        view[other], view[index] = positions.shape
-        positions = positions if other < index else positions.T
-        tensor = torch.take_along_dim(tensor, positions.reshape(view).to(tensor.device), index)
+    return tuple(_step(kept, axes, index) for index in order if kept.changed(axes[index]))
+
+
+def _step(kept: Kept, axes: Sequence[Axis], index: int) -> Step:
+    mask, other, size = kept.mask(axes, index), kept.carrier_axis(axes, index), axes[index].size
+    if other is None:
+        return Step(index, size, None, mask[0].nonzero().flatten())
+    rows = mask[kept.mask(axes, other)[0]]
+    positions = rows.nonzero()[:, 1].reshape(len(rows), -1)
+    view = [1] * len(axes)
+    view[other], view[index] = positions.shape
+    return Step(index, size, other, (positions if other < index else positions.T).reshape(view))
+
+
+def take_more(tensor: Tensor, before: Cut, after: Cut, shape: Sequence[int]) -> Tensor:
+    """`tensor`, of this shape before it was reduced by a cut, reduced to what another one keeps, which is a part."""
+    whole = torch.arange(math.prod(shape), device=tensor.device).view(*shape)
+    had, wanted = take(whole, before), take(whole, after)
+    order, sorted_ = had.flatten().argsort(), had.flatten().sort().values
+    return tensor.flatten()[order[torch.searchsorted(sorted_, wanted)]]
+
+
+def take(tensor: Tensor, cut: Cut) -> Tensor:
+    """`tensor` reduced to what stays."""
+    for step in cut:
+        tensor = step.of(tensor)
     return tensor

@@ -50,6 +50,8 @@ class Gather:
     operand_axis: int
     target: tuple[Axis, ...]
     target_axis: int
+    joins: bool = False
+    """Whether the operand's own elements become elements of the result, as those of a cache do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +69,11 @@ class Record:
 
     def __init__(self, allow: Collection[str] = ()) -> None:
         self.allow = frozenset(allow)
-        """What may be offered although it is inexact: "renormalise"."""
+        """What may be offered beyond the default: "renormalise", "cache"; see `detect`."""
         self.inexact: list[tuple[int, Any, str]] = []
         """(dim, node, message): like blocks, of what was allowed."""
+        self.resized: list[tuple[int, Any, str]] = []
+        """(dim, node, message): where the caller holds a tensor that gets narrower, which was allowed."""
         self.tensors: dict[tuple[Axis, ...], None] = {}
         """Axes of every tensor, those inside fused operators included."""
         self.gathers: list[Gather] = []

@@ -89,11 +89,7 @@ class Ladder:
 
     def selection(self, rungs: int) -> Selection:
         """What stays after the first `rungs` rungs."""
-        c, gone = self.coupling, self.removal(rungs)[1]
-        keep = tuple(tuple(row.logical_not().nonzero().flatten().tolist()) for row in gone)
-        return Selection(
-            c.name, c.kind, c.layer, c.size, c.carriers, c.members, keep, c.inexact.message if c.inexact else ""
-        )
+        return Selection.of(self.coupling, self.removal(rungs)[1].logical_not())
 
 
 def _ladder(coupling: Coupling, values: Tensor, round_to: int, floor: float) -> Ladder:

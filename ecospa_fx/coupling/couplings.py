@@ -93,7 +93,8 @@ class Coupling:
     size: units per carrier; carriers: how many times the choice may differ (every carrier keeps the same
     number of units); parameters: elements that go when the whole dim goes; contains: names of the couplings
     whose elements this one holds as whole blocks (a head holds its head dimensions); inexact: None, or why removing
-    units differs from masking them, which the caller of ``detect`` allowed.
+    units differs from masking them, which the caller of ``detect`` allowed; resized: None, or which input or output
+    gets narrower, which was allowed too.
     """
 
     name: str
@@ -106,6 +107,7 @@ class Coupling:
     parameters: int
     blocked: Refusal | None = None
     inexact: Refusal | None = None
+    resized: Refusal | None = None
     contains: tuple[str, ...] = ()
     path: tuple[Step, ...] = field(default=(), repr=False)
 

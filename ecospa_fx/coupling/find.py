@@ -6,13 +6,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
-from torch import fx
+from torch import fx, nn
 
 from ecospa_fx.axes.algebra import Axis, Dims, Origin, Piece
-from ecospa_fx.axes.flow import Flow, operator_name
+from ecospa_fx.axes.flow import Flow
 from ecospa_fx.axes.record import Event, several
 from ecospa_fx.coupling.carriers import carriers_of
-from ecospa_fx.coupling.couplings import Box, Coupling, Member, Refusal, Step, Symmetry
+from ecospa_fx.coupling.couplings import Box, Coupling, Couplings, Member, Refusal, Step, Symmetry
+from ecospa_fx.errors import InputError
+from ecospa_fx.graph.program import Program
+from ecospa_fx.graph.where import module_of, operator_of, source_of
 
 _KINDS = (("batched", "heads"), ("contracts activations", "qk"), ("averaged", "vo"), ("nonlinear", "ffn"),
           ("multiplied", "ffn"))  # fmt: skip
@@ -27,10 +30,35 @@ class Found:
     carriers: tuple[int, ...]
 
 
+ALLOWED = ("renormalise", "cache")
+"""What `detect` may be allowed."""
+
+
+def detected(program: Program, model: nn.Module, allow: str | Iterable[str] = ()) -> Couplings:
+    """The couplings of a captured model. allow: see `detect`; raises InputError for what cannot be allowed."""
+    allowed = (allow,) if isinstance(allow, str) else tuple(allow)
+    unknown = [name for name in allowed if name not in ALLOWED]
+    if unknown:
+        raise InputError(f"allow={unknown[0]!r} is unknown: give one of {', '.join(ALLOWED)}")
+    return Couplings((_advised(f.coupling) for f in find_couplings(program.flow(allowed), program.shapes)), model)
+
+
+def _advised(coupling: Coupling) -> Coupling:
+    """A refusal with what lifts it where a weight is computed from others, by what torch calls a parametrization."""
+    told = coupling.blocked
+    if told is None or not any(".parametrizations." in f".{m.parameter}" for m in coupling.members):
+        return coupling
+    how = "fold it into the weight first, with torch.nn.utils.parametrize.remove_parametrizations"
+    if how in told.message:
+        return coupling
+    return replace(coupling, blocked=replace(told, message=f"{told.message}; a parametrization reads it: {how}"))
+
+
 def find_couplings(flow: Flow, shapes: Mapping[str, tuple[int, ...]]) -> list[Found]:
     """Every dim of a parameter that something is done to, as a coupling or a refusal, in graph order."""
     events = _by_dim(flow.dims, flow.record.events)
-    refusals, inexact = _refusals(flow, flow.record.blocks), _refusals(flow, flow.record.inexact)
+    record = flow.record
+    refusals, inexact, resized = (_refusals(flow, found) for found in (record.blocks, record.inexact, record.resized))
     consumed = {(name, root) for name, dim in flow.record.consumed for root in _roots(flow.dims, dim)}
     places = _places(flow)
     carriers = carriers_of(flow, [d for d in places if d in events and d not in refusals])
@@ -39,8 +67,9 @@ def find_couplings(flow: Flow, shapes: Mapping[str, tuple[int, ...]]) -> list[Fo
     found = []
     for dim, (chosen, members) in _all_members(flow.dims, wanted, carriers, consumed).items():
         coupling = _coupling(flow.dims, dim, chosen, members, events.get(dim, ()), refusals.get(dim))
-        told = None if dim in refusals else inexact.get(dim)
-        found.append(Found(replace(coupling, path=paths.get(dim, ()), inexact=told), dim, chosen))
+        if dim not in refusals:
+            coupling = replace(coupling, inexact=inexact.get(dim), resized=resized.get(dim))
+        found.append(Found(replace(coupling, path=paths.get(dim, ())), dim, chosen))
     return _finished(found, shapes)
 
 
@@ -316,32 +345,3 @@ def _span(member: Member) -> int:
     per_carrier = member.units * _width(member)
     on_axis = any(box.carriers for box in member.boxes)
     return per_carrier * (member.carriers if on_axis else 1)
-
-
-def operator_of(node: fx.Node) -> str:
-    """The operator's qualified name, or what stands in its place."""
-    if node.op != "call_function":
-        return node.op
-    return (
-        operator_name(node.target)
-        if hasattr(node.target, "_schema")
-        else str(getattr(node.target, "__name__", node.target))
-    )
-
-
-def source_of(node: fx.Node) -> str:
-    """The user's own line: "file:line: code", from the graph's metadata."""
-    trace = node.meta.get("stack_trace") or ""
-    lines = [line.strip() for line in trace.strip().splitlines()]
-    for at in range(len(lines) - 1, -1, -1):
-        if lines[at].startswith("File "):
-            place = lines[at].split(", in ")[0].removeprefix("File ").replace('"', "").replace(", line ", ":")
-            code = lines[at + 1] if at + 1 < len(lines) else ""
-            return f"{place}: {code}".rstrip(": ")
-    return ""
-
-
-def module_of(node: fx.Node) -> str:
-    """The path of the module that the node was called in."""
-    stack = node.meta.get("nn_module_stack") or {}
-    return next((str(path) for path, _ in reversed(list(stack.values()))), "")

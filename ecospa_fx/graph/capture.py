@@ -8,7 +8,6 @@ import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from copy import copy
 from io import StringIO
 from typing import Any
 
@@ -24,9 +23,12 @@ from ecospa_fx.graph.explicit_shape import write_out_shapes
 from ecospa_fx.graph.hoist import hoist_selections
 from ecospa_fx.graph.inline import inline_regions
 from ecospa_fx.graph.modes import align, note_dropout
+from ecospa_fx.graph.objects import Opened, opened
 from ecospa_fx.graph.program import ExportedForm
+from ecospa_fx.graph.seen import seen
 from ecospa_fx.graph.sink import sink_concatenations
 from ecospa_fx.graph.sizes import read_sizes_off_inputs
+from ecospa_fx.graph.transforms import write_out_transforms
 from ecospa_fx.graph.whole_slice import drop_whole_slices
 
 
@@ -44,23 +46,22 @@ def captures(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, *, dynamic: bool
 ) -> Iterator[ExportedForm]:
     """The exports of a module that torch can make, from most to fewest symbolic sizes. Raises CaptureError for none."""
-    if not isinstance(model, nn.Module):
-        raise CaptureError(f"{type(model).__name__} is not an nn.Module: pass the model itself")
-    if not isinstance(args, tuple | list):
-        raise CaptureError(f"args must be a tuple of positional arguments, not {type(args).__name__}: write (x,)")
-    args, kwargs = tuple(args), dict(kwargs or {})
+    parts: tuple[tuple[Any, ...], dict[str, Any]] = opened((tuple(args), dict(kwargs or {})))
+    args, kwargs = parts
     _refuse_quantised(model)
     _bound(model, args, kwargs)
-    seen, failure, made = _explicit(model, kwargs), None, False
-    for attempt in _attempts(seen, args, kwargs) if dynamic else [(args, kwargs, None)]:
+    view, failure, made = seen(model, kwargs), None, False
+    for attempt in _attempts(view, args, kwargs) if dynamic else [(args, kwargs, None)]:
         try:
-            program = _export(seen, attempt)
+            program = _export(view, attempt)
         except Exception as error:
             failure = error
             continue
         made = True
-        program = _in_both_modes(model, seen, program, attempt) if dynamic else program
+        program = _in_both_modes(model, view, program, attempt) if dynamic else program
         yield ExportedForm(_normalised(program), model)
+    if isinstance(failure, CaptureError) and not made:
+        raise failure
     if failure is not None and not made:
         raise CaptureError(_failure(model, failure)) from failure
 
@@ -96,10 +97,10 @@ Attempt = tuple[tuple[Any, ...], dict[str, Any], dict[str, Any] | None]
 def _export(model: nn.Module, attempt: Attempt) -> ExportedProgram:
     args, kwargs, shapes = attempt
     with _quiet():
-        return torch.export.export(model, args, kwargs, strict=False, dynamic_shapes=shapes)
+        return write_out_transforms(torch.export.export(model, args, kwargs, strict=False, dynamic_shapes=shapes))
 
 
-def _in_both_modes(model: nn.Module, seen: nn.Module, program: ExportedProgram, attempt: Attempt) -> ExportedProgram:
+def _in_both_modes(model: nn.Module, view: nn.Module, program: ExportedProgram, attempt: Attempt) -> ExportedProgram:
     """A program that notes what depends on the mode, from a second export in the other one.
 
     Where that fails, or the modes differ in more than literals, the program holds for the mode of the model, but for
@@ -109,15 +110,15 @@ def _in_both_modes(model: nn.Module, seen: nn.Module, program: ExportedProgram, 
     try:
         for part, _ in modes:
             part.training = opposite
-        seen.training = opposite  # where it is a view of the model
-        other = _export(seen, attempt)
+        view.training = opposite
+        other = _export(view, attempt)
     except Exception:
         note_dropout(program.graph)
         return program
     finally:
         for part, mode in modes:
             part.training = mode
-        seen.training = model.training
+        view.training = model.training
     training, evaluation = (program, other) if model.training else (other, program)
     aligned = align(training.graph, evaluation.graph)
     if isinstance(aligned, str):
@@ -165,31 +166,13 @@ def _dynamic_shapes(
     """The leading axes of every tensor (None: all of them) left to torch to decide."""
 
     def axes(leaf: Any) -> Any:
+        if isinstance(leaf, Opened):
+            return [axes(part) for part in leaf.leaves]
         return dict.fromkeys(range(leaf.dim())[:leading], Dim.AUTO) if isinstance(leaf, Tensor) else None
 
-    found: dict[str, Any] = pytree.tree_map(axes, _bound(model, args, kwargs))
+    bound = _bound(model, args, kwargs)
+    found: dict[str, Any] = pytree.tree_map(axes, bound, is_leaf=lambda leaf: isinstance(leaf, Opened))
     return found
-
-
-def _explicit(model: nn.Module, kwargs: Mapping[str, Any]) -> nn.Module:
-    """The model, or a view of it whose ``forward`` names what the model's own catches in ``**kwargs``.
-
-    torch.export does not take shapes of arguments that are caught so.
-    """
-    signature = inspect.signature(model.forward)
-    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    caught = [name for name in kwargs if name not in signature.parameters]
-    if not caught or len(own) == len(signature.parameters):
-        return model
-    view, forward = copy(model), model.forward
-
-    def named(*args: Any, **kwargs: Any) -> Any:
-        return forward(*args, **kwargs)
-
-    new = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in caught]
-    named.__signature__ = signature.replace(parameters=[*own, *new])  # type: ignore[attr-defined]
-    view.__dict__["forward"] = named
-    return view
 
 
 def _bound(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

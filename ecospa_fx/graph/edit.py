@@ -30,7 +30,7 @@ def inherit(node: fx.Node, like: fx.Node) -> fx.Node:
 
 def evaluate(node: fx.Node) -> Any:
     """The fake value of a call from those of its arguments."""
-    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: n.meta["val"])
+    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), _value)
     function: Any = node.target
     mode = detect_fake_mode([a for a in pytree.tree_leaves((args, kwargs)) if isinstance(a, torch.Tensor)])
     mode = mode or fake_mode(node.graph)
@@ -38,6 +38,12 @@ def evaluate(node: fx.Node) -> Any:
         return function(*args, **kwargs)
     with mode, enable_python_dispatcher():
         return function(*args, **kwargs)
+
+
+def _value(node: fx.Node) -> Any:
+    """The value of a node; graphs that higher-order operators call are their own."""
+    held = node.graph.owning_module if node.op == "get_attr" and "val" not in node.meta else None
+    return node.meta["val"] if held is None else held.get_submodule(str(node.target))
 
 
 def fake_mode(graph: fx.Graph) -> Any:

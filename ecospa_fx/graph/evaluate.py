@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export.graph_signature import InputKind
-from torch.utils import _pytree as pytree
 
-from ecospa_fx.graph.calling import Calling, leaf
+from ecospa_fx.errors import InputError
+from ecospa_fx.graph.calling import calling
 from ecospa_fx.graph.modes import evaluation_arguments
 from ecospa_fx.graph.program import ExportedForm
 
@@ -34,13 +33,7 @@ class Evaluator:
         self.order = [node for node in nodes if node.op == "call_function"]
         """The nodes that compute, in the order of the graph."""
         (self.output,) = (node for node in nodes if node.op == "output")
-        specs = program.exported.graph_signature.input_specs
-        given = {spec.arg.name for spec in specs if spec.kind is InputKind.USER_INPUT}
-        self._inputs = [node for node in nodes if node.op == "placeholder" and node.name in given]
-        examples = pytree.tree_leaves((tuple(args), dict(kwargs)))
-        leaves = [leaf(node, example) for node, example in zip(self._inputs, examples, strict=True)]
-        call = program.exported.module_call_graph[0].signature
-        self._calling = Calling(model, args, kwargs, call, leaves)
+        self._calling = calling(program, model, args, kwargs)
         self._arguments = {node: evaluation_arguments(node) for node in self.order}
         self._last: dict[fx.Node, int] = {}
         for place, node in enumerate(self.order):
@@ -51,8 +44,16 @@ class Evaluator:
         self._place = {node: place for place, node in enumerate(self.order)}
 
     def start(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Values:
-        """The values that a call begins with, but for the parameters: its arguments and the buffers."""
-        values: Values = dict(zip(self._inputs, self._calling.flat(tuple(args), dict(kwargs)), strict=True))
+        """The values that a call of the dense model begins with, but for the parameters: arguments and buffers.
+
+        Raises InputError where the graph does not hold for these arguments.
+        """
+        given = tuple(args), dict(kwargs)
+        try:
+            leaves = self._calling.flat(*(self._calling.narrowed(*given) if self.program.narrowed else given))
+        except TypeError as error:
+            raise InputError(f"the call of a batch is not that of the example: {error}") from error
+        values: Values = dict(zip(self.program.inputs, leaves, strict=True))
         program, lifted = self.program, self.program.exported.graph_signature.inputs_to_lifted_tensor_constants
         for node in program.graph.nodes:
             if node.op != "placeholder" or node in values or node in program.parameters:
@@ -88,11 +89,11 @@ class Evaluator:
                 if self._last.get(read, -1) <= place:
                     values.pop(read, None)
 
-    def returned(self, values: Values) -> Any:
-        """What the module returns, once all nodes have run."""
+    def returned(self, values: Values, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """What the module returns for these arguments, once all nodes have run."""
         leaves: Any = fx.node.map_arg(self.output.args[0], values.__getitem__)
         mutated = len(self.program.exported.graph_signature.output_specs) - self._calling.result.num_leaves
-        return self._calling.returned(list(leaves)[mutated:])
+        return self._calling.returned(list(leaves)[mutated:], tuple(args), dict(kwargs))
 
 
 def detached(value: Any) -> Any:

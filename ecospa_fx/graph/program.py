@@ -6,7 +6,8 @@ Two forms: an exported program, whose parameters are placeholders, and a graph m
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from copy import copy, deepcopy
 from itertools import count
 from typing import Any
@@ -17,7 +18,8 @@ from torch._guards import detect_fake_mode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
-from ecospa_fx.axes.flow import Sizes
+from ecospa_fx.axes.flow import Flow, Sizes, carried, flow
+from ecospa_fx.axes.kept import Cut
 from ecospa_fx.errors import CaptureError
 from ecospa_fx.graph.memory import written
 
@@ -26,7 +28,8 @@ class Program(ABC):
     """A graph whose parameters can be replaced.
 
     parameters: node to the first name of the parameter, so that tied parameters are one; shapes: by that name; state:
-    buffers that the graph writes into, by node.
+    buffers that the graph writes into, by node; inputs: nodes that the caller gives; narrowed, cut_buffers: how inputs
+    and outputs, and buffers by name, were cut.
     """
 
     graph: fx.Graph
@@ -34,6 +37,24 @@ class Program(ABC):
     shapes: Mapping[str, tuple[int, ...]]
     sizes: Sizes
     state: Mapping[fx.Node, str]
+    inputs: Collection[fx.Node]
+    narrowed: dict[fx.Node, Cut]
+    cut_buffers: dict[str, Cut]
+
+    def flow(self, allow: Collection[str] = ()) -> Flow:
+        """The axes of every tensor. allow: see `detect`; with "cache" the inputs that hold one are cut like buffers."""
+        known = (self.graph, self.parameters, self.shapes, self.sizes, allow, self.state)
+        walked = flow(*known)
+        held = carried(walked, self.inputs, written(self.graph)) if "cache" in allow else ()
+        return flow(*known, held) if held else walked
+
+    def narrow_input(self, node: fx.Node, cut: Cut, sizes: Sequence[int | None]) -> None:
+        """Let an input be narrower. sizes: per axis, None where it stays as it is."""
+        old = node.meta["val"]
+        self.narrowed[node] = cut
+        shape = [own if new is None else new for own, new in zip(old.shape, sizes, strict=True)]
+        with detect_fake_mode([old]) or nullcontext():
+            node.meta["val"] = torch.empty(shape, dtype=old.dtype, device=old.device)
 
     @abstractmethod
     def tensor(self, name: str) -> Tensor:
@@ -77,6 +98,9 @@ class ExportedForm(Program):
         self.stored = {placeholders[node]: target for node, target in held.items()}
         changed = written(self.graph)
         self.state = {node: name for node, name in self.stored.items() if node in changed}
+        specs = exported.graph_signature.input_specs
+        self.inputs = [placeholders[spec.arg.name] for spec in specs if spec.kind is InputKind.USER_INPUT]
+        self.narrowed, self.cut_buffers = {}, {}
 
     def frozen(self) -> ExportedForm:
         """The program as it is now, whatever becomes of this one; tensors are shared."""
@@ -84,11 +108,15 @@ class ExportedForm(Program):
         exported._graph_signature = deepcopy(self.exported.graph_signature)
         exported._state_dict, exported._constants = dict(self.exported.state_dict), dict(self.exported.constants)
         twin.exported, twin.graph = exported, deepcopy(self.graph)
-        nodes = {node.name: node for node in twin.graph.nodes}
-        twin.parameters = {nodes[node.name]: name for node, name in self.parameters.items()}
-        twin.stored = {nodes[node.name]: name for node, name in self.stored.items()}
-        twin.state = {nodes[node.name]: name for node, name in self.state.items()}
-        twin.values, twin.buffers = dict(self.values), dict(self.buffers)
+        nodes = dict(zip(self.graph.nodes, twin.graph.nodes, strict=True))
+        for node, copied in nodes.items():
+            copied.name = node.name  # a copy avoids names of builtins, and the signature goes by names
+        twin.parameters = {nodes[node]: name for node, name in self.parameters.items()}
+        twin.stored = {nodes[node]: name for node, name in self.stored.items()}
+        twin.state = {nodes[node]: name for node, name in self.state.items()}
+        twin.inputs = [nodes[node] for node in self.inputs]
+        twin.narrowed = {nodes[node]: cut for node, cut in self.narrowed.items()}
+        twin.values, twin.buffers, twin.cut_buffers = dict(self.values), dict(self.buffers), dict(self.cut_buffers)
         return twin
 
     def buffer(self, name: str) -> Tensor:
@@ -169,6 +197,8 @@ class AttributeForm(Program):
         self.shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
         changed = written(self.graph)
         self.state = {node: name for node, name in stored.items() if node in changed}
+        self.inputs = [node for node in self.graph.nodes if node.op == "placeholder"]
+        self.narrowed, self.cut_buffers = {}, {}
 
     def buffer(self, name: str) -> Tensor:
         return self.module.get_buffer(name)

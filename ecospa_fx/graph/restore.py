@@ -12,10 +12,8 @@ from typing import Any, cast
 
 import torch
 from torch import fx, nn
-from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
-from ecospa_fx.graph.calling import Calling, leaf
+from ecospa_fx.graph.calling import Calling, calling
 from ecospa_fx.graph.layer import Code, GraphLayer, Layers, own_copy
 from ecospa_fx.graph.program import ExportedForm
 from ecospa_fx.graph.repeated import share_repeated
@@ -49,7 +47,7 @@ def restore(
         if attribute in owner._parameters:
             owner._parameters[attribute] = program.values[name]
     share_repeated(module)
-    return _with_modes(_rooted(exported, module, model, args, dict(kwargs or {})), model)
+    return _with_modes(_rooted(program, module, model, args, dict(kwargs or {})), model)
 
 
 class GraphModel(GraphLayer):
@@ -70,22 +68,18 @@ class GraphModel(GraphLayer):
 
 
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    return self._graph_calling.returned(self._graph_run(*self._graph_calling.flat(args, kwargs)))
+    return self._graph_calling.call(self._graph_run, args, kwargs)
 
 
 def _rooted(
-    exported: ExportedProgram, module: Any, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+    program: ExportedForm, module: Any, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> nn.Module:
     """An unflattened module as layers that run their own code.
 
     torch's own wrapper interprets node by node, and shuts the compiler out of its handling of arguments.
     """
-    signature = exported.module_call_graph[0].signature
-    examples = pytree.tree_leaves((tuple(args), kwargs))
-    placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
-    leaves = [leaf(node, example) for node, example in zip(placeholders, examples, strict=True)]
     root: Any = Layers(model).convert(module, base=GraphModel)
-    root._graph_calling = Calling(model, args, kwargs, signature, leaves)
+    root._graph_calling = calling(program, model, args, kwargs)
     told = inspect.signature(model.forward)
     itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
     # trainers and exporters look for the names of the arguments there

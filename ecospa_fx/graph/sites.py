@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from ecospa_fx.axes.flow import named_arguments
 from ecospa_fx.graph.program import ExportedForm
@@ -78,6 +79,7 @@ def _stored(node: fx.Node) -> tuple[fx.Node, bool]:
     while isinstance(node, fx.Node) and node.op == "call_function" and node.target in _TRANSPOSING:
         if node.meta["val"].dim() != 2:
             break
-        moved = tuple(node.args[1:]) not in {((0, 1),), ([0, 1],), (0, 0), (1, 1)}
+        axes = [int(a) % 2 for a in pytree.tree_leaves(node.args[1:])]
+        moved = not axes or axes == [1, 0] or (node.target is aten.transpose.int and axes == [0, 1])
         flipped, node = flipped != moved, node.args[0]  # type: ignore[assignment]  # a tensor comes from a node
     return node, flipped

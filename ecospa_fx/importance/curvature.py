@@ -6,7 +6,7 @@ gradients at their outputs, and of its gradients by gates. Activations live no l
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ecospa_fx.coupling.couplings import Coupling
 from ecospa_fx.errors import ScoreError
 from ecospa_fx.graph.evaluate import Evaluator, Values
 from ecospa_fx.graph.sites import Site
 from ecospa_fx.importance.methods import GATE_FISHER, GradientStatistic
 from ecospa_fx.importance.reduce import accumulator_dtype
 from ecospa_fx.importance.score import Batch, Loss, one_batch
+from ecospa_fx.importance.views import Views
 
 
 @dataclass(slots=True, eq=False)
@@ -52,17 +52,6 @@ class Moments:
         return self.second - torch.outer(self.total, self.total) / max(self.rows, 1)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Gate:
-    """The units of a coupling as rows of linear outputs that a gate would multiply.
-
-    positions: per site LongTensor [carriers, units, width], positions of its output.
-    """
-
-    coupling: Coupling
-    positions: Mapping[Site, Tensor]
-
-
 @dataclass(slots=True, eq=False)
 class Curvature:
     """What the pass collects; a site or gate that is not a key is not watched.
@@ -89,30 +78,25 @@ class Curvature:
 
 
 class Collector:
-    """Runs batches through a program and folds what it sees into a `Curvature`.
+    """Runs batches through a program and folds what it sees of some couplings into a `Curvature`."""
 
-    others: couplings that are neither, whose units' squared derivatives come from the gradients of their parameters.
-    """
-
-    def __init__(
-        self, evaluator: Evaluator, sites: Sequence[Site], gates: Sequence[Gate], others: Sequence[Coupling]
-    ) -> None:
+    def __init__(self, evaluator: Evaluator, views: Views) -> None:
         self.evaluator, self.curvature = evaluator, Curvature()
         weights = evaluator.program.values
-        for site in sites:
+        for site in views.sites:
             out, width = site.matrix(weights[site.parameter]).shape
             self.curvature.inputs[site] = Moments.zero(width, weights[site.parameter].device)
             self.curvature.outputs[site] = Moments.zero(out, weights[site.parameter].device)
         self._gates: dict[Site, list[tuple[str, Tensor]]] = {}
-        for gate in gates:
+        for gate in views.gates:
             for site, positions in gate.positions.items():
                 device = weights[site.parameter].device
                 self._gates.setdefault(site, []).append((gate.coupling.name, positions.to(device)))
                 shape, dtype = (*positions.shape[:2], positions.shape[1]), accumulator_dtype(device)
                 self.curvature.gates[gate.coupling.name] = torch.zeros(shape, dtype=dtype, device=device)
-        names = dict.fromkeys(m.parameter for c in others for m in c.members)
+        names = dict.fromkeys(m.parameter for c in views.others for m in c.members)
         self._leaves = {name: nn.Parameter(weights[name].detach()) for name in names}
-        self._statistic = GradientStatistic(GATE_FISHER, self._leaves, others) if others else None
+        self._statistic = GradientStatistic(GATE_FISHER, self._leaves, views.others) if views.others else None
         self._watched = {site.node: site for site in {**self.curvature.inputs, **self._gates}}
         self._begun: list[Tensor] = []
         self._batches = 0
@@ -147,7 +131,7 @@ class Collector:
             evaluator.run([node], values)
             if site is not None:
                 self._watch(site, source, values[node])
-        return evaluator.returned(values)
+        return evaluator.returned(values, args, kwargs)
 
     def _watch(self, site: Site, source: Any, result: Tensor) -> None:
         if not result.requires_grad:

@@ -14,7 +14,8 @@ def damped(matrix: Tensor, damping: float) -> Tensor:
 
 
 def power(matrix: Tensor, exponent: float, floor: float = 1e-10) -> Tensor:
-    """`matrix` [..., n, n], positive semidefinite, to a power; eigenvalues below `floor` of the largest count as that."""
+    """`matrix` [..., n, n], positive semidefinite, to a power; eigenvalues below `floor` of the largest are that."""
     values, vectors = torch.linalg.eigh(matrix)
     least = (values[..., -1:] * floor).clamp(min=torch.finfo(matrix.dtype).tiny)
-    return (vectors * values.maximum(least).pow(exponent)[..., None, :]) @ vectors.mT
+    result: Tensor = (vectors * values.maximum(least).pow(exponent)[..., None, :]) @ vectors.mT
+    return result

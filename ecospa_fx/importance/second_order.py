@@ -1,96 +1,27 @@
-"""Couplings as linear layers see them, and what removing their units costs to second order.
+"""What removing units costs to second order, by the way that their coupling is looked at (`views`):
 
-Three ways to look at a coupling, by its evidence alone:
-
-- *inputs*: its consumers are matrices whose inputs are the units (FFN-out, W_O). With A the second moment of the input
-  and G that of the loss's gradient at the output, changing the matrix by Δ costs ½ tr(Δ A Δᵀ G) (the Kronecker-
-  factored Fisher of Martens and Grosse, 2015); units go in the order of the optimal brain surgeon.
-- *gates*: nobody consumes them because both sides are multiplied with each other (Q with K). A gate per unit has
-  Fisher matrix F = Σ e eᵀ, with e the derivatives of the loss by the gates at one row; the surgeon works on the gates.
-- *others*: anything else, such as packed experts: ½ Σ e² with e the derivative by a gate in one batch.
+- *inputs*: with A the second moment of the consumer's input and G that of the loss's gradient at its output, changing
+  the matrix by Δ costs ½ tr(Δ A Δᵀ G), the Kronecker-factored Fisher of Martens and Grosse (2015); units go in the
+  order of the optimal brain surgeon.
+- *gates*: a gate per unit has the Fisher matrix F = Σ e eᵀ, with e the derivatives of the loss by the gates at one
+  row; the surgeon works on the gates.
+- *others*: ½ Σ e² with e the derivative by a gate in one batch.
 
 All three estimate the increase of the summed loss over the calibration data, up to one common factor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from ecospa_fx.coupling.couplings import Coupling, Member
 from ecospa_fx.graph.sites import Site
-from ecospa_fx.importance.curvature import Curvature, Gate
+from ecospa_fx.importance.curvature import Curvature
 from ecospa_fx.importance.matrices import damped, power
 from ecospa_fx.importance.surgeon import order_scores, remove_all
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Inputs:
-    """The units of a coupling as inputs of linear layers.
-
-    positions: per site LongTensor [carriers, units, width], positions of its input.
-    """
-
-    coupling: Coupling
-    positions: Mapping[Site, Tensor]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Views:
-    """How each coupling is looked at."""
-
-    inputs: tuple[Inputs, ...]
-    gates: tuple[Gate, ...]
-    others: tuple[Coupling, ...]
-
-    @property
-    def sites(self) -> list[Site]:
-        """The sites whose inputs are units, each once."""
-        return list(dict.fromkeys(site for view in self.inputs for site in view.positions))
-
-
-def views_of(couplings: Sequence[Coupling], sites: Sequence[Site]) -> Views:
-    """Look at each coupling in the most informed way that its members allow."""
-    by_name = {site.parameter: site for site in sites}
-    inputs, gates, others = [], [], []
-    for coupling in couplings:
-        consumed = {s: m.indices for m in coupling.members if (s := _met(by_name, m, inside=True)) is not None}
-        produced = _rows(by_name, coupling)
-        outside = [m for m in coupling.members if m.role == "consumer" and _met(by_name, m, inside=True) is None]
-        if consumed and not outside:
-            inputs.append(Inputs(coupling, consumed))
-        elif not consumed and produced and coupling.symmetry != "permutation":
-            gates.append(Gate(coupling, produced))
-        else:
-            others.append(coupling)
-    return Views(tuple(inputs), tuple(gates), tuple(others))
-
-
-def _met(sites: Mapping[str, Site], member: Member, *, inside: bool) -> Site | None:
-    """The site whose input (inside) or output a member's axis is."""
-    site = sites.get(member.parameter)
-    if site is None or member.carrier_axis is not None or (member.axis == site.in_axis) != inside:
-        return None
-    return site
-
-
-def _rows(sites: Mapping[str, Site], coupling: Coupling) -> dict[Site, Tensor]:
-    """Positions in the outputs of the sites that make the units; empty where something else makes them too."""
-    found: dict[Site, Tensor] = {}
-    biases = {site.bias for site in sites.values()}
-    for member in coupling.members:
-        site = _met(sites, member, inside=False)
-        if site is not None:
-            found[site] = member.indices
-        elif member.parameter not in biases:
-            return {}
-    return found
-
-
-# -- costs -------------------------------------------------------------------------------------------------------
+from ecospa_fx.importance.views import Views
 
 
 def unit_scores(views: Views, curvature: Curvature, weights: Mapping[str, Tensor], damping: float) -> dict[str, Tensor]:

@@ -61,8 +61,9 @@ class _State:
 
     def _inner(self) -> Tensor:
         """W_uᵀ W_u of every unit: [carriers, units, width, width]."""
-        blocks = self.weight.unflatten(1, (-1, self.width))
-        return blocks @ blocks.mT
+        blocks = self.weight.view(len(self.rows), -1, self.width, self.weight.shape[2])
+        inner: Tensor = blocks @ blocks.mT
+        return inner
 
     def remove_best(self) -> tuple[Tensor, Tensor]:
         """The unit that costs least in each carrier, and its cost; the rest is updated."""
@@ -79,8 +80,9 @@ class _State:
         if self.width == 1:
             costs = self.inner[..., 0, 0] / self.inverse.diagonal(dim1=1, dim2=2)
         else:
-            shape = (len(self.rows), -1, self.width)
-            own = self.inverse.unflatten(2, shape[1:]).unflatten(1, shape[1:]).diagonal(dim1=1, dim2=3).movedim(-1, 1)
+            units = self.gone.shape[1]
+            blocks = self.inverse.view(len(self.rows), units, self.width, units, self.width)
+            own = blocks.diagonal(dim1=1, dim2=3).movedim(-1, 1)
             own = torch.where(self.gone[..., None, None], torch.eye(self.width).to(own), own)
             costs = (torch.linalg.inv(own) * self.inner).sum((2, 3))
         return costs.masked_fill(self.gone, torch.inf)
@@ -94,7 +96,7 @@ class _State:
         taken = self.weight[self.rows, columns]  # [carriers, width, out]
         if self.width == 1:  # rank one: a broadcast product costs less than a matrix product, and norms follow
             met = self.weight @ taken.mT
-            self.inner[..., 0, 0] += (share[:, 0] * (share[:, 0] * taken.square().sum(2) - 2 * met[..., 0]))
+            self.inner[..., 0, 0] += share[:, 0] * (share[:, 0] * taken.square().sum(2) - 2 * met[..., 0])
             self.weight.addcmul_(share.mT, taken, value=-1)
             self.inverse.addcmul_(across.mT, share, value=-1)
         else:

@@ -9,18 +9,21 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from ecospa_fx.axes.flow import flow
-from ecospa_fx.coupling.couplings import Coupling, Couplings, parameter_shapes
-from ecospa_fx.coupling.find import find_couplings
-from ecospa_fx.errors import CaptureError
-from ecospa_fx.graph.capture import capture
+from ecospa_fx.axes.kept import Cut, take_more
+from ecospa_fx.budget.allocate import plan as make_plan
+from ecospa_fx.coupling.couplings import Couplings, parameter_shapes
+from ecospa_fx.coupling.find import detected
+from ecospa_fx.errors import CaptureError, PlanError
+from ecospa_fx.fitted import fitted
+from ecospa_fx.graph.capture import capture, captures
 from ecospa_fx.graph.program import ExportedForm
 from ecospa_fx.graph.restore import restore
 from ecospa_fx.plan import Plan
@@ -29,22 +32,30 @@ from ecospa_fx.verify import masked_error
 
 log = logging.getLogger(__name__)
 
-_SAME = {torch.float16: 0.05, torch.bfloat16: 0.05}
-"""Largest relative difference that rounding may make between two ways to compute the same; 1e-3 in other types."""
-
 
 class GraphForm:
     """A captured model, its couplings, and the module that computes it.
 
-    module: the model in graph form, sharing its parameters; couplings: of the dense model.
+    module: the model in graph form, sharing its parameters; couplings: what `detect` finds in the dense model, of which
+    those of `kinds` (None: all) will be shrunk. allow: see `detect`. Raises what `detect` and `shrink` raise.
     """
 
-    def __init__(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    def __init__(
+        self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], allow: str | Iterable[str] = (),
+        kinds: Sequence[str] | None = None,
+    ) -> None:  # fmt: skip
         self._model, self._args, self._kwargs = model, tuple(args), dict(kwargs)
-        self._exported = [_captured(model, self._args, self._kwargs)]
         self.shapes = parameter_shapes(model)
         self.parameters = dict(model.named_parameters())
-        self.couplings = self._couplings(self._exported[0])
+        training = True  # where probabilities of dropout are known
+        try:
+            self.couplings = self._detected(allow, training)
+        except CaptureError as error:
+            training = False
+            self.couplings = self._detected(allow, training)
+            log.warning("the model is trained as it computes in eval mode, without dropout, because %s", error)
+        self._trial = make_plan(self.couplings, 0.5, "random", kinds=kinds)
+        self._exported, self._cut = [self._captured(training)], dict[str, Cut]()
         self.module = self._restored(self._program(self._exported[0]))
         copy_modes(model, self.module)
         if self._eval_difference() > self._rounding:
@@ -68,6 +79,10 @@ class GraphForm:
         The parameters must have been cut to the plan's shapes.
         """
         changed = 0
+        copies = tuple(copies)
+        for tree in (self.module, *copies):
+            self._cut_buffers(tree, programs[0])
+        self._cut = dict(programs[0].cut_buffers)
         for at, program in enumerate(programs):
             fresh = self._restored(program)
             for tree in copies:
@@ -82,7 +97,19 @@ class GraphForm:
         tree = self._restored(program, dict(program.values))
         copy_modes(self.module, tree)
         share(self.module, tree, "_buffers")
+        self._cut_buffers(tree, program)
+        self._cut = dict(program.cut_buffers)
         return tree
+
+    def _cut_buffers(self, tree: nn.Module, program: ExportedForm) -> None:
+        """Cut what a tree has in buffers that the graph writes into, as they are now."""
+        for name, cut in program.cut_buffers.items():
+            path, _, attribute = name.rpartition(".")
+            owner = tree.get_submodule(path)
+            dense = self._model.get_buffer(name).shape
+            owner._buffers[attribute] = take_more(owner.get_buffer(attribute), self._cut.get(name, ()), cut, dense)
+        if isinstance(tree, TwoModes):
+            share(tree, tree.in_eval, "_buffers")
 
     def forget(self) -> None:
         """Let go of the memory of the parameters from before sharding: only their names and shapes are needed."""
@@ -114,11 +141,9 @@ class GraphForm:
 
     def _add_eval(self) -> None:
         """Trace the model in eval mode too, where its own code asks for the mode; say so where that does not help."""
-        in_eval = _captured(self._model, self._args, self._kwargs, training=False)
-        found = {_identity(c) for c in self._couplings(in_eval).offered}
-        if {_identity(c) for c in self.couplings.offered} <= found:
-            self._exported.append(in_eval)
-            add_eval_mode(self.module, self._restored(self._program(in_eval)))
+        with suppress(PlanError):
+            self._exported.append(self._captured(training=False))
+            add_eval_mode(self.module, self._restored(self._program(self._exported[-1])))
         difference = self._eval_difference()
         if difference > self._rounding:
             log.warning(
@@ -129,10 +154,33 @@ class GraphForm:
 
     # -- programs ----------------------------------------------------------------------------------------------
 
-    def _couplings(self, exported: ExportedProgram) -> Couplings:
-        program = self._program(exported)
-        walked = flow(program.graph, program.parameters, program.shapes, program.sizes)
-        return Couplings((f.coupling for f in find_couplings(walked, self.shapes)), self._model)
+    def _detected(self, allow: str | Iterable[str], training: bool) -> Couplings:
+        """What `detect` finds in a mode."""
+        with self._mode(training):
+            return detected(capture(self._model, self._args, self._kwargs, dynamic=False), self._model, allow)
+
+    def _captured(self, training: bool) -> ExportedProgram:
+        """The model traced in a mode, with as many symbolic sizes as the couplings allow. Raises PlanError."""
+        traced: dict[ExportedForm, ExportedProgram] = {}
+
+        def copies() -> Iterator[ExportedForm]:
+            for form in captures(self._model, self._args, self._kwargs, dynamic=True):
+                copied = self._program(form.exported)
+                traced[copied] = form.exported
+                yield copied
+
+        with self._mode(training):
+            return traced[fitted(copies(), self._trial)]
+
+    @contextmanager
+    def _mode(self, training: bool) -> Iterator[None]:
+        modes = {module: module.training for module in self._model.modules()}
+        self._model.train(training)
+        try:
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
 
     def _program(self, old: ExportedProgram) -> ExportedForm:
         """A copy of a captured program, whose parameters are dense and hold no memory."""
@@ -155,25 +203,3 @@ class GraphForm:
     def _restored(self, program: ExportedForm, values: dict[str, nn.Parameter] | None = None) -> nn.Module:
         program.values = dict(self.parameters) if values is None else values
         return restore(program, self._model, self._args, self._kwargs)
-
-
-def _captured(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool = True
-) -> ExportedProgram:
-    """The model traced in training mode, where probabilities of dropout are known, if that can be traced."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        return capture(model.train(training), args, kwargs, dynamic=True).exported
-    except CaptureError as error:
-        if not training:
-            raise
-        program = capture(model.eval(), args, kwargs, dynamic=True).exported
-        log.warning("the model is trained as it computes in eval mode, without dropout, because %s", error)
-        return program
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-def _identity(coupling: Coupling) -> frozenset[tuple[str, int]]:
-    return frozenset((m.parameter, m.axis) for m in coupling.members)

@@ -22,10 +22,10 @@ class Settings:
 
     total_steps: the length of the run, if known; allocation: "global", by score per parameter, or "uniform"; band:
     least and most that a coupling keeps, as multiples of what uniform allocation keeps (None: no bounds); round_to,
-    floor, kinds: as in `plan`; window: steps before each shrink whose gradients are scored, and the memory of their
-    moving average; batches, loss: calibration data as in `score`, for a schedule that shrinks at the start; wrap:
-    what to put around the model, after every shrink anew (``DistributedDataParallel``); group: the processes that
-    train together, by default all of them.
+    floor, kinds: as in `plan`; allow: as in `detect`; window: steps before each shrink whose gradients are scored, and
+    the memory of their moving average; batches, loss: calibration data as in `score`, for a schedule that shrinks at
+    the start; wrap: what to put around the model, after every shrink anew (``DistributedDataParallel``); group: the
+    processes that train together, by default all of them.
     """
 
     total_steps: int | None = None
@@ -34,6 +34,7 @@ class Settings:
     round_to: int = 1
     floor: float = 0.05
     kinds: Sequence[str] | None = None
+    allow: str | Iterable[str] = ()
     window: int = 50
     batches: Iterable[Batch] | None = None
     loss: Loss | None = None

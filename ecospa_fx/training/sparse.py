@@ -75,7 +75,7 @@ class SparseTraining:
         self._steps = frozenset(self._schedule.steps)
         self._running = RunningScores(scores, self._settings.window)
         owners = other_owners(model)
-        self._form = GraphForm(model, args, dict(kwargs or {}))
+        self._form = GraphForm(model, args, dict(kwargs or {}), self._settings.allow, self._settings.kinds)
         self._chosen = chosen(self._form.couplings, self._settings, scores, model)
         check_unshared(self._chosen, owners)
         self._now, self._held = self._chosen, _held(self._form.shapes, self._chosen)
@@ -261,7 +261,7 @@ class SparseTraining:
         self._shrink(found.values, 1.0)
 
     def _plan(self, keep: Mapping[str, Tensor]) -> Plan:
-        return Plan(tuple(_selection(c, keep[c.name]) for c in self._chosen), tuple(self._form.shapes.items()))
+        return Plan(tuple(Selection.of(c, keep[c.name]) for c in self._chosen), tuple(self._form.shapes.items()))
 
     def _check_reach(self) -> None:
         """Raise TrainingError where floors keep more than the target leaves."""
@@ -283,13 +283,6 @@ class SparseTraining:
 def _held(shapes: Mapping[str, tuple[int, ...]], couplings: Sequence[Coupling]) -> int:
     """Elements that couplings hold, each counted once."""
     return removed_elements(shapes, [(c.members, torch.ones(c.carriers, c.size, dtype=torch.bool)) for c in couplings])
-
-
-def _selection(coupling: Coupling, keep: Tensor) -> Selection:
-    units = tuple(tuple(row.nonzero().flatten().tolist()) for row in keep)
-    c = coupling
-    told = c.inexact.message if c.inexact else ""
-    return Selection(c.name, c.kind, c.layer, c.size, c.carriers, c.members, units, told)
 
 
 def _compiled() -> int:

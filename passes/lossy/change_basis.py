@@ -17,9 +17,9 @@ from torch import Tensor
 from ecospa_fx.coupling.couplings import Coupling, Member
 from ecospa_fx.graph.program import Program
 from ecospa_fx.graph.sites import Site
-from ecospa_fx.importance.curvature import Curvature, Gate, Moments
+from ecospa_fx.importance.curvature import Curvature, Moments
 from ecospa_fx.importance.matrices import power
-from ecospa_fx.importance.second_order import Inputs, Views
+from ecospa_fx.importance.views import Gate, Inputs, Views
 
 FLOOR = 1e-6
 """Directions with less than this share of the largest second moment are not blown up any further."""
@@ -47,8 +47,9 @@ class ChangeBasis:
         inverse = torch.linalg.inv(self.basis).mT
         for sides, matrix in ((self.first, self.basis), (self.second, inverse)):
             for side in sides:
-                held = program.tensor(side.member.parameter).detach()
-                program.replace_parameter(side.member.parameter, rotated(held, side.member.axis, side.positions, matrix))
+                name, axis = side.member.parameter, side.member.axis
+                turned = rotated(program.tensor(name).detach(), axis, side.positions, matrix)
+                program.replace_parameter(name, turned)
 
 
 def rotated(tensor: Tensor, axis: int, positions: Tensor, matrix: Tensor) -> Tensor:
@@ -73,9 +74,7 @@ def sides_of(coupling: Coupling) -> tuple[tuple[Side, ...], tuple[Side, ...]] | 
         )
     if any(len(m.boxes) != 2 for m in coupling.members):
         return None
-    halves = [
-        tuple(Side(m, m.boxes[i].indices(m.carriers, m.units)) for m in coupling.members) for i in (0, 1)
-    ]
+    halves = [tuple(Side(m, m.boxes[i].indices(m.carriers, m.units)) for m in coupling.members) for i in (0, 1)]
     return halves[0], halves[1]
 
 
@@ -117,7 +116,8 @@ def _averaged(second: Tensor, at: Tensor) -> Tensor:
 def _joint(first: Tensor, second: Tensor) -> Tensor:
     half = power(first, 0.5, FLOOR)
     vectors = torch.linalg.eigh(half @ second @ half)[1].flip(-1)
-    return vectors.mT @ power(first, -0.5, FLOOR)
+    basis: Tensor = vectors.mT @ power(first, -0.5, FLOOR)
+    return basis
 
 
 # -- for whole models --------------------------------------------------------------------------------------------
@@ -130,9 +130,7 @@ def turn_queries(views: Views, outputs: Callable[[Sequence[Site]], Mapping[Site,
     for gate, first, second in todo:
         sites = {site.parameter: site for site in gate.positions}
         (a,), (b,) = ([s for s in sides if s.member.parameter in sites] for sides in (first, second))
-        basis = query_basis(
-            (sites[a.member.parameter], a.positions), (sites[b.member.parameter], b.positions), moments
-        )
+        basis = query_basis((sites[a.member.parameter], a.positions), (sites[b.member.parameter], b.positions), moments)
         ChangeBasis(first, second, basis).run(program)
     return len(todo)
 

@@ -9,23 +9,25 @@ From there both go on with the smaller one's output, so that each layer answers 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from ecospa_fx.errors import ScoreError
 from ecospa_fx.graph.evaluate import Evaluator, Values, detached
-from ecospa_fx.graph.sites import Site
+from ecospa_fx.graph.sites import Site, find_sites
 from ecospa_fx.importance.curvature import Moments
 from ecospa_fx.importance.score import Batch
+
+NOISE = 1e-7
+"""Variance below this share of the mean square is rounding."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reconstruct:
-    """``Reconstruct(…).run(dense, small, sites, batches)``.
+    """``Reconstruct(…).run(dense, small, batches)``.
 
     damping: of the least squares, in means of the diagonal; epochs: of the fit, 0 for none; rate: Adam's, in root mean
     squares of each parameter; step: batches per step; held: every how many-th batch only judges whether the fit helped.
@@ -42,15 +44,14 @@ class Reconstruct:
         self,
         dense: Evaluator,
         small: Evaluator,
-        sites: Sequence[Site],
         batches: Sequence[Batch],
-        watch: Callable[[Sequence[Site]], Any] = lambda sites: sites,
+        watch: Callable[[Sequence[Stage]], Iterable[Stage]] = lambda stages: stages,
     ) -> list[str]:
-        """Change the smaller program's parameters in place; `sites` are those of the dense one.
+        """Change the smaller program's parameters in place.
 
-        Returns for each site that was looked at what became of it. watch: wraps the sites, to show progress.
+        Returns for each matrix that lost inputs what became of it. watch: wraps the stages, to show progress.
         """
-        stages = _stages(dense, small, sites)
+        stages = stages_of(dense, small)
         states = [(dense.start(*batch), small.start(*batch)) for batch in batches]
         done, told = (0, 0), []
         for stage in watch(stages):
@@ -61,29 +62,29 @@ class Reconstruct:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Stage:
+class Stage:
     """A matrix that lost inputs, in both programs."""
 
     site: Site
     twin: fx.Node
 
 
-def _stages(dense: Evaluator, small: Evaluator, sites: Sequence[Site]) -> list[_Stage]:
+def stages_of(dense: Evaluator, small: Evaluator) -> list[Stage]:
     """The sites that lost inputs and still have all their outputs, in the order of the graph."""
     by_name = {node.name: node for node in small.order}
     found = []
-    for site in sites:
+    for site in find_sites(dense.program):
         before, after = (e.program.tensor(site.parameter).shape for e in (dense, small))
         lost, kept = before[site.in_axis] != after[site.in_axis], before[1 - site.in_axis] == after[1 - site.in_axis]
         if lost and kept and site.node.name in by_name:
-            found.append(_Stage(site, by_name[site.node.name]))
+            found.append(Stage(site, by_name[site.node.name]))
     return found
 
 
 class _Segment:
     """The nodes from one site, exclusive, to the next one, inclusive, in both programs."""
 
-    def __init__(self, stage: _Stage, dense: Evaluator, small: Evaluator, begin: tuple[int, int]) -> None:
+    def __init__(self, stage: Stage, dense: Evaluator, small: Evaluator, begin: tuple[int, int]) -> None:
         self.site, self.twin, self.dense, self.small = stage.site, stage.twin, dense, small
         self.end = (dense.order.index(stage.site.node) + 1, small.order.index(stage.twin) + 1)
         self.dense_nodes = dense.order[begin[0] : self.end[0]]
@@ -118,7 +119,7 @@ class _Segment:
     # -- least squares -------------------------------------------------------------------------------------------
 
     def _solve(self, states: list[tuple[Values, Values]], targets: list[Tensor], damping: float) -> None:
-        """W ← W + R (A + λ)⁻¹, with A = Σ x xᵀ and R = Σ (y - W x - b) xᵀ, both about the mean where there is a bias."""
+        """W ← W + R (A + λ)⁻¹, A = Σ x xᵀ, R = Σ (y - W x - b) xᵀ, both centred if there is a bias."""
         weight = self.site.matrix(self._held(self.site.parameter))
         bias = self._held(self.site.bias) if self.site.bias is not None else None
         joint = Moments.zero(sum(weight.shape), weight.device)  # of inputs and residuals together
@@ -130,9 +131,8 @@ class _Segment:
                 joint.add(torch.cat([rows, residual], 1))
         n = weight.shape[1]
         second = joint.covariance() if bias is not None else joint.second
-        change = _least_squares(second[:n, :n], second[n:, :n], damping)
-        if change is None:
-            return
+        noise = float(joint.second.diagonal()[:n].mean()) * NOISE  # of what does not vary, nothing is to be learnt
+        change = _least_squares(second[:n, :n], second[n:, :n], damping, noise)
         self._set(self.site.parameter, self.site.matrix(weight.double() + change))
         if bias is not None:
             mean = joint.total / max(joint.rows, 1)
@@ -189,13 +189,13 @@ class _Segment:
                     for i in order[begin : begin + options.step]:
                         chosen = learned[i]
                         result = self._run(states[chosen][1], whole=True)[self.twin]
-                        (result.float() - targets[chosen].float()).square().mean().backward()  # type: ignore[no-untyped-call]
+                        (result.float() - targets[chosen].float()).square().mean().backward()
                     optimizer.step()
                     optimizer.zero_grad()
                     schedule.step()
 
     def _trained(self) -> dict[fx.Node, Tensor]:
-        """Fresh leaves for the parameters that lost elements, or are solved for, and that the site's output depends on."""
+        """Fresh leaves for what the site's output depends on: parameters that lost elements, and its own."""
         before: set[fx.Node] = {self.twin}
         for node in reversed(self.small_nodes):
             if node in before:
@@ -223,15 +223,13 @@ class _Segment:
         return total / max(len(chosen), 1)
 
 
-def _least_squares(second: Tensor, cross: Tensor, damping: float) -> Tensor | None:
-    """C (A + λ)⁻¹ with λ = damping · mean of the diagonal; None where there is nothing to solve for."""
-    mean = second.diagonal().mean()
-    if not mean > 0:
-        return None
+def _least_squares(second: Tensor, cross: Tensor, damping: float, noise: float) -> Tensor:
+    """C (A + λ)⁻¹ with λ = damping · mean of the diagonal + noise; zeros where there is nothing to solve for."""
+    added = damping * float(second.diagonal().mean().clamp(min=0)) + noise
     eye = torch.eye(len(second), dtype=second.dtype, device=second.device)
-    factor, failed = torch.linalg.cholesky_ex(second + max(damping, 1e-8) * mean * eye)
-    if failed:
-        return None
+    factor, failed = torch.linalg.cholesky_ex(second + added * eye)
+    if added == 0 or failed:
+        return torch.zeros_like(cross)
     return torch.cholesky_solve(cross.T, factor).T
 
 
@@ -250,5 +248,3 @@ def _float(value: Tensor | None) -> Tensor | None:
 def _size(parameter: Tensor) -> float:
     """Root mean square; of zeros, what it is for common initialisations."""
     return float(parameter.detach().float().square().mean().sqrt()) or 0.02
-
-

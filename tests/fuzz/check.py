@@ -19,9 +19,8 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils import _pytree as pytree
 
 import ecospa_fx as eco
-from ecospa_fx.axes.flow import flow
 from ecospa_fx.coupling.couplings import Coupling, Couplings
-from ecospa_fx.coupling.find import find_couplings
+from ecospa_fx.coupling.find import detected as couplings_of
 from ecospa_fx.errors import PlanError
 from ecospa_fx.graph.capture import capture
 from ecospa_fx.graph.program import ExportedForm
@@ -78,8 +77,7 @@ def check(program: Program, *, whole: bool = True, most: int = 5) -> Outcome:
 def detected(model: nn.Module, args: Sequence[Tensor]) -> tuple[ExportedForm, Couplings]:
     """What `eco.detect` does, with the graph that it looked at."""
     graph = capture(model, args, None, dynamic=False)
-    walked = flow(graph.graph, graph.parameters, graph.shapes, graph.sizes)
-    return graph, Couplings((found.coupling for found in find_couplings(walked, graph.shapes)), model)
+    return graph, couplings_of(graph, model)
 
 
 def _told(error: BaseException) -> str:

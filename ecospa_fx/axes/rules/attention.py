@@ -32,6 +32,22 @@ def attention(call: Call) -> Value:
     return call.contraction([weights, value], [[*rows, "t", "s"], labels[2]], [*rows, "t", "v"])
 
 
+@axis_rule("flex_attention")
+def flexible_attention(call: Call) -> list[Value]:
+    """Attention with functions of scores and positions inside, which may read all but the head dimensions."""
+    query, key, value = (call[str(i)] for i in range(3))
+    read = "a function inside the attention reads its positions"
+    for axis in (a for v in call.values[3:] for a in v.axes):
+        call.block(axis, read)
+    key, value = (_spread(call, query, v) for v in (key, value))
+    scores = call.contraction([query, key], ["bhtk", "bhsk"], "bhts")
+    for axis in scores.axes:
+        call.block(axis, read)
+    weights = replace(scores, zero=(False,) * 4, weights=())
+    mixed = call.contraction([weights, value], ["bhts", "bhsv"], "bhtv")
+    return [mixed, *(call.value(scores.axes[:-1]) for _ in call.outputs[1:])]
+
+
 def _spread(call: Call, query: Value, value: Value) -> Value:
     """Keys or values with their heads repeated to those of the query."""
     heads, own = query.axes[-3], value.axes[-3]

@@ -32,7 +32,3 @@ refuse(
     "scan",
     "associative_scan",
 )
-refuse(
-    "the functions that it calls are not followed; use torch.nn.functional.scaled_dot_product_attention to trace",
-    "flex_attention",
-)

@@ -132,7 +132,8 @@ def scatter(call: Call) -> Value:
         numbers = [v for v in parts if v is not index]
         flags[i] = sums and filled and all(v.zero[i] and call.follows(v.axes[i], axes[i]) for v in numbers)
     for v in parts:
-        call.gathered([v], [v.axes[i] if i == axis else a for i, a in enumerate(axes)])
+        whole = [v.axes[i] if i == axis else a for i, a in enumerate(axes)]
+        call.gathered([v], whole, joins=v is value)
     return call.value(axes, flags)
 
 
@@ -163,7 +164,7 @@ def index_put(call: Call) -> Value:
             axes[place] = target[j] = call.align([(value, place), (new, j)])
             parts = ((value, place), (new, j))
             flags[place] = all(v.zero[k] and call.follows(v.axes[k], axes[place]) for v, k in parts)
-    call.gathered([value], axes)
+    call.gathered([value], axes, joins=True)
     call.gathered([new], target)
     return call.value(axes, flags)
 
@@ -183,7 +184,7 @@ def index_add(call: Call) -> Value:
         elif i == axis and isinstance(source, Value):
             call.block(source.axes[i], f"{call.operator} sends it to computed positions")
     if isinstance(source, Value):
-        call.gathered([value], axes)
+        call.gathered([value], axes, joins=True)
         call.gathered([source], [source.axes[i] if i == axis else a for i, a in enumerate(axes)])
     return call.value(axes, [f and i != axis for i, f in enumerate(flags)])
 
@@ -206,7 +207,7 @@ def slice_scatter(call: Call) -> Value:
         flags.append(along and all(v.zero[i] and call.follows(v.axes[i], axes[i]) for v in (value, new)))
     if part:
         call.block(value.axes[axis], f"{call.operator} overwrites a part of it")
-    call.gathered([value], axes)
+    call.gathered([value], axes, joins=True)
     target = [a for i, a in enumerate(axes) if i != axis] if call.operator == "aten.select_scatter" else axes
     call.gathered([call["src"]], target)
     return call.value(axes, flags)

@@ -125,7 +125,7 @@ def _joined(call: Call, values: list[Value], axis: int) -> Value:
     flags = [all(v.zero[i] and call.follows(v.axes[i], a) for v in values) for i, a in enumerate(axes)]
     flags[axis] = call.all_zero([(v, axis) for v in values])
     for value in values:
-        call.gathered([value], [value.axes[i] if i == axis else a for i, a in enumerate(axes)])
+        call.gathered([value], [value.axes[i] if i == axis else a for i, a in enumerate(axes)], joins=True)
     return call.value(axes, flags)
 
 

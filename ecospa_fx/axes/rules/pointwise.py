@@ -127,7 +127,7 @@ def where(call: Call) -> Value | list[Value]:
     if "self" not in call.arguments:
         return call.block_all(f"{call.operator} computes positions from it")
     branches = [call.get("self"), call.get("other")]
-    result = call.pointwise(call.values, "lost")
+    result = call.pointwise(call.values, "lost", joins=True)
     constants = [b for b in branches if not isinstance(b, Value) and b not in (0, None)]
     return _zero_if(call, result, [b for b in branches if isinstance(b, Value)], not constants)
 

@@ -1,0 +1,31 @@
+"""Which of a model's captures a plan fits: the one with the most symbolic sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypeVar
+
+from ecospa_fx.errors import PlanError
+from ecospa_fx.graph.program import Program
+from ecospa_fx.plan import Plan
+
+Form = TypeVar("Form", bound=Program)
+
+
+def fitted(programs: Iterable[Form], plan: Plan) -> Form:
+    """The first program that a plan fits, shrunk by it in place. Raises the first one's PlanError where there is none.
+
+    programs: at least one, from most to fewest symbolic sizes; made only as far as they are needed.
+    """
+    from ecospa_fx.passes.shrink_couplings import shrink_program
+
+    failure: PlanError | None = None
+    for program in programs:
+        try:
+            shrink_program(program, plan)
+        except PlanError as error:
+            failure = failure or error
+            continue
+        return program
+    assert failure is not None  # there is at least one program
+    raise failure
