@@ -183,15 +183,13 @@ def gated(up: Tensor, form: str) -> Tensor:
         ("halves", 12, torch.relu),
     ],
 )
-def test_pieces_that_become_rows_lose_the_same_units(
-    form: str, wide: int, middle: Callable[[Tensor], Tensor]
-) -> None:
+def test_pieces_that_become_rows_lose_the_same_units(form: str, wide: int, middle: Callable[[Tensor], Tensor]) -> None:
     """Units of two halves are tied where the halves become the rows of a rectangle; each goes with its neighbour."""
     half = wide // 2
 
     def forward(m: Any, x: Tensor) -> Tensor:
-        h = middle(torch.cat(gated(m.a(x), form).split(half, -1), -1))
-        h = F.relu(h.unflatten(-1, (2, half)).flatten(-2))
+        h = middle(torch.cat(gated(m.a(x), form).chunk(2, -1), -1))
+        h = F.relu(torch.unflatten(h, -1, (2, half)).flatten(-2))
         result: Tensor = m.b(h * m.s)
         return result
 
