@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import pytest
@@ -175,6 +175,19 @@ def test_a_planted_coupling_of_other_elements_is_caught() -> None:
     unit = frozenset({("up.weight", 0, 0, -1, -1), ("down.weight", 1, 1, -1, -1)})
     with pytest.raises(Failure, match="planted: ffn: 1 of 1 units are not offered"):
         check(replace(FEED_FORWARD, planted=(Planted("ffn", frozenset({unit})),)))
+
+
+@pytest.mark.parametrize(("order", "kind"), [(range(8), "none"), ([1, 0, 2, 3, 4, 5, 6, 7], "planted")])
+def test_larger_units_must_be_unions_of_planted_ones(order: Sequence[int], kind: str) -> None:
+    """Halves that became rows: unit i goes with unit i + 4, and with nothing else."""
+    program = with_middle("torch.cat({0}.split(4, -1), -1).unflatten(-1, (2, 4)).flatten(-2).relu()")
+    units = {
+        frozenset({("up.weight", 0, i, -1, -1), ("up.bias", 0, i, -1, -1), ("down.weight", 1, order[i], -1, -1)})
+        for i in range(8)
+    }
+    planted = Planted("ffn", frozenset(units), coarse=True)
+    assert kind_of(replace(program, planted=(planted,))) == kind
+    assert kind_of(replace(program, planted=(replace(planted, coarse=False),))) == "planted"
 
 
 @pytest.mark.usefixtures("rules")

@@ -152,6 +152,55 @@ def test_a_carrier_with_a_choice_of_its_own_carries_no_other() -> None:
     check_exact(model, 6, 6)
 
 
+def test_a_dim_that_lies_twice_in_an_axis_carries_no_choice() -> None:
+    """Copies between two occurrences of one dim: which copies stay can differ along neither."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.a(x)
+        h = torch.einsum("abc,avw->acw", h.repeat_interleave(3, -1), h)
+        result: Tensor = m.b(h.flatten(1))
+        return result
+
+    model = built(forward, [(4, 6), (108, 5)])
+    x = torch.randn(2, 3, 4).double()
+    assert list(offers(model, x).values()) == [(3, 1)]
+    assert "merged with itself into one axis" in reasons(model, x)
+    check_exact(model, 3, 4)
+
+
+def gated(up: Tensor, form: str) -> Tensor:
+    """Gate and value interleaved, or one after the other."""
+    half = up.shape[-1] // 2
+    gate, value = (up[..., ::2], up[..., 1::2]) if form == "interleaved" else (up[..., :half], up[..., half:])
+    return F.silu(gate) * value
+
+
+@pytest.mark.parametrize(
+    ("form", "wide", "middle"),
+    [
+        ("interleaved", 6, lambda h: -h.unsqueeze(1).squeeze(1)),
+        ("halves", 6, torch.tanh),
+        ("halves", 12, torch.relu),
+    ],
+)
+def test_pieces_that_become_rows_lose_the_same_units(form: str, wide: int, middle: Callable[[Tensor], Tensor]) -> None:
+    """Units of two halves are tied where the halves become the rows of a rectangle; each goes with its neighbour."""
+    half = wide // 2
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = middle(torch.cat(gated(m.a(x), form).chunk(2, -1), -1))
+        h = F.relu(torch.unflatten(h, -1, (2, half)).flatten(-2))
+        result: Tensor = m.b(h * m.s)
+        return result
+
+    model = built(forward, [(4, 2 * wide), (wide, 4)], torch.randn(wide))
+    x = torch.randn(2, 3, 4).double()
+    (coupling,) = eco.detect(model, (x,)).offered
+    down = next(m for m in coupling.members if m.parameter == "b.weight")
+    assert [set(unit) for unit in down.indices[0].tolist()] == [{i, i + half} for i in range(half)]
+    check_exact(model, 3, 4)
+
+
 def test_a_dim_merged_with_itself_is_refused() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         h = m.a(x)

@@ -63,7 +63,7 @@ def _narrow(
 ) -> None:
     """Intersect the candidates of every dim of one tensor with the dims that go with it there."""
     everywhere = [_in_all_pieces(dims, axis, routed) for axis in axes]
-    times = Counter(d for axis in axes for d in {d for p in axis.pieces for d, _ in p.dims})
+    times = sum((_times(axis) for axis in axes), Counter[int]())
     for i, axis in enumerate(axes):
         others: set[int] = set().union(*(e for j, e in enumerate(everywhere) if j != i))
         for piece in axis.pieces:
@@ -71,11 +71,20 @@ def _narrow(
             for at, dim in enumerate(order):
                 if dim in result:
                     # Only outer dims: units that differ along an inner one would not stay in row-major order.
-                    # Along a dim that lies on two other axes, one choice would meet another.
+                    # Along a dim that lies on two other axes, or twice in one, one choice would meet another.
+                    outer = {d for d in order[:at] if order.count(d) == 1}
                     around = {d for d in others if times[d] < 2}
-                    here = {d for d in {*order[:at], *around} - {dim} if dims.origins[d] is Origin.PARAMETER}
+                    here = {d for d in {*outer, *around} - {dim} if dims.origins[d] is Origin.PARAMETER}
                     known = result[dim]
                     result[dim] = here if known is None else known & here
+
+
+def _times(axis: Axis) -> Counter[int]:
+    """How often each dim lies on one axis: more than once where one piece repeats it."""
+    result = Counter[int]()
+    for piece in axis.pieces:
+        result |= Counter(d for d, _ in piece.dims)
+    return result
 
 
 def _in_all_pieces(dims: Dims, axis: Axis, routed: dict[int, set[int]]) -> set[int]:

@@ -115,11 +115,12 @@ def check_reasons(couplings: Couplings) -> None:
 
 
 def check_planted(program: Program, couplings: Couplings, outcome: Outcome) -> None:
-    """Every planted unit is offered as that very set."""
+    """Every planted unit is offered as that very set, or within a union of such sets where it may be coarse."""
     units = {unit for c in couplings.offered for unit in units_of(c)}
-    covered = frozenset().union(*units)
     for planted in program.planted:
-        missing = [u for u in planted.units if u not in units and not (planted.coarse and u <= covered)]
+        unions = [u for u in units if u == frozenset().union(*(one for one in planted.units if one <= u))]
+        whole = frozenset().union(*unions) if planted.coarse else frozenset()
+        missing = [u for u in planted.units if u not in units and not u <= whole]
         if missing:
             blocked = [c.blocked.message for c in couplings.blocked if c.blocked and
                        {(m.parameter, m.axis) for m in c.members} & {e[:2] for e in missing[0]}]  # fmt: skip

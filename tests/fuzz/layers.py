@@ -84,11 +84,10 @@ def _wander(b: Builder, h: Ref, wide: int) -> tuple[Ref, list[int], list[set[Ele
                   f"{{0}}.unflatten(-1, (2, {half})).flatten(-2)", "{0}.mT.mT", "{0}.unsqueeze(1).squeeze(1)",
                   "{0}.permute(2, 0, 1).movedim(0, -1)", f"torch.cat({{0}}.split({half}, -1), -1)",
                   "torch.stack({0}.unbind(1), 1)"]  # fmt: skip
-    rectangle = cut = coarse = False
+    rectangle = cut = False
     for _ in range(b.integer(0, 4)):
         code = b.choose(identities)
-        coarse |= rectangle and "split" in code
-        rectangle |= "(2, " in code
+        rectangle |= "unflatten(-1" in code
         cut |= "split" in code
         h = b.add("identity", code, h)
         if b.chance(60):
@@ -98,6 +97,7 @@ def _wander(b: Builder, h: Ref, wide: int) -> tuple[Ref, list[int], list[set[Ele
             h = b.add("scale", f"{{0}} * self.{scale}", h)
             for at, i in enumerate(order):
                 extra[i].add(row(scale, at))
+    coarse = rectangle and cut  # in either order: pieces become rows of a rectangle, or its rows become pieces
     if b.chance(50):
         code = b.choose(reorderings[0 if not cut and not rectangle else 1 : 2 if rectangle or cut or half < 3 else 3])
         coarse |= rectangle or "::2" in code

@@ -42,8 +42,8 @@ class Step:
 class Planted:
     """A coupling whose elements are known: every unit must be offered as this very set.
 
-    coarse: it may be offered as larger units, because on the way its dims lie in a rectangle whose rows are then taken
-    apart: what the rows keep can differ no longer.
+    coarse: it may be offered as unions of these units, because on the way its dims lie in a rectangle whose rows are
+    also taken apart, before or after: what the rows keep can differ no longer.
     """
 
     kind: str
