@@ -27,8 +27,9 @@ from ecospa_fx.folder import refuse_existing
 from ecospa_fx.huggingface import is_causal
 from ecospa_fx.importance.methods import method_named
 from ecospa_fx.importance.progress import watched
-from ecospa_fx.origin import origin
+from ecospa_fx.origin import origin, origin_of
 from ecospa_fx.plan import Plan
+from ecospa_fx.recipe import SECOND_ORDER
 from ecospa_fx.report import couplings_data, explain
 from ecospa_fx.sources import Source, open_source
 from ecospa_fx.storage import save
@@ -89,11 +90,12 @@ def parser() -> Parser:
     add("--ratio", type=float, required=True, help="share of the couplings' parameters to remove, between 0 and 1")
     add("--calibration", type=Path, required=True, metavar="FILE", help="text, .txt or .txt.xz")
     add("--output", type=Path, required=True, metavar="DIR", help="new folder for the smaller model")
-    add("--method", default="gate-fisher", help="scores: gate-fisher (default), fisher, taylor or magnitude")
+    methods = "second-order (default) also lets what stays make up for the rest; gate-fisher, fisher, taylor, magnitude"
+    add("--method", default=SECOND_ORDER, help=f"{methods} only remove")
     add("--eval", type=Path, metavar="FILE", help="held-out text (default: the last tenth of the calibration text)")
     add("--tokenizer", metavar="FILE", help="tokenizer.json, or 'bytes' (default: beside the model or the text)")
     add("--windows", type=int, default=128, metavar="N", help="calibration windows (default: 128)")
-    add("--passes", type=int, default=4, metavar="N", help="scoring passes, each on what is left (default: 4)")
+    add("--passes", type=int, default=4, metavar="N", help="scoring passes of the other methods (default: 4)")
     add("--length", type=int, metavar="L", help="tokens per window (default: 512, or what the model can read)")
     add("--round-to", type=int, default=1, metavar="N", help="keep multiples of N units (default: 1)")
     add("--seed", type=int, default=0, metavar="S", help="where the calibration windows are drawn (default: 0)")
@@ -186,12 +188,16 @@ def compress(arguments: argparse.Namespace) -> None:
 
     couplings = watch("detect", eco.detect, model, source.args, source.kwargs)
     eco.plan(couplings, ratio=arguments.ratio, round_to=arguments.round_to)  # refuses what cannot be reached
-    scores = watch("score", scored, arguments, model, couplings, reader, texts)
-    plan = watch("plan", eco.plan, couplings, ratio=arguments.ratio, scores=scores, round_to=arguments.round_to)
-    small = watch("shrink", eco.shrink, model, plan, source.args, source.kwargs)
+    if arguments.method == SECOND_ORDER:
+        small = watch("compress", rebuilt, arguments, source, reader, texts)
+        plan = origin_of(small).plan
+    else:
+        scores = watch("score", scored, arguments, model, couplings, reader, texts)
+        plan = watch("plan", eco.plan, couplings, ratio=arguments.ratio, scores=scores, round_to=arguments.round_to)
+        small = watch("shrink", eco.shrink, model, plan, source.args, source.kwargs)
     error, limit = watch("check", exactness, source, plan, reader, texts.held_out[:1, :-1])
     if not error <= limit:
-        raise PlanError(f"the smaller model differs from the masked one by {error:.1e}, so nothing was saved")
+        raise PlanError(f"removing differs from masking by {error:.1e}, so nothing was saved")
     rows = watch("measure", measured, (model, small), reader, texts.held_out, stored)
     watch("save", save, small, arguments.output, origin=origin(model, plan, source.args, source.kwargs), dtypes=stored)
     print(plan)
@@ -206,7 +212,8 @@ def check_options(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise UsageError(f"--{name.replace('_', '-')} is {value} and must be at least {least}")
-    method_named(arguments.method)
+    if arguments.method != SECOND_ORDER:
+        method_named(arguments.method)
     try:
         torch.empty(0, device=arguments.device)
     except Exception as error:  # whatever the backend of a device raises
@@ -316,6 +323,20 @@ def scored(
     )
 
 
+def rebuilt(arguments: argparse.Namespace, source: Source, reader: text.Reader, texts: Texts) -> nn.Module:
+    """The smaller model, in which what stays makes up for what goes."""
+    return eco.compress(
+        source.model,
+        source.args,
+        source.kwargs,
+        ratio=arguments.ratio,
+        batches=[reader.batch(window[None]) for window in texts.calibration],
+        loss=reader.loss,
+        round_to=arguments.round_to,
+        progress=True,
+    )
+
+
 def exactness(source: Source, plan: Plan, reader: text.Reader, ids: Tensor) -> tuple[float, float]:
     """(difference, limit): the smaller model against the masked one on one window.
 
@@ -370,7 +391,7 @@ def closing(rows: list[list[str]], error: float, watch: Watch, output: Path) -> 
     table = tabulate(rows, ["", "dense", "small", "small/dense"], colalign=align, disable_numparse=True)
     seconds = ", ".join(f"{step} {spent:.1f}" for step, spent in watch.seconds.items())
     return (
-        f"\n{table}\n\nsmall against masked dense: largest relative difference {error:.1e}\n"
+        f"\n{table}\n\nremoving against masking: largest relative difference {error:.1e}\n"
         f"seconds: {seconds}, together {sum(watch.seconds.values()):.1f}\n"
         f'saved: model = ecospa_fx.load("{output}")'
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ecospa_fx.errors import PlanError
 from ecospa_fx.inputs import described
 from ecospa_fx.plan import Plan
 
@@ -55,3 +56,11 @@ def remember(small: nn.Module, origin: Origin) -> nn.Module:
     """Note on a shrunk model where it came from, so that ``save(small, path)`` needs nothing else. Returns it."""
     setattr(small, ATTRIBUTE, origin)
     return small
+
+
+def origin_of(small: nn.Module) -> Origin:
+    """Where a model that `shrink` or `compress` returned came from. Raises PlanError for any other."""
+    found = getattr(small, ATTRIBUTE, None)
+    if not isinstance(found, Origin):
+        raise PlanError(f"{type(small).__name__} does not come from ecospa_fx.shrink or ecospa_fx.compress")
+    return found

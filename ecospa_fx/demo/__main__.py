@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 import ecospa_fx as eco
 from ecospa_fx import demo
-from ecospa_fx.api import scored
+from ecospa_fx.origin import origin_of
 from ecospa_fx.plan import Plan
+from ecospa_fx.recipe import SECOND_ORDER
 from ecospa_fx.verify import masked_error
 
 WINDOW = 512
@@ -66,14 +67,14 @@ def report(models: Sequence[nn.Module], perplexities: Sequence[float], error: fl
     figures = tabulate(rows, ["", "dense", "small"], colalign=("left", "right", "right"), disable_numparse=True)
     seconds = ", ".join(f"{step} {spent:.1f} s" for step, spent in watch.seconds.items())
     verdict = "exact" if error <= TOLERANCE else f"NOT EXACT, the limit is {TOLERANCE:.0e}"
-    return f"{figures}\n\nshrunk against masked in float64: {error:.1e} ({verdict})\n{seconds}\n"
+    return f"{figures}\n\nremoving against masking in float64: {error:.1e} ({verdict})\n{seconds}\n"
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m ecospa_fx.demo", description=__doc__)
     parser.add_argument("--ratio", type=float, default=0.2, help="share of the couplings' parameters to remove")
-    parser.add_argument("--method", default="gate-fisher", help="gate-fisher, fisher, taylor or magnitude")
-    parser.add_argument("--passes", type=int, default=4, help="scoring passes, each on what is left")
+    parser.add_argument("--method", default=SECOND_ORDER, help="or one that only removes: gate-fisher, magnitude …")
+    parser.add_argument("--passes", type=int, default=4, help="scoring passes of the methods that only remove")
     parser.add_argument("--windows", type=int, default=64, help="calibration windows, of 512 bytes each")
     return parser.parse_args(argv)
 
@@ -90,10 +91,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.stdout.write(f"{couplings}\n\n")
     batches: list[tuple[tuple[Tensor], dict[str, Any]]] = [((piece[None],), {}) for piece in pieces]
     options = {"ratio": arguments.ratio, "loss": demo.next_byte_loss, "method": arguments.method}
-    scores = watch("score", scored, model, couplings, batches, steps=arguments.passes, **options)
-    plan = watch("plan", eco.plan, couplings, ratio=arguments.ratio, scores=scores)
+    if arguments.method != SECOND_ORDER:
+        options["steps"] = 1 if arguments.method == "magnitude" else arguments.passes
+    small = watch("compress", eco.compress, model, (example,), batches=batches, **options)
+    plan = origin_of(small).plan
     sys.stdout.write(f"{plan}\n\n")
-    small = watch("shrink", eco.shrink, model, plan, (example,), {})
     perplexities = [watch("perplexity", demo.perplexity, m, held_out) for m in (model, small)]
     error = watch("check", exactness, plan, example)
     sys.stdout.write(report((model, small), perplexities, error, watch))
