@@ -1,0 +1,306 @@
+"""What compression without retraining costs by the default recipe and without each of its parts.
+
+    python benchmarks/quality.py --models MODEL … --data DATA            # the table: default recipe, four ratios
+    python benchmarks/quality.py … --variants default no-fit no-basis    # an ablation
+    python benchmarks/quality.py … --seeds 0 1 2 3 4 --windows 128 32    # how much is luck, how much data
+    python benchmarks/quality.py --digits                                # a small vision transformer, accuracy
+
+MODEL is a Hugging Face folder of a causal language model, DATA a folder with train-0.txt.xz, valid.txt.xz and
+tokenizer.json; data and protocol are those of `scores.py` (calibration on text of train, one window of 512 tokens per
+batch; perplexity on the first 64 windows of valid, or of train's end with ``--eval-on train``). ``--digits`` needs
+scikit-learn. Every row is one call of `ecospa_fx.compress`: seconds and memory are those of the whole call, FLOPs are
+counted per token, latency is the median of a forward pass of four windows. Prints tables, and writes
+``benchmarks/results/quality.json`` with curves beside it as PNG and SVG (matplotlib).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from scores import WINDOW, load_data, load_model, next_token_loss, perplexity
+
+import ecospa_fx as eco
+from ecospa_fx.origin import origin_of
+
+RESULTS = Path(__file__).resolve().parent / "results"
+NO_CACHE = {"use_cache": False}
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "uniform": {"uniform": True},
+    "no-fit": {"epochs": 0},
+    "no-least-squares": {"epochs": 0, "least_squares": False},
+    "no-gates": {"gates": False},
+    "no-basis": {"basis": False},
+    "scores-only": {"epochs": 0, "least_squares": False, "gates": False, "basis": False},
+    "gate-fisher": {"method": "gate-fisher"},
+}
+"""Options of `compress` by name."""
+
+
+class Plain(nn.Module):
+    """A causal language model that keeps no cache."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Any:
+        return self.model(ids, **NO_CACHE)
+
+
+def figures(model: nn.Module, sample: Tensor, tokens: int) -> dict[str, Any]:
+    """Size and speed; `sample` is what one forward pass reads, `tokens` how many there are in it."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(sample)
+    times = []
+    with torch.no_grad():
+        for _ in range(7):
+            begin = time.perf_counter()
+            model(sample)
+            if sample.is_cuda:
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - begin)
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "flops per token": counter.get_total_flops() / tokens,
+        "latency": statistics.median(times[2:]),
+    }
+
+
+def language(path: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """All rows of one language model."""
+    model = load_model(path, arguments.device)
+    rows: list[dict[str, Any]] = []
+    for seed in arguments.seeds:
+        for windows in arguments.windows:
+            calibrate, evaluate = load_data(arguments.data, windows, seed, arguments.eval_on)
+            evaluate = evaluate[: arguments.evaluate].to(arguments.device)
+            sample = evaluate[:4, :WINDOW].contiguous()
+            if not rows:
+                dense = {
+                    **figures(Plain(model), sample, sample.numel()),
+                    "perplexity": perplexity(Plain(model), evaluate),
+                }
+                rows.append({"model": path.name, "variant": "dense", "ratio": 0.0, **dense})
+                print(f"{path.name} dense {dense['perplexity']:.2f}", flush=True)
+            batches = [((window[None, :WINDOW],), NO_CACHE) for window in calibrate.to(arguments.device)]
+            example = (calibrate[:2, :64].to(arguments.device),)
+            for variant in arguments.variants:
+                for ratio in arguments.ratios:
+                    row = {"model": path.name, "variant": variant, "seed": seed, "windows": windows, "ratio": ratio}
+                    rows.append({**row, **compressed(model, example, batches, evaluate, ratio, variant, arguments)})
+                    print(
+                        f"{path.name} {variant} seed {seed}, {windows} windows, {ratio:.0%}: "
+                        f"{rows[-1]['perplexity']:.2f} in {rows[-1]['seconds']:.0f} s",
+                        flush=True,
+                    )
+    return rows
+
+
+def compressed(
+    model: nn.Module,
+    example: tuple[Tensor],
+    batches: Sequence[Any],
+    evaluate: Tensor,
+    ratio: float,
+    variant: str,
+    arguments: argparse.Namespace,
+) -> dict[str, Any]:
+    """One call of `compress` and what became of the model."""
+    begin = time.perf_counter()
+    small = eco.compress(
+        model, example, NO_CACHE, ratio=ratio, batches=batches, loss=next_token_loss, **VARIANTS[variant]
+    )
+    seconds, plan = time.perf_counter() - begin, origin_of(small).plan
+    widths: dict[str, list[float]] = {}
+    for selection in plan:
+        widths.setdefault(selection.kind, []).append(round(selection.kept / selection.size, 3))
+    sample = evaluate[:4, :WINDOW].contiguous()
+    return {
+        "removed": plan.removed_parameters / plan.coupled_parameters,
+        "perplexity": perplexity(Plain(small), evaluate),
+        "seconds": seconds,
+        "peak GiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "kept": widths,
+        **figures(Plain(small), sample, sample.numel()),
+    }
+
+
+# -- vision ------------------------------------------------------------------------------------------------------
+
+
+class Patches(nn.Module):
+    """A vision transformer for 8 × 8 images: 16 patches, four layers of PyTorch's own encoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.place = nn.Linear(4, 64), nn.Parameter(torch.randn(16, 64) / 8)
+        layer = nn.TransformerEncoderLayer(64, 4, 256, dropout=0.0, batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = images.unfold(1, 2, 2).unfold(2, 2, 2).flatten(1, 2).flatten(2)
+        out: Tensor = self.head(self.encoder(self.embed(patches) + self.place).mean(1))
+        return out
+
+
+def digits(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Accuracy of a vision transformer on scikit-learn's digits against the share that was removed."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    images, labels = torch.tensor(data.images, dtype=torch.float32) / 16, torch.tensor(data.target)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    train, test = order[:1200], order[1200:]
+    torch.manual_seed(0)
+    model = Patches()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=60 * 19)
+    for _ in range(60):
+        for chosen in train[torch.randperm(1200)].split(64):
+            optimizer.zero_grad()
+            torch.autograd.backward(nn.functional.cross_entropy(model(images[chosen]), labels[chosen]))
+            optimizer.step()
+            schedule.step()
+    model.eval()
+
+    def accuracy(module: nn.Module) -> float:
+        with torch.no_grad():
+            return float((module(images[test]).argmax(1) == labels[test]).float().mean())
+
+    batches: list[Any] = [((images[chosen][None],), {}) for chosen in train[:512]]
+    label = {id(args[0]): labels[chosen][None] for (args, _), chosen in zip(batches, train[:512], strict=True)}
+
+    def loss(output: Tensor, args: Any, kwargs: Any) -> Tensor:
+        return nn.functional.cross_entropy(output, label[id(args[0])])
+
+    rows = [
+        {
+            "model": "digits",
+            "variant": "dense",
+            "ratio": 0.0,
+            "accuracy": accuracy(model),
+            **figures(model, images[test], len(test)),
+        }
+    ]
+    for variant in arguments.variants:
+        for ratio in arguments.ratios:
+            small = eco.compress(model, (images[:2],), ratio=ratio, batches=batches, loss=loss, **VARIANTS[variant])
+            rows.append(
+                {
+                    "model": "digits",
+                    "variant": variant,
+                    "ratio": ratio,
+                    "accuracy": accuracy(small),
+                    **figures(small, images[test], len(test)),
+                }
+            )
+            print(f"digits {variant} {ratio:.0%}: {rows[-1]['accuracy']:.3f}", flush=True)
+    return rows
+
+
+# -- what is shown -----------------------------------------------------------------------------------------------
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """One line per model, variant, seed and number of windows; a column per ratio."""
+    ratios = sorted({row["ratio"] for row in rows})
+    lines: dict[tuple[Any, ...], dict[float, str]] = {}
+    for row in rows:
+        key = (row["model"], row["variant"], row.get("seed", ""), row.get("windows", ""))
+        score = f"{row['perplexity']:.2f}" if "perplexity" in row else f"{row['accuracy']:.1%}"
+        lines.setdefault(key, {})[row["ratio"]] = score
+    head = ["model", "variant", "seed", "windows", *(f"{ratio:.0%}" for ratio in ratios)]
+    return tabulate(
+        [[*key, *(cells.get(r, "") for r in ratios)] for key, cells in lines.items()], head, disable_numparse=True
+    )
+
+
+def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Perplexity against parameters, FLOPs and latency, each relative to the dense model."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    shown = [row for row in rows if "perplexity" in row]
+    figure, axes = plt.subplots(1, 3, figsize=(12, 4), sharey=True)
+    for axis, what in zip(axes, ("parameters", "flops per token", "latency"), strict=True):
+        for model in dict.fromkeys(row["model"] for row in shown):
+            (dense,) = (row for row in shown if row["model"] == model and row["variant"] == "dense")
+            for variant in dict.fromkeys(row["variant"] for row in shown if row["variant"] != "dense"):
+                line = [dense, *(r for r in shown if (r["model"], r["variant"]) == (model, variant))]
+                points = [(row[what] / dense[what], row["perplexity"]) for row in line]
+                axis.plot(*zip(*points, strict=True), marker="o", label=f"{model}, {variant}")
+        axis.set_xlabel(f"{what} / dense")
+        axis.grid(alpha=0.3)
+        axis.invert_xaxis()
+    axes[0].set_ylabel("perplexity, held-out books")
+    axes[0].set_yscale("log")
+    axes[0].legend(fontsize=7)
+    figure.tight_layout()
+    for suffix in (".png", ".svg"):
+        figure.savefig(path.with_suffix(suffix), dpi=110)
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", type=Path, nargs="*", default=[])
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.3, 0.4, 0.5])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["default"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--windows", type=int, nargs="+", default=[128])
+    parser.add_argument("--evaluate", type=int, default=64, help="windows of held-out text")
+    parser.add_argument("--eval-on", choices=["valid", "train"], default="valid")
+    parser.add_argument("--digits", action="store_true")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path, default=RESULTS / "quality.json")
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    arguments = parse()
+    torch.set_num_threads(arguments.threads)
+    if arguments.models and arguments.data is None:
+        raise SystemExit("--models needs --data DIR, a folder with the calibration and the held-out text")
+    rows: list[dict[str, Any]] = []
+    for path in arguments.models:
+        rows += language(path, arguments)
+    if arguments.digits:
+        rows += digits(arguments)
+    print(table(rows))
+    settings = {
+        k: str(v) if isinstance(v, Path) else v
+        for k, v in vars(arguments).items()
+        if k not in {"models", "data", "json"}
+    }
+    versions = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    arguments.json.write_text(
+        json.dumps({"rows": rows, "settings": settings, "environment": versions}, indent=1) + "\n"
+    )
+    if any("perplexity" in row for row in rows):
+        draw(rows, arguments.json)
+
+
+if __name__ == "__main__":
+    main()
