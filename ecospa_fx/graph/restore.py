@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from ecospa_fx.graph.calling import Calling, leaf
 from ecospa_fx.graph.layer import Code, GraphLayer, Layers, own_copy
+from ecospa_fx.graph.memory import written
 from ecospa_fx.graph.objects import opened
 from ecospa_fx.graph.program import ExportedForm
 from ecospa_fx.graph.repeated import share_repeated
@@ -84,7 +85,9 @@ def _rooted(
     examples = pytree.tree_leaves(opened((tuple(args), kwargs)))
     placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
     cuts = [program.narrowed.get(node, ()) for node in program.inputs]
-    leaves = [leaf(*told) for told in zip(placeholders, examples, cuts, strict=True)]
+    changed = written(program.graph)
+    writes = [node in changed for node in program.inputs]
+    leaves = [leaf(*told) for told in zip(placeholders, examples, cuts, writes, strict=True)]
     (output,) = program.graph.find_nodes(op="output")
     returned = [program.narrowed.get(n, ()) if isinstance(n, fx.Node) else None for n in output.args[0]]
     root: Any = Layers(model).convert(module, base=GraphModel)
