@@ -16,6 +16,7 @@ from ecospa_fx.report import couplings_json, explain
 from ecospa_fx.verify import masked, masked_error, narrowed
 
 transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 HIDDEN, HEADS, GROUPS, WIDTH, VOCABULARY = 24, 4, 2, 6, 50
 KINDS = ["llama", "gpt2"]
@@ -29,20 +30,20 @@ def tokens(length: int, seed: int = 0) -> Tensor:
     return torch.randint(VOCABULARY, (2, length), generator=torch.Generator().manual_seed(seed))
 
 
-def language_model(kind: str) -> Any:
+def language_model(kind: str, layers: int = 1) -> Any:
     torch.manual_seed(0)
     special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
     if kind == "llama":
         made = transformers.LlamaForCausalLM(
             transformers.LlamaConfig(
-                vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=40, num_hidden_layers=2,
+                vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=40, num_hidden_layers=layers,
                 num_attention_heads=HEADS, num_key_value_heads=GROUPS, max_position_embeddings=64, **special,
             )
         )  # fmt: skip
     else:
         made = transformers.GPT2LMHeadModel(
             transformers.GPT2Config(
-                vocab_size=VOCABULARY, n_embd=HIDDEN, n_layer=2, n_head=HEADS, n_positions=64, **special
+                vocab_size=VOCABULARY, n_embd=HIDDEN, n_layer=layers, n_head=HEADS, n_positions=64, **special
             )
         )
     for parameter in made.parameters():
@@ -100,7 +101,7 @@ def test_caches_go_in_and_come_out_as_they_did(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_graph_reads_the_prompt_and_decodes(kind: str) -> None:
-    model = language_model(kind)
+    model = language_model(kind, layers=2)
     small, plan = halved(model, (tokens(3),), {"past_key_values": filled_cache(model), "use_cache": True})
     mine, its = empty_cache(model), empty_cache(model)
     for step, length in enumerate([5, 1, 1, 1]):
@@ -209,13 +210,12 @@ def test_allowed_the_caches_shrink_with_the_pair(kind: str, which: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_smaller_model_decodes_with_its_own_caches(kind: str) -> None:
-    model = language_model(kind)
+    model = language_model(kind, layers=2)
     example = (tokens(3),), {"past_key_values": filled_cache(model), "use_cache": True}
     plan = eco.plan(eco.detect(model, *example, allow="cache"), ratio=0.5, scores="random", uniform=True)
     prompt = eco.shrink(model, plan, (tokens(5),), {"use_cache": True})
     small = eco.shrink(model, plan, *example)
-    cut = narrowed(small, (tokens(3),), {"past_key_values": empty_cache(model), "use_cache": True})[1]
-    mine, own, its = prompt(tokens(5), use_cache=True).past_key_values, cut["past_key_values"], empty_cache(model)
+    mine, own, its = prompt(tokens(5), use_cache=True).past_key_values, empty_cache(model), empty_cache(model)
     for step, length in enumerate([5, 1, 1, 1]):
         ids = tokens(length, seed=step)
         with masked(model, plan), torch.no_grad():
@@ -228,14 +228,35 @@ def test_a_smaller_model_decodes_with_its_own_caches(kind: str) -> None:
     assert torch.equal(mine.layers[0].keys, own.layers[0].keys)
 
 
-def test_a_dense_cache_is_refused_with_what_cuts_it() -> None:
+@pytest.mark.parametrize("which", [filled_cache, static_cache])
+def test_a_dense_cache_is_cut_on_its_way_in(which: Callable[[Any], Any]) -> None:
     model = language_model("gpt2")
-    args, kwargs = (tokens(3),), {"past_key_values": filled_cache(model), "use_cache": True}
-    small, _ = halved(model, args, kwargs, allow="cache")
-    with pytest.raises(InputError, match=r"takes an input past_key_values_0 of shape .* cut yours with .*narrowed"):
-        small(*args, **kwargs)
-    args, kwargs = narrowed(small, args, kwargs)
-    assert torch.isfinite(small(*args, **kwargs).logits).all()
+    small, plan = halved(model, (tokens(1),), {"past_key_values": which(model), "use_cache": True}, allow="cache")
+    with masked(model, plan), torch.no_grad():
+        mine, its = which(model), which(model)  # of the prompt that both have read
+        for step in range(3):
+            ids = tokens(1, seed=step)
+            got = small(ids, past_key_values=mine, use_cache=True).logits
+            want = model(ids, past_key_values=its, use_cache=True).logits
+            torch.testing.assert_close(got, want, atol=1e-11, rtol=1e-9)
+    assert mine.layers[0].keys.numel() < its.layers[0].keys.numel()
+    assert mine.get_seq_length() == its.get_seq_length() == 8
+
+
+def test_a_dense_tensor_that_is_written_into_is_refused_with_what_cuts_it() -> None:
+    model = Stateful(GROWING["in place"]).double()
+    args = (noise(2, 1, HIDDEN), noise(1, WIDTH), noise(2, GROUPS, 4, WIDTH), noise(2, GROUPS, 4, WIDTH, seed=1))
+    small, _ = halved(model, args, {}, allow="cache")
+    with pytest.raises(InputError, match=r"takes an input keys of shape .* cut yours with .*narrowed"):
+        small(*args)
+    (x, turn, keys, values), _ = narrowed(small, args)
+    before = keys.clone()
+    assert small(x, turn, keys, values)[1] is keys
+    assert not torch.equal(keys, before)
+    appended = Stateful(GROWING["appended"]).double()
+    small, plan = halved(appended, args, {}, allow="cache")
+    with masked(appended, plan):
+        torch.testing.assert_close(small(*args)[0], appended(*args)[0], atol=1e-11, rtol=1e-9)
 
 
 class Stateful(nn.Module):

@@ -15,7 +15,8 @@ from torch.utils import _pytree as pytree
 
 from ecospa_fx.axes.kept import Cut, take
 from ecospa_fx.errors import InputError
-from ecospa_fx.graph.objects import closed, difference, objects, opened, skeletons, update
+from ecospa_fx.graph.memory import written
+from ecospa_fx.graph.objects import closed, containers, difference, objects, opened, skeletons, unchanged, update
 from ecospa_fx.graph.program import ExportedForm
 
 
@@ -25,13 +26,20 @@ class Leaf:
 
     name: how it is told; sizes: those of a tensor, a number where only that one works, a name where one symbol stands
     for it, None where anything goes; constant: the only value that it may have, where it is no tensor; cut: how the
-    dense model's becomes this one's.
+    dense model's becomes this one's; written: whether the graph writes into it.
     """
 
     name: str
     sizes: tuple[int | str | None, ...] | None
     constant: Any = None
     cut: Cut = ()
+    written: bool = False
+
+    def fit(self, value: Any) -> Any:
+        """A tensor of the dense model as the graph takes it; anything else as it is."""
+        dense = isinstance(value, Tensor) and len(value.shape) == len(self.sizes or ())
+        dense = dense and all(value.shape[step.axis] == step.size for step in self.cut)
+        return take(value, self.cut) if self.cut and dense else value
 
     def check(self, value: Any, symbols: dict[str, int]) -> None:
         """Refuse a value that the graph was not made for; symbols: what is known of the sizes so far."""
@@ -73,11 +81,11 @@ def _same(value: Any, constant: Any) -> bool:
     return value is constant or (type(value) is type(constant) and repr(value) == repr(constant))
 
 
-def leaf(node: fx.Node, example: Any, cut: Cut) -> Leaf:
-    """What a placeholder requires; example: its value among the example arguments; cut: how it was narrowed."""
+def leaf(node: fx.Node, example: Any, cut: Cut, changed: bool) -> Leaf:
+    """What a placeholder requires; example: its value among the example arguments; cut, changed: see `Leaf`."""
     value = node.meta.get("val")
     if isinstance(value, Tensor):
-        return Leaf(str(node.target), tuple(_size(s) for s in value.shape), cut=cut)
+        return Leaf(str(node.target), tuple(_size(s) for s in value.shape), cut=cut, written=changed)
     return Leaf(str(node.target), None, example)
 
 
@@ -119,11 +127,11 @@ class Calling:
 
     def call(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the original returns, by a graph of leaves; objects among the arguments change as they would there."""
-        leaves = run(*self.flat(args, kwargs))
-        return self.returned(leaves, args, kwargs)
+        args, kwargs = self._in_order(args, kwargs)
+        return self._returned(run(*self._flat(args, kwargs)), objects((args, kwargs)) if self.stateful else [])
 
     def flat(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        """The leaves of the arguments in the order of the graph's inputs."""
+        """The leaves of the arguments, of the dense or the smaller model, in the order of the graph's inputs."""
         return self._flat(*self._in_order(args, kwargs))
 
     def returned(self, leaves: Sequence[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -132,8 +140,8 @@ class Calling:
 
     def _in_order(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if self.plain and (len(args) != self.positional or tuple(kwargs) != self.keywords):
-            return self._arranged(args, kwargs)
-        return args, kwargs
+            args, kwargs = self._arranged(args, kwargs)
+        return self._cut(args, kwargs) if any(leaf.cut for leaf in self.leaves) else (args, kwargs)
 
     def _returned(self, leaves: Sequence[Any], given: list[Any]) -> Any:
         """What the original returns, from the graph's outputs; given: objects among the arguments."""
@@ -145,10 +153,27 @@ class Calling:
                     update(target, state)
         return closed(result, given)[0] if self._returns_objects else result
 
+    def _cut(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with what the dense model kept from call to call cut. An object keeps what is cut of it.
+
+        A tensor of the caller's that the graph writes into stays as it is, and is refused later.
+        """
+        leaves, spec = pytree.tree_flatten(opened((args, kwargs)))
+        if len(leaves) != len(self.leaves):
+            return args, kwargs  # refused later, with the reason
+        cut = [expected.fit(value) for expected, value in zip(self.leaves, leaves, strict=True)]
+        given, parts = objects((args, kwargs)), pytree.tree_unflatten(cut, spec)
+        for target, state in zip(given, containers(parts), strict=True):
+            if not unchanged(opened(target), state):
+                update(target, state)
+        plain = [old if want.written else new for want, old, new in zip(self.leaves, leaves, cut, strict=True)]
+        made: tuple[tuple[Any, ...], dict[str, Any]] = closed(pytree.tree_unflatten(plain, spec), given=given)[0]
+        return made
+
     def narrowed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of the dense model, in new objects, as the smaller one takes them."""
         leaves, spec = pytree.tree_flatten(opened((args, kwargs)))
-        cut = [take(a, b.cut) if isinstance(a, Tensor) else a for a, b in zip(leaves, self.leaves, strict=True)]
+        cut = [expected.fit(value) for expected, value in zip(self.leaves, leaves, strict=True)]
         made: tuple[tuple[Any, ...], dict[str, Any]] = closed(pytree.tree_unflatten(cut, spec))[0]
         return made
 
@@ -209,8 +234,9 @@ def calling(program: ExportedForm, model: nn.Module, args: Sequence[Any], kwargs
     """How a program, captured from a model with example arguments, is called."""
     signature: Any = program.exported.module_call_graph[0].signature
     examples = pytree.tree_leaves(opened((tuple(args), dict(kwargs))))
-    cuts = [program.narrowed.get(node, ()) for node in program.inputs]
-    leaves = [leaf(*told) for told in zip(program.inputs, examples, cuts, strict=True)]
+    cuts, changed = [program.narrowed.get(node, ()) for node in program.inputs], written(program.graph)
+    writes = [node in changed for node in program.inputs]
+    leaves = [leaf(*told) for told in zip(program.inputs, examples, cuts, writes, strict=True)]
     (output,) = program.graph.find_nodes(op="output")
     returned = [program.narrowed.get(n, ()) if isinstance(n, fx.Node) else None for n in output.args[0]]
     return Calling(model, args, kwargs, signature, leaves, returned)

@@ -50,7 +50,7 @@ class Evaluator:
         """
         given = tuple(args), dict(kwargs)
         try:
-            leaves = self._calling.flat(*(self._calling.narrowed(*given) if self.program.narrowed else given))
+            leaves = self._calling.flat(*given)
         except TypeError as error:
             raise InputError(f"the call of a batch is not that of the example: {error}") from error
         values: Values = dict(zip(self.program.inputs, leaves, strict=True))

@@ -6,7 +6,7 @@ however deep; what remains, the skeleton, is part of how the arguments are struc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
@@ -105,18 +105,33 @@ def opened(tree: Any, arguments: Mapping[int, int] | None = None) -> Any:
     return pytree.tree_map(one, tree)
 
 
-def closed(tree: Any, arguments: list[Any] | None = None) -> tuple[Any, list[Any]]:
-    """The tree with new objects out of their parts, and these in order. arguments: what `Argument` refers to."""
+def closed(tree: Any, arguments: Sequence[Any] = (), given: Sequence[Any] | None = None) -> tuple[Any, list[Any]]:
+    """The tree with new objects out of their parts, and these in order.
+
+    arguments: what `Argument` refers to; given: objects, in order, to put there instead of new ones.
+    """
     made: list[Any] = []
 
     def one(leaf: Any) -> Any:
         if not isinstance(leaf, Opened):
             return leaf
         root = leaf.skeleton.root
-        made.append((arguments or [])[root.number] if isinstance(root, Argument) else _close(leaf))
+        if given is not None:
+            made.append(given[len(made)])
+        else:
+            made.append(arguments[root.number] if isinstance(root, Argument) else _close(leaf))
         return made[-1]
 
-    return pytree.tree_map(one, tree, is_leaf=lambda x: isinstance(x, Opened)), made
+    return pytree.tree_map(one, tree, is_leaf=_is_opened), made
+
+
+def containers(tree: Any) -> list[Opened]:
+    """The objects in parts in a tree, in order."""
+    return [leaf for leaf in pytree.tree_leaves(tree, is_leaf=_is_opened) if _is_opened(leaf)]
+
+
+def _is_opened(value: Any) -> bool:
+    return isinstance(value, Opened)
 
 
 def objects(tree: Any) -> list[Any]:
