@@ -65,8 +65,9 @@ CASES = [
           "ffn 6", "reads places from it"),
     image("im2col", lambda h: F.unfold(h.relu(), 2)[..., None]),
     image("col2im", lambda h: F.fold(h.relu().flatten(2)[..., :4], (3, 3), 2), "", "moves windows"),
-    image("pixel_shuffle", lambda h: F.pixel_shuffle(h.relu(), 2), "", "moves channels into places"),
-    image("channel_shuffle", lambda h: F.channel_shuffle(h.relu(), 2), "", "moves channels into places"),
+    image("pixel_shuffle", lambda h: F.pixel_shuffle(h.relu(), 2), "ffn 2", "moves channels into places"),
+    image("pixel_unshuffle", lambda h: F.pixel_unshuffle(h.relu(), 2)),
+    image("channel_shuffle", lambda h: F.channel_shuffle(h.relu(), 2), "ffn 4", "exchanges its groups"),
 ]  # fmt: skip
 
 
@@ -96,6 +97,8 @@ CONVOLUTIONS: list[tuple[Callable[..., Any], list[tuple[int, ...]]]] = [
     (lambda x: F.unfold(x, 2), [(4, 3, 3)]),
     (lambda x: F.fold(x, (3, 3), 2), [(2, 8, 4)]),
     (lambda x: F.pixel_shuffle(x, 2), [(2, 8, 3, 3)]),
+    (lambda x: F.pixel_unshuffle(x, 2), [(2, 2, 4, 6)]),
+    (lambda x: F.channel_shuffle(x, 2), [(2, 8, 3, 3)]),
 ]
 
 

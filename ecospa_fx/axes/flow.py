@@ -19,7 +19,8 @@ from torch.utils import _pytree as pytree
 from ecospa_fx.axes import registry
 from ecospa_fx.axes.algebra import Axis, Dims, Misaligned, Origin
 from ecospa_fx.axes.call import Call
-from ecospa_fx.axes.record import Record, Value, several
+from ecospa_fx.axes.reasons import Reason
+from ecospa_fx.axes.record import Obstacle, Record, Value, several
 
 Sizes = Callable[[Any], int]
 """From a size (an int or a symbol) to a concrete number."""
@@ -129,7 +130,8 @@ class _Walk:
         """Let the operator's rule speak, or its refusal, and keep what comes out."""
         call = Call(node, operator, arguments, self._shapes(node), self.dims, self.record)
         rule = registry.find(operator)
-        result: Any = rule(call) if rule is not None else call.block_all(registry.refusal(operator))
+        refusal = registry.refusal(operator)
+        result: Any = rule(call) if rule is not None else call.block_all(refusal.why, refusal.remedy)
         listed = isinstance(node.meta.get("val"), list | tuple)
         if isinstance(result, list) and not listed:
             result = result[0] if result else None
@@ -182,7 +184,8 @@ class _Walk:
                              if g.operand.node is source)  # fmt: skip
             if places > 1 and any(count != places for count in wanted.values()):
                 for _, axis in wanted:
-                    call.block(axis, "it meets a stored tensor that is read here in another place too")
+                    why = "it meets a stored tensor that is read here in another place too"
+                    call.block(axis, why, "pass a clone of that tensor in one of the places")
 
     # -- memory ----------------------------------------------------------------------------------------------
 
@@ -202,7 +205,8 @@ class _Walk:
     def _written(self, node: fx.Node, first: fx.Node, base: fx.Node, call: Call, gathers: int) -> None:
         for gather in self.record.gathers[gathers:]:
             if gather.operand.node is first or self.aliases.get(gather.operand.node) is base:
-                call.block(gather.target[gather.target_axis], "it is written into a stored tensor or a model input")
+                remedy = "write into a registered buffer, which is cut along, or into a new tensor"
+                call.block(gather.target[gather.target_axis], "it is written into a tensor that is not cut", remedy)
         new = self.values[node]
         for view in self.views.get(base, [base]):
             old = self.values.get(view)
@@ -212,12 +216,13 @@ class _Walk:
             self.values[view] = replace(old, zero=tuple(lowered), weights=(), tag=None)
 
     def _output(self, node: fx.Node) -> None:
+        reason = Reason("it is part of the model's output", "do not return it, for instance with use_cache=False")
         for source in dict.fromkeys(node.all_input_nodes):
             for one in several(self.values.get(source)):
                 for axis in one.axes:
                     for dim in self.dims.dims_of(axis):
                         if self.dims.origins[dim] is not Origin.STORED:
-                            self.record.blocks.append((dim, node, "it is part of the model's output"))
+                            self.record.blocks.append(Obstacle(dim, node, reason, source))
 
 
 def operator_name(target: Any) -> str:

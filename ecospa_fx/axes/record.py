@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ecospa_fx.axes.algebra import Axis
+from ecospa_fx.axes.reasons import Reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,19 +63,29 @@ class Event:
     detail: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Obstacle:
+    """A dim that cannot be removed because of a node; shown: the node whose source line says where."""
+
+    dim: int
+    node: Any
+    reason: Reason
+    shown: Any
+
+
 class Record:
     """Everything that the walk learns, beyond the axes themselves."""
 
     def __init__(self, allow: Collection[str] = ()) -> None:
         self.allow = frozenset(allow)
         """What may be offered although it is inexact: "renormalise"."""
-        self.inexact: list[tuple[int, Any, str]] = []
-        """(dim, node, message): like blocks, of what was allowed."""
+        self.inexact: list[Obstacle] = []
+        """Like blocks, of what was allowed."""
         self.tensors: dict[tuple[Axis, ...], None] = {}
         """Axes of every tensor, those inside fused operators included."""
         self.gathers: list[Gather] = []
         self.events: list[Event] = []
-        self.blocks: list[tuple[int, Any, str]] = []
+        self.blocks: list[Obstacle] = []
         self.consumed: list[tuple[str, int]] = []
         """(parameter, dim) that an activation is contracted with."""
         self.mixed: list[tuple[int, int]] = []

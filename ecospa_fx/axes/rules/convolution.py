@@ -7,6 +7,7 @@ from re import search
 
 from ecospa_fx.axes.algebra import Misaligned, Origin
 from ecospa_fx.axes.call import Call, Value
+from ecospa_fx.axes.reasons import WHOLE
 from ecospa_fx.axes.registry import axis_rule
 from ecospa_fx.axes.resize import Resize, resize_rule
 
@@ -50,7 +51,7 @@ def _channels(call: Call, value: Value, weight: Value, groups: int, turned: bool
         lead = call.dims.split(own[0], (groups, own[0].size // groups))
     except Misaligned as reason:
         for axis in (inside, *own):
-            call.block(axis, f"its groups cut across it ({reason})")
+            call.block(axis, f"its groups cut across it ({reason})", WHOLE)
         return Value((call.dims.fresh(call.outputs[0][at], Origin.STORED),), (False,))
     source = Value(tuple(split), (value.zero[at],) * 2, value.weights)
     parts = replace(rows, axes=(*lead, own[1]), zero=(weight.zero[0], weight.zero[0], weight.zero[1]))
@@ -115,7 +116,38 @@ def patches(call: Call) -> Value:
     return call.value([value.axes[0], columns, fresh[2]], [False, value.zero[1], False])
 
 
-@axis_rule("aten.pixel_shuffle", "aten.pixel_unshuffle", "aten.channel_shuffle")
-def shuffle(call: Call) -> Value:
-    """Channels and places change roles."""
-    return call.block_all(f"{call.operator} moves channels into places")[0]
+@axis_rule("aten.pixel_shuffle")
+def pixel_shuffle(call: Call) -> Value:
+    """[…, channels · r · r, height, width] to […, channels, height · r, width · r]."""
+    value, r, message = call["self"], int(call["upscale_factor"]), f"{call.operator} moves channels into places"
+    *rows, wide, height, width = value.shape
+    parts = call.reshaped(value, [*rows, wide // (r * r), r, r, height, width])
+    at = len(rows)
+    for i in (at + 1, at + 2):
+        call.mixes(parts, i, message)
+    turned = call.ordered(parts, [*range(at + 1), at + 3, at + 1, at + 4, at + 2])
+    return call.reshaped(turned, call.outputs[0])
+
+
+@axis_rule("aten.pixel_unshuffle")
+def pixel_unshuffle(call: Call) -> Value:
+    """[…, channels, height · r, width · r] to […, channels · r · r, height, width]."""
+    value, r, message = call["self"], int(call["downscale_factor"]), f"{call.operator} moves places into channels"
+    *rows, high, wide = value.shape
+    at = len(rows)
+    for i in (at, at + 1):
+        call.mixes(value, i, message)
+    parts = call.reshaped(value, [*rows, high // r, r, wide // r, r])
+    turned = call.ordered(parts, [*range(at), at + 1, at + 3, at, at + 2])
+    return call.reshaped(turned, call.outputs[0])
+
+
+@axis_rule("aten.channel_shuffle")
+def channel_shuffle(call: Call) -> Value:
+    """[batch, groups · channels, …] to [batch, channels · groups, …]."""
+    value, groups = call["self"], int(call["groups"])
+    batch, wide, *places = value.shape
+    parts = call.reshaped(value, [batch, groups, wide // groups, *places])
+    turned = call.ordered(parts, [0, 2, 1, *range(3, len(parts.axes))])
+    call.block(parts.axes[1], f"{call.operator} exchanges its groups", "write it out with a view and a transpose")
+    return call.reshaped(turned, call.outputs[0])

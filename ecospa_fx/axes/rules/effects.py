@@ -25,14 +25,16 @@ def resize_assertion(resize: Resize) -> None:
 
 
 refuse(
-    "the graph that it calls is not followed; write the branch or loop out, or choose it by the example inputs",
+    "the graph that it calls is not followed",
     "cond",
     "while_loop",
     "map_impl",
     "scan",
     "associative_scan",
+    remedy="write the branch or loop out, or choose it by the example inputs",
 )
 refuse(
-    "the functions that it calls are not followed; use torch.nn.functional.scaled_dot_product_attention to trace",
+    "the functions that it calls are not followed",
     "flex_attention",
+    remedy="use torch.nn.functional.scaled_dot_product_attention to trace",
 )
