@@ -249,3 +249,40 @@ def test_a_shape_taken_from_another_tensor_ties_nothing() -> None:
             return out
 
     assert offers(Shaped().double(), (noise(2, 3, HIDDEN),)) == "ffn 2×1, ffn 4×2, ffn 8×1"
+
+
+# -- convolutions that do not reach along a dim --------------------------------------------------------------------
+
+
+class SpatialGate(nn.Module):
+    """gMLP: half of the hidden units gates the other half, after a mixture of the places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.mix, self.down = nn.Linear(HIDDEN, 2 * UNITS), nn.Conv1d(5, 5, 1), nn.Linear(UNITS, HIDDEN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = F.gelu(self.up(x)).chunk(2, -1)
+        out: Tensor = self.down(value * self.mix(gate))
+        return out
+
+
+class Skip(nn.Module):
+    """Attention with a convolution of the values over time, one window per head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.o = nn.Linear(HIDDEN, 3 * HEADS * WIDTH), nn.Linear(HEADS * WIDTH, HIDDEN)
+        self.mix = nn.Conv2d(HEADS, HEADS, (3, 1), padding=(1, 0), groups=HEADS, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (HEADS, WIDTH)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        mixed = F.scaled_dot_product_attention(q, k, v) + self.mix(v)
+        out: Tensor = self.o(mixed.transpose(1, 2).flatten(2))
+        return out
+
+
+def test_windows_of_one_place_mix_nothing_along_their_axis() -> None:
+    torch.manual_seed(0)
+    assert offers(SpatialGate().double(), (noise(2, 5, HIDDEN),)) == "ffn 8×1"
+    assert offers(Skip().double(), (noise(2, 5, HIDDEN),)) == "heads 4×1, qk 6×4, vo 6×4"

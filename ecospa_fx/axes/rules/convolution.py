@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from re import search
+from typing import Any
 
 from ecospa_fx.axes.algebra import Misaligned, Origin
 from ecospa_fx.axes.call import Call, Value
@@ -22,19 +23,35 @@ def convolution(call: Call) -> Value:
     space = len(weight.axes) - 2
     turned = call.operator.removeprefix("aten.") in _TRANSPOSED or bool(call.get("transposed", False))
     batched = len(value.axes) == space + 2
-    for i in range(len(value.axes) - space, len(value.axes)):
-        call.mixes(value, i, f"{call.operator} mixes neighbours along it")
-    for i in range(2, len(weight.axes)):
-        call.block(weight.axes[i], f"it is the window of {call.operator}")
-    fresh = call.fresh()
+    places, fresh = [], call.fresh()
+    for i in range(space):
+        own, passes = len(value.axes) - space + i, _apart(call, weight, i)
+        if not passes:
+            call.mixes(value, own, f"{call.operator} mixes neighbours along it")
+        call.block(weight.axes[2 + i], f"it is the window of {call.operator}")
+        places.append((value.axes[own], value.zero[own]) if passes else (fresh[i - space], False))
     product = _channels(call, value, weight, groups, turned)
     out, zero, bias = product.axes[0], product.zero[0], call.get("bias")
     if isinstance(bias, Value):
         biased = call.pointwise([product, bias], "all", product.shape)
         out, zero = biased.axes[0], biased.zero[0]
-    batch = [value.axes[0]] if batched else []
-    flags = [value.zero[0] and bias is None] if batched else []
-    return call.value([*batch, out, *fresh[len(batch) + 1 :]], [*flags, zero, *[False] * space])
+    batch = [(value.axes[0], value.zero[0])] if batched else []
+    return call.value(
+        [*(a for a, _ in batch), out, *(a for a, _ in places)],
+        [*(z and bias is None for _, z in batch), zero, *(z and bias is None for _, z in places)],
+    )
+
+
+def _apart(call: Call, weight: Value, place: int) -> bool:
+    """Whether positions along an axis of places do not meet: a window of one, in steps of one, without padding."""
+
+    def setting(name: str, default: int) -> Any:
+        found = call.get(name, default)
+        several = isinstance(found, list | tuple) and len(found) > 1
+        return found[place] if several else found[0] if isinstance(found, list | tuple) and found else found
+
+    window, step, edge = weight.axes[2 + place].size, setting("stride", 1), setting("padding", 0)
+    return window == step == 1 and edge in (0, "valid", "same") and setting("output_padding", 0) == 0
 
 
 def _channels(call: Call, value: Value, weight: Value, groups: int, turned: bool) -> Value:
