@@ -50,7 +50,12 @@ CASES = [
     sandwich("aten.slice", lambda h: torch.cat([-h[..., 4:], h[..., :4]], -1) * h, "ffn 4", label="rotated-halves"),
     sandwich("aten.narrow", lambda h: h.narrow(-1, 2, 4).relu() + h.narrow(-1, -4, 4), "ffn 2"),
     sandwich("aten.select", lambda h: h.relu() * h.select(1, -1)[:, None]),
-    sandwich("aten.unbind", lambda h: h.view(-1, 3, 4, 2).unbind(-1)[0].relu(), "ffn 4"),
+    sandwich("aten.unbind", lambda h: torch.stack(h.relu().unbind(1)[:2], 1)),
+    sandwich("aten.slice", lambda h: h.view(-1, 3, 4, 2).unbind(-1)[0].relu(), "ffn 4", label="unbound"),
+    sandwich("aten.slice", lambda h: h[..., 1::3].relu(), "ffn 3", label="every-third"),
+    sandwich("aten.slice", lambda h: torch.cat([h[..., ::2].relu(), h[..., 1::2]], -1), "ffn 4, pair 4", label="dealt"),
+    sandwich("aten.slice", lambda h: torch.cat([h.unflatten(-1, (2, 6))[..., i::2].relu() for i in range(2)], -1)
+             .flatten(2), "ffn 3, ffn 3", width=12, label="dealt-in-rows"),
     sandwich("aten.split", lambda h: h.split(5, -1)[0].relu(), "ffn 5"),
     sandwich("aten.chunk", lambda h: h.chunk(2, -1)[0].relu() * h.chunk(2, -1)[1], "ffn 4"),
     sandwich("aten.split_with_sizes", lambda h: h.split([2, 6], -1)[1].relu(), "ffn 6"),

@@ -42,7 +42,8 @@ def total(call: Call) -> Value:
     return _without(call, value, over, bool(call.get("keepdim", False)))
 
 
-_NORMS = {"aten.mean", "aten.std", "aten.var", "aten.linalg_vector_norm", "aten.norm", "aten.var_mean", "aten.std_mean"}
+_NORMS = {"aten.mean", "aten.std", "aten.var", "aten.linalg_vector_norm", "aten.norm", "aten.var_mean", "aten.std_mean",
+          "aten.linalg_norm", "aten.frobenius_norm", "aten.nanmean"}  # fmt: skip
 
 
 def _reduces(call: Call, message: str, zero: bool) -> Value:
