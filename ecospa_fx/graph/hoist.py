@@ -2,8 +2,8 @@
 
 ``linear(x).view(b, t, heads, 3, d)[..., 0, :]`` selects a third of every head. As written, the view says that all
 three thirds have rows of the same shape, which ties the widths of Q, K and V together. Selected from the flat axis
-first, each has its own: the same elements, one more degree of freedom. Where the selected axis is the innermost one, the
-flat axis is sliced in steps. Purely a rewrite of views; no number changes.
+first, each has its own: the same elements, one more degree of freedom. Where the selected axis is the innermost one,
+the flat axis is sliced in steps. Purely a rewrite of views; no number changes.
 """
 
 from __future__ import annotations
