@@ -235,7 +235,17 @@ class Call:
             live = [v.zero[i] for v, i in here if self.follows(v.axes[i], axes[-1])]
             flags.append((zero == "any" and any(live)) or (zero == "all" and len(live) == len(operands) and all(live)))
         self.gathered(operands, axes)
+        self._factors(operands, zero)
         return self.value(axes, flags)
+
+    def _factors(self, operands: Sequence[Value], zero: Zero) -> None:
+        """Note what a parameter's values multiply, or that they are used otherwise."""
+        for value in operands if len(operands) > 1 else ():
+            if zero == "any" and len(value.made) == 1:
+                others = (name for other in operands if other is not value for name in other.made)
+                self.record.factors.setdefault(value.made[0], set()).add(tuple(sorted(set(others))))
+            elif zero != "any" and value.weights:
+                self.record.bound.update(value.weights)
 
     def contraction(
         self, operands: Sequence[Value], labels: Sequence[Sequence[Hashable]], out: Sequence[Hashable]
@@ -261,6 +271,7 @@ class Call:
                 axes[name] = wide[0][0].axes[wide[0][1]]
                 self._contracted(wide)
         self.record.tensors[tuple(axes.values())] = None  # all products, before they are summed
+        self.record.bound.update(name for value in operands for name in value.weights)
         for value, names in zip(operands, labels, strict=True):
             self._gather_batched(value, names, axes, out)
         return self.value([axes[name] for name in out], [flags[name] for name in out])

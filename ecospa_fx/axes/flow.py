@@ -53,7 +53,24 @@ def flow(
     state: nodes of buffers that the graph writes into, which are cut like what is written.
     """
     registry.load()
-    return _Walk(parameters, shapes, sizes, allow, state).run(graph)
+    walked = _Walk(parameters, shapes, sizes, allow, state).run(graph)
+    shared = _shared(walked)
+    return _Walk(parameters, shapes, sizes, allow, state, shared).run(graph) if shared else walked
+
+
+def _shared(walked: Flow) -> frozenset[str]:
+    """Parameters that belong to no coupling alone, such as a learnt table of rotations that every layer reads.
+
+    They only ever multiply elementwise, and do so with what different weights made. They are read like something
+    stored: kept whole and gathered in each place, so that the places stay apart. Only where something could be cut.
+    """
+    record, dims = walked.record, walked.dims
+    found = {name for name, places in record.factors.items() if len(places) > 1 and name not in record.bound}
+    if not found:
+        return frozenset()
+    blocked = {root for o in record.blocks for piece in dims.roots(o.dim) for root, _ in piece.dims}
+    free = (n for n in found if any(d not in blocked for a in walked.parameters[n].axes for d in dims.dims_of(a)))
+    return frozenset(free)
 
 
 class _Walk:
@@ -64,7 +81,9 @@ class _Walk:
         sizes: Sizes,
         allow: Collection[str],
         state: Collection[fx.Node],
+        shared: Collection[str] = (),
     ) -> None:
+        self.shared = shared
         self.state = state
         self.dims, self.record, self.sizes = Dims(), Record(allow), sizes
         self.names = parameters
@@ -74,6 +93,9 @@ class _Walk:
         self.views: dict[fx.Node, list[fx.Node]] = {}
 
     def _parameter(self, name: str, shape: tuple[int, ...]) -> Value:
+        if name in self.shared:
+            axes = tuple(self.dims.fresh(size, Origin.STORED) for size in shape)
+            return Value(axes, (False,) * len(axes))
         axes = tuple(self.dims.fresh(size, Origin.PARAMETER) for size in shape)
         return Value(axes, (True,) * len(axes), (name,), None, (name,))
 

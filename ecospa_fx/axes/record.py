@@ -90,6 +90,10 @@ class Record:
         """(parameter, dim) that an activation is contracted with."""
         self.mixed: list[tuple[int, int]] = []
         """(dim, other): along `other`, positions of tensors that carry `dim` were mixed; no carrier of it."""
+        self.factors: dict[str, set[tuple[str, ...]]] = {}
+        """Per parameter that multiplies something else elementwise: what made the other factors, place by place."""
+        self.bound: set[str] = set()
+        """Parameters that do more than multiply elementwise: they are contracted or added."""
         self.routed: list[tuple[int, Axis, Any]] = []
         """(dim, axis, key): each position of a stored dim belongs to one position of a parameter's axis, as tokens do
         to experts; which one, equal keys answer alike."""
