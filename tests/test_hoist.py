@@ -73,7 +73,7 @@ class Fused(nn.Module):
 
 def thirds_unbound(y: Tensor, b: int, t: int) -> tuple[Tensor, ...]:
     """[heads, width, 3], unbound"""
-    return tuple(y.unflatten(-1, (HEADS, WIDTH, 3)).permute(4, 0, 2, 1, 3).unbind(0))
+    return tuple(y.view(b, t, HEADS, WIDTH, 3).permute(4, 0, 2, 1, 3).unbind(0))
 
 
 SPLITS: list[Any] = [thirds_outside, thirds_inside_heads, chunked_heads, split_heads, indexed, chunked]
