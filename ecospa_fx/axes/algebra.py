@@ -18,48 +18,13 @@ Costs are independent of sizes; they grow with the number of pieces.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from enum import Enum
 from math import gcd, prod
 
-
-class Origin(Enum):
-    """Where the positions of a dim come from, which decides what may be tied to it."""
-
-    PARAMETER = "parameter"
-    """It indexes elements of a parameter: tying two such dims makes them one."""
-    STORED = "stored"
-    """An input, a buffer or something computed afresh: never cut, gathered where it meets a parameter's dim."""
-    BLANK = "blank"
-    """All positions alike (a broadcast, an empty tensor): becomes whatever it is tied to."""
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Positions ``offset + Σ index(dim) · stride``; dims in order of falling stride."""
-
-    offset: int
-    dims: tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Axis:
-    """One axis of one tensor: its size and the pieces that tile it."""
-
-    size: int
-    pieces: tuple[Piece, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Meeting:
-    """Where a parameter's dim met a stored one while two axes were unified; `stored_first`: the first axis has it."""
-
-    dim: int
-    stored_first: bool
-
-
-class Misaligned(Exception):
-    """Two decompositions have no common refinement in this algebra."""
+from ecospa_fx.axes.pieces import Axis as Axis
+from ecospa_fx.axes.pieces import Meeting as Meeting
+from ecospa_fx.axes.pieces import Misaligned as Misaligned
+from ecospa_fx.axes.pieces import Origin as Origin
+from ecospa_fx.axes.pieces import Piece as Piece
 
 
 class Dims:
