@@ -12,7 +12,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 from tabulate import tabulate
@@ -21,7 +21,8 @@ from torch.utils import _pytree as pytree
 
 import ecospa_fx as eco
 from ecospa_fx import api, text
-from ecospa_fx.coupling.couplings import Coupling, Couplings
+from ecospa_fx.coupling.couplings import Coupling, Couplings, Refusal
+from ecospa_fx.coupling.find import ALLOWED
 from ecospa_fx.errors import EcospaError, PlanError, ScoreError, StorageError
 from ecospa_fx.folder import refuse_existing
 from ecospa_fx.huggingface import is_causal
@@ -39,6 +40,12 @@ REFUSED = 2
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5}
 LENGTH, HELD_OUT = 512, 64
 BYTES = "bytes"
+ALLOW: dict[str, Any] = {
+    "action": "append",
+    "default": [],
+    "choices": ALLOWED,
+    "help": "renormalise: also what nothing but a norm over it blocks, marked inexact; cache: also with narrower caches",
+}
 
 Result = TypeVar("Result")
 
@@ -83,6 +90,7 @@ def parser() -> Parser:
     add("source", metavar="SOURCE", help=f"{source}, or a config.json (no weights needed)")
     add("--json", action="store_true", help="for machines")
     add("--explain", metavar="NAME", help="why the parameters of this coupling shrink together, node by node")
+    add("--allow", **ALLOW)
     commands.choices["inspect"].set_defaults(command=inspect)
 
     add = commands.add_parser("compress", help="shrink a causal language model and measure it").add_argument
@@ -99,6 +107,7 @@ def parser() -> Parser:
     add("--length", type=int, metavar="L", help="tokens per window (default: 512, or what the model can read)")
     add("--round-to", type=int, default=1, metavar="N", help="keep multiples of N units (default: 1)")
     add("--seed", type=int, default=0, metavar="S", help="where the calibration windows are drawn (default: 0)")
+    add("--allow", **ALLOW)
     add("--device", default="cpu", help="where to compute, for instance cuda (default: cpu)")
     commands.choices["compress"].set_defaults(command=compress)
     return found
@@ -111,7 +120,7 @@ def inspect(arguments: argparse.Namespace) -> None:
     """Print the couplings of a model."""
     source = open_source(arguments.source, weights=False)
     begin = time.perf_counter()
-    couplings = eco.detect(source.model, source.args, source.kwargs)
+    couplings = eco.detect(source.model, source.args, source.kwargs, allow=arguments.allow)
     seconds = time.perf_counter() - begin
     if arguments.explain is not None:
         print(explain(coupling_named(couplings, arguments.explain)))
@@ -119,7 +128,7 @@ def inspect(arguments: argparse.Namespace) -> None:
         print(json.dumps({**couplings_data(couplings), "source": arguments.source, "seconds": round(seconds, 3)}))
     else:
         print(couplings)
-        for line in refusals(couplings):
+        for line in (*told(couplings, "inexact"), *told(couplings, "blocked")):
             print(line)
         print(f"{type(source.model).__name__}, detected in {seconds:.1f} s")
 
@@ -133,17 +142,19 @@ def coupling_named(couplings: Couplings, name: str) -> Coupling:
     raise UsageError(f"there is no coupling {name!r}; near it: {', '.join(near) or 'none, nothing was found'}")
 
 
-def refusals(couplings: Couplings) -> list[str]:
-    """One line per reason: how many it blocks, the reason, the first operator and node."""
-    grouped: dict[str, list[Coupling]] = {}
-    for c in couplings.blocked:
-        grouped.setdefault(c.blocked.message if c.blocked else "", []).append(c)
+def told(couplings: Couplings, what: Literal["blocked", "inexact"]) -> list[str]:
+    """One line per reason: how many couplings it concerns, reason and remedy, the first operator, node and line."""
+    grouped: dict[str, list[tuple[str, Refusal]]] = {}
+    for c in couplings:
+        refusal = c.blocked if what == "blocked" else c.inexact
+        if refusal is not None:
+            grouped.setdefault(refusal.message, []).append((c.name, refusal))
     lines = []
-    for message, blocked in grouped.items():
-        first = blocked[0].blocked
-        more = f" and {len(blocked) - 1:,} more" if len(blocked) > 1 else ""
-        if first is not None:
-            lines.append(f"blocked: {blocked[0].name}{more}: {message} ({first.operator} at node {first.node})")
+    for message, entries in grouped.items():
+        name, first = entries[0]
+        more = f" and {len(entries) - 1:,} more" if len(entries) > 1 else ""
+        place = f"; {first.source}" if first.source else ""
+        lines.append(f"{what}: {name}{more}: {message} ({first.operator} at node {first.node}{place})")
     return lines
 
 
@@ -186,7 +197,7 @@ def compress(arguments: argparse.Namespace) -> None:
     check_tokens(texts, vocabulary)
     texts = Texts(texts.calibration.to(arguments.device), texts.held_out.to(arguments.device))
 
-    couplings = watch("detect", eco.detect, model, source.args, source.kwargs)
+    couplings = watch("detect", eco.detect, model, source.args, source.kwargs, allow=arguments.allow)
     eco.plan(couplings, ratio=arguments.ratio, round_to=arguments.round_to)  # refuses what cannot be reached
     if arguments.method == SECOND_ORDER:
         small = watch("compress", rebuilt, arguments, source, reader, texts)
@@ -201,7 +212,9 @@ def compress(arguments: argparse.Namespace) -> None:
     rows = watch("measure", measured, (model, small), reader, texts.held_out, stored)
     watch("save", save, small, arguments.output, origin=origin(model, plan, source.args, source.kwargs), dtypes=stored)
     print(plan)
-    print(closing(rows, error, watch, arguments.output))
+    for line in told(couplings, "inexact"):
+        print(line)
+    print(closing(rows, error, watch, arguments.output, plan))
 
 
 def check_options(arguments: argparse.Namespace) -> None:
@@ -332,6 +345,7 @@ def rebuilt(arguments: argparse.Namespace, source: Source, reader: text.Reader, 
         ratio=arguments.ratio,
         batches=[reader.batch(window[None]) for window in texts.calibration],
         loss=reader.loss,
+        allow=arguments.allow,
         round_to=arguments.round_to,
         progress=True,
     )
@@ -340,8 +354,10 @@ def rebuilt(arguments: argparse.Namespace, source: Source, reader: text.Reader, 
 def exactness(source: Source, plan: Plan, reader: text.Reader, ids: Tensor) -> tuple[float, float]:
     """(difference, limit): the smaller model against the masked one on one window.
 
-    In float64, or in float32 where the model's own code does not run in float64.
+    In float64, or in float32 where the model's own code does not run in float64. What was allowed to be inexact is
+    left out: it differs by what was asked for.
     """
+    plan = Plan(tuple(s for s in plan if not s.inexact), plan.shapes)
     model, args, kwargs = deepcopy(source.model).double(), source.args, source.kwargs
     try:
         with torch.no_grad():
@@ -385,13 +401,15 @@ def flops_per_token(model: nn.Module, reader: text.Reader, ids: Tensor) -> int:
     return round(counter.get_total_flops() / ids.numel())
 
 
-def closing(rows: list[list[str]], error: float, watch: Watch, output: Path) -> str:
+def closing(rows: list[list[str]], error: float, watch: Watch, output: Path, plan: Plan) -> str:
     """What changed, how exact it is, how long it took, and how to load it."""
     align = ("left", "right", "right", "right")
     table = tabulate(rows, ["", "dense", "small", "small/dense"], colalign=align, disable_numparse=True)
+    inexact = sum(bool(s.inexact) for s in plan)
+    apart = f", without {inexact:,} inexact couplings (--allow {plan.allow[0]})" if inexact else ""
     seconds = ", ".join(f"{step} {spent:.1f}" for step, spent in watch.seconds.items())
     return (
-        f"\n{table}\n\nremoving against masking: largest relative difference {error:.1e}\n"
+        f"\n{table}\n\nremoving against masking: largest relative difference {error:.1e}{apart}\n"
         f"seconds: {seconds}, together {sum(watch.seconds.values()):.1f}\n"
         f'saved: model = ecospa_fx.load("{output}")'
     )

@@ -282,7 +282,7 @@ def _resize(program: Program, walked: Flow, kept: Kept, node: fx.Node) -> int:
         rule(resize)
     except (IndexError, TypeError, ValueError) as error:
         raise PlanError(f"the sizes of node {node.name} ({name}) cannot follow the plan: {error}") from error
-    return _edited(node, resize)
+    return _edited(program, node, resize)
 
 
 def _tensor_arguments(node: fx.Node) -> Iterator[fx.Node]:
@@ -292,12 +292,12 @@ def _tensor_arguments(node: fx.Node) -> Iterator[fx.Node]:
                 yield one
 
 
-def _edited(node: fx.Node, resize: Resize) -> int:
+def _edited(program: Program, node: fx.Node, resize: Resize) -> int:
     if resize.replacement is not None:
         qualified, arguments = resize.replacement
         namespace, name = qualified.split(".")
         node.target = getattr(getattr(torch.ops, namespace), name).default
-        node.args, node.kwargs = arguments, {}
+        node.args, node.kwargs = tuple(_stored(program, node, a) for a in arguments), {}
         return 1
     if not resize.edits:
         return 0
@@ -312,6 +312,14 @@ def _edited(node: fx.Node, resize: Resize) -> int:
             kwargs[name] = value
     node.args, node.kwargs = tuple(args), kwargs
     return 1
+
+
+def _stored(program: Program, node: fx.Node, argument: Any) -> Any:
+    """An argument as a graph holds it: tensors are buffers."""
+    if not isinstance(argument, Tensor):
+        return argument
+    with program.graph.inserting_before(node):
+        return program.add_buffer(module_of(node), argument.contiguous())
 
 
 # -- values ------------------------------------------------------------------------------------------------------

@@ -113,6 +113,19 @@ def check_literal(case: Case) -> None:
     messages = [c.blocked.message for c in couplings.blocked if c.blocked]
     assert summary(couplings) == case.offers, messages
     assert any(case.blocked in message for message in messages) or not case.blocked, messages
+    check_refusals(couplings)
+
+
+def check_refusals(couplings: Couplings) -> None:
+    """Every refusal names operator, node and source line, and ends with what lifts it, or that nothing does."""
+    for coupling in couplings.blocked:
+        told = coupling.blocked
+        assert told is not None
+        assert told.operator, told
+        assert told.node, told
+        assert ".py:" in told.source, told
+        assert told.remedy, told
+        assert told.message.endswith(f"; {told.remedy}"), told
 
 
 def check_exact(case: Case, seeds: Sequence[int] = (0,)) -> None:
@@ -183,7 +196,7 @@ def check_rule(
 def _free(walked: Flow, seed: int) -> Kept:
     """Half of every parameter's dim that nothing blocks; being the output is no obstacle here."""
     dims, source = walked.dims, torch.Generator().manual_seed(seed)
-    blocks = [(d, n) for d, n, _ in walked.record.blocks if n.op != "output"]
+    blocks = [(o.dim, o.node) for o in walked.record.blocks if o.node.op != "output"]
     blocked = {root for d, _ in blocks for piece in dims.roots(d) for root, _ in piece.dims}
     found = {d: None for v in walked.parameters.values() for axis in v.axes for d in dims.dims_of(axis)}
     choices = {}

@@ -249,3 +249,102 @@ def test_a_shape_taken_from_another_tensor_ties_nothing() -> None:
             return out
 
     assert offers(Shaped().double(), (noise(2, 3, HIDDEN),)) == "ffn 2×1, ffn 4×2, ffn 8×1"
+
+
+# -- convolutions that do not reach along a dim --------------------------------------------------------------------
+
+
+class SpatialGate(nn.Module):
+    """gMLP: half of the hidden units gates the other half, after a mixture of the places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.mix, self.down = nn.Linear(HIDDEN, 2 * UNITS), nn.Conv1d(5, 5, 1), nn.Linear(UNITS, HIDDEN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = F.gelu(self.up(x)).chunk(2, -1)
+        out: Tensor = self.down(value * self.mix(gate))
+        return out
+
+
+class Skip(nn.Module):
+    """Attention with a convolution of the values over time, one window per head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.o = nn.Linear(HIDDEN, 3 * HEADS * WIDTH), nn.Linear(HEADS * WIDTH, HIDDEN)
+        self.mix = nn.Conv2d(HEADS, HEADS, (3, 1), padding=(1, 0), groups=HEADS, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (HEADS, WIDTH)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        mixed = F.scaled_dot_product_attention(q, k, v) + self.mix(v)
+        out: Tensor = self.o(mixed.transpose(1, 2).flatten(2))
+        return out
+
+
+def test_windows_of_one_place_mix_nothing_along_their_axis() -> None:
+    torch.manual_seed(0)
+    assert offers(SpatialGate().double(), (noise(2, 5, HIDDEN),)) == "ffn 8×1"
+    assert offers(Skip().double(), (noise(2, 5, HIDDEN),)) == "heads 4×1, qk 6×4, vo 6×4"
+
+
+# -- parameters that many couplings read ---------------------------------------------------------------------------
+
+
+class Turned(nn.Module):
+    """Attention whose rotation is looked up in a learnt table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.o = nn.Linear(HIDDEN, 3 * HEADS * WIDTH), nn.Linear(HEADS * WIDTH, HIDDEN)
+
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (HEADS, WIDTH)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        cos, sin = table.cos(), table.sin()
+        q, k = (t * cos + torch.cat([-t[..., WIDTH // 2 :], t[..., : WIDTH // 2]], -1) * sin for t in (q, k))
+        out: Tensor = x + self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return out
+
+
+class Tabled(nn.Module):
+    """Two layers that read one table of angles, and two that share one gain of their hidden units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.angles, self.layers = nn.Embedding(9, WIDTH // 2), nn.ModuleList(Turned() for _ in range(2))
+        self.gain = nn.Parameter(torch.rand(UNITS))
+        self.up, self.down = (
+            nn.ModuleList(nn.Linear(*sizes) for _ in range(2)) for sizes in ((HIDDEN, UNITS), (UNITS, HIDDEN))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        table = self.angles(torch.arange(x.shape[1])).repeat(1, 2)
+        for layer, up, down in zip(self.layers, self.up, self.down, strict=True):
+            x = layer(x, table)
+            x = x + down(up(x).relu() * self.gain)
+        return x
+
+
+def test_a_parameter_that_only_multiplies_what_many_weights_made_ties_nothing_together() -> None:
+    torch.manual_seed(0)
+    model, args = Tabled().double(), (noise(2, 5, HIDDEN),)
+    assert offers(model, args) == ", ".join(["ffn 8×1"] * 2 + ["heads 4×1"] * 2 + ["qk 3×4"] * 2 + ["vo 6×4"] * 2)
+    held = {m.parameter for c in eco.detect(model, args).offered for m in c.members}
+    assert not held & {"angles.weight", "gain"}
+
+
+def test_a_gain_of_one_layer_goes_with_its_units() -> None:
+    class Gained(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(HIDDEN, UNITS), nn.Linear(UNITS, HIDDEN)
+            self.gain = nn.Parameter(torch.rand(UNITS))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(2):
+                x = self.down(self.up(x).tanh() * self.gain)
+            return x
+
+    model, args = Gained().double(), (noise(2, 5, HIDDEN),)
+    assert offers(model, args) == "ffn 8×1"
+    assert "gain" in {m.parameter for c in eco.detect(model, args).offered for m in c.members}

@@ -23,10 +23,10 @@ transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
 SURFACE = {
-    "inspect": {"source", "--json", "--explain", "-h/--help"},
+    "inspect": {"source", "--json", "--explain", "--allow", "-h/--help"},
     "compress": {
         *("source", "--ratio", "--calibration", "--output", "--method", "--eval", "--tokenizer", "--windows"),
-        *("--passes", "--length", "--round-to", "--seed", "--device", "-h/--help"),
+        *("--passes", "--length", "--round-to", "--seed", "--allow", "--device", "-h/--help"),
     },
 }
 QK, FFN = "model.layers.0.self_attn.qk", "model.layers.1.mlp.ffn"
@@ -185,8 +185,19 @@ class Bytes(nn.Module):
         x = self.embed(ids)
         return self.head(x + self.down(torch.relu(self.up(x))))
 
+class Normed(Bytes):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.free, self.back = nn.LayerNorm(32), nn.Linear(16, 24), nn.Linear(24, 16)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        x = x + self.back(torch.relu(self.free(x)))
+        return self.head(x + self.down(self.norm(self.up(x)).relu()))
+
 def good(): return nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4)), (torch.randn(2, 4),), {}
 def lm(): return Bytes(), (torch.zeros(2, 16, dtype=torch.long),), {}
+def normed(): return Normed(), (torch.zeros(2, 16, dtype=torch.long),), {}
 def wrong(): return nn.Linear(4, 4)
 def fails(): raise RuntimeError("no disk")
 def branches(): return Refuses(), (torch.randn(2, 4),), {}
@@ -205,6 +216,30 @@ def factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_inspect_takes_a_function(factories: str, capsys: Capture) -> None:
     assert main(["inspect", f"{factories}:good"]) == 0
     assert "8 × 1" in capsys.readouterr().out
+
+
+def test_inspect_says_what_is_blocked_where_and_what_lifts_it(factories: str, capsys: Capture) -> None:
+    assert main(["inspect", f"{factories}:normed"]) == 0
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if "normalises over it" in x]
+    assert line.startswith("blocked: ")
+    assert "allow='renormalise' (--allow renormalise) offers it as inexact" in line
+    assert "(aten.layer_norm at node layer_norm; " in line
+    assert ".py:" in line
+
+
+def test_what_is_allowed_is_offered_and_marked(factories: str, capsys: Capture) -> None:
+    assert main(["inspect", f"{factories}:normed", "--allow", "renormalise"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [x for x in lines if "offered, inexact: aten.layer_norm at layer_norm" in x]
+    (line,) = [x for x in lines if x.startswith("inexact: ")]
+    assert "aten.layer_norm normalises over it: without an element the others change (" in line
+    assert "lifts" not in line
+    assert main(["inspect", f"{factories}:normed", "--allow", "renormalise", "--json"]) == 0
+    couplings = json.loads(capsys.readouterr().out)["couplings"]
+    assert [c["size"] for c in couplings if c.get("inexact")] == [32]
+    sentence = refused(capsys, ["inspect", f"{factories}:normed", "--allow", "anything"])
+    assert "--allow" in sentence
+    assert "renormalise" in sentence
 
 
 @pytest.mark.parametrize(
@@ -299,6 +334,18 @@ def test_compress_takes_a_function_that_reads_bytes(
     assert "largest relative difference" in capsys.readouterr().out
     assert (tmp_path / "small" / "manifest.json").is_file()
     assert not (tmp_path / "small" / "config.json").exists()
+
+
+def test_compress_says_what_is_inexact_and_checks_the_rest(
+    folder: Path, tmp_path: Path, factories: str, capsys: Capture
+) -> None:
+    arguments = compress_arguments(folder, tmp_path / "small", "--tokenizer", "bytes", "--length", "32")
+    arguments[1] = f"{factories}:normed"
+    assert main([*arguments, "--allow", "renormalise"]) == 0
+    printed = capsys.readouterr().out
+    assert "ffn (inexact)" in printed
+    assert "inexact: " in printed
+    assert "without 1 inexact couplings (--allow renormalise)" in printed
 
 
 Change = Callable[[list[str], Path], None]

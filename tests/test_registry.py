@@ -140,7 +140,7 @@ def test_a_registered_rule_lifts_the_block() -> None:
 @pytest.mark.parametrize(("operator", "reason"), sorted(registry.refused().items()))
 def test_refused_operators_have_a_reason(operator: str, reason: str) -> None:
     assert registry.find(operator) is None
-    assert registry.refusal(operator) == reason
+    assert str(registry.refusal(operator)) == reason
     assert len(reason.split()) > 4
 
 

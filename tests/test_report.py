@@ -196,6 +196,7 @@ def test_json_holds_everything_that_the_table_shows() -> None:
         "node": "layer_norm",
         "operator": "aten.layer_norm.default",
         "source": "x = x + self.attention(self.norm(x))",
+        "remedy": "",
     }
 
 

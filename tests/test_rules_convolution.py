@@ -65,8 +65,9 @@ CASES = [
           "ffn 6", "reads places from it"),
     image("im2col", lambda h: F.unfold(h.relu(), 2)[..., None]),
     image("col2im", lambda h: F.fold(h.relu().flatten(2)[..., :4], (3, 3), 2), "", "moves windows"),
-    image("pixel_shuffle", lambda h: F.pixel_shuffle(h.relu(), 2), "", "moves channels into places"),
-    image("channel_shuffle", lambda h: F.channel_shuffle(h.relu(), 2), "", "moves channels into places"),
+    image("pixel_shuffle", lambda h: F.pixel_shuffle(h.relu(), 2), "ffn 2", "moves channels into places"),
+    image("pixel_unshuffle", lambda h: F.pixel_unshuffle(h.relu(), 2)),
+    image("channel_shuffle", lambda h: F.channel_shuffle(h.relu(), 2), "ffn 4", "exchanges its groups"),
 ]  # fmt: skip
 
 
@@ -85,6 +86,10 @@ CONVOLUTIONS: list[tuple[Callable[..., Any], list[tuple[int, ...]]]] = [
     (lambda x, w: F.conv1d(x, w, groups=4), [(2, 4, 5), (4, 1, 2)]),
     (F.conv_transpose1d, [(2, 4, 5), (4, 6, 2), (6,)]),
     (lambda x, w: F.conv_transpose1d(x, w, groups=2), [(2, 4, 5), (4, 3, 2)]),
+    (lambda x, w, b: F.conv1d(x, w, b), [(2, 4, 6), (6, 4, 1), (6,)]),
+    (lambda x, w: F.conv2d(x, w, padding=(1, 0), groups=4), [(2, 4, 5, 6), (4, 1, 3, 1)]),
+    (lambda x, w: F.conv2d(x, w, padding="same"), [(2, 4, 6, 5), (6, 4, 1, 3)]),
+    (lambda x, w: F.conv_transpose2d(x, w, stride=(1, 2)), [(2, 4, 6, 5), (4, 6, 1, 3)]),
     (lambda x: F.max_pool1d(x, 2), [(4, 6)]),
     (lambda x: F.avg_pool1d(x, 2), [(2, 4, 6)]),
     (lambda x: F.max_pool2d(x, 2), [(4, 6, 6)]),
@@ -96,6 +101,8 @@ CONVOLUTIONS: list[tuple[Callable[..., Any], list[tuple[int, ...]]]] = [
     (lambda x: F.unfold(x, 2), [(4, 3, 3)]),
     (lambda x: F.fold(x, (3, 3), 2), [(2, 8, 4)]),
     (lambda x: F.pixel_shuffle(x, 2), [(2, 8, 3, 3)]),
+    (lambda x: F.pixel_unshuffle(x, 2), [(2, 2, 4, 6)]),
+    (lambda x: F.channel_shuffle(x, 2), [(2, 8, 3, 3)]),
 ]
 
 

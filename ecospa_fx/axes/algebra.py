@@ -18,48 +18,13 @@ Costs are independent of sizes; they grow with the number of pieces.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from enum import Enum
-from math import prod
+from math import gcd, prod
 
-
-class Origin(Enum):
-    """Where the positions of a dim come from, which decides what may be tied to it."""
-
-    PARAMETER = "parameter"
-    """It indexes elements of a parameter: tying two such dims makes them one."""
-    STORED = "stored"
-    """An input, a buffer or something computed afresh: never cut, gathered where it meets a parameter's dim."""
-    BLANK = "blank"
-    """All positions alike (a broadcast, an empty tensor): becomes whatever it is tied to."""
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Positions ``offset + Σ index(dim) · stride``; dims in order of falling stride."""
-
-    offset: int
-    dims: tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Axis:
-    """One axis of one tensor: its size and the pieces that tile it."""
-
-    size: int
-    pieces: tuple[Piece, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Meeting:
-    """Where a parameter's dim met a stored one while two axes were unified; `stored_first`: the first axis has it."""
-
-    dim: int
-    stored_first: bool
-
-
-class Misaligned(Exception):
-    """Two decompositions have no common refinement in this algebra."""
+from ecospa_fx.axes.pieces import Axis as Axis
+from ecospa_fx.axes.pieces import Meeting as Meeting
+from ecospa_fx.axes.pieces import Misaligned as Misaligned
+from ecospa_fx.axes.pieces import Origin as Origin
+from ecospa_fx.axes.pieces import Piece as Piece
 
 
 class Dims:
@@ -202,11 +167,31 @@ class Dims:
             return axis
         if step == 1 or count <= 1:
             return self._interval(axis, start, start + count)
-        base = start - start % step
-        if base + count * step > axis.size:
-            raise Misaligned(f"every {step}th position of {axis.size} from {start}")
-        outer, inner = self.split(self._interval(axis, base, base + count * step), (count, step))
-        return self.merge([outer, self._interval(inner, start % step, start % step + 1)])
+        if all(self.origins[d] is Origin.STORED for d in self.dims_of(axis)):
+            return self.fresh(count, Origin.STORED)  # nothing of it is ever cut, so which positions does not matter
+        first = start // step
+        return self._interval(self._every(axis, start % step, step), first, first + count)
+
+    def _every(self, axis: Axis, first: int, step: int) -> Axis:
+        """Positions first, first + step, …: what lies between them is dealt out to dims of their own."""
+        for _ in range(self.REFINEMENTS):
+            found = ((d, s) for p in self.resolve(axis).pieces for d, s in p.dims if s % step)
+            dim, stride = next(found, (None, 0))
+            if dim is None:
+                break
+            self._deal(dim, step // gcd(stride, step))
+        else:
+            raise Misaligned(f"every {step}th position of {axis.size} from {first}")
+        inside = [p for p in self.resolve(axis).pieces if p.offset % step == first]
+        thinner = [Piece(p.offset // step, tuple((d, s // step) for d, s in p.dims)) for p in inside]
+        return Axis(-(-(axis.size - first) // step), tuple(thinner))
+
+    def _deal(self, dim: int, hands: int) -> None:
+        """Split a dim into positions 0, hands, … ‖ 1, hands + 1, … ‖ …, each a dim of its own."""
+        size, origin = self.sizes[dim], self.origins[dim]
+        sizes = [-(-(size - hand) // hands) for hand in range(min(hands, size))]
+        dims = [tuple((d, hands) for d, _ in self._piece_of(n, origin).dims) for n in sizes]
+        self.replace(dim, tuple(Piece(hand, own) for hand, own in enumerate(dims)))
 
     def _interval(self, axis: Axis, start: int, stop: int) -> Axis:
         for edge in (start, stop):
@@ -248,7 +233,7 @@ class Dims:
         if outer == 1:
             return Axis(1, (Piece(0, ()),)), axis
         for _ in range(self.REFINEMENTS):
-            if not self._refine_straddling(self.resolve(axis), inner):
+            if not self._refine_straddling(self.resolve(axis), inner) and not self._line_up(self.resolve(axis), inner):
                 break
         else:
             raise Misaligned(f"{axis.size} positions viewed as {outer}·{inner}")
@@ -263,6 +248,23 @@ class Dims:
             if self.unify(blocks[0], other):
                 raise Misaligned(f"rows of {inner} positions, of which some are stored and others are not")
         return Axis(outer, tuple(rows)), blocks[0]
+
+    def _line_up(self, axis: Axis, inner: int) -> bool:
+        """One step towards the same dims of rows in all columns that begin in one row; False where they are."""
+        begun: dict[int, Piece] = {}
+        for piece in axis.pieces:
+            row = Piece(piece.offset // inner, tuple((d, s // inner) for d, s in piece.dims if s >= inner))
+            known = begun.setdefault(row.offset, row)
+            if known == row:
+                continue
+            if self._shape(known) != self._shape(row):
+                self._refine_pair(known, row)
+                return True
+            for (d, _), (e, _) in zip(known.dims, row.dims, strict=True):
+                if self._tie_current(d, e):
+                    raise Misaligned(f"rows of {inner} positions, of which some are stored and others are not")
+            return True
+        return False
 
     def _refine_straddling(self, axis: Axis, inner: int) -> bool:
         """One refinement of a dim that lies across rows of `inner` positions; False where none does."""

@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from ecospa_fx.axes.algebra import Axis, Dims, Misaligned, Origin, Piece
-from ecospa_fx.axes.record import Event, Gather, Record
+from ecospa_fx.axes.reasons import NOTHING, PARAMETER, RENORMALISE, WHOLE, ZERO, Reason
+from ecospa_fx.axes.record import Event, Gather, Obstacle, Record
 from ecospa_fx.axes.record import Value as Value
 
 Zero = Literal["all", "any", "lost"]
@@ -106,37 +107,36 @@ class Call:
                 if self.dims.origins[dim] is not Origin.STORED:
                     self.record.events.append(Event(dim, self.node, action, detail))
 
-    def block(self, axis: Axis, message: str) -> None:
-        """The dims of an axis cannot be removed because of this node."""
-        for dim in self.dims.dims_of(axis):
-            if self.dims.origins[dim] is not Origin.STORED:
-                self.record.blocks.append((dim, self.node, message))
+    def block(self, axis: Axis, why: str, remedy: str = NOTHING) -> None:
+        """The dims of an axis cannot be removed because of this node; remedy: what the reader may do about it."""
+        for dim in self._movable(axis):
+            self._block_dim(dim, why, remedy)
 
-    def block_all(self, message: str) -> list[Value]:
+    def block_all(self, why: str, remedy: str = NOTHING) -> list[Value]:
         """Nothing that reaches this node can be removed; its outputs are new."""
         for value in self.values:
             for axis in value.axes:
-                self.block(axis, message)
+                self.block(axis, why, remedy)
         return [self.stored(i) for i in range(len(self.outputs))]
 
-    def mixes(self, value: Value, index: int, message: str) -> None:
+    def mixes(self, value: Value, index: int, why: str, remedy: str = NOTHING) -> None:
         """Positions along one axis influence one another: its dims are blocked, and carry no other dim."""
-        self.block(value.axes[index], message)
+        self.block(value.axes[index], why, remedy)
         others = [d for i, a in enumerate(value.axes) if i != index for d in self._movable(a)]
         for dim in self._movable(value.axes[index]):
             self.record.mixed += [(other, dim) for other in others]
 
-    def normalises(self, value: Value, index: int, message: str) -> bool:
+    def normalises(self, value: Value, index: int, why: str) -> bool:
         """Positions along one axis are divided by a statistic of all: blocked, unless the caller allowed otherwise.
 
         Allowed, the statistic runs over what is kept, and the dims are marked inexact. Returns whether it is allowed.
         """
         if "renormalise" not in self.record.allow:
-            self.mixes(value, index, f"{message}; allow='renormalise' would offer it as inexact")
+            self.mixes(value, index, why, RENORMALISE)
             return False
         others = [d for i, a in enumerate(value.axes) if i != index for d in self._movable(a)]
         for dim in self._movable(value.axes[index]):
-            self.record.inexact.append((dim, self.node, message))
+            self.record.inexact.append(Obstacle(dim, self.node, Reason(why, remedy=""), self.node))
             self.record.mixed += [(other, dim) for other in others]
         return True
 
@@ -161,14 +161,14 @@ class Call:
             meetings = self.dims.unify(a, b)
         except Misaligned as reason:
             for axis in (a, b):
-                self.block(axis, f"its positions are combined out of line ({reason})")
+                self.block(axis, f"its positions are combined out of line ({reason})", WHOLE)
             return False
         for meeting in meetings:
-            self._block_dim(meeting.dim, "it meets a stored tensor or a model input here")
+            self._block_dim(meeting.dim, "it meets a stored tensor or a model input here", PARAMETER)
         return not meetings
 
-    def _block_dim(self, dim: int, message: str) -> None:
-        self.record.blocks.append((dim, self.node, message))
+    def _block_dim(self, dim: int, why: str, remedy: str) -> None:
+        self.record.blocks.append(Obstacle(dim, self.node, Reason(why, remedy), self.node))
 
     def align(self, operands: Sequence[tuple[Value, int]]) -> Axis:
         """Tie one axis of several operands, pointwise. Stored operands stay apart, see `gathered`."""
@@ -179,11 +179,11 @@ class Call:
                 meetings = self.dims.unify(first, axis)
             except Misaligned as reason:
                 for one in (first, axis):
-                    self.block(one, f"its positions are combined out of line ({reason})")
+                    self.block(one, f"its positions are combined out of line ({reason})", WHOLE)
                 return self.dims.fresh(first.size, Origin.STORED)
             for meeting in meetings:
                 if meeting.stored_first:
-                    self._block_dim(meeting.dim, "it meets a stored tensor inside a merged axis")
+                    self._block_dim(meeting.dim, "it meets a stored tensor inside a merged axis", PARAMETER)
         return first
 
     def _rank(self, axis: Axis) -> int:
@@ -214,7 +214,8 @@ class Call:
 
     def _gather(self, value: Value, index: int, target: Sequence[Axis], at: int, joins: bool = False) -> None:
         if value.node is None or value.node is self.node:
-            self.block(target[at], "it meets something stored inside a fused operator")
+            remedy = "write the fused operator out in its steps"
+            self.block(target[at], "it meets something stored inside a fused operator", remedy)
             return
         self.record.gathers.append(Gather(self.node, value, index, tuple(target), at, joins))
 
@@ -240,7 +241,17 @@ class Call:
             live = [v.zero[i] for v, i in here if self.follows(v.axes[i], axes[-1])]
             flags.append((zero == "any" and any(live)) or (zero == "all" and len(live) == len(operands) and all(live)))
         self.gathered(operands, axes, joins)
+        self._factors(operands, zero)
         return self.value(axes, flags)
+
+    def _factors(self, operands: Sequence[Value], zero: Zero) -> None:
+        """Note what a parameter's values multiply, or that they are used otherwise."""
+        for value in operands if len(operands) > 1 else ():
+            if zero == "any" and len(value.made) == 1:
+                others = (name for other in operands if other is not value for name in other.made)
+                self.record.factors.setdefault(value.made[0], set()).add(tuple(sorted(set(others))))
+            elif zero != "any" and value.weights:
+                self.record.bound.update(value.weights)
 
     def contraction(
         self, operands: Sequence[Value], labels: Sequence[Sequence[Hashable]], out: Sequence[Hashable]
@@ -266,6 +277,7 @@ class Call:
                 axes[name] = wide[0][0].axes[wide[0][1]]
                 self._contracted(wide)
         self.record.tensors[tuple(axes.values())] = None  # all products, before they are summed
+        self.record.bound.update(name for value in operands for name in value.weights)
         for value, names in zip(operands, labels, strict=True):
             self._gather_batched(value, names, axes, out)
         return self.value([axes[name] for name in out], [flags[name] for name in out])
@@ -288,7 +300,7 @@ class Call:
             if all(other in out for other in others) or not self._carried(value, index, axes[name]):
                 self._gather(value, index, target, index)
             else:
-                self.block(axes[name], "it indexes matrices that are stored or given as inputs")
+                self.block(axes[name], "it indexes matrices that are stored or given as inputs", PARAMETER)
 
     def _carried(self, value: Value, index: int, axis: Axis) -> bool:
         """Whether another axis of the operand is cut, so that a plain gather along one axis would not do."""
@@ -301,7 +313,8 @@ class Call:
             self.tie(axes[0], axis)
         if any(self.dims.cuttable(a) for a in axes):
             for axis in (a for a in axes if not self.dims.cuttable(a)):
-                self.block(axes[0] if axis is not axes[0] else axes[1], "it is contracted with a model input")
+                met = axes[0] if axis is not axes[0] else axes[1]
+                self.block(met, "it is contracted with a stored tensor or a model input", PARAMETER)
         weights = [v for v, _ in entries if v.weights]
         self.note(axes[0], "contracts", "parameter" if weights else "activations")
         pieces = [d for p in self.dims.resolve(axes[0]).pieces for d, _ in p.dims]
@@ -309,7 +322,7 @@ class Call:
             self.record.events.append(Event(dim, self.node, "paired"))
         self._consumed(entries, len(weights))
         if not any(v.zero[i] for v, i in entries):
-            self.block(axes[0], "it is summed over although removed elements are not zero there")
+            self.block(axes[0], "it is summed over although removed elements are not zero there", ZERO)
 
     def _consumed(self, entries: Sequence[tuple[Value, int]], weights: int) -> None:
         """Which parameters are consumers here: weights that an activation meets, or what made the second operand."""
@@ -348,7 +361,7 @@ class Call:
         try:
             return self.dims.split(merged, sizes) if len(sizes) > 1 else [merged]
         except Misaligned as reason:
-            self.block(merged, f"a reshape cuts across it ({reason})")
+            self.block(merged, f"a reshape cuts across it ({reason})", WHOLE)
             return [self.dims.fresh(size, Origin.STORED) for size in sizes]
 
     def ordered(self, source: Value, order: Sequence[int]) -> Value:
@@ -362,7 +375,7 @@ class Call:
         try:
             axes[axis] = self.dims.take(axes[axis], start, stop, step)
         except Misaligned as reason:
-            self.block(axes[axis], f"a slice cuts across it ({reason})")
+            self.block(axes[axis], f"a slice cuts across it ({reason})", WHOLE)
             axes[axis] = self.dims.fresh(len(range(start, stop, step)), Origin.STORED)
         return replace(self.value(axes, source.zero), weights=source.weights)
 

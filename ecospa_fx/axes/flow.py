@@ -19,7 +19,8 @@ from torch.utils import _pytree as pytree
 from ecospa_fx.axes import registry
 from ecospa_fx.axes.algebra import Axis, Dims, Misaligned, Origin
 from ecospa_fx.axes.call import Call
-from ecospa_fx.axes.record import Record, Value, several
+from ecospa_fx.axes.reasons import CACHE, RETURNED, Reason
+from ecospa_fx.axes.record import Obstacle, Record, Value, several
 
 Sizes = Callable[[Any], int]
 """From a size (an int or a symbol) to a concrete number."""
@@ -54,7 +55,10 @@ def flow(
     that the caller gives.
     """
     registry.load()
-    return _Walk(parameters, shapes, sizes, allow, {*state, *inputs}).run(graph, inputs)
+    state = {*state, *inputs}
+    walked = _Walk(parameters, shapes, sizes, allow, state).run(graph, inputs)
+    shared = _shared(walked)
+    return _Walk(parameters, shapes, sizes, allow, state, shared).run(graph, inputs) if shared else walked
 
 
 def carried(walked: Flow, inputs: Iterable[fx.Node], changed: Collection[fx.Node]) -> set[fx.Node]:
@@ -63,7 +67,7 @@ def carried(walked: Flow, inputs: Iterable[fx.Node], changed: Collection[fx.Node
     Their elements become elements of something that activations are multiplied with, and that is returned, or written
     into one of them. changed: nodes into whose memory the graph writes.
     """
-    resized = {root for dim, _, _ in walked.record.resized for root in _roots(walked.dims, dim)}
+    resized = {root for o in walked.record.resized for root in _roots(walked.dims, o.dim)}
     met = _met(walked.dims, walked.record)
     found = set()
     for node in inputs:
@@ -89,6 +93,21 @@ def _roots(dims: Dims, dim: int) -> set[int]:
     return {root for piece in dims.roots(dim) for root, _ in piece.dims}
 
 
+def _shared(walked: Flow) -> frozenset[str]:
+    """Parameters that belong to no coupling alone, such as a learnt table of rotations that every layer reads.
+
+    They only ever multiply elementwise, and do so with what different weights made. They are read like something
+    stored: kept whole and gathered in each place, so that the places stay apart. Only where something could be cut.
+    """
+    record, dims = walked.record, walked.dims
+    found = {name for name, places in record.factors.items() if len(places) > 1 and name not in record.bound}
+    if not found:
+        return frozenset()
+    blocked = {root for o in record.blocks for root in _roots(dims, o.dim)}
+    free = (n for n in found if any(d not in blocked for a in walked.parameters[n].axes for d in dims.dims_of(a)))
+    return frozenset(free)
+
+
 class _Walk:
     def __init__(
         self,
@@ -97,7 +116,9 @@ class _Walk:
         sizes: Sizes,
         allow: Collection[str],
         state: Collection[fx.Node],
+        shared: Collection[str] = (),
     ) -> None:
+        self.shared = shared
         self.state = state
         self.dims, self.record, self.sizes = Dims(), Record(allow), sizes
         self.names = parameters
@@ -108,6 +129,9 @@ class _Walk:
         self.views: dict[fx.Node, list[fx.Node]] = {}
 
     def _parameter(self, name: str, shape: tuple[int, ...]) -> Value:
+        if name in self.shared:
+            axes = tuple(self.dims.fresh(size, Origin.STORED) for size in shape)
+            return Value(axes, (False,) * len(axes))
         axes = tuple(self.dims.fresh(size, Origin.PARAMETER) for size in shape)
         return Value(axes, (True,) * len(axes), (name,), None, (name,))
 
@@ -125,7 +149,8 @@ class _Walk:
         for node in self.outputs:
             self._returned(node)
         for node in inputs:
-            self.record.resized += [(dim, node, "an input gets narrower") for dim in self._cuttable(node)]
+            narrower = Reason("an input gets narrower", "")
+            self.record.resized += [Obstacle(dim, node, narrower, node) for dim in self._cuttable(node)]
         return Flow(self.dims, self.record, self.values, self.parameters)
 
     def _tie_routes(self) -> None:
@@ -168,7 +193,8 @@ class _Walk:
         """Let the operator's rule speak, or its refusal, and keep what comes out."""
         call = Call(node, operator, arguments, self._shapes(node), self.dims, self.record)
         rule = registry.find(operator)
-        result: Any = rule(call) if rule is not None else call.block_all(registry.refusal(operator))
+        refusal = registry.refusal(operator)
+        result: Any = rule(call) if rule is not None else call.block_all(refusal.why, refusal.remedy)
         listed = isinstance(node.meta.get("val"), list | tuple)
         if isinstance(result, list) and not listed:
             result = result[0] if result else None
@@ -221,7 +247,8 @@ class _Walk:
                              if g.operand.node is source)  # fmt: skip
             if places > 1 and any(count != places for count in wanted.values()):
                 for _, axis in wanted:
-                    call.block(axis, "it meets a stored tensor that is read here in another place too")
+                    why = "it meets a stored tensor that is read here in another place too"
+                    call.block(axis, why, "pass a clone of that tensor in one of the places")
 
     # -- memory ----------------------------------------------------------------------------------------------
 
@@ -241,7 +268,8 @@ class _Walk:
     def _written(self, node: fx.Node, first: fx.Node, base: fx.Node, call: Call, gathers: int) -> None:
         for gather in self.record.gathers[gathers:]:
             if gather.operand.node is first or self.aliases.get(gather.operand.node) is base:
-                call.block(gather.target[gather.target_axis], "it is written into a stored tensor or a model input")
+                remedy = "write into a registered buffer, which is cut along, or into a new tensor"
+                call.block(gather.target[gather.target_axis], "it is written into a tensor that is not cut", remedy)
         new = self.values[node]
         for view in self.views.get(base, [base]):
             old = self.values.get(view)
@@ -256,10 +284,10 @@ class _Walk:
         for source in dict.fromkeys(node.all_input_nodes):
             for dim in self._cuttable(source):
                 if dim in met and allowed:
-                    self.record.resized.append((dim, node, "an output gets narrower"))
+                    self.record.resized.append(Obstacle(dim, node, Reason("an output gets narrower", ""), source))
                 else:
-                    told = "; allow='cache' would offer it with a narrower output" if dim in met else ""
-                    self.record.blocks.append((dim, node, f"it is part of the model's output{told}"))
+                    reason = Reason("it is part of the model's output", CACHE if dim in met else RETURNED)
+                    self.record.blocks.append(Obstacle(dim, node, reason, source))
 
     def _cuttable(self, node: fx.Node) -> list[int]:
         """The dims of a node's tensors that are not stored."""

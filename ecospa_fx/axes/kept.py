@@ -97,11 +97,18 @@ class Kept:
         """How many positions before `position` stay, the same along every carrier."""
         return int(self.mask(axes, index)[0, :position].sum())
 
-    def ranks(self, axes: Sequence[Axis], index: int, positions: Iterable[int]) -> list[int]:
-        """Where those of some positions that stay end up, along the first carrier."""
-        mask = self.mask(axes, index)[0]
-        after = mask.cumsum(0) - 1
-        return [int(after[p]) for p in positions if mask[p]]
+    def ranks(self, axes: Sequence[Axis], index: int, positions: Iterable[int]) -> Tensor:
+        """LongTensor [places, count]: where those of some positions that stay end up, at each place that is left.
+
+        places: of `carrier_axis(axes, index)`, or 1 where the choice is the same throughout.
+        """
+        mask, other = self.mask(axes, index), self.carrier_axis(axes, index)
+        if other is not None:
+            mask = mask[self.mask(axes, other)[0]]
+        chosen = list(positions)
+        after = mask.cumsum(1)[:, chosen] - 1
+        found = after[mask[:, chosen]].view(len(mask), -1)
+        return found[:1] if bool((found == found[:1]).all()) else found
 
 
 @dataclass(frozen=True, slots=True, eq=False)

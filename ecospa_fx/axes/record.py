@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ecospa_fx.axes.algebra import Axis
+from ecospa_fx.axes.reasons import Reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,25 +65,39 @@ class Event:
     detail: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Obstacle:
+    """A dim that cannot be removed because of a node; shown: the node whose source line says where."""
+
+    dim: int
+    node: Any
+    reason: Reason
+    shown: Any
+
+
 class Record:
     """Everything that the walk learns, beyond the axes themselves."""
 
     def __init__(self, allow: Collection[str] = ()) -> None:
         self.allow = frozenset(allow)
         """What may be offered beyond the default: "renormalise", "cache"; see `detect`."""
-        self.inexact: list[tuple[int, Any, str]] = []
-        """(dim, node, message): like blocks, of what was allowed."""
-        self.resized: list[tuple[int, Any, str]] = []
-        """(dim, node, message): where the caller holds a tensor that gets narrower, which was allowed."""
+        self.inexact: list[Obstacle] = []
+        """Like blocks, of what was allowed."""
+        self.resized: list[Obstacle] = []
+        """Where the caller holds a tensor that gets narrower, which was allowed."""
         self.tensors: dict[tuple[Axis, ...], None] = {}
         """Axes of every tensor, those inside fused operators included."""
         self.gathers: list[Gather] = []
         self.events: list[Event] = []
-        self.blocks: list[tuple[int, Any, str]] = []
+        self.blocks: list[Obstacle] = []
         self.consumed: list[tuple[str, int]] = []
         """(parameter, dim) that an activation is contracted with."""
         self.mixed: list[tuple[int, int]] = []
         """(dim, other): along `other`, positions of tensors that carry `dim` were mixed; no carrier of it."""
+        self.factors: dict[str, set[tuple[str, ...]]] = {}
+        """Per parameter that multiplies something else elementwise: what made the other factors, place by place."""
+        self.bound: set[str] = set()
+        """Parameters that do more than multiply elementwise: they are contracted or added."""
         self.routed: list[tuple[int, Axis, Any]] = []
         """(dim, axis, key): each position of a stored dim belongs to one position of a parameter's axis, as tokens do
         to experts; which one, equal keys answer alike."""

@@ -7,6 +7,8 @@ from difflib import get_close_matches
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ecospa_fx.axes.reasons import NOTHING, Reason
+
 if TYPE_CHECKING:
     from ecospa_fx.axes.call import Call, Value
 
@@ -14,7 +16,7 @@ Result = Any  # Value, or a list of Values for an operator with several outputs
 Rule = Callable[["Call"], "Value | list[Value]"]
 
 _RULES: dict[str, Rule] = {}
-_REFUSED: dict[str, str] = {}
+_REFUSED: dict[str, Reason] = {}
 _FAMILIES = (
     "pointwise",
     "view",
@@ -52,12 +54,12 @@ def axis_rule(*operators: str) -> Callable[[Rule], Rule]:
     return register
 
 
-def refuse(reason: str, *operators: str) -> None:
-    """List operators that have no rule on purpose, with the reason that users see."""
+def refuse(why: str, *operators: str, remedy: str = NOTHING) -> None:
+    """List operators that have no rule on purpose, with the reason that users see, and what they may do about it."""
     for operator in operators:
         if operator in _RULES or operator in _REFUSED:
             raise ValueError(f"operator {operator} has an axis rule already; unregister(...) it first")
-        _REFUSED[operator] = reason
+        _REFUSED[operator] = Reason(why, remedy)
 
 
 def unregister(operator: str) -> None:
@@ -80,12 +82,13 @@ def find(operator: str) -> Rule | None:
     return rule if rule is not None else _RULES.get(operator.removesuffix("_"))
 
 
-def refusal(operator: str) -> str:
+def refusal(operator: str) -> Reason:
     """Why an operator without a rule blocks the dims that reach it."""
     reason = _REFUSED.get(operator) or _REFUSED.get(operator.removesuffix("_"))
-    if reason:
+    if reason is not None:
         return reason
-    return f"no axis rule for operator {operator}; register one with ecospa_fx.axis_rule({operator!r})"
+    remedy = f"register one with ecospa_fx.axis_rule({operator!r})"
+    return Reason(f"no axis rule for operator {operator}", remedy)
 
 
 def operators() -> tuple[str, ...]:
@@ -95,6 +98,6 @@ def operators() -> tuple[str, ...]:
 
 
 def refused() -> dict[str, str]:
-    """Operators that block on purpose, with their reasons."""
+    """Operators that block on purpose, with their reasons and remedies in one sentence."""
     load()
-    return dict(_REFUSED)
+    return {operator: str(reason) for operator, reason in _REFUSED.items()}

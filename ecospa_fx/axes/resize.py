@@ -9,6 +9,8 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
+from torch import Tensor
+
 from ecospa_fx.axes.algebra import Axis
 from ecospa_fx.axes.call import Value
 from ecospa_fx.axes.kept import Kept
@@ -126,7 +128,7 @@ class Resize:
         self.edits[name] = value
 
     def replace_operator(self, operator: str, arguments: tuple[Any, ...]) -> None:
-        """Call another operator instead, with these arguments."""
+        """Call another operator instead, with these arguments; tensors among them become buffers."""
         self.replacement = (operator, arguments)
 
     def sizes(self, name: str, first: int = 0) -> None:
@@ -153,7 +155,19 @@ class Resize:
             self.edits[stop] = self.rank_of(0, axis, end)
             return
         ranks = self.kept.ranks(self.inputs[0].axes, axis, range(begin, end, by))
-        spacing = {b - a for a, b in pairwise(ranks)} or {1}
-        if len(spacing) > 1:
-            raise ValueError(f"kept positions of {self.node.name} are not evenly spaced")
-        self.edits.update({start: ranks[0], stop: ranks[-1] + 1, step: spacing.pop()})
+        spacing = {b - a for a, b in pairwise(ranks[0].tolist())} or {1}
+        if len(spacing) == len(ranks) == 1:
+            self.edits.update({start: int(ranks[0, 0]), stop: int(ranks[0, -1]) + 1, step: spacing.pop()})
+        else:
+            self._pick(axis, ranks)
+
+    def _pick(self, axis: int, positions: Tensor) -> None:
+        """Choose positions [places, count] along an axis of the first input instead of calling the operator."""
+        source, other = self.raw("self"), self.kept.carrier_axis(self.inputs[0].axes, axis)
+        if len(positions) == 1 or other is None:
+            self.replacement = ("aten.index_select", (source, axis, positions[0]))
+            return
+        view = [1] * len(self.inputs[0].axes)
+        view[other], view[axis] = positions.shape
+        index = (positions if other < axis else positions.T).reshape(view)
+        self.replacement = ("aten.take_along_dim", (source, index, axis))

@@ -67,12 +67,17 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why a dim cannot be removed: the operator's reason, the node, and the user's own source line."""
+    """Why a dim cannot be removed.
+
+    message: one sentence, reason and remedy; node, operator: what refused it; source: the user's own line; remedy: the
+    part of the message that says what to change, or which option lifts it, or that nothing does.
+    """
 
     message: str
     node: str
     operator: str
     source: str = ""
+    remedy: str = ""
 
 
 @dataclass(frozen=True, slots=True)

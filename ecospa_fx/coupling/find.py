@@ -10,7 +10,8 @@ from torch import fx, nn
 
 from ecospa_fx.axes.algebra import Axis, Dims, Origin, Piece
 from ecospa_fx.axes.flow import Flow
-from ecospa_fx.axes.record import Event, several
+from ecospa_fx.axes.reasons import Reason
+from ecospa_fx.axes.record import Event, Obstacle, several
 from ecospa_fx.coupling.carriers import carriers_of
 from ecospa_fx.coupling.couplings import Box, Coupling, Couplings, Member, Refusal, Step, Symmetry
 from ecospa_fx.errors import InputError
@@ -88,32 +89,36 @@ def _by_dim(dims: Dims, events: Iterable[Event]) -> dict[int, list[Event]]:
     return result
 
 
-def _refusals(flow: Flow, recorded: Iterable[tuple[int, fx.Node, str]]) -> dict[int, Refusal]:
+def _refusals(flow: Flow, recorded: Iterable[Obstacle]) -> dict[int, Refusal]:
     """The first obstacle of every dim that has one."""
     result: dict[int, Refusal] = {}
-    made: dict[tuple[str, fx.Node], Refusal] = {}
-    for dim, node, message in recorded:
-        for root in _roots(flow.dims, dim):
+    made: dict[tuple[Reason, fx.Node, fx.Node], Refusal] = {}
+    for obstacle in recorded:
+        for root in _roots(flow.dims, obstacle.dim):
             if root in result or flow.dims.origins[root] is not Origin.PARAMETER:
                 continue
-            key = (message, node)
+            key = (obstacle.reason, obstacle.node, obstacle.shown)
             if key not in made:
-                made[key] = Refusal(message, node.name, operator_of(node), source_of(node))
+                made[key] = _refusal(*key)
             result[root] = made[key]
     return {**_squared(flow), **result}
+
+
+def _refusal(reason: Reason, node: fx.Node, shown: fx.Node) -> Refusal:
+    return Refusal(str(reason), node.name, operator_of(node), source_of(shown), reason.remedy)
 
 
 def _squared(flow: Flow) -> dict[int, Refusal]:
     """Dims that a reshape merges with themselves: what a unit holds there is a cross of rows and columns."""
     result: dict[int, Refusal] = {}
-    reason = "it is merged with itself into one axis, where its units would be crosses"
+    reason = Reason("it is merged with itself into one axis, where its units would be crosses")
     for node, value in flow.values.items():
         for axis in (a for one in several(value) for a in one.axes):
             for piece in flow.dims.resolve(axis).pieces:
                 held = [d for d, _ in piece.dims]
                 for dim in held if len(set(held)) < len(held) else ():
                     if held.count(dim) > 1 and flow.dims.origins[dim] is Origin.PARAMETER:
-                        result.setdefault(dim, Refusal(reason, node.name, operator_of(node), source_of(node)))
+                        result.setdefault(dim, _refusal(reason, node, node))
     return result
 
 

@@ -2,7 +2,8 @@
 
 ``linear(x).view(b, t, heads, 3, d)[..., 0, :]`` selects a third of every head. As written, the view says that all
 three thirds have rows of the same shape, which ties the widths of Q, K and V together. Selected from the flat axis
-first, each has its own: the same elements, one more degree of freedom. Purely a rewrite of views; no number changes.
+first, each has its own: the same elements, one more degree of freedom. Where the selected axis is the innermost one,
+the flat axis is sliced in steps. Purely a rewrite of views; no number changes.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ VIEWS = {aten.view.default, aten.reshape.default, aten.unflatten.int, aten._unsa
 _CUTS = {aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default}
 _SELECTIONS = {aten.select.int, aten.unbind.int, aten.slice.Tensor} | _CUTS
 COPIES = {aten.contiguous.default, aten.clone.default}
+_END = 2**63 - 1
 STEPS = {aten.transpose.int, aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim} | COPIES
 
 
@@ -61,6 +63,11 @@ class _Chain:
     at: int
     position: int
     steps: tuple[tuple[fx.Node, int], ...]
+
+    @property
+    def innermost(self) -> bool:
+        """Whether positions of the selected axis are neighbours in the source."""
+        return prod(self.parts[self.at + 1 :]) == 1
 
 
 def _chain(node: fx.Node) -> _Chain | None:
@@ -131,7 +138,7 @@ def _split_of(view: fx.Node, position: int, last: int, steps: tuple[tuple[fx.Nod
             parts = _run(outside[first:], int(size))
             if first <= position < first + len(parts) and _same(prod(inside[:inner]), prod(outside[:first])):
                 at = position - first
-                if len(parts) < 2 or parts[at] == 1 or prod(parts[at + 1 :]) == 1:
+                if len(parts) < 2 or parts[at] == 1:
                     return None
                 return _Chain(view, source, inner, first, parts, at, last, steps)
     return None
@@ -156,6 +163,8 @@ def _hoist(graph: fx.Graph, node: fx.Node, chain: _Chain) -> bool:
     """Replace the uses of one selection."""
     arguments: Any = node.args
     size = chain.parts[chain.at]
+    if chain.innermost and not _apart(node, chain):
+        return False
     if node.target is aten.select.int:
         index = int(arguments[2]) % size
         node.replace_all_uses_with(_part(graph, node, chain, (index, index + 1), drop=True))
@@ -175,18 +184,30 @@ def _hoist(graph: fx.Graph, node: fx.Node, chain: _Chain) -> bool:
     return True
 
 
+def _apart(node: fx.Node, chain: _Chain) -> bool:
+    """Whether every position of the selected axis is selected by itself, from this view or from others like it."""
+    like = [n for n in chain.source.users if n.target is chain.view.target and n.args == chain.view.args]
+    source: Any = node.args[0]
+    users = [user for n in dict.fromkeys([source, *like]) for user in n.users]
+    singles = sum(user.target is aten.select.int for user in users)
+    return node.target is aten.unbind.int or (node.target is aten.select.int and singles >= chain.parts[chain.at])
+
+
 def _part(graph: fx.Graph, node: fx.Node, chain: _Chain, span: tuple[int, int], drop: bool) -> fx.Node:
     """Positions of the selected axis, cut out of the flat axis, then moved as the whole was."""
     left, right = chain.parts[: chain.at], chain.parts[chain.at + 1 :]
-    inner, (start, stop), end = prod(right), span, chain.axis + len(chain.parts)
+    inner, (start, stop), end, size = prod(right), span, chain.axis + len(chain.parts), chain.parts[chain.at]
     with graph.inserting_before(node):
         shape = _sizes(graph, chain, node)
         before, after = shape[: chain.axis], shape[end:]
         result, axis = chain.source, chain.inner
-        if left:
-            rows = [*before, *left, chain.parts[chain.at] * inner, *after]
+        if chain.innermost:
+            result = insert(graph, aten.slice.Tensor, (result, axis, start, _END, size), like=node)
+        elif left:
+            rows = [*before, *left, size * inner, *after]
             result, axis = insert(graph, aten.reshape.default, (result, rows), like=node), chain.axis + len(left)
-        result = insert(graph, aten.slice.Tensor, (result, axis, start * inner, stop * inner), like=node)
+        if not chain.innermost:
+            result = insert(graph, aten.slice.Tensor, (result, axis, start * inner, stop * inner), like=node)
         result = insert(
             graph, aten.reshape.default, (result, [*before, *left, stop - start, *right, *after]), like=node
         )

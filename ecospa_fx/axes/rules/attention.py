@@ -7,6 +7,7 @@ from math import sqrt
 
 from ecospa_fx.axes.algebra import Misaligned, Origin
 from ecospa_fx.axes.call import Call, Value
+from ecospa_fx.axes.reasons import WHOLE
 from ecospa_fx.axes.registry import axis_rule, refuse
 from ecospa_fx.axes.resize import Resize, resize_rule
 
@@ -56,7 +57,7 @@ def _spread(call: Call, query: Value, value: Value) -> Value:
     try:
         outer, inner = call.dims.split(heads, (own.size, heads.size // own.size))
     except Misaligned as reason:
-        call.block(heads, f"its heads are not grouped evenly ({reason})")
+        call.block(heads, f"its heads are not grouped evenly ({reason})", WHOLE)
         outer, inner = call.dims.split(call.dims.fresh(heads.size, Origin.STORED), (own.size, heads.size // own.size))
     call.tie(outer, own)
     axes = list(value.axes)
@@ -75,7 +76,8 @@ def resize_attention(resize: Resize) -> None:
 
 
 refuse(
-    "it fuses projections and attention into one kernel; trace the model in training mode or with gradients enabled",
+    "it fuses projections and attention into one kernel",
     "aten._native_multi_head_attention",
     "aten._transformer_encoder_layer_fwd",
+    remedy="trace the model in training mode or with gradients enabled",
 )

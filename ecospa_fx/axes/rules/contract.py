@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ecospa_fx.axes.call import Call, Value
+from ecospa_fx.axes.reasons import ZERO
 from ecospa_fx.axes.registry import axis_rule, refuse
 
 
@@ -116,7 +117,7 @@ def vecdot(call: Call) -> Value:
     product = call.pointwise([a, b], "any", _wider(a, b))
     over = call.get("dim", -1) % len(product.axes)
     if not product.zero[over]:
-        call.block(product.axes[over], "it is summed over although removed elements are not zero there")
+        call.block(product.axes[over], "it is summed over although removed elements are not zero there", ZERO)
     call.note(product.axes[over], "contracts", "activations")
     left = [i for i in range(len(product.axes)) if i != over]
     return call.value([product.axes[i] for i in left], [product.zero[i] for i in left])
@@ -146,7 +147,8 @@ def grouped_mm(call: Call) -> Value:
     value = call.get("input") or call["self"]
     weight = call.get("weight") or call["mat2"]
     if len(value.axes) != 2 or len(weight.axes) != 3 or not isinstance(call.get("offs"), Value):
-        return call.block_all("only rows grouped by offsets against a stack of matrices are followed")[0]
+        remedy = "call it with rows [rows, k], matrices [groups, k, n] and offsets"
+        return call.block_all("its groups are given in a form that is not followed", remedy)[0]
     matrix = replace(weight, axes=weight.axes[1:], zero=weight.zero[1:], node=None)
     product = call.contraction([value, matrix], [["rows", "k"], ["k", "n"]], ["rows", "n"])
     call.block(weight.axes[0], "rows are sent to its positions by computed offsets")
@@ -155,13 +157,14 @@ def grouped_mm(call: Call) -> Value:
 
 
 refuse(
-    "its weights are quantised: compress the model first and quantise the result",
+    "its weights are quantised",
     "quantized_decomposed.dequantize_per_tensor",
     "quantized_decomposed.dequantize_per_channel",
     "aten._weight_int8pack_mm",
     "aten._weight_int4pack_mm",
     "aten._int_mm",
     "aten._scaled_mm",
+    remedy="compress the model first and quantise the result",
 )
 refuse("its elements are mixed by a factorisation or a transform", "aten.linalg_qr", "aten.linalg_svd", "aten._fft_r2c",
        "aten._fft_c2c", "aten._fft_c2r", "aten.fft_rfft", "aten.fft_irfft", "aten.fft_fft", "aten.linalg_inv_ex",
@@ -170,8 +173,9 @@ refuse("its gates mix all units of a layer at every step, in weights that stack 
        "aten.rnn_tanh", "aten.rnn_relu", "aten.lstm_cell", "aten.gru_cell", "aten.rnn_tanh_cell",
        "aten.rnn_relu_cell")  # fmt: skip
 refuse(
-    "it divides every row by its norm, so that a removed row is 0 / 0 and a removed column changes what is left; fold "
-    "it into the weight first, with torch.nn.utils.parametrize.remove_parametrizations or remove_weight_norm",
+    "it divides every row by its norm, so that a removed row is 0 / 0 and a removed column changes what is left",
     "aten._weight_norm",
     "aten._weight_norm_interface",
+    remedy="fold it into the weight first, with torch.nn.utils.parametrize.remove_parametrizations or "
+    "remove_weight_norm",
 )

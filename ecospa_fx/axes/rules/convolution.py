@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from re import search
+from typing import Any
 
 from ecospa_fx.axes.algebra import Misaligned, Origin
 from ecospa_fx.axes.call import Call, Value
+from ecospa_fx.axes.reasons import WHOLE
 from ecospa_fx.axes.registry import axis_rule
 from ecospa_fx.axes.resize import Resize, resize_rule
 
@@ -21,19 +23,35 @@ def convolution(call: Call) -> Value:
     space = len(weight.axes) - 2
     turned = call.operator.removeprefix("aten.") in _TRANSPOSED or bool(call.get("transposed", False))
     batched = len(value.axes) == space + 2
-    for i in range(len(value.axes) - space, len(value.axes)):
-        call.mixes(value, i, f"{call.operator} mixes neighbours along it")
-    for i in range(2, len(weight.axes)):
-        call.block(weight.axes[i], f"it is the window of {call.operator}")
-    fresh = call.fresh()
+    places, fresh = [], call.fresh()
+    for i in range(space):
+        own, passes = len(value.axes) - space + i, _apart(call, weight, i)
+        if not passes:
+            call.mixes(value, own, f"{call.operator} mixes neighbours along it")
+        call.block(weight.axes[2 + i], f"it is the window of {call.operator}")
+        places.append((value.axes[own], value.zero[own]) if passes else (fresh[i - space], False))
     product = _channels(call, value, weight, groups, turned)
     out, zero, bias = product.axes[0], product.zero[0], call.get("bias")
     if isinstance(bias, Value):
         biased = call.pointwise([product, bias], "all", product.shape)
         out, zero = biased.axes[0], biased.zero[0]
-    batch = [value.axes[0]] if batched else []
-    flags = [value.zero[0] and bias is None] if batched else []
-    return call.value([*batch, out, *fresh[len(batch) + 1 :]], [*flags, zero, *[False] * space])
+    batch = [(value.axes[0], value.zero[0])] if batched else []
+    return call.value(
+        [*(a for a, _ in batch), out, *(a for a, _ in places)],
+        [*(z and bias is None for _, z in batch), zero, *(z and bias is None for _, z in places)],
+    )
+
+
+def _apart(call: Call, weight: Value, place: int) -> bool:
+    """Whether positions along an axis of places do not meet: a window of one, in steps of one, without padding."""
+
+    def setting(name: str, default: int) -> Any:
+        found = call.get(name, default)
+        several = isinstance(found, list | tuple) and len(found) > 1
+        return found[place] if several else found[0] if isinstance(found, list | tuple) and found else found
+
+    window, step, edge = weight.axes[2 + place].size, setting("stride", 1), setting("padding", 0)
+    return window == step == 1 and edge in (0, "valid", "same") and setting("output_padding", 0) == 0
 
 
 def _channels(call: Call, value: Value, weight: Value, groups: int, turned: bool) -> Value:
@@ -50,7 +68,7 @@ def _channels(call: Call, value: Value, weight: Value, groups: int, turned: bool
         lead = call.dims.split(own[0], (groups, own[0].size // groups))
     except Misaligned as reason:
         for axis in (inside, *own):
-            call.block(axis, f"its groups cut across it ({reason})")
+            call.block(axis, f"its groups cut across it ({reason})", WHOLE)
         return Value((call.dims.fresh(call.outputs[0][at], Origin.STORED),), (False,))
     source = Value(tuple(split), (value.zero[at],) * 2, value.weights)
     parts = replace(rows, axes=(*lead, own[1]), zero=(weight.zero[0], weight.zero[0], weight.zero[1]))
@@ -115,7 +133,38 @@ def patches(call: Call) -> Value:
     return call.value([value.axes[0], columns, fresh[2]], [False, value.zero[1], False])
 
 
-@axis_rule("aten.pixel_shuffle", "aten.pixel_unshuffle", "aten.channel_shuffle")
-def shuffle(call: Call) -> Value:
-    """Channels and places change roles."""
-    return call.block_all(f"{call.operator} moves channels into places")[0]
+@axis_rule("aten.pixel_shuffle")
+def pixel_shuffle(call: Call) -> Value:
+    """[…, channels · r · r, height, width] to […, channels, height · r, width · r]."""
+    value, r, message = call["self"], int(call["upscale_factor"]), f"{call.operator} moves channels into places"
+    *rows, wide, height, width = value.shape
+    parts = call.reshaped(value, [*rows, wide // (r * r), r, r, height, width])
+    at = len(rows)
+    for i in (at + 1, at + 2):
+        call.mixes(parts, i, message)
+    turned = call.ordered(parts, [*range(at + 1), at + 3, at + 1, at + 4, at + 2])
+    return call.reshaped(turned, call.outputs[0])
+
+
+@axis_rule("aten.pixel_unshuffle")
+def pixel_unshuffle(call: Call) -> Value:
+    """[…, channels, height · r, width · r] to […, channels · r · r, height, width]."""
+    value, r, message = call["self"], int(call["downscale_factor"]), f"{call.operator} moves places into channels"
+    *rows, high, wide = value.shape
+    at = len(rows)
+    for i in (at, at + 1):
+        call.mixes(value, i, message)
+    parts = call.reshaped(value, [*rows, high // r, r, wide // r, r])
+    turned = call.ordered(parts, [*range(at), at + 1, at + 3, at, at + 2])
+    return call.reshaped(turned, call.outputs[0])
+
+
+@axis_rule("aten.channel_shuffle")
+def channel_shuffle(call: Call) -> Value:
+    """[batch, groups · channels, …] to [batch, channels · groups, …]."""
+    value, groups = call["self"], int(call["groups"])
+    batch, wide, *places = value.shape
+    parts = call.reshaped(value, [batch, groups, wide // groups, *places])
+    turned = call.ordered(parts, [0, 2, 1, *range(3, len(parts.axes))])
+    call.block(parts.axes[1], f"{call.operator} exchanges its groups", "write it out with a view and a transpose")
+    return call.reshaped(turned, call.outputs[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ecospa_fx.axes.call import Call, Value
+from ecospa_fx.axes.reasons import EVAL
 from ecospa_fx.axes.registry import axis_rule
 from ecospa_fx.axes.resize import Resize, resize_rule
 
@@ -48,7 +49,7 @@ def positions(call: Call) -> Value:
 @axis_rule("aten.rand_like", "aten.randn_like", "aten.bernoulli", "aten.normal", "aten.randint_like")
 def noise(call: Call) -> Value:
     """Fresh numbers per position; a removed one is missed by nobody, but the stream of random numbers shifts."""
-    return call.block_all("random numbers are drawn for each of its elements")[0]
+    return call.block_all("random numbers are drawn for each of its elements", EVAL)[0]
 
 
 @resize_rule(

@@ -7,8 +7,11 @@ from dataclasses import replace
 
 from ecospa_fx.axes.algebra import Axis, Origin
 from ecospa_fx.axes.call import UNIT, Call, Value
+from ecospa_fx.axes.reasons import WHERE
 from ecospa_fx.axes.registry import axis_rule
 from ecospa_fx.axes.resize import Resize, resize_rule
+
+_JOIN = "join the old and the new parts with torch.cat instead"
 
 
 def _chosen(call: Call, value: Value, index: int) -> None:
@@ -62,7 +65,7 @@ def index(call: Call) -> Value:
 def _masked(call: Call, value: Value, where: Sequence[int]) -> Value:
     """Positions where a mask is true: a count that the data decides."""
     if len(where) > 1:
-        return call.block_all(f"{call.operator} chooses its positions by masks")[0]
+        return call.block_all(f"{call.operator} chooses its positions by masks", WHERE)[0]
     mask = call["indices"][where[0]]
     at, count = where[0], len(mask.axes)
     for i in range(at, at + count):
@@ -91,7 +94,7 @@ def gather(call: Call) -> Value:
     value, broadcasts = call["self"], call.operator == "aten.take_along_dim"
     chosen = call.get("index") or call["indices"]
     if call.get("dim") is None:
-        return call.block_all(f"{call.operator} chooses its positions by computed indices")[0]
+        return call.block_all(f"{call.operator} chooses from all its elements", "name a dim to choose along")[0]
     axis = int(call["dim"]) % max(len(value.axes), 1)
     axes: list[Axis] = []
     for i in range(len(value.axes)):
@@ -103,7 +106,7 @@ def gather(call: Call) -> Value:
         elif broadcasts:
             axes.append(max(value.axes[i], chosen.axes[i], key=lambda a: a.size))
         else:
-            call.block(value.axes[i], f"{call.operator} reads a part of it")
+            call.block(value.axes[i], f"{call.operator} reads a part of it", "slice it to the size of the index first")
             axes.append(chosen.axes[i])
     target = [value.axes[i] if i == axis else a for i, a in enumerate(axes)]
     call.gathered([chosen], [chosen.axes[i] if i == axis else a for i, a in enumerate(axes)])
@@ -123,7 +126,7 @@ def scatter(call: Call) -> Value:
     others = [i for i in range(len(value.axes)) if i != axis]
     partly = [i for i in others if any(v.axes[i].size != value.axes[i].size for v in parts)]
     if any(call.dims.cuttable(v.axes[i]) for v in parts for i in partly):
-        return call.block_all(f"{call.operator} writes to a part of it")[0]
+        return call.block_all(f"{call.operator} writes to a part of it", "slice it to the size of the index first")[0]
     sums = call.operator != "aten.scatter_reduce" or call.get("reduce") == "sum"
     filled = isinstance(source, Value) or (not isinstance(call.get("value"), Value) and call.get("value", 0) == 0)
     axes, flags = list(value.axes), [False] * len(value.axes)
@@ -145,7 +148,7 @@ def index_put(call: Call) -> Value:
     for i in where:
         _chosen(call, value, i)
     if any(call.is_mask(indices[i]) for i in where) and any(call.dims.cuttable(a) for a in new.axes):
-        return call.block_all(f"{call.operator} writes where a mask says")[0]
+        return call.block_all(f"{call.operator} writes where a mask says", WHERE)[0]
     together = where == list(range(where[0], where[-1] + 1)) if where else False
     rest = [i for i in range(len(value.axes)) if i not in where]
     axes, flags, target = list(value.axes), [False] * len(value.axes), list(new.axes)
@@ -206,7 +209,7 @@ def slice_scatter(call: Call) -> Value:
         axes.append(call.align([(value, i), (new, i)]) if along else call.dims.fresh(own.size, Origin.STORED))
         flags.append(along and all(v.zero[i] and call.follows(v.axes[i], axes[i]) for v in (value, new)))
     if part:
-        call.block(value.axes[axis], f"{call.operator} overwrites a part of it")
+        call.block(value.axes[axis], f"{call.operator} overwrites a part of it", _JOIN)
     call.gathered([value], axes, joins=True)
     target = [a for i, a in enumerate(axes) if i != axis] if call.operator == "aten.select_scatter" else axes
     call.gathered([call["src"]], target)
@@ -217,14 +220,14 @@ def _overwritten(call: Call, value: Value, new: Value, axis: int) -> Value:
     """A run of positions of a cut axis overwritten by as many others, which are the same dims."""
     message = f"{call.operator} overwrites a part of it"
     if call.operator == "aten.select_scatter" or call.get("step", 1) != 1:
-        return call.block_all(message)[0]
+        return call.block_all(message, _JOIN)[0]
     start, _, _ = slice(call.get("start"), call.get("end")).indices(value.axes[axis].size)
     run = call.sliced(value, axis, start, start + new.axes[axis].size)
     axes = list(value.axes)
     for i in (j for j in range(len(axes)) if run.axes[j].size > 1):
         both = call.align([(run, i), (new, i)])
         if not (call.follows(run.axes[i], both) and call.follows(new.axes[i], both)):
-            return call.block_all(message)[0]
+            return call.block_all(message, _JOIN)[0]
     return call.value(axes, [a and b for a, b in zip(value.zero, new.zero, strict=True)])
 
 
@@ -241,7 +244,7 @@ def embedding_bag(call: Call) -> list[Value]:
     weight = call["weight"]
     _chosen(call, weight, 0)
     if call.get("mode", 0) == 2:
-        return call.block_all(f"{call.operator} takes maxima")
+        return call.block_all(f"{call.operator} takes maxima", "sum or average instead")
     first = call.value([call.fresh()[0], weight.axes[1]], [False, weight.zero[1]])
     return [first, *(call.stored(i) for i in range(1, len(call.outputs)))]
 

@@ -31,7 +31,7 @@ def narrow(call: Call) -> Value:
     axis = call.axis_of(value)
     start = call["start"]
     if isinstance(start, Value):
-        call.block(value.axes[axis], "it is narrowed at a place that is computed")
+        call.block(value.axes[axis], "it is narrowed at a place that is computed", "start at a number")
         return call.value(call.fresh())
     start = int(start) % max(value.axes[axis].size, 1)
     return call.sliced(value, axis, start, start + call.outputs[0][axis])
@@ -214,7 +214,7 @@ def repeat_interleave(call: Call) -> Value:
     """Every position several times: a blank dim inside the axis."""
     value, repeats, dim = call.get("self"), call.get("repeats"), call.get("dim")
     if not isinstance(value, Value) or not isinstance(repeats, int) or dim is None:
-        return call.block_all("its positions are repeated an unequal number of times")[0]
+        return call.block_all("its positions are repeated an unequal number of times", "repeat all alike")[0]
     axes, flags, i = list(value.axes), list(value.zero), int(dim) % len(value.axes)
     axes[i] = call.dims.merge([axes[i], call.dims.fresh(repeats, Origin.BLANK)])
     flags[i] = False
@@ -250,16 +250,30 @@ def resize_repeat_interleave(resize: Resize) -> None:
 def roll(call: Call) -> Value:
     """The end of an axis moves to its front."""
     value, dims = call["self"], call.get("dims", [])
-    axes = list(value.axes)
+    if len(set(dims)) < len(dims):
+        return call.block_all("it is rolled twice along one dim", "roll it once, by the sum")[0]
     if not dims:
-        return call.block_all("it is rolled by a fixed number of positions")[0]
+        return call.block_all("it is rolled as one row of all its elements", "name the dim that it is rolled along")[0]
     for shift, dim in zip(call["shifts"], dims, strict=True):
-        i = int(dim) % len(axes)
-        size = axes[i].size
-        at = (size - int(shift) % size) % size
-        if at and call.dims.cuttable(axes[i]):
-            call.block(axes[i], "it is rolled by a fixed number of positions")
-    return call.value(axes, value.zero)
+        i = int(dim) % len(value.axes)
+        size = value.axes[i].size
+        at = -int(shift) % max(size, 1)
+        if at and call.dims.cuttable(value.axes[i]):
+            parts = [call.sliced(value, i, *part).axes[i] for part in ((at, size), (0, at))]
+            value = replace(value, axes=(*value.axes[:i], call.dims.concat(parts), *value.axes[i + 1 :]))
+    return call.value(value.axes, value.zero)
+
+
+@resize_rule("aten.roll")
+def resize_roll(resize: Resize) -> None:
+    """As many positions move to the front as are kept of those that do."""
+    shifts = list(resize.argument("shifts"))
+    for k, dim in enumerate(resize.argument("dims") if resize.has("dims") else ()):
+        i = int(dim) % len(resize.output.axes)
+        if resize.changed(0, i):
+            size = resize.inputs[0].axes[i].size
+            shifts[k] = resize.size(resize.output, i) - resize.rank_of(0, i, -int(shifts[k]) % size)
+    resize.set("shifts", shifts)
 
 
 @axis_rule("aten.flip", "aten.fliplr", "aten.flipud", "aten.rot90")
@@ -288,7 +302,7 @@ def pad(call: Call) -> Value:
         if before == after == 0:
             continue
         if min(before, after) < 0 or not constant:
-            call.block(axes[i], "it is padded")
+            call.block(axes[i], "it is padded otherwise than with a constant", "pad with a constant, or slice")
             axes[i], flags[i] = call.dims.fresh(call.outputs[0][i], Origin.STORED), False
         else:
             parts = [call.dims.fresh(n, Origin.STORED) for n in (before, after)]
@@ -331,5 +345,6 @@ def unfold(call: Call) -> Value:
     )
 
 
-refuse("it is read by memory strides, which say nothing about dims", "aten.as_strided", "aten.as_strided_copy")
+refuse("it is read by memory strides, which say nothing about dims", "aten.as_strided", "aten.as_strided_copy",
+       remedy="use slices, views and transposes")  # fmt: skip
 refuse("the diagonal ties two axes element by element", "aten.diagonal", "aten.diag", "aten.diag_embed", "aten.trace")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ecospa_fx.axes.call import Call, Value
+from ecospa_fx.axes.reasons import FINITE
 from ecospa_fx.axes.registry import axis_rule
 
 _SAME = """
@@ -72,7 +73,7 @@ def infinite_at_zero(call: Call) -> Value:
 def _refuse_zero(call: Call, value: Value) -> None:
     for axis, zero in zip(value.axes, value.zero, strict=True):
         if zero:
-            call.block(axis, f"{call.operator} is not finite at 0, which is what a removed element becomes")
+            call.block(axis, f"{call.operator} is not finite at 0, which is what a removed element becomes", FINITE)
 
 
 @axis_rule("aten.add", "aten.sub", "aten.rsub", "aten.subtract")

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from ecospa_fx.axes.algebra import Origin
 from ecospa_fx.axes.call import UNIT, Call, Value
+from ecospa_fx.axes.reasons import EVAL, ZERO
 from ecospa_fx.axes.registry import axis_rule
 from ecospa_fx.axes.resize import Resize, resize_rule
 
@@ -37,11 +38,12 @@ def total(call: Call) -> Value:
     for i in over:
         call.note(value.axes[i], "contracts", "activations")
         if not value.zero[i]:
-            call.block(value.axes[i], "it is summed over although removed elements are not zero there")
+            call.block(value.axes[i], "it is summed over although removed elements are not zero there", ZERO)
     return _without(call, value, over, bool(call.get("keepdim", False)))
 
 
-_NORMS = {"aten.mean", "aten.std", "aten.var", "aten.linalg_vector_norm", "aten.norm", "aten.var_mean", "aten.std_mean"}
+_NORMS = {"aten.mean", "aten.std", "aten.var", "aten.linalg_vector_norm", "aten.norm", "aten.var_mean", "aten.std_mean",
+          "aten.linalg_norm", "aten.frobenius_norm", "aten.nanmean"}  # fmt: skip
 
 
 def _reduces(call: Call, message: str, zero: bool) -> Value:
@@ -155,7 +157,7 @@ def batch_norm(call: Call) -> Value | list[Value]:
         call.gathered([operand], [channel])
     call.gathered([value], [value.axes[0], channel, *value.axes[2:]])
     if call.get("training", False) and isinstance(call.get("running_mean"), Value):
-        call.block(channel, f"{call.operator} would update its running statistics in a copy; call model.eval() first")
+        call.block(channel, f"{call.operator} would update its running statistics in a copy", EVAL)
     learnt = [v for v in operands if v.weights]
     zero = len(learnt) == 2 and all(v.zero[0] for v in learnt)
     call.note(channel, "nonlinear")

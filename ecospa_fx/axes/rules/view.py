@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from ecospa_fx.axes.algebra import Origin
 from ecospa_fx.axes.call import Call, Value
+from ecospa_fx.axes.reasons import PARAMETER
 from ecospa_fx.axes.registry import axis_rule
 from ecospa_fx.axes.resize import Resize, resize_rule
 
@@ -29,7 +30,7 @@ def reshape_as(call: Call) -> Value:
     axes = [call.align([(result, i), (other, i)]) for i in range(len(result.axes))]
     for axis, target in zip(result.axes, axes, strict=True):
         if not call.follows(axis, target):
-            call.block(target, "a stored tensor is viewed in its shape")
+            call.block(target, "a stored tensor is viewed in its shape", PARAMETER)
     call.gathered([other], axes)
     return result
 
