@@ -280,7 +280,8 @@ def test_an_input_reduced_along_another_axis_keeps_its_symbolic_sizes() -> None:
 
     def forward(m: Any, x: Tensor) -> Tensor:
         h = torch.unflatten(x, 1, (2, 2)).masked_fill(m.p.view(1, 2, 2, 1) > 0, 0.0)
-        return h.permute(0, 3, 1, 2).flatten(2) @ m.a.weight
+        result: Tensor = h.permute(0, 3, 1, 2).flatten(2) @ m.a.weight
+        return result
 
     model = built(forward, [(5, 4)])
     model.p = nn.Parameter(torch.randn(4, dtype=torch.float64))
