@@ -203,13 +203,19 @@ class _Gathers:
         rank, axis, user = len(gather.operand.axes), gather.operand_axis, gather.user
         if places is None:
             return self._select(source, axis, mask[0], gather)
+        if not is_concrete_int(gather.operand.node.meta["val"].shape[axis]):
+            raise PlanError(f"node {user.name} reads a symbolic axis whose kept positions differ along another one")
         positions = mask.nonzero()[:, 1].reshape(len(mask), -1)
         other = places - lead
         if other >= 0 and gather.operand.axes[other].size > 1:
             view = [1] * rank
             view[other], view[axis] = positions.shape
             index = self._constant((positions if other < axis else positions.T).reshape(view), user)
-            return self._call(aten.take_along_dim.default, (source, index, axis), user)
+            # Not take_along_dim, which would fix every symbolic size of its input.
+            part = self._call(aten.slice.Tensor, (source, axis, 0, positions.shape[1]), user)
+            return self._call(
+                aten.gather.default, (source, axis, self._call(aten.expand_as.default, (index, part), user)), user
+            )
         flat = self._constant(positions.flatten(), user)
         node = self._call(aten.index_select.default, (source, axis, flat), user)
         node = self._call(aten.unflatten.int, (node, axis, list(positions.shape)), user)

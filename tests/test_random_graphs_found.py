@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import ecospa_fx as eco
 from ecospa_fx.graph.capture import capture
+from ecospa_fx.plan import Plan, Selection
 from ecospa_fx.verify import masked_error
 
 EXACT = 1e-9
@@ -272,3 +273,24 @@ def test_complex_numbers_are_viewed_at_any_width() -> None:
 
     model = built(forward, [(6, 16), (8, 5), (8, 5)])
     check_exact(model, 3, 6)
+
+
+def test_an_input_reduced_along_another_axis_keeps_its_symbolic_sizes() -> None:
+    """Each head keeps a dimension of its own, of an input whose batch and width are symbols."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = torch.unflatten(x, 1, (2, 2)).masked_fill(m.p.view(1, 2, 2, 1) > 0, 0.0)
+        result: Tensor = h.permute(0, 3, 1, 2).flatten(2) @ m.a.weight
+        return result
+
+    model = built(forward, [(5, 4)])
+    model.p = nn.Parameter(torch.randn(4, dtype=torch.float64))
+    x, other = (torch.randn(*shape, dtype=torch.float64) for shape in ((2, 4, 6), (5, 4, 3)))
+    couplings = eco.detect(model, (x,))
+    (chosen,) = (c for c in couplings.offered if (c.size, c.carriers) == (2, 2))
+    keep = ((0,), (1,))
+    plan = Plan((Selection(chosen.name, chosen.kind, chosen.layer, 2, 2, chosen.members, keep),),
+                tuple(couplings.shapes.items()))  # fmt: skip
+    small = eco.shrink(model, plan, (x,))
+    for example in (x, other):
+        assert masked_error(model, small, plan, (example,)) <= EXACT

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from hypothesis import strategies as st
 
 from tests.fuzz import layers, mathematics, moves
@@ -13,8 +14,13 @@ RECIPES = [*moves.MOVES, *mathematics.MATHEMATICS]
 
 
 def generate(source: Source) -> Program:
-    """A random program, valid by construction."""
-    b = Builder(source)
+    """A random program, valid by construction. Weights that steps are tried with are the same whenever it is made."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return _generated(Builder(source), source)
+
+
+def _generated(b: Builder, source: Source) -> Program:
     stream = _inputs(b)
     blocks = b.integer(1, 3)
     planted = b.integer(0, blocks) if b.chance(75) else -1
