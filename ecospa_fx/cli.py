@@ -44,7 +44,7 @@ ALLOW: dict[str, Any] = {
     "action": "append",
     "default": [],
     "choices": ALLOWED,
-    "help": "renormalise: also what nothing but a norm over it blocks, marked inexact; cache: also with narrower caches",
+    "help": "renormalise: also what only a norm over it blocks, marked inexact; cache: narrower caches too",
 }
 
 Result = TypeVar("Result")
