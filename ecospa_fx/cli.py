@@ -12,7 +12,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from tabulate import tabulate
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import ecospa_fx as eco
-from ecospa_fx import api, text
-from ecospa_fx.coupling.couplings import Coupling, Couplings, Refusal
+from ecospa_fx import text
+from ecospa_fx.coupling.couplings import Coupling, Couplings
 from ecospa_fx.coupling.find import ALLOWED
 from ecospa_fx.errors import EcospaError, PlanError, ScoreError, StorageError
 from ecospa_fx.folder import refuse_existing
@@ -31,7 +31,7 @@ from ecospa_fx.importance.progress import watched
 from ecospa_fx.origin import origin, origin_of
 from ecospa_fx.plan import Plan
 from ecospa_fx.recipe import SECOND_ORDER
-from ecospa_fx.report import couplings_data, explain
+from ecospa_fx.report import couplings_data, explain, reason_lines
 from ecospa_fx.sources import Source, open_source
 from ecospa_fx.storage import save
 from ecospa_fx.verify import masked_error
@@ -128,7 +128,7 @@ def inspect(arguments: argparse.Namespace) -> None:
         print(json.dumps({**couplings_data(couplings), "source": arguments.source, "seconds": round(seconds, 3)}))
     else:
         print(couplings)
-        for line in (*told(couplings, "inexact"), *told(couplings, "blocked")):
+        for line in (*reason_lines(couplings, "inexact"), *reason_lines(couplings, "blocked")):
             print(line)
         print(f"{type(source.model).__name__}, detected in {seconds:.1f} s")
 
@@ -140,22 +140,6 @@ def coupling_named(couplings: Couplings, name: str) -> Coupling:
         return couplings[name]
     near = get_close_matches(name, names, n=3, cutoff=0.4) or names[:3]
     raise UsageError(f"there is no coupling {name!r}; near it: {', '.join(near) or 'none, nothing was found'}")
-
-
-def told(couplings: Couplings, what: Literal["blocked", "inexact"]) -> list[str]:
-    """One line per reason: how many couplings it concerns, reason and remedy, the first operator, node and line."""
-    grouped: dict[str, list[tuple[str, Refusal]]] = {}
-    for c in couplings:
-        refusal = c.blocked if what == "blocked" else c.inexact
-        if refusal is not None:
-            grouped.setdefault(refusal.message, []).append((c.name, refusal))
-    lines = []
-    for message, entries in grouped.items():
-        name, first = entries[0]
-        more = f" and {len(entries) - 1:,} more" if len(entries) > 1 else ""
-        place = f"; {first.source}" if first.source else ""
-        lines.append(f"{what}: {name}{more}: {message} ({first.operator} at node {first.node}{place})")
-    return lines
 
 
 # -- compress ----------------------------------------------------------------------------------------------------
@@ -199,20 +183,15 @@ def compress(arguments: argparse.Namespace) -> None:
 
     couplings = watch("detect", eco.detect, model, source.args, source.kwargs, allow=arguments.allow)
     eco.plan(couplings, ratio=arguments.ratio, round_to=arguments.round_to)  # refuses what cannot be reached
-    if arguments.method == SECOND_ORDER:
-        small = watch("compress", rebuilt, arguments, source, reader, texts)
-        plan = origin_of(small).plan
-    else:
-        scores = watch("score", scored, arguments, model, couplings, reader, texts)
-        plan = watch("plan", eco.plan, couplings, ratio=arguments.ratio, scores=scores, round_to=arguments.round_to)
-        small = watch("shrink", eco.shrink, model, plan, source.args, source.kwargs)
+    small = watch("compress", smaller, arguments, source, reader, texts)
+    plan = origin_of(small).plan
     error, limit = watch("check", exactness, source, plan, reader, texts.held_out[:1, :-1])
     if not error <= limit:
         raise PlanError(f"removing differs from masking by {error:.1e}, so nothing was saved")
     rows = watch("measure", measured, (model, small), reader, texts.held_out, stored)
     watch("save", save, small, arguments.output, origin=origin(model, plan, source.args, source.kwargs), dtypes=stored)
     print(plan)
-    for line in told(couplings, "inexact"):
+    for line in reason_lines(couplings, "inexact"):
         print(line)
     print(closing(rows, error, watch, arguments.output, plan))
 
@@ -318,26 +297,9 @@ def check_tokens(texts: Texts, vocabulary: int) -> None:
         )
 
 
-def scored(
-    arguments: argparse.Namespace, model: nn.Module, couplings: Couplings, reader: text.Reader, texts: Texts
-) -> Any:
-    """Scores from the calibration windows, one sequence each."""
-    batches = [reader.batch(window[None]) for window in texts.calibration]
-    return api.scored(
-        model,
-        couplings,
-        batches,
-        ratio=arguments.ratio,
-        loss=reader.loss,
-        method=arguments.method,
-        steps=1 if arguments.method == "magnitude" else arguments.passes,
-        progress=True,
-        round_to=arguments.round_to,
-    )
-
-
-def rebuilt(arguments: argparse.Namespace, source: Source, reader: text.Reader, texts: Texts) -> nn.Module:
-    """The smaller model, in which what stays makes up for what goes."""
+def smaller(arguments: argparse.Namespace, source: Source, reader: text.Reader, texts: Texts) -> nn.Module:
+    """The smaller model, with one batch per calibration window."""
+    only_removes = arguments.method not in {SECOND_ORDER, "magnitude"}
     return eco.compress(
         source.model,
         source.args,
@@ -345,9 +307,11 @@ def rebuilt(arguments: argparse.Namespace, source: Source, reader: text.Reader, 
         ratio=arguments.ratio,
         batches=[reader.batch(window[None]) for window in texts.calibration],
         loss=reader.loss,
+        method=arguments.method,
         allow=arguments.allow,
         round_to=arguments.round_to,
         progress=True,
+        **({"steps": arguments.passes} if only_removes else {}),
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 from textwrap import dedent, indent
+from typing import Literal
 
 import torch
 from tabulate import tabulate
@@ -226,3 +227,19 @@ def _coupling_data(coupling: Coupling) -> dict[str, object]:
         "contains": list(c.contains),
         "members": [asdict(m) for m in c.members],
     }
+
+
+def reason_lines(couplings: Couplings, what: Literal["blocked", "inexact"]) -> list[str]:
+    """One line per reason: how many couplings it concerns, reason and remedy, the first operator, node and line."""
+    grouped: dict[str, list[tuple[str, Refusal]]] = {}
+    for c in couplings:
+        refusal = c.blocked if what == "blocked" else c.inexact
+        if refusal is not None:
+            grouped.setdefault(refusal.message, []).append((c.name, refusal))
+    lines = []
+    for message, entries in grouped.items():
+        name, first = entries[0]
+        more = f" and {len(entries) - 1:,} more" if len(entries) > 1 else ""
+        place = f"; {first.source}" if first.source else ""
+        lines.append(f"{what}: {name}{more}: {message} ({first.operator} at node {first.node}{place})")
+    return lines

@@ -287,7 +287,7 @@ def test_compress_does_what_it_prints(folder: Path, tmp_path: Path, capsys: Capt
     rows = {line.split("  ")[0]: line.split()[-3:] for line in printed.out.splitlines() if line.endswith("%")}
     assert rows.keys() == {"parameters", "bytes", "FLOPs per token", "perplexity"}
     assert f'ecospa_fx.load("{output}")' in printed.out
-    assert "score …" in printed.err
+    assert "compress …" in printed.err
     assert "perplexity, small [########" in printed.err
 
     small = load(output, dtype=torch.float32)
@@ -441,7 +441,7 @@ def test_an_inexact_result_is_not_saved(
 ) -> None:
     monkeypatch.setattr(cli, "masked_error", lambda *_: math.nan)
     arguments = compress_arguments(folder, tmp_path / "small", "--tokenizer", str(folder / "tokenizer.json"))
-    assert "differs from the masked one by nan, so nothing was saved" in refused(capsys, arguments)
+    assert "removing differs from masking by nan, so nothing was saved" in refused(capsys, arguments)
     assert not list(tmp_path.iterdir())
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,21 +22,14 @@ from ecospa_fx.importance.score import Batch, Loss, one_batch
 from ecospa_fx.importance.views import Views
 
 
-@dataclass(slots=True, eq=False)
 class Moments:
-    """Of rows x of one width: how many, Σ x [n], Σ x xᵀ [n, n]."""
+    """Of rows x of one width, none yet: how many (`rows`), Σ x [n] (`total`), Σ x xᵀ [n, n] (`second`)."""
 
-    rows: int
-    total: Tensor
-    second: Tensor
-
-    @classmethod
-    def zero(cls, width: int, device: torch.device) -> Moments:
-        """Of no rows yet."""
+    def __init__(self, width: int, device: torch.device) -> None:
         dtype = accumulator_dtype(device)
-        return cls(
-            0, torch.zeros(width, dtype=dtype, device=device), torch.zeros(width, width, dtype=dtype, device=device)
-        )
+        self.rows = 0
+        self.total = torch.zeros(width, dtype=dtype, device=device)
+        self.second = torch.zeros(width, width, dtype=dtype, device=device)
 
     def add(self, rows: Tensor) -> None:
         """Fold in rows [..., n], in at least float32."""
@@ -52,7 +44,6 @@ class Moments:
         return self.second - torch.outer(self.total, self.total) / max(self.rows, 1)
 
 
-@dataclass(slots=True, eq=False)
 class Curvature:
     """What the pass collects; a site or gate that is not a key is not watched.
 
@@ -61,10 +52,11 @@ class Curvature:
     have them; others: by coupling, [carriers, units], the sum over batches of squared derivatives by gates.
     """
 
-    inputs: dict[Site, Moments] = field(default_factory=dict)
-    outputs: dict[Site, Moments] = field(default_factory=dict)
-    gates: dict[str, Tensor] = field(default_factory=dict)
-    others: dict[str, Tensor] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self.inputs: dict[Site, Moments] = {}
+        self.outputs: dict[Site, Moments] = {}
+        self.gates: dict[str, Tensor] = {}
+        self.others: dict[str, Tensor] = {}
 
     def check(self) -> None:
         """Raise ScoreError where something is not finite."""
@@ -85,8 +77,8 @@ class Collector:
         weights = evaluator.program.values
         for site in views.sites:
             out, width = site.matrix(weights[site.parameter]).shape
-            self.curvature.inputs[site] = Moments.zero(width, weights[site.parameter].device)
-            self.curvature.outputs[site] = Moments.zero(out, weights[site.parameter].device)
+            self.curvature.inputs[site] = Moments(width, weights[site.parameter].device)
+            self.curvature.outputs[site] = Moments(out, weights[site.parameter].device)
         self._gates: dict[Site, list[tuple[str, Tensor]]] = {}
         for gate in views.gates:
             for site, positions in gate.positions.items():
@@ -166,5 +158,5 @@ def output_moments(evaluator: Evaluator, sites: Sequence[Site], batches: Iterabl
                 evaluator.run([node], values)
                 if node in watched:
                     rows = values[node]
-                    found.setdefault(watched[node], Moments.zero(rows.shape[-1], rows.device)).add(rows)
+                    found.setdefault(watched[node], Moments(rows.shape[-1], rows.device)).add(rows)
     return found

@@ -122,7 +122,7 @@ class _Segment:
         """W ← W + R (A + λ)⁻¹, A = Σ x xᵀ, R = Σ (y - W x - b) xᵀ, both centred if there is a bias."""
         weight = self.site.matrix(self._held(self.site.parameter))
         bias = self._held(self.site.bias) if self.site.bias is not None else None
-        joint = Moments.zero(sum(weight.shape), weight.device)  # of inputs and residuals together
+        joint = Moments(sum(weight.shape), weight.device)  # of inputs and residuals together
         activation = self._twin_input()
         with torch.no_grad():
             for (_, own), target in zip(states, targets, strict=True):
