@@ -1,8 +1,9 @@
 """A training script that writes a checkpoint after every step and goes on from it: what `test_resume` kills.
 
-    python killed_training.py FOLDER [STEP]
+    python killed_training.py FOLDER [STEP LAST]
 
-With STEP, the process kills itself in the middle of the shrink of that step, between two parameters, once.
+With STEP, the process kills itself in the middle of the shrink of that step, between two parameters, once. After step
+LAST it waits to be killed, so that what it reaches does not depend on how fast it is.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def kill_at_second_parameter() -> None:
     module.narrow = killing
 
 
-def run(folder: Path, fatal: int) -> None:
+def run(folder: Path, fatal: int, last: int) -> None:
     sparse, optimizer = built()
     checkpoint, first = folder / "checkpoint.pt", 0
     if checkpoint.exists():
@@ -81,8 +82,11 @@ def run(folder: Path, fatal: int) -> None:
         (folder / "partial").replace(checkpoint)
         sys.stdout.write(f"{step}\n")
         sys.stdout.flush()
+        if step == last:
+            signal.pause()
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    run(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0)
+    fatal, last = (int(argument) for argument in [*sys.argv[2:], 0, 0][:2])
+    run(Path(sys.argv[1]), fatal, last)

@@ -181,10 +181,10 @@ def test_returned_keys_block_and_say_which_option_lifts_it() -> None:
     messages = {
         m.parameter.split(".")[-2]: c.blocked.message for c in couplings.blocked if c.blocked for m in c.members
     }
-    wanted = "it is part of the model's output; allow='cache' would offer it with a narrower output"
+    wanted = "it is part of the model's output; allow='cache' (--allow cache) would offer it with a narrower output"
     assert messages["k_proj"] == messages["v_proj"] == wanted
     plan = eco.plan(eco.detect(language_model("llama"), (tokens(5),), {"use_cache": False}), ratio=0.5)
-    with pytest.raises(PlanError, match="allow='cache' would offer it"):
+    with pytest.raises(PlanError, match="would offer it with a narrower output"):
         eco.shrink(language_model("llama"), plan, (tokens(5),), {"use_cache": True})
 
 
@@ -318,7 +318,7 @@ def test_a_returned_hidden_layer_stays_as_wide_as_it_was() -> None:
 
     (blocked,) = [c for c in eco.detect(Shown(), (torch.randn(2, HIDDEN),), allow="cache").blocked if c.size == 8]
     assert blocked.blocked is not None
-    assert blocked.blocked.message == "it is part of the model's output"
+    assert blocked.blocked.message.startswith("it is part of the model's output; do not return it")
 
 
 def test_narrower_caches_are_noted_everywhere() -> None:

@@ -21,8 +21,8 @@ def started(folder: Path, *arguments: str) -> subprocess.Popen[str]:
 
 
 def run_until(folder: Path, last: int, *arguments: str) -> int:
-    """Run until a step is done, then kill the process at once. Returns the step that was reached, and the code."""
-    process = started(folder, *arguments)
+    """Run until a step is done, where the process waits to be killed. Returns its exit code."""
+    process = started(folder, *arguments, str(last))
     assert process.stdout is not None
     for line in process.stdout:
         if int(line) >= last:
