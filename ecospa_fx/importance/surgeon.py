@@ -92,7 +92,7 @@ class _State:
         columns = best[:, None] * self.width + torch.arange(self.width, device=best.device)
         across = self.inverse[self.rows, columns]  # [carriers, width, n]
         own = across.gather(2, columns[:, None].expand(-1, self.width, -1))
-        share = torch.linalg.solve(own, across)
+        share = across / own if self.width == 1 else torch.linalg.inv(own) @ across
         taken = self.weight[self.rows, columns]  # [carriers, width, out]
         if self.width == 1:  # rank one: a broadcast product costs less than a matrix product, and norms follow
             met = self.weight @ taken.mT
