@@ -88,5 +88,5 @@ def run(folder: Path, fatal: int, last: int) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    fatal, last = (int(argument) for argument in [*sys.argv[2:], 0, 0][:2])
-    run(Path(sys.argv[1]), fatal, last)
+    numbers = [int(argument) for argument in sys.argv[2:]]
+    run(Path(sys.argv[1]), *(*numbers, 0, 0)[:2])

@@ -437,6 +437,36 @@ def test_a_compressed_model_is_saved_and_loaded(trained: nn.Module, tmp_path: An
     assert mean_loss(again, data()) == pytest.approx(mean_loss(small, data()), abs=1e-6)
 
 
+class InPlace(nn.Module):
+    """Layers that overwrite what others have computed."""
+
+    def __init__(self, *, overwrite: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.overwrite = overwrite
+        self.up = nn.ModuleList(nn.Linear(6, 24) for _ in range(3))
+        self.down = nn.ModuleList(nn.Linear(24, 6) for _ in range(3))
+        self.unused = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1.0
+        for up, down in zip(self.up, self.down, strict=True):
+            self.unused(x)
+            h = torch.relu_(up(x)) if self.overwrite else up(x).relu()
+            x = x.add_(down(h)) if self.overwrite else x + down(h)
+        return x
+
+
+def test_what_overwrites_is_compressed_like_what_does_not() -> None:
+    batches: list[Batch] = [((torch.randn(8, 6),), {}) for _ in range(8)]
+    found = [
+        eco.compress(InPlace(overwrite=overwrite), batches[0][0], ratio=0.5, batches=batches, loss=square, epochs=2)
+        for overwrite in (False, True)
+    ]
+    for (name, a), (_, b) in zip(*(model.named_parameters() for model in found), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
+
+
 # -- bad input ---------------------------------------------------------------------------------------------------
 
 

@@ -34,6 +34,8 @@ class Evaluator:
         """The nodes that compute, in the order of the graph."""
         (self.output,) = (node for node in nodes if node.op == "output")
         self._calling = calling(program, model, args, kwargs)
+        self.overwrites = any(_overwrites(node) for node in self.order)
+        """Whether some node changes a value that another one has computed."""
         self._arguments = {node: evaluation_arguments(node) for node in self.order}
         self._last: dict[fx.Node, int] = {}
         for place, node in enumerate(self.order):
@@ -94,6 +96,10 @@ class Evaluator:
         leaves: Any = fx.node.map_arg(self.output.args[0], values.__getitem__)
         mutated = len(self.program.exported.graph_signature.output_specs) - self._calling.result.num_leaves
         return self._calling.returned(list(leaves)[mutated:], tuple(args), dict(kwargs))
+
+
+def _overwrites(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def detached(value: Any) -> Any:

@@ -57,7 +57,7 @@ def find_sites(program: ExportedForm) -> list[Site]:
 
 
 def _site(program: ExportedForm, node: fx.Node) -> Site | None:
-    if node.op != "call_function" or node.target not in _PRODUCTS:
+    if node.op != "call_function" or node.target not in _PRODUCTS or not node.users:
         return None
     activation, matrix, addend, transposed = _PRODUCTS[node.target]
     given = named_arguments(node)

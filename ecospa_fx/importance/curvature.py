@@ -122,16 +122,17 @@ class Collector:
             source = values[site.input] if site is not None else None
             evaluator.run([node], values)
             if site is not None:
-                self._watch(site, source, values[node])
+                values[node] = self._watched_result(site, source, values[node])
         return evaluator.returned(values, args, kwargs)
 
-    def _watch(self, site: Site, source: Any, result: Tensor) -> None:
+    def _watched_result(self, site: Site, source: Any, result: Tensor) -> Tensor:
+        """The result with a hook; what comes after it may overwrite it."""
         if not result.requires_grad:
-            result.requires_grad_()
-            self._begun.append(result)
-        source, seen = source.detach(), result.detach()
+            self._begun.append(result.requires_grad_())
+            result = result.clone()
+        seen = result.detach().clone() if site in self._gates else result
         if site in self.curvature.inputs:
-            self.curvature.inputs[site].add(source)
+            self.curvature.inputs[site].add(source.detach())
 
         def fold(gradient: Tensor) -> None:
             if site in self.curvature.outputs:
@@ -140,6 +141,7 @@ class Collector:
                 self._gate(name, positions, (seen.float() * gradient.float()).flatten(0, -2))
 
         result.register_hook(fold)  # type: ignore[no-untyped-call]  # torch has no types here
+        return result
 
     def _gate(self, name: str, positions: Tensor, products: Tensor) -> None:
         each = products[:, positions].sum(-1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
@@ -107,12 +108,14 @@ class _Segment:
                 own.update(self.weights)
                 self.small.run(self.small_nodes, own)
             _forget(own, self.weights)
-            values[self.site.node] = own[self.twin]
+            values[self.site.node] = own[self.twin].clone() if self.dense.overwrites else own[self.twin]
         return f"{self.site.parameter}: {told}"
 
     def _run(self, own: Values, *, whole: bool) -> Values:
         """A copy of a batch's values after the segment, or right before its last node."""
-        values = {**own, **self.weights}
+        # Together, so that views of one tensor stay views of one.
+        fresh = deepcopy(list(own.values())) if self.small.overwrites else own.values()
+        values = {**dict(zip(own, fresh, strict=True)), **self.weights}
         self.small.run(self.small_nodes if whole else self.small_nodes[:-1], values)
         return values
 
