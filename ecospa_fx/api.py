@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from ecospa_fx.budget.allocate import plan as make_plan
@@ -136,7 +137,8 @@ def _rebuilt(task: Task, ratio: float, options: Mapping[str, Any]) -> nn.Module:
     planning = {name: value for name, value in options.items() if name not in ingredients}
     make_plan(task.couplings, ratio, **planning)  # refuses what cannot be reached before anything slow
     model, args, kwargs = task.model, task.args, task.kwargs
-    program, plan = compressed(captures(model, args, kwargs, dynamic=True), task, ratio, recipe, **planning)
+    with torch.inference_mode(False):  # what is fitted needs gradients, whatever the caller's mode
+        program, plan = compressed(captures(model, args, kwargs, dynamic=True), task, ratio, recipe, **planning)
     run_passes(program.exported.graph_module, CLEANUP)
     return remember(restore(program, model, args, kwargs), origin(model, plan, args, kwargs))
 

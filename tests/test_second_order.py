@@ -430,6 +430,13 @@ def test_bfloat16_and_training_mode_stay_what_they_are() -> None:
     assert all(p.isfinite().all() and p.requires_grad for p in small.parameters())
 
 
+def test_it_works_in_inference_mode(trained: nn.Module) -> None:
+    batches = data()
+    with torch.inference_mode():
+        small = eco.compress(trained, batches[0][0], ratio=0.3, batches=batches, loss=loss_of, epochs=1)
+    assert not any(p.is_inference() for p in small.parameters())
+
+
 def test_a_compressed_model_is_saved_and_loaded(trained: nn.Module, tmp_path: Any) -> None:
     small = eco.compress(trained, data()[0][0], ratio=0.3, batches=data(), loss=loss_of, epochs=0)
     eco.save(small, tmp_path / "small")
