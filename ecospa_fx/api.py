@@ -13,7 +13,7 @@ from ecospa_fx.budget.allocate import plan as make_plan
 from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.coupling.find import detected
 from ecospa_fx.errors import ScoreError
-from ecospa_fx.fitted import fitted
+from ecospa_fx.fitted import first_fit, fitted
 from ecospa_fx.graph.capture import capture, captures
 from ecospa_fx.graph.owned import owned
 from ecospa_fx.graph.passes import Pass, run_passes
@@ -22,7 +22,7 @@ from ecospa_fx.importance.score import Batch, Loss, score
 from ecospa_fx.importance.scores import Scores
 from ecospa_fx.origin import origin, remember
 from ecospa_fx.plan import Plan
-from ecospa_fx.recipe import SECOND_ORDER, Recipe, Task, checked, compressed
+from ecospa_fx.recipe import SECOND_ORDER, Recipe, Task, checked, compress_program
 from ecospa_fx.verify import masked
 
 
@@ -138,7 +138,8 @@ def _rebuilt(task: Task, ratio: float, options: Mapping[str, Any]) -> nn.Module:
     make_plan(task.couplings, ratio, **planning)  # refuses what cannot be reached before anything slow
     model, args, kwargs = task.model, task.args, task.kwargs
     with torch.inference_mode(False):  # what is fitted needs gradients, whatever the caller's mode
-        program, plan = compressed(captures(model, args, kwargs, dynamic=True), task, ratio, recipe, **planning)
+        programs = captures(model, args, kwargs, dynamic=True)
+        program, plan = first_fit(programs, lambda p: compress_program(p, task, ratio, recipe, **planning))
     run_passes(program.exported.graph_module, CLEANUP)
     return remember(restore(program, model, args, kwargs), origin(model, plan, args, kwargs))
 

@@ -100,23 +100,6 @@ def checked(batches: Iterable[object], loss: Loss | None) -> tuple[list[Batch], 
     return found, loss
 
 
-def compressed(
-    programs: Iterable[ExportedForm], task: Task, ratio: float, recipe: Recipe, **planning: Any
-) -> tuple[ExportedForm, Plan]:
-    """The first program that can be made smaller, and what was kept. Raises the first one's PlanError if there is none.
-
-    programs: at least one, from most to fewest symbolic sizes; made only as far as they are needed.
-    """
-    failure: PlanError | None = None
-    for program in programs:
-        try:
-            return program, compress_program(program, task, ratio, recipe, **planning)
-        except PlanError as error:
-            failure = failure or error
-    assert failure is not None  # there is at least one program
-    raise failure
-
-
 def compress_program(program: ExportedForm, task: Task, ratio: float, recipe: Recipe, **planning: Any) -> Plan:
     """Make a program smaller in place and let what stays make up for what goes. Returns what was kept.
 

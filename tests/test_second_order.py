@@ -474,6 +474,33 @@ def test_what_overwrites_is_compressed_like_what_does_not() -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
 
 
+class Memory:
+    """What a call leaves for the next one."""
+
+    def __init__(self) -> None:
+        self.total = torch.zeros(8, 6)
+
+
+class Remembering(InPlace):
+    """Overwrites its argument, and an object that it is given."""
+
+    def forward(self, x: Tensor, memory: Memory | None = None) -> Tensor:
+        x = super().forward(x.add_(1.0))
+        if memory is not None:
+            memory.total = memory.total + x
+        return x
+
+
+def test_calibration_data_stays_as_it_is() -> None:
+    batches: list[Batch] = [((torch.randn(8, 6), Memory()), {}) for _ in range(4)]
+    before = [args[0].clone() for args, _ in batches]
+    example = (torch.randn(8, 6), Memory())
+    eco.compress(Remembering(overwrite=True), example, ratio=0.5, batches=batches, loss=square, epochs=1)
+    for (args, _), values in zip(batches, before, strict=True):
+        assert args[0].equal(values)
+        assert not args[1].total.any()
+
+
 # -- bad input ---------------------------------------------------------------------------------------------------
 
 

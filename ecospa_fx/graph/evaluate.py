@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from ecospa_fx.errors import InputError
 from ecospa_fx.graph.calling import calling
 from ecospa_fx.graph.modes import evaluation_arguments
+from ecospa_fx.graph.objects import copied
 from ecospa_fx.graph.program import ExportedForm
 
 Values = dict[fx.Node, Any]
@@ -48,9 +49,10 @@ class Evaluator:
     def start(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Values:
         """The values that a call of the dense model begins with, but for the parameters: arguments and buffers.
 
+        All that the graph may write into is copied, so that a call can be repeated.
         Raises InputError where the graph does not hold for these arguments.
         """
-        given = tuple(args), dict(kwargs)
+        given = copied((tuple(args), dict(kwargs)))
         try:
             leaves = self._calling.flat(*given)
         except TypeError as error:
@@ -92,10 +94,9 @@ class Evaluator:
                     values.pop(read, None)
 
     def returned(self, values: Values, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """What the module returns for these arguments, once all nodes have run."""
+        """What the module returns for these arguments, which stay as they are, once all nodes have run."""
         leaves: Any = fx.node.map_arg(self.output.args[0], values.__getitem__)
-        mutated = len(self.program.exported.graph_signature.output_specs) - self._calling.result.num_leaves
-        return self._calling.returned(list(leaves)[mutated:], tuple(args), dict(kwargs))
+        return self._calling.returned(list(leaves), *copied((tuple(args), dict(kwargs))))
 
 
 def _overwrites(node: fx.Node) -> bool:

@@ -94,7 +94,7 @@ class Collector:
         self._batches = 0
 
     def run(self, batches: Iterable[Batch], loss: Loss) -> Curvature:
-        """One forward and backward pass per batch. Raises ScoreError for data or a loss that tells nothing."""
+        """One forward and backward pass per batch, of which there is one. Raises ScoreError where they tell nothing."""
         watching = self._statistic.watching() if self._statistic is not None else nullcontext()
         with torch.inference_mode(False), torch.enable_grad(), watching:
             for batch in batches:
@@ -102,8 +102,6 @@ class Collector:
                 if self._statistic is not None:
                     self._statistic.end_batch(self._batches)
                 self._batches += 1
-        if not self._batches:
-            raise ScoreError("there are no batches to calibrate with: pass at least one (args, kwargs)")
         if self._statistic is not None:
             self.curvature.others = {n: v * self._batches for n, v in self._statistic.result().items()}
         self.curvature.check()
