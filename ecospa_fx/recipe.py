@@ -1,4 +1,4 @@
-"""The recipe of `compress`: bases, scores, allocation, gates, least squares and fit, in the order that works."""
+"""The recipe of `compress`: bases, scores, allocation, gates, least squares, distillation, in the order that works."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.errors import PlanError, ScoreError
 from ecospa_fx.graph.evaluate import Evaluator
 from ecospa_fx.graph.program import ExportedForm
-from ecospa_fx.graph.sites import find_sites
-from ecospa_fx.importance.curvature import Collector, Curvature, output_moments
+from ecospa_fx.graph.sites import Site, find_sites
+from ecospa_fx.importance.curvature import Collector, Curvature
 from ecospa_fx.importance.matrices import damped
 from ecospa_fx.importance.progress import watched
 from ecospa_fx.importance.score import Batch, Loss, arguments
@@ -43,8 +43,9 @@ class Recipe:
     basis: turn linear couplings (V with O, Q with K where nothing rotates them) before units are chosen.
     damping: of the surgeon's matrices, in means of their diagonals. gates: rescale the queries and keys that are kept
     for those that go, with gate_damping. least_squares: solve the matrices that lost inputs anew, with
-    least_squares_damping. epochs: of the local fit after that, 0 for none; rate, step: its learning rate in root mean
-    squares of each parameter, and batches per step. progress: bars on stderr.
+    least_squares_damping. epochs: over the calibration data, without its labels, in which the smaller model learns to
+    answer like the dense one, 0 for none; rate, step: the learning rate in root mean squares of each parameter, and
+    batches per step. progress: bars on stderr.
     """
 
     basis: bool = True
@@ -54,8 +55,8 @@ class Recipe:
     least_squares: bool = True
     least_squares_damping: float = 0.1
     epochs: int = 4
-    rate: float = 0.02
-    step: int = 8
+    rate: float = 0.002
+    step: int = 2
     progress: bool = False
 
     def __post_init__(self) -> None:
@@ -67,8 +68,6 @@ class Recipe:
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ScoreError(f"{name}={value!r} is not a count: give a whole number of at least {least}")
-        if self.epochs and not self.least_squares:
-            raise ScoreError("epochs without least_squares=True fit nothing: pass epochs=0 too")
 
     def shown(self, items: Sequence[Item], label: str) -> Iterator[Item] | Sequence[Item]:
         """The same items, with a bar if wanted."""
@@ -106,6 +105,7 @@ def compress_program(program: ExportedForm, task: Task, ratio: float, recipe: Re
     planning: further options of `plan`. The model itself is not changed. Raises PlanError where the plan does not fit
     the program, ScoreError and InputError for data that tells nothing or does not fit.
     """
+    from ecospa_fx.passes.lossy.distill import Distill
     from ecospa_fx.passes.lossy.reconstruct import Reconstruct
     from ecospa_fx.passes.shrink_couplings import shrink_program
 
@@ -119,10 +119,13 @@ def compress_program(program: ExportedForm, task: Task, ratio: float, recipe: Re
     if recipe.gates:
         _rescale(program, views, curvature, plan, recipe.gate_damping)
     shrink_program(program, plan)
+    small = Evaluator(program, task.model, task.args, task.kwargs)
     if recipe.least_squares:
-        small = Evaluator(program, task.model, task.args, task.kwargs)
-        rebuild = Reconstruct(recipe.least_squares_damping, recipe.epochs, recipe.rate, recipe.step)
+        rebuild = Reconstruct(recipe.least_squares_damping)
         rebuild.run(dense, small, task.batches, lambda stages: recipe.shown(stages, "reconstruct"))
+    if recipe.epochs:
+        distill = Distill(recipe.epochs, recipe.rate, recipe.step)
+        distill.run(dense, small, task.batches, task.loss, lambda order: recipe.shown(order, "distill"))
     return plan
 
 
@@ -130,13 +133,15 @@ def _measured(
     program: ExportedForm, evaluator: Evaluator, task: Task, recipe: Recipe, kinds: Sequence[str] | None
 ) -> tuple[Views, Curvature]:
     """Views of the couplings and what the data says of them, in the bases that suit removal."""
-    from ecospa_fx.passes.lossy.change_basis import turn_queries, turn_values
+    from ecospa_fx.passes.lossy.change_basis import turn_factors, turn_values
+
+    def measured(views: Views, label: str, results: Sequence[Site] = ()) -> Curvature:
+        return Collector(evaluator, views, results).run(recipe.shown(task.batches, label), task.loss)
 
     views = views_of(choose(task.couplings, kinds, containers=False), find_sites(program))
     if recipe.basis:
-        turn_queries(views, lambda s: output_moments(evaluator, s, recipe.shown(task.batches, "queries")), program)
-    collector = Collector(evaluator, views)
-    curvature = collector.run(recipe.shown(task.batches, "curvature"), task.loss)
+        turn_factors(views, lambda sites: measured(Views((), (), ()), "bases", sites), program)
+    curvature = measured(views, "curvature")
     if recipe.basis:
         turn_values(views, curvature, program)
     return views, curvature

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from ecospa_fx.passes.lossy.change_basis import turn_queries, turn_values
+from ecospa_fx.passes.lossy import distill
+from ecospa_fx.passes.lossy.change_basis import turn_factors, turn_values
+from ecospa_fx.passes.lossy.distill import Distill
 from ecospa_fx.passes.lossy.reconstruct import Reconstruct
 from ecospa_fx.passes.shrink_couplings import shrink_program
 from hypothesis import given, settings
@@ -24,7 +26,7 @@ from ecospa_fx.graph.capture import capture
 from ecospa_fx.graph.evaluate import Evaluator
 from ecospa_fx.graph.program import ExportedForm
 from ecospa_fx.graph.sites import find_sites
-from ecospa_fx.importance.curvature import Collector, output_moments
+from ecospa_fx.importance.curvature import Collector
 from ecospa_fx.importance.matrices import damped, power
 from ecospa_fx.importance.score import Batch
 from ecospa_fx.importance.second_order import unit_scores
@@ -311,10 +313,11 @@ def test_a_change_of_basis_changes_nothing_but_the_basis(rotary: bool, fused: bo
     program, evaluator, views = looked_at(model)
     batches = data(6)
     want = [model(*args) for args, _ in batches]
-    turned_queries = turn_queries(views, lambda sites: output_moments(evaluator, sites, batches), program)
+    nothing = Views((), (), ())
+    turned = turn_factors(views, lambda sites: Collector(evaluator, nothing, sites).run(batches, loss_of), program)
     curvature = Collector(evaluator, views).run(batches, loss_of)
     turned_values = turn_values(views, curvature, program)
-    assert (turned_queries, turned_values) == (0 if rotary else 2, 2)
+    assert (turned, turned_values) == (0 if rotary else 2, 2)
     for (args, kwargs), expected in zip(batches, want, strict=True):
         values = {**evaluator.start(args, kwargs), **evaluator.weights()}
         evaluator.run(evaluator.order, values)
@@ -340,21 +343,21 @@ def test_values_are_uncorrelated_after_the_change_and_fall_in_importance() -> No
 # -- reconstruction ----------------------------------------------------------------------------------------------
 
 
-def rebuilt(model: nn.Module, ratio: float, **options: Any) -> tuple[Evaluator, Evaluator, list[str]]:
+def pair(model: nn.Module, ratio: float) -> tuple[Evaluator, Evaluator]:
+    """A program and what is left of it without some FFN units."""
     program, _, _ = looked_at(model)
     example = (data(2)[0][0][0].repeat(2, 1),)
     dense = Evaluator(program.frozen(), model, example, {})
     shrink_program(program, eco.plan(eco.detect(model, example), ratio, kinds=["ffn"]))
-    small = Evaluator(program, model, example, {})
-    return dense, small, Reconstruct(**options).run(dense, small, data(16))
+    return dense, Evaluator(program, model, example, {})
 
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_least_squares_leave_residuals_that_inputs_do_not_explain(bias: bool) -> None:
     """The normal equations of the first layer, whose inputs the smaller model shares with the dense one."""
     model = Tokens(bias=bias).double().eval()
-    dense, small, told = rebuilt(model, 0.4, damping=1e-8, epochs=0)
-    assert [t.partition(":")[0] for t in told] == ["layers.0.down.weight", "layers.1.down.weight"]
+    dense, small = pair(model, 0.4)
+    assert Reconstruct(damping=1e-8).run(dense, small, data(16)) == 2
     rows, residuals = [], []
     for args, kwargs in data(16):
         found = []
@@ -375,11 +378,55 @@ def test_least_squares_leave_residuals_that_inputs_do_not_explain(bias: bool) ->
         assert r.mean(0).abs().max() < 1e-6
 
 
-def test_a_fit_helps_on_batches_that_it_has_not_seen(trained: nn.Module) -> None:
-    _, _, told = rebuilt(trained, 0.5, epochs=4, step=2)
-    for line in told:
-        before, after = (float(word.rstrip(",")) for word in line.partition("fitted from ")[2].split(" to "))
-        assert after < before, line
+# -- distillation ------------------------------------------------------------------------------------------------
+
+
+def predictions(evaluator: Evaluator, batches: Sequence[Batch]) -> Tensor:
+    found: list[Tensor] = []
+    for args, kwargs in batches:
+        values = {**evaluator.start(args, kwargs), **evaluator.weights()}
+        evaluator.run(evaluator.order, values)
+        found.append(evaluator.returned(values, args, kwargs).flatten(0, -2))
+    return torch.cat(found).log_softmax(-1)
+
+
+def test_distillation_brings_the_predictions_of_unseen_data_nearer(trained: nn.Module) -> None:
+    dense, small = pair(trained, 0.5)
+    unseen = data(8, 14)
+    want, before = predictions(dense, unseen).exp(), predictions(small, unseen)
+    first, last = Distill(epochs=4, rate=0.01).run(dense, small, data(16), loss_of)
+    assert last < first
+    after = predictions(small, unseen)
+    assert (want * after).sum() > (want * before).sum()  # the cross-entropies' part of the divergence
+
+
+def test_the_divergence_of_a_cross_entropy_is_that_of_the_predictions_whatever_the_labels() -> None:
+    """Its gradient at the output is softmax(y) - softmax(y₀)."""
+    torch.manual_seed(0)
+    output, dense = torch.randn(2, 5, VOCABULARY, requires_grad=True), torch.randn(2, 5, VOCABULARY)
+    for labels in torch.randint(0, VOCABULARY, (3, 2, 5)):
+        batch: Batch = ((labels,), {})
+
+        def loss(logits: Tensor, args: Any, kwargs: Any) -> Tensor:
+            return cross_entropy(logits.flatten(0, 1), args[0].flatten(), reduction="sum")
+
+        value = distill._divergence(output, distill._slopes(dense, batch, loss), batch, loss)
+        (found,) = torch.autograd.grad(value, output)
+        torch.testing.assert_close(found, output.softmax(-1) - dense.softmax(-1))
+
+
+def test_a_loss_that_the_model_computes_itself_distils_nothing_and_says_so(trained: nn.Module) -> None:
+    class Judged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = trained
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return cross_entropy(self.inner(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+    batches = data()
+    with pytest.warns(UserWarning, match="linear in what the model returns.*logits"):
+        eco.compress(Judged(), batches[0][0], ratio=0.3, batches=batches, loss=lambda y, args, kwargs: y)
 
 
 # -- the recipe --------------------------------------------------------------------------------------------------
@@ -560,7 +607,6 @@ def constant_loss(output: Tensor, args: Any, kwargs: Any) -> Tensor:
         ({"ratio": 1.5}, EcospaError, "ratio=1.5"),
         ({"damping": 0}, ScoreError, "damping=0 is not a factor"),
         ({"epochs": -1}, ScoreError, "epochs=-1 is not a count"),
-        ({"least_squares": False}, ScoreError, "epochs without least_squares"),
     ],
 )
 def test_bad_input_is_refused_in_one_sentence(

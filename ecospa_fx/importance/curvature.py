@@ -6,7 +6,7 @@ gradients at their outputs, and of its gradients by gates. Activations live no l
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -47,13 +47,14 @@ class Moments:
 class Curvature:
     """What the pass collects; a site or gate that is not a key is not watched.
 
-    inputs: moments of the input; outputs: of the loss's gradient at the output; gates: by coupling, Σ e eᵀ [carriers,
-    units, units] over rows of the derivatives e by gates on the units, half of it where both factors of a product
-    have them; others: by coupling, [carriers, units], the sum over batches of squared derivatives by gates.
+    inputs: moments of the input; results: of the output; outputs: of the loss's gradient at the output; gates: by
+    coupling, Σ e eᵀ [carriers, units, units] over rows of the derivatives e by gates on the units, of the factor at
+    which they are smaller; others: by coupling, [carriers, units], sums over batches of squared derivatives by gates.
     """
 
     def __init__(self) -> None:
         self.inputs: dict[Site, Moments] = {}
+        self.results: dict[Site, Moments] = {}
         self.outputs: dict[Site, Moments] = {}
         self.gates: dict[str, Tensor] = {}
         self.others: dict[str, Tensor] = {}
@@ -70,28 +71,42 @@ class Curvature:
 
 
 class Collector:
-    """Runs batches through a program and folds what it sees of some couplings into a `Curvature`."""
+    """Runs batches through a program and folds what it sees of some couplings into a `Curvature`.
 
-    def __init__(self, evaluator: Evaluator, views: Views) -> None:
+    results: sites whose outputs are to be known as well, with the gradients there.
+    """
+
+    def __init__(self, evaluator: Evaluator, views: Views, results: Sequence[Site] = ()) -> None:
         self.evaluator, self.curvature = evaluator, Curvature()
         weights = evaluator.program.values
         for site in views.sites:
             out, width = site.matrix(weights[site.parameter]).shape
             self.curvature.inputs[site] = Moments(width, weights[site.parameter].device)
             self.curvature.outputs[site] = Moments(out, weights[site.parameter].device)
-        self._gates: dict[Site, list[tuple[str, Tensor]]] = {}
+        for site in results:
+            out = site.matrix(weights[site.parameter]).shape[0]
+            self.curvature.results[site] = Moments(out, weights[site.parameter].device)
+            self.curvature.outputs[site] = Moments(out, weights[site.parameter].device)
+        self._gates: dict[Site, list[tuple[Tensor, Tensor]]] = {}
+        self._sides: dict[str, list[Tensor]] = {}
         for gate in views.gates:
-            for site, positions in gate.positions.items():
-                device = weights[site.parameter].device
-                self._gates.setdefault(site, []).append((gate.coupling.name, positions.to(device)))
-                shape, dtype = (*positions.shape[:2], positions.shape[1]), accumulator_dtype(device)
-                self.curvature.gates[gate.coupling.name] = torch.zeros(shape, dtype=dtype, device=device)
+            self._sides[gate.coupling.name] = [self._side(side) for side in gate.sides]
         names = dict.fromkeys(m.parameter for c in views.others for m in c.members)
         self._leaves = {name: nn.Parameter(weights[name].detach()) for name in names}
         self._statistic = GradientStatistic(GATE_FISHER, self._leaves, views.others) if views.others else None
-        self._watched = {site.node: site for site in {**self.curvature.inputs, **self._gates}}
+        self._watched = {site.node: site for site in {**self.curvature.outputs, **self._gates}}
         self._begun: list[Tensor] = []
         self._batches = 0
+
+    def _side(self, side: Mapping[Site, Tensor]) -> Tensor:
+        """Zeros [carriers, units, units], to which the hooks of a factor's sites will add."""
+        weights = self.evaluator.program.values
+        (shape,) = {tuple(positions.shape[:2]) for positions in side.values()}
+        device = weights[next(iter(side)).parameter].device
+        total = torch.zeros(*shape, shape[1], dtype=accumulator_dtype(device), device=device)
+        for site, positions in side.items():
+            self._gates.setdefault(site, []).append((total, positions.to(weights[site.parameter].device)))
+        return total
 
     def run(self, batches: Iterable[Batch], loss: Loss) -> Curvature:
         """One forward and backward pass per batch, of which there is one. Raises ScoreError where they tell nothing."""
@@ -104,6 +119,7 @@ class Collector:
                 self._batches += 1
         if self._statistic is not None:
             self.curvature.others = {n: v * self._batches for n, v in self._statistic.result().items()}
+        self.curvature.gates = {name: _quieter(sides) for name, sides in self._sides.items()}
         self.curvature.check()
         return self.curvature
 
@@ -131,32 +147,26 @@ class Collector:
         seen = result.detach().clone() if site in self._gates else result
         if site in self.curvature.inputs:
             self.curvature.inputs[site].add(source.detach())
+        if site in self.curvature.results:
+            self.curvature.results[site].add(result.detach())
 
         def fold(gradient: Tensor) -> None:
             if site in self.curvature.outputs:
                 self.curvature.outputs[site].add(gradient)
-            for name, positions in self._gates.get(site, ()):
-                self._gate(name, positions, (seen.float() * gradient.float()).flatten(0, -2))
+            for total, positions in self._gates.get(site, ()):
+                each = (seen.float() * gradient.float()).flatten(0, -2)[:, positions].sum(-1)
+                total.add_(torch.einsum("ncu,ncv->cuv", each, each))
 
         result.register_hook(fold)  # type: ignore[no-untyped-call]  # torch has no types here
         return result
 
-    def _gate(self, name: str, positions: Tensor, products: Tensor) -> None:
-        each = products[:, positions].sum(-1)
-        self.curvature.gates[name] += torch.einsum("ncu,ncv->cuv", each, each) / 2
 
+def _quieter(sides: Sequence[Tensor]) -> Tensor:
+    """Per carrier [units, units] of the factor with the smaller trace.
 
-def output_moments(evaluator: Evaluator, sites: Sequence[Site], batches: Iterable[Batch]) -> dict[Site, Moments]:
-    """Moments of the outputs of some sites, from forward passes alone."""
-    weights, watched = evaluator.weights(), {site.node: site for site in sites}
-    found: dict[Site, Moments] = {}
-    last = max((place for place, node in enumerate(evaluator.order) if node in watched), default=-1)
-    with torch.no_grad():
-        for args, kwargs in batches:
-            values = {**evaluator.start(args, kwargs), **weights}
-            for node in evaluator.order[: last + 1]:
-                evaluator.run([node], values)
-                if node in watched:
-                    rows = values[node]
-                    found.setdefault(watched[node], Moments(rows.shape[-1], rows.device)).add(rows)
-    return found
+    A gate on a product acts on both factors alike, but the rows of one may hold much that cancels over rows: what is
+    added to all keys, of which softmax sees nothing.
+    """
+    stacked = torch.stack(list(sides))
+    least = stacked.diagonal(dim1=-2, dim2=-1).sum(-1).argmin(0)
+    return stacked[least, torch.arange(stacked.shape[1], device=stacked.device)]

@@ -31,11 +31,25 @@ class Inputs:
 class Gate:
     """The units of a coupling as rows of linear outputs that a gate would multiply.
 
-    positions: per site LongTensor [carriers, units, width], positions of its output.
+    sides: the factors of the product, one where they cannot be told apart; each per site LongTensor [carriers, units,
+    width], positions of its output.
     """
 
     coupling: Coupling
-    positions: Mapping[Site, Tensor]
+    sides: tuple[Mapping[Site, Tensor], ...]
+
+    @property
+    def sites(self) -> list[Site]:
+        """Each once."""
+        return list(dict.fromkeys(site for side in self.sides for site in side))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Side:
+    """Positions [carriers, units, width] along one axis of one parameter."""
+
+    member: Member
+    positions: Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,7 +77,7 @@ def views_of(couplings: Sequence[Coupling], sites: Sequence[Site]) -> Views:
         if consumed and not outside:
             inputs.append(Inputs(coupling, consumed))
         elif not consumed and produced and coupling.symmetry != "permutation":
-            gates.append(Gate(coupling, produced))
+            gates.append(Gate(coupling, _factors(by_name, coupling) or (produced,)))
         else:
             others.append(coupling)
     return Views(tuple(inputs), tuple(gates), tuple(others))
@@ -88,3 +102,28 @@ def _rows(sites: Mapping[str, Site], coupling: Coupling) -> dict[Site, Tensor]:
         elif member.parameter not in biases:
             return {}
     return found
+
+
+def sides_of(coupling: Coupling) -> tuple[tuple[Side, ...], tuple[Side, ...]] | None:
+    """The two factors of a product: by role, or by halves of a fused matrix; None where neither tells them apart."""
+    if any(m.carrier_axis is not None for m in coupling.members):
+        return None
+    whole = [Side(m, m.indices) for m in coupling.members]
+    if len({m.role for m in coupling.members}) == 2:
+        return tuple(s for s in whole if s.member.role == "producer"), tuple(
+            s for s in whole if s.member.role == "consumer"
+        )
+    if any(len(m.boxes) != 2 for m in coupling.members):
+        return None
+    halves = [tuple(Side(m, m.boxes[i].indices(m.carriers, m.units)) for m in coupling.members) for i in (0, 1)]
+    return halves[0], halves[1]
+
+
+def _factors(sites: Mapping[str, Site], coupling: Coupling) -> tuple[Mapping[Site, Tensor], ...] | None:
+    """The outputs of each factor's matrices; None where a factor is not told apart or has none."""
+    halves = sides_of(coupling) or ()
+    found = tuple(
+        {site: side.positions for side in half if (site := _met(sites, side.member, inside=False)) is not None}
+        for half in halves
+    )
+    return found if found and all(found) else None

@@ -3,34 +3,25 @@
 Between two matrices with nothing in between, V then O or Q with K, any invertible matrix B may be put in: B on one
 side, its inverse on the other. The function stays the same, to rounding, and removal of the last units then costs
 least. The bases are those of the singular value decomposition of the product, weighted by the data: see `value_basis`
-and `query_basis`.
+and `factor_basis`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ecospa_fx.coupling.couplings import Coupling, Member
 from ecospa_fx.graph.program import Program
 from ecospa_fx.graph.sites import Site
-from ecospa_fx.importance.curvature import Curvature, Moments
+from ecospa_fx.importance.curvature import Curvature
 from ecospa_fx.importance.matrices import power
-from ecospa_fx.importance.views import Gate, Inputs, Views
+from ecospa_fx.importance.views import Gate, Inputs, Side, Views, sides_of
 
 FLOOR = 1e-6
 """Directions with less than this share of the largest second moment are not blown up any further."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Side:
-    """Positions [carriers, units, width] along one axis of one parameter."""
-
-    member: Member
-    positions: Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,21 +54,6 @@ def rotated(tensor: Tensor, axis: int, positions: Tensor, matrix: Tensor) -> Ten
     return result.movedim(0, axis).contiguous()
 
 
-def sides_of(coupling: Coupling) -> tuple[tuple[Side, ...], tuple[Side, ...]] | None:
-    """The two factors of a product: by role, or by halves of a fused matrix; None where neither tells them apart."""
-    if any(m.carrier_axis is not None for m in coupling.members):
-        return None
-    whole = [Side(m, m.indices) for m in coupling.members]
-    if len({m.role for m in coupling.members}) == 2:
-        return tuple(s for s in whole if s.member.role == "producer"), tuple(
-            s for s in whole if s.member.role == "consumer"
-        )
-    if any(len(m.boxes) != 2 for m in coupling.members):
-        return None
-    halves = [tuple(Side(m, m.boxes[i].indices(m.carriers, m.units)) for m in coupling.members) for i in (0, 1)]
-    return halves[0], halves[1]
-
-
 def value_basis(view: Inputs, site: Site, curvature: Curvature, weight: Tensor) -> Tensor:
     """B = Xᵀ S^-½ [carriers, units, units] with S^½ M S^½ = X Λ Xᵀ.
 
@@ -90,21 +66,19 @@ def value_basis(view: Inputs, site: Site, curvature: Curvature, weight: Tensor) 
     at = view.positions[site].to(second.device)
     columns = site.matrix(weight).to(metric)[:, at]  # [out, carriers, units, width]
     pulled = torch.einsum("ocuw,op,pcvw->cuv", columns, metric, columns)
-    return _joint(_averaged(second, at) / max(moments.rows, 1), pulled)
+    return _joint(_averaged(second, at) / max(moments.rows, 1), pulled)[0]
 
 
-def query_basis(first: tuple[Site, Tensor], second: tuple[Site, Tensor], outputs: Mapping[Site, Moments]) -> Tensor:
-    """B = Xᵀ S^-½ [carriers, units, units] with S^½ K S^½ = X Λ Xᵀ.
+def factor_basis(site: Site, positions: Tensor, curvature: Curvature) -> tuple[Tensor, Tensor]:
+    """For one factor of a product of activations, B [carriers, units, units] as above and Λ [carriers, units].
 
-    S is the second moment of the queries, averaged over the heads that share a key, K the covariance of the keys: what
-    is added to every key alike is invisible to the softmax.
+    S is the second moment of the factor, averaged over the heads that share the other one; in place of M stands that of
+    the loss's gradient at it, which holds what the factor is multiplied with, as far as it matters.
     """
-    (query, rows), (key, columns) = first, second
-    moments = outputs[query]
-    queries = _averaged(moments.second, rows.to(moments.second.device)) / max(moments.rows, 1)
-    covariance = outputs[key].covariance()
-    keys = _averaged(covariance, columns.to(covariance.device)) / max(outputs[key].rows, 1)
-    return _joint(queries, keys)
+    values, gradients = curvature.results[site], curvature.outputs[site]
+    at = positions.to(values.second.device)
+    first, second = (_averaged(m.second, at) / max(m.rows, 1) for m in (values, gradients))
+    return _joint(first, second)
 
 
 def _averaged(second: Tensor, at: Tensor) -> Tensor:
@@ -113,25 +87,33 @@ def _averaged(second: Tensor, at: Tensor) -> Tensor:
     return blocks.mean(-1)
 
 
-def _joint(first: Tensor, second: Tensor) -> Tensor:
+def _joint(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     half = power(first, 0.5, FLOOR)
-    vectors = torch.linalg.eigh(half @ second @ half)[1].flip(-1)
-    basis: Tensor = vectors.mT @ power(first, -0.5, FLOOR)
-    return basis
+    values, vectors = torch.linalg.eigh(half @ second @ half)
+    basis: Tensor = vectors.flip(-1).mT @ power(first, -0.5, FLOOR)
+    return basis, values.flip(-1)
 
 
 # -- for whole models --------------------------------------------------------------------------------------------
 
 
-def turn_queries(views: Views, outputs: Callable[[Sequence[Site]], Mapping[Site, Moments]], program: Program) -> int:
-    """Turn every product of two sides; returns how many were."""
+def turn_factors(views: Views, measure: Callable[[Sequence[Site]], Curvature], program: Program) -> int:
+    """Turn every product of two activations, such as queries and keys; returns how many were.
+
+    The factor that decides is the one at which the gradients tell less: what is added to all keys alike is invisible to
+    the softmax, yet not to the gradient at a single key.
+    """
     todo = [(gate, *sides) for gate in views.gates if (sides := _factors(gate)) is not None]
-    moments = outputs(list(dict.fromkeys(site for gate, _, _ in todo for site in gate.positions))) if todo else {}
+    curvature = measure(list(dict.fromkeys(site for gate, _, _ in todo for site in gate.sites))) if todo else None
     for gate, first, second in todo:
-        sites = {site.parameter: site for site in gate.positions}
-        (a,), (b,) = ([s for s in sides if s.member.parameter in sites] for sides in (first, second))
-        basis = query_basis((sites[a.member.parameter], a.positions), (sites[b.member.parameter], b.positions), moments)
-        ChangeBasis(first, second, basis).run(program)
+        assert curvature is not None
+        sites = {site.parameter: site for site in gate.sites}
+        found = []
+        for one, other in ((first, second), (second, first)):
+            (side,) = (s for s in one if s.member.parameter in sites)
+            basis, told = factor_basis(sites[side.member.parameter], side.positions, curvature)
+            found.append((float(told.sum()), ChangeBasis(one, other, basis)))
+        min(found, key=lambda pair: pair[0])[1].run(program)
     return len(todo)
 
 
@@ -140,7 +122,7 @@ def _factors(gate: Gate) -> tuple[tuple[Side, ...], tuple[Side, ...]] | None:
     sides = sides_of(gate.coupling) if gate.coupling.symmetry == "linear" else None
     if sides is None:
         return None
-    matrices = {site.parameter for site in gate.positions}
+    matrices = {site.parameter for site in gate.sites}
     return sides if all(sum(s.member.parameter in matrices for s in side) == 1 for side in sides) else None
 
 

@@ -27,10 +27,12 @@ def unary(b: Builder, v: Ref) -> Ref:
     return b.add("unary", b.choose(ZERO_STAYS if b.chance(75) else ZERO_GOES), v)
 
 
+# What is added to the first argument of atan2 makes -0.0 to 0.0: their angles differ, and a sum of fewer terms may be
+# either.
 OPERATIONS = [
     "{0} + {1}", "{0} * {1}", "{0} - {1}", "{0} * F.silu({1})", "{0} * torch.sigmoid({1})", "torch.maximum({0}, {1})",
     "{0} / ({1}.square() + 1)", "torch.where({0} > {1}, {0}, {1})", "{0} + 0.5 * {1}", "torch.addcmul({0}, {0}, {1})",
-    "torch.lerp({0}, {1}, 0.3)", "torch.atan2({0}, {1})", "{0}.masked_fill({1} > 0, 0.0)",
+    "torch.lerp({0}, {1}, 0.3)", "torch.atan2({0} + 0.0, {1})", "{0}.masked_fill({1} > 0, 0.0)",
     "torch.add({0}, {1}, alpha=2)",
 ]  # fmt: skip
 

@@ -1,0 +1,189 @@
+"""Let the smaller model as a whole answer like the dense one: on the calibration data, and without its labels.
+
+How far an output y is from the dense one y₀ is told by the loss itself, by its Bregman divergence
+
+    D(y, y₀) = L(y) - L(y₀) - ⟨∇L(y₀), y - y₀⟩,
+
+what the loss adds beyond its slope at y₀. For a cross-entropy that is the Kullback-Leibler divergence of the two
+predictions, for a squared error the squared distance; the labels cancel in both (Banerjee et al., 2005). Least squares
+layer by layer cannot see that the errors of several layers add up; this can.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from ecospa_fx.errors import ScoreError
+from ecospa_fx.graph.evaluate import Evaluator, Values
+from ecospa_fx.graph.sites import find_sites
+from ecospa_fx.importance.score import Batch, Loss
+
+Slopes = list[Tensor | None]
+"""The loss's gradient at each leaf of an output; None where the loss does not depend on it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Distill:
+    """``Distill(…).run(dense, small, batches, loss)``.
+
+    epochs: over the batches; rate: Adam's, in root mean squares of each parameter, falling to zero along a cosine;
+    step: batches per step; held: every how many-th batch is not learnt from but judges whether it helped.
+    """
+
+    epochs: int = 4
+    rate: float = 0.002
+    step: int = 2
+    held: int = 8
+    name: str = "distill"
+
+    def run(
+        self,
+        dense: Evaluator,
+        small: Evaluator,
+        batches: Sequence[Batch],
+        loss: Loss,
+        watch: Callable[[Sequence[int]], Iterable[int]] = lambda numbers: numbers,
+    ) -> tuple[float, float]:
+        """Change the smaller program's parameters that lost elements, and the biases beside them, in place.
+
+        watch: wraps the numbers of the batches to come, to show progress. Returns the mean divergence over the batches
+        that judge, before and after; where it did not fall, nothing has changed. Raises ScoreError where it is not
+        finite before.
+        """
+        leaves = _trained(dense, small)
+        if not leaves or not _is_told(dense, small, batches[0], loss):
+            return 0.0, 0.0
+        fixed, given = small.weights(), dense.weights()
+
+        def divergence(number: int) -> Tensor:
+            batch, own = batches[number], {node: leaf.to(fixed[node].dtype) for node, leaf in leaves.items()}
+            slopes = _slopes(_output(dense, given, batch), batch, loss)
+            return _divergence(_output(small, {**fixed, **own}, batch), slopes, batch, loss)
+
+        judges = range(self.held - 1, len(batches), self.held) or range(len(batches))
+        before = _mean(divergence, judges)
+        if not math.isfinite(before):
+            raise ScoreError("the smaller model's loss is not finite: run it in bfloat16 or float32")
+        # What a graph overwrites may be what a gradient needs.
+        overwriting = torch.autograd.graph.allow_mutation_on_saved_tensors if small.overwrites else nullcontext
+        with torch.inference_mode(False), torch.enable_grad():
+            self._descend(leaves, len(batches), divergence, watch, overwriting)
+        after = _mean(divergence, judges)
+        if after < before:
+            for node, leaf in leaves.items():
+                held = leaf.detach().to(fixed[node].dtype)
+                small.program.replace_parameter(small.program.parameters[node], held)
+        return before, min(before, after)
+
+    def _descend(
+        self,
+        leaves: Mapping[fx.Node, nn.Parameter],
+        batches: int,
+        divergence: Callable[[int], Tensor],
+        watch: Callable[[Sequence[int]], Iterable[int]],
+        overwriting: Callable[[], AbstractContextManager[object]],
+    ) -> None:
+        learned = [i for i in range(batches) if i % self.held != self.held - 1]
+        groups = [{"params": [leaf], "lr": self.rate * _size(leaf)} for leaf in leaves.values()]
+        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+        source = torch.Generator().manual_seed(0)
+        order = [learned[i] for _ in range(self.epochs) for i in torch.randperm(len(learned), generator=source)]
+        steps = math.ceil(len(order) / self.step)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: (1 + math.cos(math.pi * i / steps)) / 2)
+        for done, number in enumerate(watch(order), 1):
+            with overwriting():
+                torch.autograd.backward(divergence(number))
+            if done % self.step == 0 or done == len(order):
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+
+
+def _divergence(output: object, slopes: Slopes, batch: Batch, loss: Loss) -> Tensor:
+    """D(y, y₀) up to what does not depend on y."""
+    pairs = zip(slopes, pytree.tree_leaves(output), strict=True)
+    linear = [(slope * leaf.to(slope)).sum() for slope, leaf in pairs if slope is not None]
+    return loss(output, *batch) - torch.stack(linear).sum()
+
+
+def _mean(divergence: Callable[[int], Tensor], numbers: Sequence[int]) -> float:
+    with torch.no_grad():
+        return sum(float(divergence(number)) for number in numbers) / len(numbers)
+
+
+def _size(parameter: Tensor) -> float:
+    """Root mean square; of zeros, what it is for common initialisations."""
+    return float(parameter.detach().float().square().mean().sqrt()) or 0.02
+
+
+def _output(evaluator: Evaluator, weights: Values, batch: Batch) -> object:
+    values = {**evaluator.start(*batch), **weights}
+    evaluator.run(evaluator.order, values)
+    return evaluator.returned(values, *batch)
+
+
+def _slopes(output: object, batch: Batch, loss: Loss) -> Slopes:
+    """The loss's gradient at each leaf of an output."""
+    leaves, spec = pytree.tree_flatten(output)
+    with torch.inference_mode(False), torch.enable_grad():
+        seen = [_watched(leaf) for leaf in leaves]
+        watched = [leaf for leaf in seen if isinstance(leaf, Tensor) and leaf.requires_grad]
+        value = loss(pytree.tree_unflatten(seen, spec), *batch)
+        found = iter(torch.autograd.grad(value.reshape(()), watched, allow_unused=True))
+    return [next(found) if isinstance(leaf, Tensor) and leaf.requires_grad else None for leaf in seen]
+
+
+def _is_told(dense: Evaluator, small: Evaluator, batch: Batch, loss: Loss) -> bool:
+    """Whether the loss tells the two apart; says so where it never can, having the same slopes everywhere."""
+    outputs = [_output(e, e.weights(), batch) for e in (dense, small)]
+    if _equal(*(pytree.tree_leaves(output) for output in outputs)):
+        return False
+    if not _equal(*(_slopes(output, batch, loss) for output in outputs)):
+        return True
+    warnings.warn(
+        "the loss is linear in what the model returns, so it does not tell how far two outputs are apart, and "
+        "distillation is left out: compute the loss from the model's predictions (its logits), not from a loss that it "
+        "returns",
+        stacklevel=2,
+    )
+    return False
+
+
+def _equal(first: Sequence[object], second: Sequence[object]) -> bool:
+    """Whether all tensors are; the other leaves do not count."""
+    pairs = zip(first, second, strict=True)
+    return all(a.equal(b) for a, b in pairs if isinstance(a, Tensor) and isinstance(b, Tensor))
+
+
+def _watched(leaf: object) -> object:
+    if isinstance(leaf, Tensor) and leaf.is_floating_point():
+        return leaf.detach().clone().requires_grad_()
+    return leaf
+
+
+def _trained(dense: Evaluator, small: Evaluator) -> dict[fx.Node, nn.Parameter]:
+    """Fresh leaves, in at least float32, for the parameters that lost elements, and the biases beside them."""
+    program, original = small.program, dense.program
+    lost = {
+        name
+        for name in program.parameters.values()
+        if program.tensor(name).shape != original.tensor(name).shape and program.tensor(name).is_floating_point()
+    }
+    lost |= {site.bias for site in find_sites(original) if site.parameter in lost and site.bias is not None}
+    return {
+        node: nn.Parameter(_precise(program.tensor(name).detach()))
+        for node, name in program.parameters.items()
+        if name in lost
+    }
+
+
+def _precise(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32), copy=True)
