@@ -1,8 +1,8 @@
 """Books as tokens, and a LLaMA to train on them: what the training benchmarks share.
 
-The folder holds train-*.txt.xz, valid.txt.xz (plain text, books separated by two blank lines) and tokenizer.json. Text is
-tokenised once, in pieces of at most 50,000 characters, and kept as uint16 in `cache`; where that is there already, the
-folder is not needed.
+The folder holds train-*.txt.xz, valid.txt.xz (plain text, books separated by two blank lines) and tokenizer.json. Text
+is tokenised once, in pieces of at most 50,000 characters, and kept as uint16 in `cache`; where that is there already,
+the folder is not needed.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def head_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 def taught_loss(
     hidden: Tensor, weight: Tensor, targets: Tensor, teacher: tuple[Tensor, Tensor], share: float
 ) -> Tensor:
-    """Cross-entropy with the data, and with what a teacher (hidden states, weight) expects, weighted 1 - share : share."""
+    """Cross-entropy with the data and with what a teacher (hidden states, weight) expects, 1 - share to share."""
     logits = linear(hidden, weight).float().log_softmax(-1)
     with torch.no_grad():
         expected = linear(*teacher).float().softmax(-1)

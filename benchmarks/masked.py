@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from books import head_loss
+from ecospa_fx.passes.lossy.change_basis import ChangeBasis, rotated, sides_of, value_basis
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -25,7 +26,6 @@ from ecospa_fx.graph.sites import Site, find_sites
 from ecospa_fx.importance.curvature import Collector, Curvature
 from ecospa_fx.importance.second_order import unit_scores
 from ecospa_fx.importance.views import Inputs, Views, views_of
-from ecospa_fx.passes.lossy.change_basis import ChangeBasis, rotated, sides_of, value_basis
 from ecospa_fx.plan import Plan, Selection
 from ecospa_fx.training.allocation import allocate, bounds
 from ecospa_fx.training.cut import cuts_between

@@ -2,16 +2,18 @@
 
     python benchmarks/train_books.py --data DATA --cache /tmp/books --jobs 4 --runs dense small late own
     python benchmarks/train_books.py --cache /tmp/books --time
-    python benchmarks/train_books.py --data DATA --cache /tmp/books --runs "own distill=0.5" "late band=0.4,2" --seeds 0 1
+    python benchmarks/train_books.py --cache /tmp/books --runs "own distill=0.5" "late band=0.4,2" --seeds 0 1
 
 A LLaMA with hidden 512, 8 layers, 8 heads, FFN 1,408 (25.7 M parameters in its layers), brought to 36.7 % of them, the
-widths of the variant `small`: head dimension 24, FFN 512. All variants of a seed see the same windows in the same order;
-`small*1.3` gets 1.3 times the tokens. A run is a name from RECIPES and settings that differ, as above. Losses in nats
-on the first 64 windows of valid (float32), on 256 windows of valid, and on 256 windows of training text kept aside.
+widths of the variant `small`: head dimension 24, FFN 512. All variants of a seed see the same windows in the same
+order; `small*1.3` gets 1.3 times the tokens. A run is a name from RECIPES and settings that differ, as above. Losses in
+nats on the first 64 windows of valid (float32), on 256 windows of valid, and on 256 of training text kept aside.
 
-Sparse runs are masked here (`masked.py`): their losses are those of `SparseTraining`, and every layer is compiled once.
-Runs may share a device with --jobs; only --time measures time, alone, at the widths that a run goes through, and says
-what each schedule takes by those step times. Each run's result is written to --json when it comes.
+By default sparse runs are masked (`masked.py`): their losses are those of `SparseTraining`, and every layer is
+compiled once, so that many recipes can be tried, several at once with --jobs. With --graph it is `SparseTraining` that
+shrinks the model; `seconds` then is the time of the whole run, shrinks and compilation included, if nothing shares the
+device. --time measures steps at the widths that a run goes through, and says what each schedule takes by those step
+times. Each run's result is written to --json when it comes.
 """
 
 from __future__ import annotations
@@ -37,6 +39,8 @@ from books import Llama, Shape, Windows, evaluate, first_windows, head_loss, spr
 from masked import MaskedTraining, Options
 from tabulate import tabulate
 from torch import Tensor, nn
+
+import ecospa_fx as eco
 
 SIZES = {
     "books": (Shape(), (24, 512)),
@@ -90,6 +94,20 @@ class Recipe:
         return found
 
 
+@dataclass(frozen=True, slots=True)
+class Due:
+    """A recipe's shrinks as a schedule of `SparseTraining`."""
+
+    shares: tuple[tuple[int, float], ...]
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        return tuple(step for step, _ in self.shares)
+
+    def share(self, step: int) -> float:
+        return max((share for at, share in self.shares if at <= step), default=0.0)
+
+
 RECIPES = {
     r.name: r
     for r in (
@@ -133,20 +151,25 @@ class Run:
         dense, small = SIZES[options.size]
         torch.manual_seed(seed)
         self.shape = dense.at(*small) if recipe.kind == "small" else dense
-        self.model = Llama(self.shape, options.length).to(self.device)
+        self.model: nn.Module = Llama(self.shape, options.length).to(self.device)
         self.steps = int(options.tokens * recipe.more / (options.batch * options.length))
         self.optimizer = self._optimizer()
         self.masked: MaskedTraining | None = None
+        self.sparse: eco.SparseTraining | None = None
         self.teacher: nn.Module | None = None
         self.ready = False
-        if recipe.kind == "sparse":
-            self.masked = self._masked(1 - dense.at(*small).block_parameters / dense.block_parameters)
+        target = 1 - dense.at(*small).block_parameters / dense.block_parameters
+        if recipe.kind == "sparse" and options.graph:
+            self.sparse = self._sparse(target)
+            self.model = self.sparse.model
+        elif recipe.kind == "sparse":
+            self.masked = self._masked(target)
             self.teacher = deepcopy(self.model).requires_grad_(False) if recipe.distill else None
         self.loss, self.taught = head_loss, taught_loss
         if options.compile:
             self.loss, self.taught = (torch.compile(f, dynamic=False) for f in (head_loss, taught_loss))
             for model in (self.model, self.teacher):
-                for layer in model.layers if isinstance(model, Llama) else ():
+                for layer in model.get_submodule("layers").children() if model is not None else ():
                     layer.compile(dynamic=False)
         self.shrinks: list[dict[str, float]] = []
 
@@ -164,6 +187,17 @@ class Run:
             r.damping, r.fade,
         )  # fmt: skip
         return MaskedTraining(self.model, next(iter(self.windows))[:, :-1], self.optimizer, options)
+
+    def _sparse(self, target: float) -> eco.SparseTraining:
+        r, options = self.recipe, self.options
+        if r.fade or r.distill or r.compensate != "none":
+            raise SystemExit(f"{r.name!r} needs what only masked runs do: leave --graph out")
+        low, high = (float(x) for x in r.band.split(","))
+        return eco.SparseTraining(
+            self.model, (next(iter(self.windows))[:, :-1],), optimizer=self.optimizer, target=target,
+            schedule=Due(tuple(r.at(self.steps).items())), scores=r.scores, allocation=r.allocation, band=(low, high),
+            round_to=options.round_to, window=options.window,
+        )  # fmt: skip
 
     def rate(self, step: int, shrinks: Sequence[int]) -> float:
         """Learning rate of a step, counted from 1."""
@@ -191,9 +225,12 @@ class Run:
                 totals.clear()
                 print(f"{self.recipe.name}: step {step} {curve[-1]} {time.perf_counter() - begin:.0f} s", flush=True)
         seconds = time.perf_counter() - begin
-        weight = self.model.embed.weight
+        weight = self.model.get_parameter("embed.weight")
         losses = {k: evaluate(self.model, weight, getattr(self, k)) for k in ("first", "valid", "aside")}
-        kept = self.shape.block_parameters * (1 - (self.masked.removed if self.masked else 0))
+        driver = self.masked or self.sparse
+        kept = self.shape.block_parameters * (1 - (driver.removed if driver else 0))
+        for record in self.sparse.history if self.sparse is not None else ():
+            self.shrinks.append({"step": record.step, "removed": record.removed, "seconds": record.seconds})
         return {
             **losses, "block_parameters": round(kept), "steps": self.steps, "seconds": seconds, "train": curve,
             "shrinks": self.shrinks, "widths": self.widths(), "recipe": asdict(self.recipe),
@@ -208,6 +245,8 @@ class Run:
         near = [s for s in due if step <= s <= step + self.options.window]
         if self.masked is not None and near:
             self.masked.gather()
+        if self.sparse is not None:
+            self.sparse.step()
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.masked is not None and due:
@@ -215,7 +254,7 @@ class Run:
         return loss.detach()
 
     def _loss(self, ids: Tensor) -> Tensor:
-        hidden, weight = self.model(ids[:, :-1]), self.model.embed.weight
+        hidden, weight = self.model(ids[:, :-1]), self.model.get_parameter("embed.weight")
         if self.teacher is None or not self.ready:
             return self.loss(hidden, weight, ids[:, 1:])
         with torch.no_grad():
@@ -239,7 +278,7 @@ class Run:
 
     def _shrink(self, step: int, share: float, masked: MaskedTraining) -> None:
         part = self.aside[:64]
-        before, begin = evaluate(self.model, self.model.embed.weight, part), time.perf_counter()
+        before, begin = evaluate(self.model, self.model.get_parameter("embed.weight"), part), time.perf_counter()
         if self.recipe.fade:
             masked.end_fading()
         else:
@@ -247,7 +286,7 @@ class Run:
             source = Windows(self.windows.data, self.windows.length, self.options.batch, step)
             masked.shrink(share, [w for _, w in zip(range(count), source, strict=False)])
         seconds = time.perf_counter() - begin
-        after = evaluate(self.model, self.model.embed.weight, part)
+        after = evaluate(self.model, self.model.get_parameter("embed.weight"), part)
         record = {"step": step, "removed": masked.removed, "seconds": seconds, "before": before, "after": after}
         self.shrinks.append({k: round(v, 4) for k, v in record.items()})
 
@@ -265,6 +304,8 @@ class Run:
     def widths(self) -> dict[str, list[int]]:
         """Units kept per layer, by kind."""
         found: dict[str, list[int]] = {}
+        for selection in self.sparse.plan if self.sparse is not None else ():
+            found.setdefault(selection.kind, []).append(selection.kept)
         for c in self.masked.couplings if self.masked is not None else ():
             assert self.masked is not None
             found.setdefault(c.kind, []).append(int(self.masked.keep[c.name][0].sum()))
@@ -300,7 +341,6 @@ def step_seconds(share: float, options: argparse.Namespace) -> dict[str, float]:
 
 def timed(options: argparse.Namespace) -> dict[str, Any]:
     """Step times at several sizes, and what each recipe takes by them, without what shrinks and compilation take."""
-    torch._dynamo.config.recompile_limit = 64
     points = {share: step_seconds(share, options) for share in (0.0, 0.25, 0.5, 0.75, 1.0)}
     steps, found = int(options.tokens / (options.batch * options.length)), {}
     for text in options.runs:
@@ -351,7 +391,7 @@ def table(found: Sequence[dict[str, Any]]) -> str:
         own = [r for r in found if r["run"] == run and "first" in r]
         each = " / ".join(f"{r['first']:.3f}" for r in own)
         means = [f"{mean(r[k] for r in own):.4f}" for k in ("first", "valid", "aside")]
-        spikes = " ".join(f"{s['after'] - s['before']:+.2f}" for s in own[0]["shrinks"])
+        spikes = " ".join(f"{s['after'] - s['before']:+.2f}" for s in own[0]["shrinks"] if "after" in s)
         rows.append([run, f"{own[0]['block_parameters']:,}", *means, each, spikes])
     head = ["run", "block parameters", "first 64", "valid", "aside", "per seed", "loss at shrinks"]
     return tabulate(rows, head, disable_numparse=True)
@@ -367,7 +407,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--jobs", type=int, default=1, help="runs at once: for losses, not for time")
     parser.add_argument("--tokens", type=float, default=40e6)
-    parser.add_argument("--unique", type=int, default=0, help="different tokens; 0: all, and each at most once if enough")
+    parser.add_argument("--unique", type=int, default=0, help="different tokens, 0 for all")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--lr", type=float, default=2e-3)
@@ -377,6 +417,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--held", type=int, default=256, help="windows of each evaluation")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
+    parser.add_argument("--graph", action="store_true", help="shrink for real, with SparseTraining")
     parser.add_argument("--time", action="store_true", help="measure step times instead of losses")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -386,6 +427,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
+    torch._dynamo.config.recompile_limit = 64
     if options.one is not None:
         print(json.dumps(Run(recipe_of(options.one), options.seed, options).result()))
         return

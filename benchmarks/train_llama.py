@@ -20,6 +20,7 @@ import platform
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -86,11 +87,11 @@ class Loop:
             self.step(module)
             mark.record()
         torch.cuda.synchronize()
-        return [a.elapsed_time(b) / 1e3 for a, b in zip(marks[:-1], marks[1:], strict=True)]
+        return [a.elapsed_time(b) / 1e3 for a, b in pairwise(marks)]
 
     def measured(self, module: nn.Module, steps: int, warm: int = 2) -> dict[str, Any]:
         """Step time, tokens per second and memory; the seconds that the first steps took beyond that."""
-        first = _clocked(lambda: [self.step(module) for _ in range(warm)], self.ids)
+        first = _clocked(lambda: self.seconds(module, warm), self.ids)
         if self.ids.is_cuda:
             torch.cuda.reset_peak_memory_stats()
         times = self.seconds(module, steps)
@@ -241,8 +242,8 @@ def extrapolated(stages: Mapping[str, Any], hours: float, start: float, end: flo
     steps = (hours * 3600 - fixed - gathering) / average
     whole = dense["compile_seconds"] + steps * dense["step_seconds"]
     return {
-        "hours": hours, "shrinks": len(shrinks), "first_shrink_at": shares[0], "last_shrink_at": end, "steps": int(steps),
-        "fixed_seconds": fixed, "gathering_seconds": gathering, "dense_hours": whole / 3600,
+        "hours": hours, "steps": int(steps), "shrinks": len(shrinks), "first_shrink_at": shares[0],
+        "last_shrink_at": end, "fixed_seconds": fixed, "gathering_seconds": gathering, "dense_hours": whole / 3600,
         "speed_over_dense": whole / (hours * 3600),
     }  # fmt: skip
 
