@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from ecospa_fx.axes.kept import Cut, take_more
@@ -24,6 +24,7 @@ from ecospa_fx.coupling.find import detected
 from ecospa_fx.errors import CaptureError, PlanError
 from ecospa_fx.fitted import fitted
 from ecospa_fx.graph.capture import capture, captures
+from ecospa_fx.graph.evaluate import Evaluator
 from ecospa_fx.graph.passes import run_passes
 from ecospa_fx.graph.program import ExportedForm
 from ecospa_fx.graph.restore import restore
@@ -63,7 +64,7 @@ class GraphForm:
             self._add_eval()
 
     def rewrite(self, plan: Plan) -> list[ExportedForm]:
-        """The captured graphs with a plan applied and cleaned up, for `adopt`. Nothing else changes; raises PlanError."""
+        """The captured graphs with a plan applied, cleaned up, for `adopt`. Nothing else changes; raises PlanError."""
         from ecospa_fx.passes.shrink_couplings import shrink_program
 
         programs = [self._program(exported) for exported in self._exported]
@@ -74,6 +75,12 @@ class GraphForm:
                 program.exported.constants[name] = positions.to(device)
             _cleaned(program)
         return programs
+
+    def evaluator(self, plan: Plan, values: Mapping[str, Tensor]) -> Evaluator:
+        """What computes the model in eval mode with a plan applied, on values of the plan's shapes."""
+        program = self.rewrite(plan)[-1]
+        program.values = {name: nn.Parameter(value.detach(), False) for name, value in values.items()}
+        return Evaluator(program, self._model, self._args, self._kwargs)
 
     def adopt(self, programs: Sequence[ExportedForm], copies: Iterable[nn.Module] = ()) -> int:
         """Let `module`, and copies of it, compute rewritten graphs. Returns how many of its modules changed.
