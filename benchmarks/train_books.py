@@ -318,8 +318,9 @@ class Run:
 def step_seconds(share: float, options: argparse.Namespace) -> dict[str, float]:
     """Step time of a model with a share of the target gone, at uniform widths, alone on the device."""
     dense, (head_dim, ffn) = SIZES[options.size]
-    head_dim = round((dense.head_dim + (head_dim - dense.head_dim) * share) / 8) * 8
-    shape = dense.at(head_dim, round((dense.ffn + (ffn - dense.ffn) * share) / 8) * 8)
+    unit = 8 if 0 < share < 1 else 1
+    head_dim = round((dense.head_dim + (head_dim - dense.head_dim) * share) / unit) * unit
+    shape = dense.at(head_dim, round((dense.ffn + (ffn - dense.ffn) * share) / unit) * unit)
     run = Run(Recipe("time", kind="dense"), 0, options)
     run.model = Llama(shape, options.length).to(run.device)
     run.optimizer = run._optimizer()
@@ -368,12 +369,14 @@ def results(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One result per recipe and seed, as they come; each run is a process of its own."""
     tokens(options.data, options.cache, options.shards)  # once, before anybody needs them
     todo = [(run, seed) for seed in options.seeds for run in options.runs]
-    base = [a for a in sys.argv[1:] if a != "--"]
+    base, shared = sys.argv[1:], dict(os.environ)
+    if options.jobs > 1:
+        shared |= {"TORCHINDUCTOR_COMPILE_THREADS": "4", "OMP_NUM_THREADS": str(max(1, 16 // options.jobs))}
 
     def child(pair: tuple[str, int]) -> dict[str, Any]:
         time.sleep(random.random())
         command = [sys.executable, __file__, *base, "--one", pair[0], "--seed", str(pair[1])]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=dict(os.environ))
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=shared)
         lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
         if done.returncode or not lines:
             return {"run": pair[0], "seed": pair[1], "error": done.stderr[-1500:]}
