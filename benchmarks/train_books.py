@@ -342,7 +342,7 @@ def step_seconds(share: float, options: argparse.Namespace) -> dict[str, float]:
 
 def timed(options: argparse.Namespace) -> dict[str, Any]:
     """Step times at several sizes, and what each recipe takes by them, without what shrinks and compilation take."""
-    points = {share: step_seconds(share, options) for share in (0.0, 0.25, 0.5, 0.75, 1.0)}
+    points = {share: step_seconds(share, options) for share in (0.0, 0.5, 1.0)}
     steps, found = int(options.tokens / (options.batch * options.length)), {}
     for text in options.runs:
         recipe = recipe_of(text)
