@@ -76,7 +76,7 @@ class Recipe:
     damping: float = 0.1
     fade: int = 0
     decay: str = "linear"
-    flat: float = 0.6
+    flat: float = 0.7
     warm: int = 0
     distill: float = 0.0
     average: float = 0.0
@@ -116,8 +116,7 @@ RECIPES = {
         Recipe("ecospa", scores="fisher", start=0.05, end=0.25, allocation="uniform"),
         Recipe("ecospa-late", scores="fisher", allocation="uniform"),
         Recipe("late", allocation="global"),
-        Recipe("solve", shrinks=4, start=0.4, end=0.6, compensate="solve"),
-        Recipe("own", shrinks=4, start=0.4, end=0.6, compensate="full"),
+        Recipe("own", shrinks=2, start=0.6, end=0.7, compensate="full", decay="flat"),
     )
 }
 
