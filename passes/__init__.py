@@ -18,3 +18,6 @@ CLEANUP: tuple[Pass, ...] = (CausalAttention(), GroupedAttention(), RemoveInert(
 
 Masks go before groups, because only attention without a mask takes groups; what both leave behind goes last.
 """
+
+TRAINING_CLEANUP: tuple[Pass, ...] = (CausalAttention(), GroupedAttention(), RemoveInert(casts=False))
+"""What training in graph form runs after every shrink: the same, but for casts, which autocast may need."""

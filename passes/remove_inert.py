@@ -27,9 +27,11 @@ class RemoveInert:
     """Removes what has no effect on any number.
 
     Sizes, types and devices are those of the example values, so a graph that is moved to another type afterwards
-    computes in that type throughout. Exact to the bit.
+    computes in that type throughout. Exact to the bit. casts: whether casts to the type at hand go; under autocast,
+    which chooses types while the graph runs, they have an effect.
     """
 
+    casts: bool = True
     name: str = "remove-inert"
 
     def run(self, graph_module: fx.GraphModule) -> PassResult:
@@ -41,7 +43,7 @@ class RemoveInert:
                 graph.erase_node(node)
         elements = evaluate_elements(graph)
         for node in list(graph.nodes):
-            if node.op == "call_function" and _inert(node, elements):
+            if node.op == "call_function" and (self.casts or node.target not in _CASTS) and _inert(node, elements):
                 node.replace_all_uses_with(node.args[0])
                 graph.erase_node(node)
         graph.eliminate_dead_code(_effective)

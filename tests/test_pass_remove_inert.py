@@ -67,6 +67,12 @@ def test_again_changes_nothing() -> None:
     assert str(graph.graph) == before
 
 
+def test_casts_stay_where_autocast_chooses_types() -> None:
+    graph = traced(Verbose(), (X,), axes=(0,))
+    RemoveInert(casts=False).run(graph)
+    assert calls(graph) == ["mul", "to", "sin", "to"]
+
+
 def test_the_type_of_an_input_is_still_taken_care_of() -> None:
     class Cast(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -508,3 +508,60 @@ def test_nothing_is_said_in_vain(caplog: pytest.LogCaptureFixture) -> None:
     train(sparse_mlp(model, optimizer=optimizer), optimizer, 0, 4)
     assert said(caplog) == ["step 2: 50.0 % removed, 51 parameters left"]
     assert isinstance(tiny(1), Tiny)
+
+
+def test_a_causal_mask_stays_a_flag_after_every_shrink() -> None:
+    class Causal(nn.Module):
+        """One head; its mask is built as a tensor, which would keep attention from its fast kernels."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.out = nn.Linear(4, 24), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(x)[:, None].chunk(3, -1)
+            mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+            mixed = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            out: Tensor = self.out(mixed[:, 0])
+            return out
+
+    model, x = Causal().double(), points().view(2, 4, 4)
+    dense, optimizer = copy.deepcopy(model), adamw(model)
+    sparse = eco.SparseTraining(model, (x,), optimizer=optimizer, schedule=eco.Linear(1, 2, 1))
+    for _ in range(3):
+        code = vars(type(sparse.model))["_graph_code"].source
+        assert "is_causal = True" in code
+        assert "tril" not in code
+        torch.autograd.backward(sparse.model(x).square().mean())
+        sparse.step()
+        optimizer.step()
+    scattered(sparse.model, dense, sparse.plan)
+    assert sparse.removed > 0.3
+    assert torch.allclose(sparse.model(x), dense(x), rtol=1e-9)
+
+
+def test_what_stays_makes_up_for_what_goes() -> None:
+    found, errors = {}, list[float]()
+    data: list[Batch] = [((points(seed),), {}) for seed in range(8)]
+    for compensate in (False, True):
+        torch.manual_seed(0)
+        model = mlp(32)
+        dense, optimizer = copy.deepcopy(model), torch.optim.SGD(model.parameters(), lr=0.0)
+        average = copy.deepcopy(model)
+        sparse = sparse_mlp(model, optimizer=optimizer, schedule=eco.OneShot(1), compensate=compensate, batches=data)
+        sparse.follow(dict(average.named_parameters()))
+        train(sparse, optimizer, 0, 1)
+        found[compensate] = sparse
+        fresh = points(100)
+        errors.append(float((sparse.model(fresh) - dense(fresh)).detach().square().mean()))
+        for name, parameter in sparse.model.named_parameters():
+            assert torch.equal(parameter, average.get_parameter(name))
+    assert errors[1] < 0.3 * errors[0]
+    assert found[True].plan == found[False].plan  # only what consumes the units is solved anew
+    for name, parameter in found[True].model.named_parameters():
+        assert torch.equal(parameter, found[False].model.get_parameter(name)) != name.startswith("3."), name
+
+
+def test_compensation_without_data_is_refused() -> None:
+    with pytest.raises(TrainingError, match="compensate=True needs data"):
+        sparse_mlp(mlp(), compensate=True)

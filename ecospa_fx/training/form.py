@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from ecospa_fx.axes.kept import Cut, take_more
@@ -24,6 +24,8 @@ from ecospa_fx.coupling.find import detected
 from ecospa_fx.errors import CaptureError, PlanError
 from ecospa_fx.fitted import fitted
 from ecospa_fx.graph.capture import capture, captures
+from ecospa_fx.graph.evaluate import Evaluator
+from ecospa_fx.graph.passes import run_passes
 from ecospa_fx.graph.program import ExportedForm
 from ecospa_fx.graph.restore import restore
 from ecospa_fx.plan import Plan
@@ -56,13 +58,13 @@ class GraphForm:
             log.warning("the model is trained as it computes in eval mode, without dropout, because %s", error)
         self._trial = make_plan(self.couplings, 0.5, "random", kinds=kinds)
         self._exported, self._cut = [self._captured(training)], dict[str, Cut]()
-        self.module = self._restored(self._program(self._exported[0]))
+        self.module = self._restored(_cleaned(self._program(self._exported[0])))
         copy_modes(model, self.module)
         if self._eval_difference() > self._rounding:
             self._add_eval()
 
     def rewrite(self, plan: Plan) -> list[ExportedForm]:
-        """The captured graphs with a plan applied, for `adopt`. Nothing else changes; raises PlanError."""
+        """The captured graphs with a plan applied, cleaned up, for `adopt`. Nothing else changes; raises PlanError."""
         from ecospa_fx.passes.shrink_couplings import shrink_program
 
         programs = [self._program(exported) for exported in self._exported]
@@ -71,7 +73,14 @@ class GraphForm:
             shrink_program(program, plan)
             for name, positions in program.buffers.items():
                 program.exported.constants[name] = positions.to(device)
+            _cleaned(program)
         return programs
+
+    def evaluator(self, plan: Plan, values: Mapping[str, Tensor]) -> Evaluator:
+        """What computes the model in eval mode with a plan applied, on values of the plan's shapes."""
+        program = self.rewrite(plan)[-1]
+        program.values = {name: nn.Parameter(value.detach(), False) for name, value in values.items()}
+        return Evaluator(program, self._model, self._args, self._kwargs)
 
     def adopt(self, programs: Sequence[ExportedForm], copies: Iterable[nn.Module] = ()) -> int:
         """Let `module`, and copies of it, compute rewritten graphs. Returns how many of its modules changed.
@@ -143,7 +152,7 @@ class GraphForm:
         """Trace the model in eval mode too, where its own code asks for the mode; say so where that does not help."""
         with suppress(PlanError):
             self._exported.append(self._captured(training=False))
-            add_eval_mode(self.module, self._restored(self._program(self._exported[-1])))
+            add_eval_mode(self.module, self._restored(_cleaned(self._program(self._exported[-1]))))
         difference = self._eval_difference()
         if difference > self._rounding:
             log.warning(
@@ -203,3 +212,11 @@ class GraphForm:
     def _restored(self, program: ExportedForm, values: dict[str, nn.Parameter] | None = None) -> nn.Module:
         program.values = dict(self.parameters) if values is None else values
         return restore(program, self._model, self._args, self._kwargs)
+
+
+def _cleaned(program: ExportedForm) -> ExportedForm:
+    """The program, with what capture and shrinking left in the way of fast kernels cleaned up in place."""
+    from ecospa_fx.passes import TRAINING_CLEANUP
+
+    run_passes(program.exported.graph_module, TRAINING_CLEANUP)
+    return program

@@ -92,6 +92,13 @@ class Held:
         self.model = self._wrapped()
         return changed
 
+    @torch.no_grad()
+    def add(self, changes: Mapping[str, Tensor]) -> None:
+        """Add to parameters, and to all copies of them, by name."""
+        for tensors in (self.form.parameters, *self._copies):
+            for name in changes.keys() & tensors.keys():
+                tensors[name].add_(changes[name].to(tensors[name]))
+
     def _cut_sharded(self, programs: Sequence[ExportedForm], cuts: Mapping[str, Cut]) -> int:
         old, before = self.form.parameters, self.form.module
         self.form.module = self.form.rebuilt(programs)

@@ -23,9 +23,10 @@ class Settings:
     total_steps: the length of the run, if known; allocation: "global", by score per parameter, or "uniform"; band:
     least and most that a coupling keeps, as multiples of what uniform allocation keeps (None: no bounds); round_to,
     floor, kinds: as in `plan`; allow: as in `detect`; window: steps before each shrink whose gradients are scored, and
-    the memory of their moving average; batches, loss: calibration data as in `score`, for a schedule that shrinks at
-    the start; wrap: what to put around the model, after every shrink anew (``DistributedDataParallel``); group: the
-    processes that train together, by default all of them.
+    the memory of their moving average; compensate: after each shrink, solve what consumes the removed units anew, by
+    least squares on `batches`, to do what it did before; batches, loss: calibration data as in `score`, for that, and
+    for a schedule that shrinks at the start; wrap: what to put around the model, after every shrink anew
+    (``DistributedDataParallel``); group: the processes that train together, by default all of them.
     """
 
     total_steps: int | None = None
@@ -36,6 +37,7 @@ class Settings:
     kinds: Sequence[str] | None = None
     allow: str | Iterable[str] = ()
     window: int = 50
+    compensate: bool = False
     batches: Iterable[Batch] | None = None
     loss: Loss | None = None
     wrap: Callable[[nn.Module], nn.Module] | None = None

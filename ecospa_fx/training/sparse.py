@@ -21,6 +21,7 @@ from ecospa_fx.plan import Plan, Selection
 from ecospa_fx.training import history
 from ecospa_fx.training.allocation import allocate, bounds
 from ecospa_fx.training.checkpoint import packed, unpacked
+from ecospa_fx.training.compensate import Compensation
 from ecospa_fx.training.cut import cuts_between
 from ecospa_fx.training.distributed import all_agree, average, check_same
 from ecospa_fx.training.form import GraphForm
@@ -86,6 +87,7 @@ class SparseTraining:
         """What happened, one record per shrink."""
         self._check_reach()
         self._model = Held(self._form, self._settings.wrap)
+        self._compensation = self._compensating()
         self._running.follow(self._chosen, self._form.parameters, {})
         self._model.count_backwards(self._running.names)
         if optimizer is not None:
@@ -205,7 +207,7 @@ class SparseTraining:
         keep = self._units(scores, share)
         check_same(keep, self._running.flat().device, self._settings.group)
         same = all(torch.equal(keep[name], before) for name, before in self._keep.items())
-        modules = 0 if same else self._apply(keep)
+        modules = 0 if same else self._compensated(keep)
         self._record(modules, time.perf_counter() - begin)
 
     def _units(self, scores: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
@@ -224,6 +226,23 @@ class SparseTraining:
             found[name] = before.clone()
             found[name][before] = kept[name].flatten()
         return found
+
+    def _compensated(self, keep: Mapping[str, Tensor]) -> int:
+        """`_apply`, and what stays makes up for what goes if that is wanted."""
+        if self._compensation is None:
+            return self._apply(keep)
+        parameters = self._form.parameters
+        before = self.plan, {name: p.detach().clone() for name, p in parameters.items()}
+        modules = self._apply(keep)
+        after = self.plan, {name: p.detach() for name, p in parameters.items()}
+        self._model.add(self._compensation.changes(self._form.evaluator, before, after))
+        return modules
+
+    def _compensating(self) -> Compensation | None:
+        options = self._settings
+        if not options.compensate:
+            return None
+        return Compensation(options.batches, options.group, self._model.sharded)
 
     def _apply(self, keep: Mapping[str, Tensor]) -> int:
         """Cut down to what stays. Everything that can fail comes first. Returns how many modules got other code."""
@@ -253,7 +272,8 @@ class SparseTraining:
         log.info("step %s: %.1f %% removed, %s parameters left", shrink.step, 100 * shrink.removed, shrink.parameters)
 
     def _shrink_at_start(self) -> None:
-        batches, loss = self._settings.batches, self._settings.loss
+        loss = self._settings.loss
+        batches = self._settings.batches if self._compensation is None else self._compensation.batches
         if batches is None or loss is None:
             raise TrainingError("shrinking at the start needs data: give batches= and loss=, as eco.score takes them")
         couplings = Couplings(self._chosen, self._form.module)

@@ -1,0 +1,241 @@
+"""Sparse training by masks: what a shrink would remove is set to zero, in weights and in the optimizer's state.
+
+Losses are those of `SparseTraining`, which removes it for good: zero rows and columns get zero gradients. Layers keep
+their shapes and are compiled once, whatever the widths, so that many recipes can be tried in little time. What recipes
+add to a shrink is here too: changed bases, second-order scores, least squares, fading, a teacher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from books import head_loss
+from ecospa_fx.passes.lossy.change_basis import ChangeBasis, rotated, sides_of, value_basis
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import ecospa_fx as eco
+from ecospa_fx.budget.elements import removed_elements
+from ecospa_fx.coupling.couplings import Coupling
+from ecospa_fx.graph.capture import captures
+from ecospa_fx.graph.evaluate import Evaluator
+from ecospa_fx.graph.sites import Site, find_sites
+from ecospa_fx.importance.curvature import Collector, Curvature
+from ecospa_fx.importance.second_order import unit_scores
+from ecospa_fx.importance.views import Inputs, Views, views_of
+from ecospa_fx.plan import Plan, Selection
+from ecospa_fx.training.allocation import allocate, bounds
+from ecospa_fx.training.cut import cuts_between
+from ecospa_fx.training.narrow import narrowed
+from ecospa_fx.training.running import RunningScores
+from ecospa_fx.training.settings import Settings, chosen
+
+Compensation = Literal["none", "solve", "full"]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """target: share of the block parameters to remove; scores: of training; allocation, band, round_to, window: as in
+    `SparseTraining`; compensate: nothing, least squares, or bases and second-order scores too; damping: of the least
+    squares; fade: over how many steps what goes fades out before it goes."""
+
+    target: float
+    scores: str = "gate-fisher"
+    allocation: Literal["global", "uniform"] = "global"
+    band: tuple[float, float] = (0.6, 1.6)
+    round_to: int = 4
+    window: int = 50
+    compensate: Compensation = "none"
+    damping: float = 0.1
+    fade: int = 0
+
+
+class MaskedTraining:
+    """Shrinks of one model by masks. `gather` after backward, `shrink` and `fade` after the optimizer's step."""
+
+    def __init__(self, model: nn.Module, ids: Tensor, optimizer: Optimizer, options: Options) -> None:
+        self.model, self.optimizer, self.options = model, optimizer, options
+        self.parameters = dict(model.named_parameters())
+        settings = Settings(allocation=options.allocation, band=options.band, round_to=options.round_to)
+        self.limits = settings.limits
+        couplings = eco.detect(model, (ids[:2],))
+        self.shapes = couplings.shapes
+        self.couplings = chosen(couplings, settings, options.scores, model)
+        self.keep = {c.name: torch.ones(c.carriers, c.size, dtype=torch.bool) for c in self.couplings}
+        self.running = RunningScores(options.scores, options.window)
+        self.running.follow(self.couplings, self.parameters, {})
+        self.fading: dict[str, Tensor] = {}
+        self.faded = 0
+        if options.compensate != "none":
+            self.program = next(iter(captures(model, (ids[:2],), {}, dynamic=True)))
+            self.evaluator = Evaluator(self.program, model, (ids[:2],), {})
+            self.views = views_of(self.couplings, find_sites(self.program))
+
+    @property
+    def removed(self) -> float:
+        """Share of the couplings' elements that is gone."""
+        gone = removed_elements(self.shapes, [(c.members, ~self.keep[c.name]) for c in self.couplings])
+        return gone / self.held(self.couplings, self.shapes)
+
+    @staticmethod
+    def held(couplings: Sequence[Coupling], shapes: Mapping[str, tuple[int, ...]]) -> int:
+        whole = [(c.members, torch.ones(c.carriers, c.size, dtype=torch.bool)) for c in couplings]
+        return removed_elements(shapes, whole)
+
+    def plan(self, keep: Mapping[str, Tensor]) -> Plan:
+        """What stays, as a plan of the dense model."""
+        return Plan(tuple(Selection.of(c, keep[c.name]) for c in self.couplings), tuple(self.shapes.items()))
+
+    def gather(self) -> None:
+        """Take in the gradients of a step."""
+        self.running.gather()
+
+    # -- a shrink ----------------------------------------------------------------------------------------------
+
+    def shrink(self, share: float, batches: Sequence[Tensor] = ()) -> None:
+        """Down to a share of the target. batches: ids [batch, length + 1], to compensate by."""
+        if self.options.compensate == "none":
+            self._mask(self.units(self.running.scores(), share))
+            return
+        curvature = self._measured(batches)
+        scores, keep = self.running.scores(), dict(self.keep)
+        if self.options.compensate == "full":
+            keep.update(self._turned(curvature))
+            values = {n: t.detach() for n, t in self.program.values.items()}
+            scores = unit_scores(self.views, curvature, values, 0.01)
+        self.keep = keep
+        kept = self.units(scores, share)
+        self._solve(curvature, kept)
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(self.program.tensor(name))
+        self._mask(kept)
+
+    def units(self, scores: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
+        """What stays at a share of the target, as `SparseTraining` chooses it."""
+        options, left = self.options, 1 - self.options.target * share
+        factors = self.plan(self.keep).factors()
+        shapes = {**self.shapes, **{n: c.after for n, c in cuts_between(self.shapes, {}, factors).items()}}
+        now = narrowed(self.couplings, self.keep, factors, shapes)
+        dense = {c.name: c.size for c in self.couplings}
+        limits = {c.name: bounds(dense[c.name], c.size, left, self.limits, options.round_to) for c in now}
+        goal = self.held(now, shapes) - round(self.held(self.couplings, self.shapes) * left)
+        current = {c.name: scores[c.name][self.keep[c.name]].view(c.carriers, c.size) for c in now}
+        uniform = dense if options.allocation == "uniform" else None
+        kept = allocate(now, shapes, current, limits, goal, round_to=options.round_to, dense=uniform)
+        found = {}
+        for name, before in self.keep.items():
+            found[name] = before.clone()
+            found[name][before] = kept[name].flatten()
+        return found
+
+    @torch.no_grad()
+    def _mask(self, keep: Mapping[str, Tensor]) -> None:
+        self.keep = dict(keep)
+        for name, mask in self.plan(keep).masks(self.model).items():
+            parameter = self.parameters[name]
+            state = [v for v in self.optimizer.state[parameter].values() if v.shape == parameter.shape]
+            for tensor in (parameter, *state):
+                tensor.mul_(mask.to(tensor.device))
+
+    # -- compensation ------------------------------------------------------------------------------------------
+
+    def _measured(self, batches: Sequence[Tensor]) -> Curvature:
+        """Second moments of what the consumers read, and of the loss's gradients, at the weights as they are."""
+        self.program.values = {n: nn.Parameter(p.detach().clone()) for n, p in self.parameters.items()}
+        weight = self.parameters["embed.weight"].detach()
+
+        def loss(output: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+            return head_loss(output[:, :-1], weight, args[0][:, 1:])
+
+        given = [((b[:, :-1],), {}) for b in batches]
+        views = self.views if self.options.compensate == "full" else Views(self.views.inputs, (), ())
+        return Collector(self.evaluator, views).run(given, loss)
+
+    def _turned(self, curvature: Curvature) -> dict[str, Tensor]:
+        """Turn linear couplings, their optimizer states too; what is alive comes first then."""
+        keep = {}
+        for view in self.views.inputs:
+            sides = sides_of(view.coupling) if view.coupling.symmetry == "linear" else None
+            if sides is None or len(view.positions) != 1:
+                continue
+            ((site, at),) = view.positions.items()
+            basis = self._balanced(view, site, curvature)
+            ChangeBasis(sides[0], sides[1], basis).run(self.program)
+            inverse = torch.linalg.inv(basis).mT
+            for group, matrix in ((sides[0], inverse), (sides[1], basis)):  # gradients turn the other way
+                for side in group:
+                    self._turn_state(side.member.parameter, side.member.axis, side.positions, matrix)
+            moments = curvature.inputs[site]
+            moments.second = rotated(rotated(moments.second, 0, at, basis), 1, at, basis)
+            moments.total = rotated(moments.total, 0, at, basis)
+            before = self.keep[view.coupling.name]
+            keep[view.coupling.name] = (torch.arange(before.shape[1]) < before[0].sum()).expand_as(before).clone()
+        return keep
+
+    def _balanced(self, view: Inputs, site: Site, curvature: Curvature) -> Tensor:
+        """The basis in which units are ordered, with both sides of a unit of equal norm, as training left them."""
+        sides = sides_of(view.coupling)
+        assert sides is not None
+        basis = value_basis(view, site, curvature, self.program.tensor(site.parameter).detach())
+        norms = []
+        for (side, *_), matrix in zip(sides, (basis, torch.linalg.inv(basis).mT), strict=True):
+            name, axis = side.member.parameter, side.member.axis
+            turned = rotated(self.program.tensor(name).detach().double(), axis, side.positions, matrix)
+            rows = turned.movedim(axis, 0)[side.positions.to(turned.device)].flatten(2)
+            norms.append(rows.norm(dim=2))
+        scale = (norms[1] / norms[0].clamp(min=1e-12)).sqrt().clamp(1e-3, 1e3)
+        scale = torch.where((norms[0] > 0) & (norms[1] > 0), scale, torch.ones_like(scale))
+        return scale[..., None] * basis
+
+    def _turn_state(self, name: str, axis: int, positions: Tensor, matrix: Tensor) -> None:
+        state = self.optimizer.state[self.parameters[name]]
+        if state:
+            state["exp_avg"].copy_(rotated(state["exp_avg"], axis, positions, matrix))
+            state["exp_avg_sq"].copy_(rotated(state["exp_avg_sq"], axis, positions, matrix.square()))
+
+    def _solve(self, curvature: Curvature, keep: Mapping[str, Tensor]) -> None:
+        """Let the columns that stay do what those that go did, by damped least squares."""
+        for view in self.views.inputs:
+            gone = ~keep[view.coupling.name]
+            for site, at in view.positions.items():
+                weight = self.program.tensor(site.parameter).detach()
+                second = curvature.inputs[site].second
+                removed = torch.zeros(len(second), dtype=torch.bool)
+                removed[at[gone].flatten()] = True
+                removed = removed.to(second.device)
+                own = second[~removed][:, ~removed]
+                own = own + self.options.damping * own.diagonal().mean() * torch.eye(len(own)).to(own)
+                columns = site.matrix(weight).to(second)
+                change = torch.linalg.solve(own, second[~removed][:, removed] @ columns[:, removed].T)
+                solved = columns.clone()
+                solved[:, ~removed] += change.T
+                self.program.replace_parameter(site.parameter, site.matrix(solved).to(weight))
+
+    # -- fading ------------------------------------------------------------------------------------------------
+
+    def begin_fading(self, share: float) -> None:
+        """Choose what goes at the next shrink now."""
+        self.fading, self.faded = self.units(self.running.scores(), share), 0
+
+    @torch.no_grad()
+    def fade(self) -> None:
+        """One step of fading: the consumers of what goes lose an equal part each time."""
+        steps = self.options.fade
+        factor = max(0.0, 1 - 1 / max(1, steps - self.faded))
+        self.faded += 1
+        for coupling in self.couplings:
+            gone = self.keep[coupling.name] & ~self.fading[coupling.name]
+            for member in coupling.members:
+                if member.role == "consumer":
+                    at = member.indices[gone].flatten().to(self.parameters[member.parameter].device)
+                    weight = self.parameters[member.parameter]
+                    weight.index_copy_(member.axis, at, weight.index_select(member.axis, at) * factor)
+
+    def end_fading(self) -> None:
+        """Remove what has faded."""
+        self._mask(self.fading)
+        self.fading = {}

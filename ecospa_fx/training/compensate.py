@@ -1,0 +1,47 @@
+"""What stays makes up for what goes at a shrink: matrices that lost inputs are solved anew, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ecospa_fx.errors import TrainingError
+from ecospa_fx.graph.evaluate import Evaluator
+from ecospa_fx.importance.score import Batch, arguments
+from ecospa_fx.plan import Plan
+
+Made = Callable[[Plan, Mapping[str, Tensor]], Evaluator]
+"""What computes the model with a plan applied, on given values of its parameters."""
+
+
+class Compensation:
+    """Least squares on batches, in eval mode: see `ecospa_fx.passes.lossy.Reconstruct`.
+
+    batches: what to fit on, read once; group: the processes that train together. Raises TrainingError for no batches,
+    and for several processes or sharded parameters, of which each process would solve what it holds.
+    """
+
+    def __init__(self, batches: Iterable[object] | None, group: Any, sharded: bool) -> None:
+        self.batches: Sequence[Batch] = [arguments(batch, number) for number, batch in enumerate(batches or ())]
+        if not self.batches:
+            raise TrainingError("compensate=True needs data: give batches=, as eco.score takes them")
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
+        if sharded or several:
+            raise TrainingError("compensate=True works in one process: leave it out where several train together")
+
+    def changes(
+        self, made: Made, before: tuple[Plan, Mapping[str, Tensor]], after: tuple[Plan, Mapping[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """What to add to parameters, by name, so that the model after a shrink does what it did before."""
+        from ecospa_fx.passes.lossy.reconstruct import Reconstruct
+
+        with torch.inference_mode(False):
+            small = made(*after)
+            held = dict(small.program.values)
+            Reconstruct(epochs=0).run(made(*before), small, self.batches)
+            solved = {name: value for name, value in small.program.values.items() if value is not held[name]}
+            return {name: (value - held[name]).detach() for name, value in solved.items()}
