@@ -42,6 +42,6 @@ class Compensation:
         with torch.inference_mode(False):
             small = made(*after)
             held = dict(small.program.values)
-            Reconstruct(epochs=0).run(made(*before), small, self.batches)
+            Reconstruct().run(made(*before), small, self.batches)
             solved = {name: value for name, value in small.program.values.items() if value is not held[name]}
             return {name: (value - held[name]).detach() for name, value in solved.items()}
