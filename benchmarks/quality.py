@@ -1,7 +1,7 @@
 """What compression without retraining costs by the default recipe and without each of its parts.
 
     python benchmarks/quality.py --models MODEL … --data DATA            # the table: default recipe, four ratios
-    python benchmarks/quality.py … --variants default no-fit no-basis    # an ablation
+    python benchmarks/quality.py … --variants default no-distillation no-basis  # an ablation
     python benchmarks/quality.py … --seeds 0 1 2 3 4 --windows 128 32    # how much is luck, how much data
     python benchmarks/quality.py --digits                                # a small vision transformer, accuracy
 
@@ -43,11 +43,11 @@ NO_CACHE = {"use_cache": False}
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "uniform": {"uniform": True},
-    "no-fit": {"epochs": 0},
-    "no-least-squares": {"epochs": 0, "least_squares": False},
+    "no-distillation": {"distillation": 0},
+    "no-least-squares": {"distillation": 0, "least_squares": False},
     "no-gates": {"gates": False},
     "no-basis": {"basis": False},
-    "scores-only": {"epochs": 0, "least_squares": False, "gates": False, "basis": False},
+    "scores-only": {"distillation": 0, "least_squares": False, "gates": False, "basis": False},
     "gate-fisher": {"method": "gate-fisher"},
 }
 """Options of `compress` by name."""

@@ -43,9 +43,9 @@ class Recipe:
     basis: turn linear couplings (V with O, Q with K where nothing rotates them) before units are chosen.
     damping: of the surgeon's matrices, in means of their diagonals. gates: rescale the queries and keys that are kept
     for those that go, with gate_damping. least_squares: solve the matrices that lost inputs anew, with
-    least_squares_damping. epochs: over the calibration data, without its labels, in which the smaller model learns to
-    answer like the dense one, 0 for none; rate, step: the learning rate in root mean squares of each parameter, and
-    batches per step. progress: bars on stderr.
+    least_squares_damping. distillation: how many batches the smaller model sees, without their labels, while it learns
+    to answer like the dense one, 0 for none, each as often as it takes; rate, step: the learning rate in root mean
+    squares of each parameter, and batches per step. progress: bars on stderr.
     """
 
     basis: bool = True
@@ -54,7 +54,7 @@ class Recipe:
     gate_damping: float = 0.1
     least_squares: bool = True
     least_squares_damping: float = 0.1
-    epochs: int = 4
+    distillation: int = 448
     rate: float = 0.002
     step: int = 2
     progress: bool = False
@@ -64,7 +64,7 @@ class Recipe:
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 < value < float("inf"):
                 raise ScoreError(f"{name}={value!r} is not a factor: give a positive number")
-        for name, least in (("epochs", 0), ("step", 1)):
+        for name, least in (("distillation", 0), ("step", 1)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ScoreError(f"{name}={value!r} is not a count: give a whole number of at least {least}")
@@ -123,8 +123,8 @@ def compress_program(program: ExportedForm, task: Task, ratio: float, recipe: Re
     if recipe.least_squares:
         rebuild = Reconstruct(recipe.least_squares_damping)
         rebuild.run(dense, small, task.batches, lambda stages: recipe.shown(stages, "reconstruct"))
-    if recipe.epochs:
-        distill = Distill(recipe.epochs, recipe.rate, recipe.step)
+    if recipe.distillation:
+        distill = Distill(recipe.distillation, recipe.rate, recipe.step)
         distill.run(dense, small, task.batches, task.loss, lambda order: recipe.shown(order, "distill"))
     return plan
 

@@ -394,7 +394,7 @@ def test_distillation_brings_the_predictions_of_unseen_data_nearer(trained: nn.M
     dense, small = pair(trained, 0.5)
     unseen = data(8, 14)
     want, before = predictions(dense, unseen).exp(), predictions(small, unseen)
-    first, last = Distill(epochs=4, rate=0.01).run(dense, small, data(16), loss_of)
+    first, last = Distill(length=64, rate=0.01).run(dense, small, data(16), loss_of)
     assert last < first
     after = predictions(small, unseen)
     assert (want * after).sum() > (want * before).sum()  # the cross-entropies' part of the divergence
@@ -432,7 +432,7 @@ def test_a_loss_that_the_model_computes_itself_distils_nothing_and_says_so(train
 # -- the recipe --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"epochs": 0}, {"basis": False, "gates": False}])
+@pytest.mark.parametrize("options", [{}, {"distillation": 0}, {"basis": False, "gates": False}])
 def test_what_does_nothing_goes_first_and_costs_nothing(options: dict[str, Any]) -> None:
     """Dead units: after their removal the loss is the dense one's."""
     model = learnt(Tokens(bias=True))
@@ -463,7 +463,8 @@ def test_it_beats_removal_alone_and_more_costs_more(shape: dict[str, Any]) -> No
 def test_it_is_deterministic_and_reads_batches_of_other_sizes(trained: nn.Module) -> None:
     batches = [*data(6, 12), *data(6, 9)]
     first, second = (
-        eco.compress(trained, batches[0][0], ratio=0.3, batches=iter(batches), loss=loss_of, epochs=1) for _ in range(2)
+        eco.compress(trained, batches[0][0], ratio=0.3, batches=iter(batches), loss=loss_of, distillation=16)
+        for _ in range(2)
     )
     for a, b in zip(first.parameters(), second.parameters(), strict=True):
         assert a.equal(b)
@@ -471,7 +472,7 @@ def test_it_is_deterministic_and_reads_batches_of_other_sizes(trained: nn.Module
 
 def test_bfloat16_and_training_mode_stay_what_they_are() -> None:
     model = learnt(Tokens(dropout=0.2)).bfloat16().train()
-    small = eco.compress(model, data()[0][0], ratio=0.3, batches=data(), loss=loss_of, epochs=1)
+    small = eco.compress(model, data()[0][0], ratio=0.3, batches=data(), loss=loss_of, distillation=16)
     assert small.training
     assert {p.dtype for p in small.parameters()} == {torch.bfloat16}
     assert all(p.isfinite().all() and p.requires_grad for p in small.parameters())
@@ -480,12 +481,12 @@ def test_bfloat16_and_training_mode_stay_what_they_are() -> None:
 def test_it_works_in_inference_mode(trained: nn.Module) -> None:
     batches = data()
     with torch.inference_mode():
-        small = eco.compress(trained, batches[0][0], ratio=0.3, batches=batches, loss=loss_of, epochs=1)
+        small = eco.compress(trained, batches[0][0], ratio=0.3, batches=batches, loss=loss_of, distillation=16)
     assert not any(p.is_inference() for p in small.parameters())
 
 
 def test_a_compressed_model_is_saved_and_loaded(trained: nn.Module, tmp_path: Any) -> None:
-    small = eco.compress(trained, data()[0][0], ratio=0.3, batches=data(), loss=loss_of, epochs=0)
+    small = eco.compress(trained, data()[0][0], ratio=0.3, batches=data(), loss=loss_of, distillation=0)
     eco.save(small, tmp_path / "small")
     again = eco.load(tmp_path / "small", model=Tokens)
     assert mean_loss(again, data()) == pytest.approx(mean_loss(small, data()), abs=1e-6)
@@ -514,7 +515,9 @@ class InPlace(nn.Module):
 def test_what_overwrites_is_compressed_like_what_does_not() -> None:
     batches: list[Batch] = [((torch.randn(8, 6),), {}) for _ in range(8)]
     found = [
-        eco.compress(InPlace(overwrite=overwrite), batches[0][0], ratio=0.5, batches=batches, loss=square, epochs=2)
+        eco.compress(
+            InPlace(overwrite=overwrite), batches[0][0], ratio=0.5, batches=batches, loss=square, distillation=16
+        )
         for overwrite in (False, True)
     ]
     for (name, a), (_, b) in zip(*(model.named_parameters() for model in found), strict=True):
@@ -542,7 +545,7 @@ def test_calibration_data_stays_as_it_is() -> None:
     batches: list[Batch] = [((torch.randn(8, 6), Memory()), {}) for _ in range(4)]
     before = [args[0].clone() for args, _ in batches]
     example = (torch.randn(8, 6), Memory())
-    eco.compress(Remembering(overwrite=True), example, ratio=0.5, batches=batches, loss=square, epochs=1)
+    eco.compress(Remembering(overwrite=True), example, ratio=0.5, batches=batches, loss=square, distillation=16)
     for (args, _), values in zip(batches, before, strict=True):
         assert args[0].equal(values)
         assert not args[1].total.any()
@@ -606,7 +609,7 @@ def constant_loss(output: Tensor, args: Any, kwargs: Any) -> Tensor:
         ({"batches": [*data(2), ((data(1)[0][0][0], 1), {})]}, InputError, "the call of a batch is not that of"),
         ({"ratio": 1.5}, EcospaError, "ratio=1.5"),
         ({"damping": 0}, ScoreError, "damping=0 is not a factor"),
-        ({"epochs": -1}, ScoreError, "epochs=-1 is not a count"),
+        ({"distillation": -1}, ScoreError, "distillation=-1 is not a count"),
     ],
 )
 def test_bad_input_is_refused_in_one_sentence(

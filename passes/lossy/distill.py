@@ -34,11 +34,12 @@ Slopes = list[Tensor | None]
 class Distill:
     """``Distill(…).run(dense, small, batches, loss)``.
 
-    epochs: over the batches; rate: Adam's, in root mean squares of each parameter, falling to zero along a cosine;
-    step: batches per step; held: every how many-th batch is not learnt from but judges whether it helped.
+    length: batches to learn from in all, each as often as it takes; rate: Adam's, in root mean squares of each
+    parameter, falling to zero along a cosine; step: batches per step; held: every how many-th batch is not learnt from
+    but judges whether it helped.
     """
 
-    epochs: int = 4
+    length: int = 448
     rate: float = 0.002
     step: int = 2
     held: int = 8
@@ -91,11 +92,13 @@ class Distill:
         watch: Callable[[Sequence[int]], Iterable[int]],
         overwriting: Callable[[], AbstractContextManager[object]],
     ) -> None:
-        learned = [i for i in range(batches) if i % self.held != self.held - 1]
+        learned = [i for i in range(batches) if i % self.held != self.held - 1] or [0]
         groups = [{"params": [leaf], "lr": self.rate * _size(leaf)} for leaf in leaves.values()]
         optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
         source = torch.Generator().manual_seed(0)
-        order = [learned[i] for _ in range(self.epochs) for i in torch.randperm(len(learned), generator=source)]
+        epochs = math.ceil(self.length / len(learned))
+        drawn = torch.cat([torch.randperm(len(learned), generator=source) for _ in range(epochs)])[: self.length]
+        order = [learned[i] for i in drawn.tolist()]
         steps = math.ceil(len(order) / self.step)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: (1 + math.cos(math.pi * i / steps)) / 2)
         for done, number in enumerate(watch(order), 1):
