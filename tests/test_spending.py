@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import ecospa_fx as eco
 from ecospa_fx import demo
 from ecospa_fx.budget import latency
-from ecospa_fx.budget.allocate import Bounds, Ladder
+from ecospa_fx.budget.allocate import Bounds
 from ecospa_fx.budget.latency import Latency, Table
 from ecospa_fx.budget.spending import Flops, Priced
 from ecospa_fx.budget.work import Operation, flops
@@ -220,7 +220,7 @@ class Stairs(Priced):
         return list(range(1, size + 1))
 
     def prices(self, operations: Sequence[Operation]) -> list[float]:
-        return [float(-(-min(min(o.operands[0].shape), o.operands[0].shape[-1]) // self.step)) for o in operations]
+        return [float(-(-min(o.operands[1].shape) // self.step)) for o in operations]
 
 
 def mlp(width: int = 32) -> Couplings:
@@ -229,17 +229,39 @@ def mlp(width: int = 32) -> Couplings:
     return eco.detect(model, (torch.randn(128, 64),))
 
 
-def test_rungs_lead_from_edge_to_edge_of_a_staircase() -> None:
+def test_units_go_from_edge_to_edge_of_a_staircase() -> None:
     couplings = mlp()
     (ffn,) = couplings.offered
-    unit = Stairs(couplings, 8)
-    unit.ready([ffn])
-    widths = list(range(31, 0, -1))
-    ladder = Ladder.of(ffn, torch.arange(32.0)[None], widths, unit)
-    assert [32 - n for n in ladder.removed] == [24, 16, 8]
-    assert ladder.freed.tolist() == [1.0, 1.0, 1.0]
-    made = eco.plan(couplings, 0.25, "magnitude", budget=unit, kinds="ffn")
-    assert made[ffn.name].kept % 8 == 0
+    for ratio, kept in ((0.01, 24), (0.25, 24), (0.26, 16), (0.7, 8)):
+        made = eco.plan(couplings, ratio, "magnitude", budget=Stairs(couplings, 8))
+        assert made[ffn.name].kept == kept
+    with pytest.raises(PlanError, match=r"ratio=0.8 is out of reach .* leave at most 0.7500 of the stairs to remove"):
+        eco.plan(couplings, 0.8, "magnitude", budget=Stairs(couplings, 8))
+
+
+class EqualWidths(Stairs):
+    """A kernel for equal widths of queries, keys and values; other widths cost ten times as much."""
+
+    def grid(self, size: int, couplings: int) -> list[int]:
+        return list(range(2, size + 1, 2))
+
+    def prices(self, operations: Sequence[Operation]) -> list[float]:
+        found = []
+        for o in operations:
+            last = {blank.shape[-1] for blank in o.operands[:3]}
+            attention = "attention" in str(o.operator)
+            found.append(float(max(last) * (10 if len(last) > 1 else 1)) if attention else 0.0)
+        return found
+
+
+def test_couplings_that_meet_in_one_kernel_are_chosen_together() -> None:
+    """Greedy allocation over either coupling alone would never leave the dense widths."""
+    _, _, couplings = found("fused, masked")
+    unit = EqualWidths(couplings, 1)
+    made = eco.plan(couplings, 0.5, "magnitude", budget=unit, floor=0)
+    assert {s.kind: s.kept for s in made} == {"qk": 2, "vo": 2, "ffn": 40}
+    groups = [[c.kind for c in group] for group in unit.together([couplings[s.name] for s in made])]
+    assert sorted(map(sorted, groups)) == [["ffn"], ["qk", "vo"]]
 
 
 def table_of(folder: Path) -> Table:
@@ -276,13 +298,13 @@ def test_the_folder_of_the_table_is_a_choice(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(latency, "measured", lambda asked, device: [float(sum(o.operands[1].shape)) for o in asked])
     monkeypatch.setenv("ECOSPA_FX_CACHE", str(tmp_path / "by-environment"))
     couplings = mlp()
-    eco.plan(couplings, 0.3, budget="latency", round_to=4)
+    eco.plan(couplings, 0.2, budget="latency", round_to=4)
     assert len(list((tmp_path / "by-environment").glob("latency-*.json"))) == 1
-    eco.plan(couplings, 0.3, round_to=4, budget=Latency.of(couplings, 4, cache=tmp_path / "by-argument"))
+    eco.plan(couplings, 0.2, round_to=4, budget=Latency.of(couplings, 4, cache=tmp_path / "by-argument"))
     assert len(list((tmp_path / "by-argument").glob("latency-*.json"))) == 1
     (tmp_path / "file").write_text("")
     with pytest.raises(PlanError, match=r"^measured latencies cannot be kept in .*; set ECOSPA_FX_CACHE to a folder"):
-        eco.plan(couplings, 0.3, budget=Latency.of(couplings, cache=tmp_path / "file"))
+        eco.plan(couplings, 0.2, budget=Latency.of(couplings, cache=tmp_path / "file"))
 
 
 def test_a_budget_of_seconds_is_measured_here(tmp_path: Path) -> None:

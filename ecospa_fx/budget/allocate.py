@@ -18,7 +18,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ecospa_fx.budget import knapsack
 from ecospa_fx.budget.elements import Removal
+from ecospa_fx.budget.knapsack import Lost
 from ecospa_fx.budget.latency import Latency
 from ecospa_fx.budget.spending import Flops, Parameters, Spending
 from ecospa_fx.coupling.couplings import Coupling, Couplings
@@ -27,8 +29,8 @@ from ecospa_fx.importance.score import magnitudes
 from ecospa_fx.importance.scores import Scores
 from ecospa_fx.plan import Plan, Selection
 
-RESOLUTION = 1e-9
-"""Relative differences below this are rounding."""
+TRIES = 8
+"""Of a knapsack whose couplings hold the same elements, each for what the one before was short of."""
 
 
 def plan(  # noqa: PLR0913  # whatever a user decides about an allocation meets here
@@ -69,7 +71,9 @@ def plan(  # noqa: PLR0913  # whatever a user decides about an allocation meets 
     values = _values(couplings, bounds.fit(chosen), scores, seed)
     spending = _spending(couplings, budget, chosen, round_to)
     ladders = [Ladder.of(c, values[c.name], bounds.widths(c), spending) for c in chosen]
-    return _planned(couplings, ladders, _cut(spending, ladders, uniform, ratio, bounds))
+    if not ladders or uniform or spending.smooth:
+        return _planned(couplings, ladders, _cut(spending, ladders, uniform, ratio, bounds))
+    return _planned(couplings, ladders, _packed(spending, ladders, _lost(values), ratio, bounds))
 
 
 def _planned(couplings: Couplings, ladders: Sequence[Ladder], rungs: Sequence[int]) -> Plan:
@@ -149,18 +153,16 @@ class Ladder:
 
     @classmethod
     def of(cls, coupling: Coupling, values: Tensor, widths: Sequence[int], spending: Spending) -> Ladder:
-        """Rungs at some of the given widths, from most to fewest, each dearer for what it frees than the last.
-
-        values: scores [carriers, units]. Where the cost in the budget's unit is a staircase, the rungs lead from edge
-        to edge.
-        """
+        """values: scores [carriers, units]; widths: numbers of units that may be kept, from most to fewest."""
         ranked, order = values.to("cpu", torch.float64).sort(dim=1, stable=True)
         at = torch.tensor([0, *(coupling.size - k for k in widths)])
         lost = torch.cat([torch.zeros(1, dtype=torch.float64), ranked.sum(0).cumsum(0)])[at]
-        freed = torch.cat([torch.zeros(1, dtype=torch.float64), spending.freed(coupling, widths)])
-        edge = _hull(freed.tolist(), lost.tolist())
-        steps = freed[edge].diff()
-        return cls(coupling, order, tuple(at[edge][1:].tolist()), steps, lost[edge].diff() / steps)
+        freed = torch.cat([torch.zeros(1, dtype=torch.float64), spending.freed(coupling, widths)]).diff()
+        return cls(coupling, order, tuple(at[1:].tolist()), freed, lost.diff() / freed)
+
+    def rungs(self, kept: int) -> int:
+        """How many rungs lead down to a width."""
+        return 0 if kept == self.coupling.size else self.removed.index(self.coupling.size - kept) + 1
 
     def removal(self, rungs: int) -> Removal:
         """What the first `rungs` rungs take."""
@@ -172,25 +174,6 @@ class Ladder:
     def selection(self, rungs: int) -> Selection:
         """What stays after the first `rungs` rungs."""
         return Selection.of(self.coupling, self.removal(rungs)[1].logical_not())
-
-
-def _hull(freed: Sequence[float], lost: Sequence[float]) -> list[int]:
-    """The lower convex hull of a curve, as positions from the first on; points on its edges belong to it."""
-    edge = [0]
-    for i in range(1, len(freed)):
-        if freed[i] <= freed[edge[-1]] * (1 + RESOLUTION):
-            continue  # it frees no more and costs no less
-        while len(edge) > 1:
-            before, after = _slope(freed, lost, *edge[-2:]), _slope(freed, lost, edge[-1], i)
-            if after >= before - RESOLUTION * abs(before):
-                break
-            edge.pop()
-        edge.append(i)
-    return edge
-
-
-def _slope(freed: Sequence[float], lost: Sequence[float], a: int, b: int) -> float:
-    return (lost[b] - lost[a]) / (freed[b] - freed[a])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -260,6 +243,36 @@ def removed_at(spending: Spending, ladders: Sequence[Ladder], rungs: Sequence[in
     taken = {x.coupling.name: (x, n) for x, n in zip(ladders, rungs, strict=True) if n}
     kept = {name: x.coupling.size - x.removed[n - 1] for name, (x, n) in taken.items()}
     return spending.removed({name: x.removal(n) for name, (x, n) in taken.items()}, kept)
+
+
+def _lost(values: Mapping[str, Tensor]) -> Lost:
+    """Predicted loss by scores: the sum over the units that go."""
+
+    def lost(coupling: Coupling, kept: Sequence[int]) -> Tensor:
+        ranked = values[coupling.name].to("cpu", torch.float64).sort(dim=1).values.sum(0)
+        total = torch.cat([torch.zeros(1, dtype=torch.float64), ranked.cumsum(0)])
+        return total[torch.tensor([coupling.size - k for k in kept])]
+
+    return lost
+
+
+def _packed(spending: Spending, ladders: Sequence[Ladder], lost: Lost, ratio: float, bounds: Bounds) -> list[int]:
+    """Rungs taken on each ladder so that at least `ratio` goes at the least predicted loss, all choices at once."""
+    couplings, held = [x.coupling for x in ladders], spending.held([x.coupling for x in ladders])
+    allowed, wanted = {x.coupling.name: bounds.widths(x.coupling) for x in ladders}, ratio
+    rungs: list[int] = []
+    for _ in range(TRIES):
+        kept = knapsack.widths(spending, couplings, lost, allowed, wanted)
+        if isinstance(kept, float) and not rungs:
+            raise _out_of_reach(ratio, kept, bounds, spending)
+        if isinstance(kept, float):
+            break
+        rungs = [ladder.rungs(kept[ladder.coupling.name]) for ladder in ladders]
+        missing = ratio - removed_at(spending, ladders, rungs) / held
+        if missing <= 1e-9:
+            break
+        wanted += missing  # couplings that hold the same elements free less together than each
+    return rungs
 
 
 def _cut(spending: Spending, ladders: Sequence[Ladder], uniform: bool, ratio: float, bounds: Bounds) -> list[int]:

@@ -67,8 +67,9 @@ class Latency(Priced):
     def grid(self, size: int, couplings: int) -> list[int]:
         step = math.ceil(size / max(2, round(INTERVALS ** (1 / max(couplings, 1)))))
         unit = self.round_to if self.round_to > 1 else ALIGNED if step > ALIGNED // 2 else 1
+        step = unit * 2 ** max(math.ceil(math.log2(step / unit)), 0)  # grids of other sizes meet this one
         least = unit if unit < size else 1
-        return sorted({least, *range(0, size, math.ceil(step / unit) * unit), size} - {0})
+        return sorted({least, *range(step, size, step), size})
 
     def prices(self, operations: Sequence[Operation]) -> list[float]:
         products = [operation for operation in operations if flops(operation)]

@@ -27,12 +27,29 @@ class Spending(ABC):
     unit: str
     """What a share is a share of, for people."""
 
+    smooth = True
+    """Whether each unit of a coupling frees about as much as the next one, whatever other couplings keep."""
+
     def ready(self, couplings: Sequence[Coupling]) -> None:  # noqa: B027  # most units need nothing
         """Find out what these couplings cost, before anything else is asked."""
 
     @abstractmethod
     def freed(self, coupling: Coupling, kept: Sequence[int]) -> Tensor:
         """float64 [widths]: what a coupling frees at some numbers of kept units, everything else being whole."""
+
+    def together(self, couplings: Sequence[Coupling]) -> list[list[Coupling]]:
+        """The couplings in groups, each of which costs what it costs whatever the others keep."""
+        return [[c] for c in couplings]
+
+    def priced(self, coupling: Coupling, kept: Sequence[int]) -> Sequence[int]:
+        """Those of some widths at which it is known what a coupling costs together with the others of its group."""
+        return kept
+
+    def freed_together(self, couplings: Sequence[Coupling], kept: Sequence[Sequence[int]]) -> list[float]:
+        """What the couplings of a group free at some combinations of widths."""
+        each = [self.freed(c, [widths[i] for widths in kept]) for i, c in enumerate(couplings)]
+        found: list[float] = torch.stack(each).sum(0).tolist()
+        return found
 
     @abstractmethod
     def removed(self, removals: Mapping[str, Removal], kept: Widths) -> float:
@@ -82,15 +99,39 @@ class Priced(Spending):
     def prices(self, operations: Sequence[Operation]) -> list[float]:
         """What each operation costs."""
 
+    smooth = False
+
+    def together(self, couplings: Sequence[Coupling]) -> list[list[Coupling]]:
+        """Couplings that narrow one call have a price only together: its kernel depends on all widths."""
+        if self.smooth:
+            return super().together(couplings)
+        groups = {c.name: [c] for c in couplings}
+        for names in self.work.calls.values():
+            first, *others = list({id(groups[n]): groups[n] for n in names if n in groups}.values()) or [[]]
+            for other in others:
+                first.extend(other)
+                groups.update({c.name: first for c in other})
+        return list({id(group): group for group in groups.values()}.values())
+
+    def priced(self, coupling: Coupling, kept: Sequence[int]) -> Sequence[int]:
+        nodes = [n for n in self._narrowed.get(coupling.name, ()) if len(self._grids[n]) > 1]
+        grids = [self._grids[node][coupling.name] for node in nodes if not self.smooth]
+        return [k for k in kept if all(k in grid for grid in grids)]
+
+    def freed_together(self, couplings: Sequence[Coupling], kept: Sequence[Sequence[int]]) -> list[float]:
+        nodes = dict.fromkeys(node for c in couplings for node in self._narrowed.get(c.name, ()))
+        whole, names = sum(self.price(node, {}) for node in nodes), [c.name for c in couplings]
+        return [whole - sum(self.price(n, dict(zip(names, k, strict=True))) for n in nodes) for k in kept]
+
     def ready(self, couplings: Sequence[Coupling]) -> None:
         """Price every call that these couplings narrow, at all widths of its grid that they may have."""
         names = {c.name for c in couplings}
-        nodes = dict.fromkeys(node for name in names for node in self._narrowed.get(name, ()))
+        nodes = dict.fromkeys(node for c in couplings for node in self._narrowed.get(c.name, ()))
         wanted: list[tuple[fx.Node, tuple[int, ...], Operation]] = []
         for node in nodes:
-            own = self.work.calls[node]
-            self._grids[node] = {n: self.grid(self.work.size(n), len(names.intersection(own))) for n in own}
-            axes = [self._grids[node][n] if n in names else [self.work.size(n)] for n in own]
+            own, free = self.work.calls[node], names.intersection(self.work.calls[node])
+            grids = self._grids[node] = {n: self.grid(self.work.size(n), len(free)) for n in free}
+            axes = [grids.get(n, [self.work.size(n)]) for n in own]
             for at in product(*axes):
                 wanted.append((node, at, self.work.operation(node, dict(zip(own, at, strict=True)))))
         distinct = list(dict.fromkeys(operation for _, _, operation in wanted))
@@ -102,7 +143,8 @@ class Priced(Spending):
         """Of one call at any widths: interpolated along each coupling that narrows it."""
         corners: list[tuple[tuple[int, ...], float]] = [((), 1.0)]
         for name in self.work.calls[node]:
-            ends = _between(self._grids[node][name], kept.get(name, self.work.size(name)))
+            size = self.work.size(name)
+            ends = _between(self._grids[node].get(name, [size]), kept.get(name, size))
             corners = [((*at, width), share * part) for at, share in corners for width, part in ends]
         known = self._prices[node]
         return sum(known[at] * share for at, share in corners)
@@ -143,7 +185,7 @@ def _interpolated(points: Sequence[int], values: Sequence[float], at: Sequence[i
 class Flops(Priced):
     """Floating-point operations of the example call, as torch counts them."""
 
-    unit = "the FLOPs of the products that the couplings narrow"
+    unit, smooth = "the FLOPs of the products that the couplings narrow", True
 
     @classmethod
     def of(cls, couplings: Couplings) -> Flops:
