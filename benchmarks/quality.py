@@ -44,6 +44,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "uniform": {"uniform": True},
     "no-fit": {"epochs": 0},
+    "sensitivity": {"allocation": "sensitivity"},
+    "sensitivity-no-fit": {"allocation": "sensitivity", "epochs": 0},
     "no-least-squares": {"epochs": 0, "least_squares": False},
     "no-gates": {"gates": False},
     "no-basis": {"basis": False},

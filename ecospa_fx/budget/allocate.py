@@ -27,6 +27,7 @@ from ecospa_fx.coupling.couplings import Coupling, Couplings
 from ecospa_fx.errors import PlanError
 from ecospa_fx.importance.score import magnitudes
 from ecospa_fx.importance.scores import Scores
+from ecospa_fx.importance.sensitivity import Curves
 from ecospa_fx.plan import Plan, Selection
 
 TRIES = 8
@@ -40,6 +41,7 @@ def plan(  # noqa: PLR0913  # whatever a user decides about an allocation meets 
     seed: int = 0,
     round_to: int = 1,
     *,
+    allocation: Literal["global", "uniform"] | Curves = "global",
     uniform: bool = False,
     floor: float = 0.05,
     kinds: Sequence[str] | None = None,
@@ -53,27 +55,26 @@ def plan(  # noqa: PLR0913  # whatever a user decides about an allocation meets 
     seconds of that call's products on this machine, measured once and kept on disk (`ecospa_fx.budget.latency`).
     scores: what `score` returned; "magnitude", from the weights; or "random", drawn from `seed` alone, a test of any
     combination and no way to compress. round_to: kept units per carrier are a multiple of it; a coupling with fewer
-    units than that stays whole. uniform: by default what scores least for what it frees goes first, wherever it is;
-    True removes the same share of every coupling, and couplings of equal kind, size and carriers keep equally many
-    units. floor: the share of its units that a coupling keeps in any case, at least one unit. limits: by kind, the
-    largest share of its units that a coupling may lose. kinds: only couplings of these kinds; by default all that are
-    offered, except those whose content is offered as finer couplings (heads) unless scores are random. Couplings of a
-    single unit are left out, and where no coupling can shrink, the plan is empty.
+    units than that stays whole. allocation: "global", what scores least for what it frees goes first, wherever it is;
+    "uniform" or uniform=True, the same share of every coupling, and equally many units in those of equal kind, size and
+    carriers; or measured curves (`ecospa_fx.importance.sensitivity`), which say how many units go where scores say
+    which. floor: the share of its units that a coupling keeps in any case, at least one unit. limits: by kind, the
+    largest share of its units that a coupling may lose. kinds: only couplings of these kinds; by default all offered,
+    except those whose content is offered as finer couplings (heads) unless scores are random. Couplings of a single
+    unit are left out, and where no coupling can shrink, the plan is empty.
 
-    Deterministic. Raises PlanError for arguments out of range, scores that do not fit, and a ratio that `floor`,
-    `round_to` and `limits` put out of reach; ScoreError where magnitudes cannot be taken (on ``meta``, not finite).
+    Deterministic. Raises PlanError for arguments out of range, scores that do not fit, and a ratio that is out of
+    reach; ScoreError where magnitudes cannot be taken (on ``meta``, not finite).
 
     >>> small = plan(couplings, ratio=0.5, round_to=8, limits={"ffn": 0.6}, budget="flops")  # doctest: +SKIP
     """
-    bounds = Bounds(round_to, floor, {} if limits is None else limits)
-    _check_arguments(ratio, seed)
+    bounds, how = Bounds(round_to, floor, {} if limits is None else limits), "uniform" if uniform else allocation
+    _check_arguments(ratio, seed, how)
     chosen = choose(couplings, kinds, containers=isinstance(scores, str) and scores == "random")
-    values = _values(couplings, bounds.fit(chosen), scores, seed)
+    values = _values(couplings, bounds.fit(chosen), scores, seed, how)
     spending = _spending(couplings, budget, chosen, round_to)
     ladders = [Ladder.of(c, values[c.name], bounds.widths(c), spending) for c in chosen]
-    if not ladders or uniform or spending.smooth:
-        return _planned(couplings, ladders, _cut(spending, ladders, uniform, ratio, bounds))
-    return _planned(couplings, ladders, _packed(spending, ladders, _lost(values), ratio, bounds))
+    return _planned(couplings, ladders, _rungs(spending, ladders, _lost(values, spending, how), ratio, bounds))
 
 
 def _planned(couplings: Couplings, ladders: Sequence[Ladder], rungs: Sequence[int]) -> Plan:
@@ -245,13 +246,26 @@ def removed_at(spending: Spending, ladders: Sequence[Ladder], rungs: Sequence[in
     return spending.removed({name: x.removal(n) for name, (x, n) in taken.items()}, kept)
 
 
-def _lost(values: Mapping[str, Tensor]) -> Lost:
-    """Predicted loss by scores: the sum over the units that go."""
+def _rungs(spending: Spending, ladders: Sequence[Ladder], lost: Lost | str, ratio: float, bounds: Bounds) -> list[int]:
+    """Rungs taken on each ladder, by what is lost at any widths, or the name of a way to climb."""
+    if isinstance(lost, str) or not ladders:
+        return _cut(spending, ladders, lost == "uniform", ratio, bounds)
+    return _packed(spending, ladders, lost, ratio, bounds)
+
+
+def _lost(values: Mapping[str, Tensor], spending: Spending, how: str | Curves) -> Lost | str:
+    """Predicted loss at any widths where climbing is not good enough: by curves, or by scores on a staircase."""
+    if how == "uniform" or (how == "global" and spending.smooth):
+        return how
 
     def lost(coupling: Coupling, kept: Sequence[int]) -> Tensor:
         ranked = values[coupling.name].to("cpu", torch.float64).sort(dim=1).values.sum(0)
-        total = torch.cat([torch.zeros(1, dtype=torch.float64), ranked.cumsum(0)])
-        return total[torch.tensor([coupling.size - k for k in kept])]
+        total = torch.cat([torch.zeros(1, dtype=torch.float64), ranked.cumsum(0).cummax(0).values])
+
+        def predicted(kept: Sequence[int]) -> Tensor:
+            return total[torch.tensor([coupling.size - k for k in kept])]
+
+        return how.lost(coupling, kept, predicted) if isinstance(how, Curves) else predicted(kept)
 
     return lost
 
@@ -309,13 +323,19 @@ def _first_reaching(removed: Callable[[int], float], target: float, guess: int, 
     return bisect_left(range(last + 1), target, lo=max(low + 1, 0), hi=min(high, last + 1), key=removed)
 
 
-def _check_arguments(ratio: float, seed: int) -> None:
+def _check_arguments(ratio: float, seed: int, allocation: object) -> None:
     if not isinstance(ratio, int | float) or not 0 < ratio < 1:
         raise PlanError(
             f"ratio={ratio!r} is not a share of parameters to remove: give a number between 0 and 1, like 0.5"
         )
     if not isinstance(seed, int):
         raise PlanError(f"seed={seed!r} is not a seed: give a whole number")
+    if allocation == "sensitivity":
+        raise PlanError(
+            "allocation='sensitivity' needs measured curves: pass these, or use compress() with method='second-order'"
+        )
+    if not isinstance(allocation, Curves) and allocation not in ("global", "uniform"):
+        raise PlanError(f"allocation={allocation!r:.60} is unknown: use 'global', 'uniform' or measured curves")
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -335,7 +355,9 @@ def choose(couplings: Couplings, kinds: Sequence[str] | None, *, containers: boo
     return [c for c in offered if containers or not c.contains or not names.issuperset(c.contains)]
 
 
-def _values(couplings: Couplings, chosen: Sequence[Coupling], scores: Scores | str, seed: int) -> Mapping[str, Tensor]:
+def _values(
+    couplings: Couplings, chosen: Sequence[Coupling], scores: Scores | str, seed: int, how: str | Curves
+) -> Mapping[str, Tensor]:
     """Scores [carriers, units] of every chosen coupling, checked."""
     if isinstance(scores, str) and scores == "random":
         return _random(chosen, seed)
@@ -353,6 +375,8 @@ def _values(couplings: Couplings, chosen: Sequence[Coupling], scores: Scores | s
             )
         if not value.isfinite().all():
             raise PlanError(f"the scores of coupling {c.name!r} are not all finite: score it anew")
+        if isinstance(how, Curves) and c.name not in how.rises:
+            raise PlanError(f"coupling {c.name!r} has no measured curve: measure these couplings, or choose kinds=")
     return scores.values
 
 

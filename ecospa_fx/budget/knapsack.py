@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from math import ceil
+from math import ceil, inf
 
 import torch
 from torch import Tensor
@@ -76,7 +76,7 @@ def options(
         )
         for kept, gain in zip(combined, freed, strict=True)
     ]
-    return [found[0], *_undominated([o for o in found[1:] if o.freed > 0])]
+    return [found[0], *_undominated([o for o in found[1:] if o.freed > 0 and o.lost < inf])]
 
 
 def _thinned(found: Sequence[int], couplings: int) -> Sequence[int]:
