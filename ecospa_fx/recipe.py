@@ -122,6 +122,8 @@ def compress_program(program: ExportedForm, task: Task, ratio: float, recipe: Re
 
     evaluator = Evaluator(program, task.model, task.args, task.kwargs)
     held = task.batches[HELD - 1 :: HELD] if recipe.allocation == "sensitivity" else []
+    if recipe.allocation == "sensitivity" and not held:
+        raise ScoreError(f"allocation='sensitivity' holds every {HELD}th batch back: pass at least {HELD}")
     seen = [batch for i, batch in enumerate(task.batches) if not held or i % HELD != HELD - 1]
     views, curvature = _measured(program, evaluator, replace(task, batches=seen), recipe, planning.get("kinds"))
     couplings = _reached(task.couplings, without_traffic(views, curvature))

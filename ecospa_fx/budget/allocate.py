@@ -63,8 +63,7 @@ def plan(  # noqa: PLR0913  # whatever a user decides about an allocation meets 
     except those whose content is offered as finer couplings (heads) unless scores are random. Couplings of a single
     unit are left out, and where no coupling can shrink, the plan is empty.
 
-    Deterministic. Raises PlanError for arguments out of range, scores that do not fit, and a ratio that is out of
-    reach; ScoreError where magnitudes cannot be taken (on ``meta``, not finite).
+    Raises PlanError for what is out of range, out of reach or does not fit; ScoreError for weights without magnitudes.
 
     >>> small = plan(couplings, ratio=0.5, round_to=8, limits={"ffn": 0.6}, budget="flops")  # doctest: +SKIP
     """
