@@ -1,14 +1,16 @@
 """Whether a budget in measured seconds buys more quality than one in parameters, at equal latency on this machine.
 
     python benchmarks/latency_allocation.py                              # the model that comes with the package
+    python benchmarks/latency_allocation.py --recipe                     # the same, what stays making up for what goes
     python benchmarks/latency_allocation.py --model MODEL --data DATA    # a causal language model and books
 
-Scores are taken once (gate Fisher, on calibration text). Each plan in parameters is paired with the plan that spends
-the same seconds of the latency table, which takes what costs the least predicted loss for them. Shown of each: the
-share of the parameters that went; the table's milliseconds; milliseconds of a forward pass of the whole smaller model,
-the least of many rounds in which all take turns; the loss that the scores predict; and the loss in nats on held-out
-text. Nothing is retrained or compensated. A plan in parameters may be slower than the dense model, where a kernel
-exists for equal widths alone; its partner is the dense model then.
+Each plan in parameters is paired with one that spends the same seconds of the latency table, where these buy most.
+Shown of each: the share of the parameters that went; the table's milliseconds; milliseconds of a forward pass of the
+whole smaller model, the least of many rounds in which all take turns (processor time where there is one thread); the
+loss that the scores predict; and the loss in nats on held-out text. Scores are gate Fisher, taken once, and nothing
+makes up for what goes; with ``--recipe`` both are the default recipe of `compress` without its fit, and no prediction
+is shown. A plan in parameters may be slower than the dense model, where a kernel exists for equal widths alone; its
+partner is the dense model then.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ import ecospa_fx as eco
 from ecospa_fx import demo
 from ecospa_fx.budget.latency import Latency
 from ecospa_fx.importance.scores import Scores
+from ecospa_fx.origin import origin_of
 from ecospa_fx.plan import Plan
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -84,13 +87,14 @@ def loss_of(model: nn.Module, windows: Tensor) -> float:
 @torch.no_grad()
 def milliseconds(models: Sequence[nn.Module], sample: Tensor, rounds: int) -> list[float]:
     """The least of some rounds of each model's forward pass; they take turns."""
+    clock = time.process_time if torch.get_num_threads() == 1 and not sample.is_cuda else time.perf_counter
     best = [float("inf")] * len(models)
     for number in range(rounds + 2):
         for i, model in enumerate(models):
-            begin = time.perf_counter()
+            begin = clock()
             model(sample)
             if number >= 2:
-                best[i] = min(best[i], 1e3 * (time.perf_counter() - begin))
+                best[i] = min(best[i], 1e3 * (clock() - begin))
     return best
 
 
@@ -113,15 +117,23 @@ class Comparison:
     def __init__(self, told: Subject, arguments: argparse.Namespace) -> None:
         self.told, self.arguments = told, arguments
         self.couplings = eco.detect(told.model, (told.sample,))
-        batches: list[Any] = [((window[None, :-1],), {}) for window in told.calibrate]
-        self.scores = eco.score(told.model, self.couplings, batches, loss=demo.next_byte_loss)
+        self.batches: list[Any] = [((window[None, :-1],), {}) for window in told.calibrate]
+        self.scores = eco.score(told.model, self.couplings, self.batches, loss=demo.next_byte_loss)
         self.unit, begin = Latency.of(self.couplings, arguments.round_to, arguments.cache), time.perf_counter()
-        chosen = eco.plan(self.couplings, 0.1, self.scores, round_to=arguments.round_to, budget=self.unit)
+        options = {"round_to": arguments.round_to, "budget": self.unit}
+        chosen = eco.plan(self.couplings, 0.1, self.scores, **options)
         self.held = self.unit.held([self.couplings[s.name] for s in chosen])
         print(f"the table took {time.perf_counter() - begin:.1f} s: {1e3 * self.held:.1f} ms of products", flush=True)
 
-    def plan(self, ratio: float, **options: Any) -> Plan:
-        return eco.plan(self.couplings, ratio, self.scores, round_to=self.arguments.round_to, **options)
+    def made(self, ratio: float, **options: Any) -> tuple[Plan, nn.Module]:
+        """A plan and the smaller model."""
+        told, options = self.told, {"round_to": self.arguments.round_to, **options}
+        if self.arguments.recipe:
+            data = {"batches": self.batches, "loss": demo.next_byte_loss}
+            small = eco.compress(told.model, (told.sample,), ratio=ratio, epochs=0, **data, **options)
+            return origin_of(small).plan, small
+        plan = eco.plan(self.couplings, ratio, self.scores, **options)
+        return plan, eco.shrink(told.model, plan, (told.sample,))
 
     def freed(self, plan: Plan | None) -> float:
         """Seconds of the table."""
@@ -129,11 +141,12 @@ class Comparison:
 
     def pair(self, name: str, ratio: float) -> list[dict[str, Any]]:
         """A plan in parameters and its equal in seconds."""
-        made = self.plan(ratio, **PLANS[name])
-        share = self.freed(made) / self.held
-        equal = self.plan(share, budget=self.unit) if share > 0 else None
-        plans: dict[str, Plan | None] = {name: made, "latency": equal}
-        models = [eco.shrink(self.told.model, p, (self.told.sample,)) if p else self.told.model for p in plans.values()]
+        plan, small = self.made(ratio, **PLANS[name])
+        share = self.freed(plan) / self.held
+        plans: dict[str, Plan | None] = {name: plan, "latency": None}
+        models = [small, self.told.model]
+        if share > 0:
+            plans["latency"], models[1] = self.made(share, budget=self.unit)
         dense, *times = milliseconds([self.told.model, *models], self.told.sample, self.arguments.rounds)
         rows = []
         for (budget, plan), small, measured in zip(plans.items(), models, times, strict=True):
@@ -144,7 +157,7 @@ class Comparison:
                 "table ms": 1e3 * (self.held - self.freed(plan)),
                 "model ms": measured,
                 "dense ms": dense,
-                "predicted loss": predicted(self.scores, plan) if plan is not None else 0.0,
+                "predicted loss": "" if self.arguments.recipe else predicted(self.scores, plan) if plan else 0.0,
                 "loss": loss_of(small, self.told.held_out),
             }
             rows.append(row)
@@ -156,6 +169,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--data", type=Path)
+    parser.add_argument("--recipe", action="store_true", help="what stays makes up for what goes")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.4])
     parser.add_argument("--windows", type=int, default=32, help="of calibration and of held-out text")
     parser.add_argument("--length", type=int, default=256)
