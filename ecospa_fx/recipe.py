@@ -34,8 +34,8 @@ Item = TypeVar("Item")
 SECOND_ORDER = "second-order"
 """The name of the recipe as a method of `compress`."""
 
-HELD = 4
-"""Every how many-th batch measures sensitivities and is not scored on."""
+HELD, MOST_HELD = 4, 16
+"""Every how many-th batch measures sensitivities and is not scored on, and how many at most."""
 
 SCALES = 0.25, 4.0
 """Gates of kept units stay within these."""
@@ -121,10 +121,7 @@ def compress_program(program: ExportedForm, task: Task, ratio: float, recipe: Re
     from ecospa_fx.passes.shrink_couplings import shrink_program
 
     evaluator = Evaluator(program, task.model, task.args, task.kwargs)
-    held = task.batches[HELD - 1 :: HELD] if recipe.allocation == "sensitivity" else []
-    if recipe.allocation == "sensitivity" and not held:
-        raise ScoreError(f"allocation='sensitivity' holds every {HELD}th batch back: pass at least {HELD}")
-    seen = [batch for i, batch in enumerate(task.batches) if not held or i % HELD != HELD - 1]
+    seen, held = _held(task.batches) if recipe.allocation == "sensitivity" else (task.batches, [])
     views, curvature = _measured(program, evaluator, replace(task, batches=seen), recipe, planning.get("kinds"))
     couplings = _reached(task.couplings, without_traffic(views, curvature))
     values = {name: tensor.detach() for name, tensor in program.values.items()}
@@ -145,6 +142,14 @@ def compress_program(program: ExportedForm, task: Task, ratio: float, recipe: Re
         rebuild = Reconstruct(recipe.least_squares_damping, recipe.epochs, recipe.rate, recipe.step)
         rebuild.run(dense, small, task.batches, lambda stages: recipe.shown(stages, "reconstruct"))
     return plan
+
+
+def _held(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
+    """Batches to score on, and every fourth of them, a few at most, to measure sensitivities on."""
+    chosen = range(HELD - 1, len(batches), HELD)[:MOST_HELD]
+    if not chosen:
+        raise ScoreError(f"allocation='sensitivity' holds every {HELD}th batch back: pass at least {HELD}")
+    return [batch for i, batch in enumerate(batches) if i not in chosen], [batches[i] for i in chosen]
 
 
 def _measured(
