@@ -9,8 +9,7 @@ Shown of each: the share of the parameters that went; the table's milliseconds; 
 whole smaller model, the least of many rounds in which all take turns (processor time where there is one thread); the
 loss that the scores predict; and the loss in nats on held-out text. Scores are gate Fisher, taken once, and nothing
 makes up for what goes; with ``--recipe`` both are the default recipe of `compress` without its fit, and no prediction
-is shown. A plan in parameters may be slower than the dense model, where a kernel exists for equal widths alone; its
-partner is the dense model then.
+is shown. Where a plan in parameters is slower than the dense model, its partner is the dense model.
 """
 
 from __future__ import annotations

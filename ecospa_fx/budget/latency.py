@@ -1,7 +1,8 @@
 """A budget in seconds: this machine's products, measured once at a grid of widths and remembered on disk.
 
 Time is a staircase in width: kernels work in tiles, so that some widths cost as much as wider ones. The grid is made of
-multiples of what widths are rounded to, so that a plan meets the steps where they were measured.
+multiples of what widths are rounded to, so that a plan meets the steps where they were measured. Each product runs as
+the passes of `shrink` would leave it.
 """
 
 from __future__ import annotations
@@ -14,13 +15,18 @@ import platform
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ecospa_fx.budget.spending import Priced
-from ecospa_fx.budget.work import Operation, Work, flops
+from ecospa_fx.budget.work import Blank, Operation, Work, flops
 from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.errors import PlanError
+from ecospa_fx.graph.edit import evaluate
+from ecospa_fx.graph.passes import run_passes
 
 INTERVALS = 32
 """Steps of the grid of a call that one coupling narrows; of one that several narrow, this many combinations."""
@@ -133,22 +139,50 @@ class Table:
 
 def measured(operations: Sequence[Operation], device: torch.device) -> list[float]:
     """Seconds of each operation: the least of several rounds, in which all take turns."""
-    best = [math.inf] * len(operations)
+    best, calls = [math.inf] * len(operations), [as_shrunk(operation, device) for operation in operations]
     with torch.no_grad():
         for _ in range(ROUNDS):
-            for i, operation in enumerate(operations):
-                best[i] = min(best[i], _once(operation, device))
+            for i, (operation, call) in enumerate(zip(operations, calls, strict=True)):
+                best[i] = min(best[i], _once(call, operation.filled(device), device))
     return best
 
 
-def _once(operation: Operation, device: torch.device) -> float:
+def as_shrunk(operation: Operation, device: torch.device) -> fx.GraphModule:
+    """A graph of one call as `shrink` would leave it, cleaned up; its inputs are the tensors among the arguments."""
+    from ecospa_fx.passes import CLEANUP
+
+    graph = fx.Graph()
+    with FakeTensorMode():
+        tensors = enumerate(operation.filled(device))
+
+        def held(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return [held(one) for one in value]
+            if not isinstance(value, Blank):
+                return value
+            number, tensor = next(tensors)
+            node = graph.placeholder(f"operand_{number}")
+            node.meta["val"] = tensor
+            return node
+
+        node = graph.call_function(operation.operator, (), {name: held(value) for name, value in operation.arguments})
+        positional = [a.name for a in operation.operator._schema.arguments if not a.kwarg_only]
+        given = [name for name in positional if name in node.kwargs]
+        if given == positional[: len(given)]:  # as export writes calls
+            node.args = tuple(node.kwargs[name] for name in given)
+            node.kwargs = {name: value for name, value in node.kwargs.items() if name not in given}
+        node.meta["val"] = evaluate(node)
+    graph.output(node)
+    return run_passes(fx.GraphModule(torch.nn.Module(), graph), CLEANUP).graph_module
+
+
+def _once(call: fx.GraphModule, tensors: Sequence[Tensor], device: torch.device) -> float:
     """Seconds per call, over as many calls as can be timed."""
-    args, kwargs = operation.on(device)
 
     def run(times: int) -> float:
         begin = time.perf_counter()
         for _ in range(times):
-            operation.operator(*args, **kwargs)
+            call(*tensors)
         if device.type != "cpu":
             torch.accelerator.synchronize()
         return (time.perf_counter() - begin) / times

@@ -56,6 +56,11 @@ class Operation:
         flat = [one for _, value in self.arguments for one in (value if isinstance(value, tuple) else (value,))]
         return [one for one in flat if isinstance(one, Blank)]
 
+    def filled(self, device: torch.device) -> list[Tensor]:
+        """The operands with real values on a device, in order."""
+        found: list[Tensor] = [_filled(blank, device) for blank in self.operands]
+        return found
+
     def on(self, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments with real values on a device: normal ones, ones, or on ``meta`` none at all."""
         given = {name: _filled(value, device) for name, value in self.arguments}
