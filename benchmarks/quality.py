@@ -44,6 +44,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "uniform": {"uniform": True},
     "no-distillation": {"distillation": 0},
+    "sensitivity": {"allocation": "sensitivity"},
+    "sensitivity-no-distillation": {"allocation": "sensitivity", "distillation": 0},
     "no-least-squares": {"distillation": 0, "least_squares": False},
     "no-gates": {"gates": False},
     "no-basis": {"basis": False},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -12,11 +12,13 @@ from torch import nn
 
 from ecospa_fx.budget.allocate import choose
 from ecospa_fx.budget.allocate import plan as make_plan
+from ecospa_fx.budget.measured import Sensitivity
 from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.errors import PlanError, ScoreError
 from ecospa_fx.graph.evaluate import Evaluator
 from ecospa_fx.graph.program import ExportedForm
 from ecospa_fx.graph.sites import Site, find_sites
+from ecospa_fx.importance.compensated import Compensated
 from ecospa_fx.importance.curvature import Collector, Curvature
 from ecospa_fx.importance.matrices import damped
 from ecospa_fx.importance.progress import watched
@@ -32,6 +34,9 @@ Item = TypeVar("Item")
 SECOND_ORDER = "second-order"
 """The name of the recipe as a method of `compress`."""
 
+HELD, MOST_HELD = 4, 16
+"""Every how many-th batch measures sensitivities and is not scored on, and how many at most."""
+
 SCALES = 0.25, 4.0
 """Gates of kept units stay within these."""
 
@@ -43,9 +48,11 @@ class Recipe:
     basis: turn linear couplings (V with O, Q with K where nothing rotates them) before units are chosen.
     damping: of the surgeon's matrices, in means of their diagonals. gates: rescale the queries and keys that are kept
     for those that go, with gate_damping. least_squares: solve the matrices that lost inputs anew, with
-    least_squares_damping. distillation: how many batches the smaller model sees, without their labels, while it learns
-    to answer like the dense one, 0 for none, each as often as it takes; rate, step: the learning rate in root mean
-    squares of each parameter, and batches per step. progress: bars on stderr.
+    least_squares_damping. allocation: "global", by score; "uniform"; or "sensitivity", by what couplings are measured
+    to cost on every fourth batch, which the scores do not see, in so many `rounds`. distillation: how many batches the
+    smaller model sees, without their labels, while it learns to answer like the dense one, 0 for none, each as often as
+    it takes; rate, step: the learning rate in root mean squares of each parameter, and batches per step. progress: bars
+    on stderr.
     """
 
     basis: bool = True
@@ -54,6 +61,8 @@ class Recipe:
     gate_damping: float = 0.1
     least_squares: bool = True
     least_squares_damping: float = 0.1
+    allocation: str = "global"
+    rounds: int = 2
     distillation: int = 448
     rate: float = 0.002
     step: int = 2
@@ -64,7 +73,9 @@ class Recipe:
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 < value < float("inf"):
                 raise ScoreError(f"{name}={value!r} is not a factor: give a positive number")
-        for name, least in (("distillation", 0), ("step", 1)):
+        if self.allocation not in ("global", "uniform", "sensitivity"):
+            raise ScoreError(f"allocation={self.allocation!r} is unknown: use 'global', 'uniform' or 'sensitivity'")
+        for name, least in (("distillation", 0), ("step", 1), ("rounds", 1)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ScoreError(f"{name}={value!r} is not a count: give a whole number of at least {least}")
@@ -110,11 +121,18 @@ def compress_program(program: ExportedForm, task: Task, ratio: float, recipe: Re
     from ecospa_fx.passes.shrink_couplings import shrink_program
 
     evaluator = Evaluator(program, task.model, task.args, task.kwargs)
-    views, curvature = _measured(program, evaluator, task, recipe, planning.get("kinds"))
+    seen, held = _held(task.batches) if recipe.allocation == "sensitivity" else (task.batches, [])
+    views, curvature = _measured(program, evaluator, replace(task, batches=seen), recipe, planning.get("kinds"))
     couplings = _reached(task.couplings, without_traffic(views, curvature))
     values = {name: tensor.detach() for name, tensor in program.values.items()}
     scores = Scores(SECOND_ORDER, unit_scores(views, curvature, values, recipe.damping))
+    planning = {**planning, "uniform": planning.get("uniform", False) or recipe.allocation == "uniform"}
     plan = make_plan(couplings, ratio, scores, **planning)
+    if held:
+        damping = recipe.least_squares_damping, recipe.gate_damping
+        weights = Compensated(couplings.offered, values, views, curvature, *damping)
+        by = Sensitivity(evaluator, weights, held, task.loss, recipe.rounds, lambda t: recipe.shown(t, "sensitivity"))
+        plan = by.plan(couplings, ratio, scores, **planning)
     dense = Evaluator(program.frozen(), task.model, task.args, task.kwargs)
     if recipe.gates:
         _rescale(program, views, curvature, plan, recipe.gate_damping)
@@ -127,6 +145,14 @@ def compress_program(program: ExportedForm, task: Task, ratio: float, recipe: Re
         distill = Distill(recipe.distillation, recipe.rate, recipe.step)
         distill.run(dense, small, task.batches, task.loss, lambda order: recipe.shown(order, "distill"))
     return plan
+
+
+def _held(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
+    """Batches to score on, and every fourth of them, a few at most, to measure sensitivities on."""
+    chosen = range(HELD - 1, len(batches), HELD)[:MOST_HELD]
+    if not chosen:
+        raise ScoreError(f"allocation='sensitivity' holds every {HELD}th batch back: pass at least {HELD}")
+    return [batch for i, batch in enumerate(batches) if i not in chosen], [batches[i] for i in chosen]
 
 
 def _measured(
@@ -157,7 +183,7 @@ def _reached(couplings: Couplings, idle: Sequence[str]) -> Couplings:
         "calibrate with more or other data",
         stacklevel=2,
     )
-    left = Couplings((c for c in couplings if c.name not in set(idle)), couplings.model)
+    left = Couplings((c for c in couplings if c.name not in set(idle)), couplings.model, couplings.work)
     if not left.offered:
         raise PlanError("the calibration data reaches no coupling at all: pass batches that the model reads")
     return left

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from ecospa_fx.budget.work import Work
 
 Role = Literal["producer", "consumer"]
 Symmetry = Literal["permutation", "rotary", "linear"]
@@ -120,13 +123,15 @@ class Coupling:
 class Couplings(Sequence[Coupling]):
     """The list that ``detect`` returns; printing it shows a table, indexing takes a position or a name."""
 
-    def __init__(self, couplings: Iterable[Coupling], model: nn.Module) -> None:
+    def __init__(self, couplings: Iterable[Coupling], model: nn.Module, work: Work | None = None) -> None:
         self._couplings = tuple(couplings)
         self._by_name = {c.name: c for c in self._couplings}
         self.model = model
         """The module that was inspected; scores that need no data read its weights. Never changed."""
         self.shapes = parameter_shapes(model)
         """Dense shape of every parameter, by its first name in ``named_parameters()``."""
+        self.work = work
+        """The graph's calls that couplings narrow, for budgets in FLOPs or seconds; None where no graph is known."""
 
     @overload
     def __getitem__(self, key: int | str) -> Coupling: ...

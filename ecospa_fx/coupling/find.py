@@ -12,6 +12,7 @@ from ecospa_fx.axes.algebra import Axis, Dims, Origin, Piece
 from ecospa_fx.axes.flow import Flow
 from ecospa_fx.axes.reasons import Reason
 from ecospa_fx.axes.record import Event, Obstacle, several
+from ecospa_fx.budget.work import Work
 from ecospa_fx.coupling.carriers import carriers_of
 from ecospa_fx.coupling.couplings import Box, Coupling, Couplings, Member, Refusal, Step, Symmetry
 from ecospa_fx.errors import InputError
@@ -41,7 +42,9 @@ def detected(program: Program, model: nn.Module, allow: str | Iterable[str] = ()
     unknown = [name for name in allowed if name not in ALLOWED]
     if unknown:
         raise InputError(f"allow={unknown[0]!r} is unknown: give one of {', '.join(ALLOWED)}")
-    return Couplings((_advised(f.coupling) for f in find_couplings(program.flow(allowed), program.shapes)), model)
+    walked = program.flow(allowed)
+    found = find_couplings(walked, program.shapes)
+    return Couplings((_advised(f.coupling) for f in found), model, Work(walked, found, program.sizes))
 
 
 def _advised(coupling: Coupling) -> Coupling:

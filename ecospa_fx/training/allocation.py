@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ecospa_fx.budget.allocate import Climb, Ladder, Track
 from ecospa_fx.budget.elements import Shapes
+from ecospa_fx.budget.spending import Parameters
 from ecospa_fx.coupling.couplings import Coupling
 
 Bounds = tuple[int, int]
@@ -46,7 +47,7 @@ def allocate(
     tracks = _uniform(ladders, dense) if dense is not None else _global(ladders, limits)
     if not ladders or not any(len(t.keys) for t in tracks):
         return {c.name: torch.ones(c.carriers, c.size, dtype=torch.bool) for c in couplings}
-    climb = Climb.of(shapes, ladders, tracks)
+    climb = Climb.of(Parameters(shapes), ladders, tracks)
     forced = sum(int((t.keys == -torch.inf).sum()) for t in tracks)
     rungs = climb.rungs(_height(climb, goal, forced))
     return {x.coupling.name: ~x.removal(n)[1] for x, n in zip(ladders, rungs, strict=True)}
@@ -91,7 +92,7 @@ def _uniform(ladders: Sequence[Ladder], dense: Mapping[str, int]) -> list[Track]
 def _height(climb: Climb, goal: int, forced: int) -> int:
     """How many rungs remove what is nearest to the goal, at least the forced ones."""
     last, removed = len(climb.owner), cache(climb.removed)
-    above = bisect_left(range(last + 1), goal, lo=forced, key=removed)
+    above = bisect_left(range(last + 1), float(goal), lo=forced, key=removed)
     if above > last:
         return last
     below = max(above - 1, forced)

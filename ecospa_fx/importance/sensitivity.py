@@ -1,0 +1,160 @@
+"""Measured sensitivity: how much the loss rises as each coupling loses units, the others staying as they are.
+
+Scores predict what units cost; here it is measured, at a few widths of each coupling, on data that the scores have not
+seen. One walk over the graph serves all couplings: the values up to where a coupling's parameters are first read are
+kept per batch, and only the rest is run for each width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from math import isfinite
+
+import torch
+from torch import Tensor, fx
+
+from ecospa_fx.coupling.couplings import Coupling
+from ecospa_fx.errors import ScoreError
+from ecospa_fx.graph.evaluate import Evaluator, Values
+from ecospa_fx.importance.compensated import Compensated, Gone
+from ecospa_fx.importance.score import Batch, Loss
+
+Weights = Mapping[str, Tensor]
+"""Parameters by name, of their dense shapes."""
+
+Watch = Callable[[Sequence["Trial"]], Iterable["Trial"]]
+"""Wraps the trials, to show progress."""
+
+TINY = 1e-12
+"""What each unit is predicted to cost at least."""
+
+LEAST = 0.1
+"""A measured rise counts as at least this share of what the scores predict, in the currency of all measurements."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Curves:
+    """Rise of the loss by coupling: (kept units, rise) from most to fewest kept; whole, it is 0.
+
+    Between these widths the rise goes as the scores' prediction does; beyond them nothing is known, and no width is
+    chosen. Given to `plan`, all widths are chosen at once so that the sum of the rises is least.
+
+    >>> made = plan(couplings, 0.3, scores, allocation=curves)  # doctest: +SKIP
+    """
+
+    rises: Mapping[str, tuple[tuple[int, float], ...]]
+    rate: float = 0.0
+    """What one unit of the scores' prediction has cost on average."""
+
+    def lost(self, coupling: Coupling, kept: Sequence[int], predicted: Callable[[Sequence[int]], Tensor]) -> Tensor:
+        """float64 [widths]: the rise at any widths. predicted: the scores' prediction at widths, ascending."""
+        widths, rises = zip(*((coupling.size, 0.0), *self.rises[coupling.name]), strict=True)
+        x, at = (predicted(one) + TINY * (coupling.size - torch.tensor(one)) for one in (widths, kept))
+        y = torch.tensor(rises, dtype=torch.float64).maximum(LEAST * self.rate * x).cummax(0).values
+        high = torch.searchsorted(x, at).clamp(min=1)
+        unknown = high == len(x)
+        high = high.clamp(max=len(x) - 1)
+        low = (high - 1).clamp(min=0)
+        slope = (y[high] - y[low]) / (x[high] - x[low]).clamp(min=TINY)
+        return (y[low] + (at - x[low]) * slope).masked_fill(unknown & (at > 0), torch.inf)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trial:
+    """Weights to try in place of the base's. coupling: whose; parameters: which change; variants: made when needed."""
+
+    coupling: str
+    parameters: Collection[str]
+    variants: Sequence[Callable[[], Weights]]
+
+
+class Bench:
+    """Tries weights on held-out batches. base: what differs from the program's own parameters in every trial."""
+
+    def __init__(self, evaluator: Evaluator, batches: Sequence[Batch], loss: Loss, base: Weights) -> None:
+        self.evaluator, self.batches, self.loss = evaluator, batches, loss
+        self._nodes = evaluator.program.parameters
+        self._weights = {**evaluator.weights(), **self._by_node(base)}
+        self._place = {node: place for place, node in enumerate(evaluator.order)}
+
+    def _by_node(self, weights: Weights) -> Values:
+        return {node: weights[name] for node, name in self._nodes.items() if name in weights}
+
+    def first(self, trial: Trial) -> int:
+        """The place of the first node that reads a parameter of a trial."""
+        nodes = (node for node, name in self._nodes.items() if name in trial.parameters)
+        return min((self._place[user] for node in nodes for user in node.users if user in self._place), default=0)
+
+    def losses(self, trials: Sequence[Trial], watch: Watch = lambda trials: trials) -> dict[str, list[float]]:
+        """Mean loss of each variant, by coupling."""
+        found, at = {}, 0
+        with torch.no_grad():
+            states = [self.evaluator.start(*batch) for batch in self.batches]
+            for trial in watch(sorted(trials, key=self.first)):
+                first = self.first(trial)
+                states = [self._run(state, self.evaluator.order[at:first], {}) for state in states]
+                at, rest = first, self.evaluator.order[first:]
+                found[trial.coupling] = [self._mean(states, rest, variant()) for variant in trial.variants]
+        return found
+
+    def _mean(self, states: Sequence[Values], rest: Sequence[fx.Node], weights: Weights) -> float:
+        total = 0.0
+        for state, (args, kwargs) in zip(states, self.batches, strict=True):
+            values = self._run(state, rest, self._by_node(weights))
+            total += float(self.loss(self.evaluator.returned(values, args, kwargs), args, kwargs))
+        mean = total / len(self.batches)
+        return mean if isfinite(mean) else float("inf")
+
+    def _run(self, state: Values, nodes: Sequence[fx.Node], weights: Values) -> Values:
+        """What a batch's values are after some nodes; the values before them stay as they were."""
+        # Together, so that views of one tensor stay views of one.
+        fresh = deepcopy(list(state.values())) if self.evaluator.overwrites else state.values()
+        values = {**dict(zip(state, fresh, strict=True)), **self._weights, **weights}
+        self.evaluator.run(nodes, values)
+        return {node: value for node, value in values.items() if node not in self._weights}
+
+
+def measured(
+    bench: Bench,
+    weights: Compensated,
+    scores: Mapping[str, Tensor],
+    widths: Mapping[str, Sequence[int]],
+    base: Gone,
+    watch: Watch = lambda trials: trials,
+) -> Curves:
+    """Curves of all couplings of `widths`, which lists kept units from most to fewest, around a base.
+
+    scores: [carriers, units] by coupling, which say what goes first. Each coupling is tried whole and at its widths,
+    the others at the base. Raises ScoreError where the loss with whole couplings is not finite.
+    """
+    trials = [_trial(weights, scores, c, widths[c.name], base) for c in weights.couplings if c.name in widths]
+    found = bench.losses(trials, watch)
+    rises: dict[str, tuple[tuple[int, float], ...]] = {}
+    told, predicted = 0.0, 0.0
+    for name, (whole, *others) in found.items():
+        if not isfinite(whole):
+            raise ScoreError(f"the loss is not finite while sensitivities are measured at {name!r}: check the batches")
+        pairs = ((kept, max(loss - whole, 0.0)) for kept, loss in zip(widths[name], others, strict=True))
+        rises[name] = tuple((kept, rise) for kept, rise in pairs if isfinite(rise))
+        told += sum(rise for _, rise in rises[name])
+        predicted += sum(float(scores[name][least(scores[name], kept)].sum()) for kept, _ in rises[name])
+    return Curves(rises, told / predicted if predicted > 0 else 0.0)
+
+
+def _trial(
+    weights: Compensated, scores: Mapping[str, Tensor], coupling: Coupling, widths: Sequence[int], base: Gone
+) -> Trial:
+    touched = weights.touched(coupling)
+
+    def variant(kept: int) -> Callable[[], Weights]:
+        return lambda: weights.weights({**base, coupling.name: least(scores[coupling.name], kept)}, touched)
+
+    return Trial(coupling.name, touched, [variant(kept) for kept in (coupling.size, *widths)])
+
+
+def least(scores: Tensor, kept: int) -> Tensor:
+    """BoolTensor [carriers, units], True for the units of least score, so that `kept` stay in every carrier."""
+    order = scores.to("cpu", torch.float64).sort(dim=1, stable=True).indices
+    return torch.zeros(scores.shape, dtype=torch.bool).scatter_(1, order[:, : scores.shape[1] - kept], True)
