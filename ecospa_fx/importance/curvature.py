@@ -144,7 +144,8 @@ class Collector:
         if not result.requires_grad:
             self._begun.append(result.requires_grad_())
             result = result.clone()
-        seen = result.detach().clone() if site in self._gates else result
+        # A hook must not hold its own tensor, nor what that was made from: such rings keep a whole batch alive.
+        seen = result.detach().clone() if site in self._gates else None
         if site in self.curvature.inputs:
             self.curvature.inputs[site].add(source.detach())
         if site in self.curvature.results:
@@ -154,6 +155,7 @@ class Collector:
             if site in self.curvature.outputs:
                 self.curvature.outputs[site].add(gradient)
             for total, positions in self._gates.get(site, ()):
+                assert seen is not None
                 each = (seen.float() * gradient.float()).flatten(0, -2)[:, positions].sum(-1)
                 total.add_(torch.einsum("ncu,ncv->cuv", each, each))
 

@@ -19,3 +19,9 @@ def power(matrix: Tensor, exponent: float, floor: float = 1e-10) -> Tensor:
     least = (values[..., -1:] * floor).clamp(min=torch.finfo(matrix.dtype).tiny)
     result: Tensor = (vectors * values.maximum(least).pow(exponent)[..., None, :]) @ vectors.mT
     return result
+
+
+def inverse(matrix: Tensor) -> Tensor:
+    """Of `matrix` [..., n, n], positive definite."""
+    result: Tensor = torch.cholesky_inverse(torch.linalg.cholesky(matrix))
+    return result

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ecospa_fx.importance.matrices import inverse
+
 COMPACT = 0.85
 """Where this share of the units is left, the ones that are gone leave memory too."""
 
@@ -34,7 +36,7 @@ def remove_all(hessian: Tensor, weight: Tensor, width: int = 1) -> Removal:
     hessian: [carriers, units · width, units · width], positive definite, unit by unit; weight: [carriers, out,
     units · width].
     """
-    state = _State(torch.linalg.inv(hessian), weight.clone(), width)
+    state = _State(inverse(hessian), weight.clone(), width)
     carriers, units = hessian.shape[0], hessian.shape[1] // width
     order = torch.zeros(carriers, units, dtype=torch.long, device=hessian.device)
     cost = torch.zeros(carriers, units, dtype=hessian.dtype, device=hessian.device)
@@ -132,5 +134,5 @@ def kept_gates(matrix: Tensor, keep: Tensor) -> Tensor:
     for row, kept in enumerate(keep):
         own, gone = kept.nonzero()[:, 0], (~kept).nonzero()[:, 0]
         pushed = matrix[row][own][:, gone].sum(1)
-        result[row, own] = 1 + torch.linalg.solve(matrix[row][own][:, own], pushed)
+        result[row, own] = 1 + inverse(matrix[row][own][:, own]) @ pushed
     return result
