@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import ceil
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -24,8 +24,11 @@ from ecospa_fx.importance.score import magnitudes
 from ecospa_fx.importance.scores import Scores
 from ecospa_fx.plan import Plan, Selection
 
+if TYPE_CHECKING:
+    from ecospa_fx.inplace.express import Carried
 
-def plan(
+
+def plan(  # noqa: PLR0913  # options of one decision, all but four by name
     couplings: Couplings,
     ratio: float = 0.5,
     scores: Scores | Literal["magnitude", "random"] = "magnitude",
@@ -35,6 +38,7 @@ def plan(
     uniform: bool = False,
     floor: float = 0.05,
     kinds: Sequence[str] | None = None,
+    expressible_in: Literal["module"] | None = None,
 ) -> Plan:
     """Decide what to remove.
 
@@ -46,22 +50,76 @@ def plan(
     size and carriers keep equally many units. floor: the share of its units that a coupling keeps in any case, at
     least one unit. kinds: only couplings of these kinds; by default all that are offered, except those whose content
     is offered as finer couplings (heads) unless scores are random. Couplings of a single unit are left out.
+    expressible_in: "module" leaves whole what `shrink_` could not write back, as trying on a copy of the model shows,
+    and takes heads where their content cannot be; with uniform=True the model's configuration can describe it too.
 
-    Deterministic. Raises PlanError for arguments out of range, scores that do not fit, and a ratio that `floor` and
-    `round_to` put out of reach; ScoreError where magnitudes cannot be taken (weights on ``meta`` or not finite).
-    Where no coupling can shrink, the plan is empty.
+    Deterministic; where no coupling can shrink, the plan is empty. Raises PlanError for arguments out of range, scores
+    that do not fit, a ratio that `floor` and `round_to` put out of reach; ScoreError where magnitudes cannot be taken.
 
     >>> small = plan(couplings, ratio=0.5, round_to=8)  # doctest: +SKIP
     >>> print(small)  # doctest: +SKIP
     """
-    _check_arguments(ratio, seed, round_to, floor)
-    chosen = choose(couplings, kinds, containers=isinstance(scores, str) and scores == "random")
-    values = _values(couplings, chosen, scores, seed)
-    ladders = [_ladder(c, values[c.name], round_to, floor) for c in chosen]
+    _check_arguments(ratio, seed, round_to, floor, expressible_in)
+    limits = (round_to, floor)
+    if expressible_in is None:
+        chosen = choose(couplings, kinds, containers=isinstance(scores, str) and scores == "random")
+        ladders, tracks = _apart(chosen, _values(couplings, chosen, scores, seed), limits, uniform)
+    else:
+        carried = _carried(couplings, kinds, uniform)
+        ladders, tracks = _in_step(carried, _values(couplings, carried.couplings, scores, seed), limits, uniform)
+    return _allocated(couplings, ratio, ladders, tracks, limits)
+
+
+Limits = tuple[int, float]
+"""round_to and floor."""
+
+
+def _apart(
+    chosen: Sequence[Coupling], values: Mapping[str, Tensor], limits: Limits, uniform: bool
+) -> tuple[list[Ladder], list[Track]]:
+    """A ladder per coupling, each climbed alone, or with uniform widths those of equal sizes in step."""
+    ladders = [_ladder(c, values[c.name], _kept(c.size, *limits)) for c in chosen]
+    return ladders, _uniform(ladders) if uniform else _global(ladders)
+
+
+def _carried(couplings: Couplings, kinds: Sequence[str] | None, uniform: bool) -> Carried:
+    """What the model's own module can carry."""
+    from ecospa_fx.inplace.express import carried_by  # which imports plans
+
+    return carried_by(couplings, choose(couplings, kinds, containers=True), uniform)
+
+
+def _in_step(
+    carried: Carried, values: Mapping[str, Tensor], limits: Limits, uniform: bool
+) -> tuple[list[Ladder], list[Track]]:
+    """Ladders of what is tied together are climbed in step, and with uniform widths those of all layers."""
+    ladders: list[Ladder] = []
+    tracks: dict[tuple[int, ...], list[int]] = {}
+    for i, tie in enumerate(carried.ties):
+        size = tie.base.size
+        kept = [k for k in _kept(size, *limits) if carried.fine(tie, k)]
+        track = tracks.setdefault((tie.number, size, len(kept)) if uniform else (i,), [])
+        for c in tie.couplings:
+            track.append(len(ladders))
+            ladders.append(_ladder(c, values[c.name], [k * (c.size // size) for k in kept]))
+    found = [Track(tuple(t), _shares(ladders[t[0]]) if uniform else _together(ladders, t)) for t in tracks.values()]
+    return ladders, found
+
+
+def _together(ladders: Sequence[Ladder], members: Sequence[int]) -> Tensor:
+    """Score per parameter of the rungs of ladders that are climbed in step."""
+    elements = torch.stack([ladders[i].elements for i in members])
+    return (torch.stack([ladders[i].cost for i in members]) * elements).sum(0) / elements.sum(0)
+
+
+def _allocated(
+    couplings: Couplings, ratio: float, ladders: Sequence[Ladder], tracks: Sequence[Track], limits: Limits
+) -> Plan:
+    """The plan at the height where the budget is met."""
     counts: list[int] = []
     if ladders:
-        climb = Climb.of(couplings.shapes, ladders, _uniform(ladders) if uniform else _global(ladders))
-        counts = _cut(climb, ratio, f"floor={floor} and round_to={round_to}")
+        climb = Climb.of(couplings.shapes, ladders, tracks)
+        counts = _cut(climb, ratio, f"floor={limits[1]} and round_to={limits[0]}")
     selections = tuple(ladder.selection(n) for ladder, n in zip(ladders, counts, strict=True))
     return Plan(selections, tuple(couplings.shapes.items()))
 
@@ -92,11 +150,14 @@ class Ladder:
         return Selection.of(self.coupling, self.removal(rungs)[1].logical_not())
 
 
-def _ladder(coupling: Coupling, values: Tensor, round_to: int, floor: float) -> Ladder:
-    size = coupling.size
-    least, values = max(1, ceil(floor * size)), values.to("cpu", torch.float64)
+def _kept(size: int, round_to: int, floor: float) -> range:
+    """The numbers of units that a coupling may be left with, besides all of them."""
+    return range((size - 1) // round_to * round_to, max(1, ceil(floor * size)) - 1, -round_to)
+
+
+def _ladder(coupling: Coupling, values: Tensor, kept: Sequence[int]) -> Ladder:
+    size, values = coupling.size, values.to("cpu", torch.float64)
     ranked, order = values.sort(dim=1, stable=True)
-    kept = range((size - 1) // round_to * round_to, least - 1, -round_to)
     removed = tuple(size - k for k in kept)
     at = torch.tensor((0, *removed))
     total = torch.cat([torch.zeros(1, dtype=torch.float64), ranked.sum(0).cumsum(0)])[at]
@@ -194,7 +255,9 @@ def _first_reaching(removed: Callable[[int], int], target: float, guess: int, la
     return bisect_left(range(last + 1), target, lo=max(low + 1, 0), hi=min(high, last + 1), key=removed)
 
 
-def _check_arguments(ratio: float, seed: int, round_to: int, floor: float) -> None:
+def _check_arguments(ratio: float, seed: int, round_to: int, floor: float, expressible_in: str | None) -> None:
+    if expressible_in not in (None, "module"):
+        raise PlanError(f"expressible_in={expressible_in!r} is unknown: give 'module', or leave it out")
     if not isinstance(ratio, int | float) or not 0 < ratio < 1:
         raise PlanError(
             f"ratio={ratio!r} is not a share of parameters to remove: give a number between 0 and 1, like 0.5"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -35,11 +35,18 @@ def builders(model: nn.Module) -> list[str]:
     return [n for n, held in vars(model).items() if is_object(held) and built_shapes(model, held) == dense]
 
 
+def read_again(config: Any) -> Any:
+    """A configuration as it comes back from a file, or from its constructor, where it has a way to do that."""
+    if hasattr(config, "to_dict") and hasattr(type(config), "from_dict"):
+        return type(config).from_dict(config.to_dict())
+    return replace(config) if is_dataclass(config) and not isinstance(config, type) else copy.deepcopy(config)
+
+
 def built_shapes(model: nn.Module, config: Any) -> Shapes | None:
     """The parameters of a model that a configuration describes, None where it describes none."""
     try:
         with torch.device("meta"):
-            return parameter_shapes(type(model)(copy.deepcopy(config)))
+            return parameter_shapes(type(model)(read_again(config)))
     except Exception:  # the constructor refuses, in whatever way
         return None
 
@@ -104,7 +111,7 @@ def rebuilt(bench: Bench, plan: Plan, values: Mapping[Place, int], name: str) ->
     reference = bench.reference(plan)
     with edited(bench.model, plan, values, reference.buffers):
         try:
-            built = type(bench.model)(copy.deepcopy(vars(bench.model)[name])).to(bench.dtype).eval()
+            built = type(bench.model)(read_again(vars(bench.model)[name])).to(bench.dtype).eval()
             built.load_state_dict(bench.model.state_dict())
         except Exception:  # the constructor or the weights refuse, in whatever way
             return None
