@@ -51,7 +51,7 @@ def detect(
         [('ffn', 32)]
     """
     model, args, kwargs = owned(model, args, kwargs)
-    return detected(capture(model, args, kwargs, dynamic=False), model, allow)
+    return detected(capture(model, args, kwargs, dynamic=False), model, allow, (args, kwargs))
 
 
 def shrink(
