@@ -120,9 +120,7 @@ class Coupling:
 class Couplings(Sequence[Coupling]):
     """The list that ``detect`` returns; printing it shows a table, indexing takes a position or a name."""
 
-    def __init__(
-        self, couplings: Iterable[Coupling], model: nn.Module, example: tuple[Any, Any] | None = None
-    ) -> None:
+    def __init__(self, couplings: Iterable[Coupling], model: nn.Module, example: tuple[Any, Any] | None = None) -> None:
         self._couplings = tuple(couplings)
         self._by_name = {c.name: c for c in self._couplings}
         self.model = model
