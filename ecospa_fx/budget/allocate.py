@@ -76,7 +76,11 @@ def plan(  # noqa: PLR0913  # whatever a user decides about an allocation meets 
     bounds, how = Bounds(round_to, floor, {} if limits is None else limits), "uniform" if uniform else allocation
     _check_arguments(ratio, seed, how)
     carried = _carried(couplings, kinds, how, expressible_in) if expressible_in is not None else None
-    chosen = carried.couplings if carried is not None else choose(couplings, kinds, containers=isinstance(scores, str) and scores == "random")
+    chosen = (
+        carried.couplings
+        if carried is not None
+        else choose(couplings, kinds, containers=isinstance(scores, str) and scores == "random")
+    )
     values = _values(couplings, bounds.fit(chosen), scores, seed, how)
     spending = _spending(couplings, budget, chosen, round_to)
     if carried is not None:
