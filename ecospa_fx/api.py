@@ -13,7 +13,7 @@ from ecospa_fx.budget.allocate import plan as make_plan
 from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.coupling.find import detected
 from ecospa_fx.errors import ScoreError
-from ecospa_fx.fitted import first_fit, fitted
+from ecospa_fx.fitted import first_fit, shrunk
 from ecospa_fx.graph.capture import capture, captures
 from ecospa_fx.graph.owned import owned
 from ecospa_fx.graph.passes import Pass, run_passes
@@ -51,7 +51,7 @@ def detect(
         [('ffn', 32)]
     """
     model, args, kwargs = owned(model, args, kwargs)
-    return detected(capture(model, args, kwargs, dynamic=False), model, allow)
+    return detected(capture(model, args, kwargs, dynamic=False), model, allow, (args, kwargs))
 
 
 def shrink(
@@ -78,12 +78,8 @@ def shrink(
         >>> tuple(small.get_parameter("0.weight").shape)
         (16, 8)
     """
-    from ecospa_fx.passes import CLEANUP
-
     model, args, kwargs = owned(model, args, kwargs)
-    plan.check(model)
-    program = fitted(captures(model, args, kwargs, dynamic=True), plan)
-    run_passes(program.exported.graph_module, CLEANUP if passes is None else passes)
+    program = shrunk(model, plan, args, kwargs, passes)
     return remember(restore(program, model, args, kwargs), origin(model, plan, args, kwargs))
 
 

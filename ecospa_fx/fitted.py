@@ -2,15 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from torch import nn
 
 from ecospa_fx.errors import PlanError
-from ecospa_fx.graph.program import Program
+from ecospa_fx.graph.capture import captures
+from ecospa_fx.graph.passes import Pass, run_passes
+from ecospa_fx.graph.program import ExportedForm, Program
 from ecospa_fx.plan import Plan
 
 Form = TypeVar("Form", bound=Program)
 Result = TypeVar("Result")
+
+
+def shrunk(
+    model: nn.Module,
+    plan: Plan,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    passes: Sequence[Pass] | None = None,
+) -> ExportedForm:
+    """A model's program without what a plan removes, cleaned up by some passes, by default all exact ones.
+
+    Raises PlanError where the plan was made for another model, CaptureError where that cannot be traced.
+    """
+    from ecospa_fx.passes import CLEANUP
+
+    plan.check(model)
+    program = fitted(captures(model, args, kwargs, dynamic=True), plan)
+    run_passes(program.exported.graph_module, CLEANUP if passes is None else passes)
+    return program
 
 
 def fitted(programs: Iterable[Form], plan: Plan) -> Form:

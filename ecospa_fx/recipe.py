@@ -183,7 +183,8 @@ def _reached(couplings: Couplings, idle: Sequence[str]) -> Couplings:
         "calibrate with more or other data",
         stacklevel=2,
     )
-    left = Couplings((c for c in couplings if c.name not in set(idle)), couplings.model, couplings.work)
+    kept = (c for c in couplings if c.name not in set(idle))
+    left = Couplings(kept, couplings.model, couplings.work, couplings.example)
     if not left.offered:
         raise PlanError("the calibration data reaches no coupling at all: pass batches that the model reads")
     return left

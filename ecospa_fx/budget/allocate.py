@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import ceil
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -29,6 +29,9 @@ from ecospa_fx.importance.score import magnitudes
 from ecospa_fx.importance.scores import Scores
 from ecospa_fx.importance.sensitivity import Curves
 from ecospa_fx.plan import Plan, Selection
+
+if TYPE_CHECKING:
+    from ecospa_fx.inplace.express import Carried
 
 TRIES = 8
 """Of a knapsack whose couplings hold the same elements, each for what the one before was short of."""
@@ -47,6 +50,7 @@ def plan(  # noqa: PLR0913  # whatever a user decides about an allocation meets 
     kinds: Sequence[str] | None = None,
     limits: Mapping[str, float] | None = None,
     budget: Literal["parameters", "flops", "latency"] | Spending = "parameters",
+    expressible_in: Literal["module"] | None = None,
 ) -> Plan:
     """Decide what to remove.
 
@@ -61,7 +65,9 @@ def plan(  # noqa: PLR0913  # whatever a user decides about an allocation meets 
     which. floor: the share of its units that a coupling keeps in any case, at least one unit. limits: by kind, the
     largest share of its units that a coupling may lose. kinds: only couplings of these kinds; by default all offered,
     except those whose content is offered as finer couplings (heads) unless scores are random. Couplings of a single
-    unit are left out, and where no coupling can shrink, the plan is empty.
+    unit are left out, and where no coupling can shrink, the plan is empty. expressible_in: "module" leaves whole what
+    `shrink_` could not write back, as trying on a copy of the model shows, and takes heads where their content cannot
+    be; with uniform widths the model's configuration can describe it too.
 
     Raises PlanError for what is out of range, out of reach or does not fit; ScoreError for weights without magnitudes.
 
@@ -69,11 +75,55 @@ def plan(  # noqa: PLR0913  # whatever a user decides about an allocation meets 
     """
     bounds, how = Bounds(round_to, floor, {} if limits is None else limits), "uniform" if uniform else allocation
     _check_arguments(ratio, seed, how)
-    chosen = choose(couplings, kinds, containers=isinstance(scores, str) and scores == "random")
+    carried = _carried(couplings, kinds, how, expressible_in) if expressible_in is not None else None
+    chosen = (
+        carried.couplings
+        if carried is not None
+        else choose(couplings, kinds, containers=isinstance(scores, str) and scores == "random")
+    )
     values = _values(couplings, bounds.fit(chosen), scores, seed, how)
     spending = _spending(couplings, budget, chosen, round_to)
+    if carried is not None:
+        ladders, tracks = _in_step(carried, values, bounds, spending, uniform=how == "uniform")
+        return _planned(couplings, ladders, _cut(spending, ladders, tracks, ratio, bounds))
     ladders = [Ladder.of(c, values[c.name], bounds.widths(c), spending) for c in chosen]
     return _planned(couplings, ladders, _rungs(spending, ladders, _lost(values, spending, how), ratio, bounds))
+
+
+def _carried(couplings: Couplings, kinds: Sequence[str] | None, how: str | Curves, expressible_in: str) -> Carried:
+    """What the model's own module can carry."""
+    from ecospa_fx.inplace.express import carried_by  # which imports plans
+
+    if expressible_in != "module":
+        raise PlanError(f"expressible_in={expressible_in!r} is unknown: give 'module', or leave it out")
+    if isinstance(how, Curves):
+        raise PlanError("expressible_in='module' keeps couplings in step, which curves do not: use allocation='global'")
+    return carried_by(couplings, choose(couplings, kinds, containers=True), how == "uniform")
+
+
+def _in_step(
+    carried: Carried, values: Mapping[str, Tensor], bounds: Bounds, spending: Spending, *, uniform: bool
+) -> tuple[list[Ladder], list[Track]]:
+    """Ladders of what is tied together are climbed in step, and with uniform widths those of all layers."""
+    if not spending.smooth:
+        raise PlanError("expressible_in='module' cannot spend a budget in latency yet: use 'parameters' or 'flops'")
+    ladders: list[Ladder] = []
+    tracks: dict[tuple[int, ...], list[int]] = {}
+    for i, tie in enumerate(carried.ties):
+        size = tie.base.size
+        kept = [k for k in bounds.widths(tie.base) if carried.fine(tie, k)]
+        track = tracks.setdefault((tie.number, size, len(kept)) if uniform else (i,), [])
+        for c in tie.couplings:
+            track.append(len(ladders))
+            ladders.append(Ladder.of(c, values[c.name], [k * (c.size // size) for k in kept], spending))
+    found = [Track(tuple(t), _shares(ladders[t[0]]) if uniform else _together(ladders, t)) for t in tracks.values()]
+    return ladders, found
+
+
+def _together(ladders: Sequence[Ladder], members: Sequence[int]) -> Tensor:
+    """Score for each unit of the budget of the rungs of ladders that are climbed in step."""
+    freed = torch.stack([ladders[i].freed for i in members])
+    return (torch.stack([ladders[i].cost for i in members]) * freed).sum(0) / freed.sum(0)
 
 
 def _planned(couplings: Couplings, ladders: Sequence[Ladder], rungs: Sequence[int]) -> Plan:
@@ -248,7 +298,7 @@ def removed_at(spending: Spending, ladders: Sequence[Ladder], rungs: Sequence[in
 def _rungs(spending: Spending, ladders: Sequence[Ladder], lost: Lost | str, ratio: float, bounds: Bounds) -> list[int]:
     """Rungs taken on each ladder, by what is lost at any widths, or the name of a way to climb."""
     if isinstance(lost, str) or not ladders:
-        return _cut(spending, ladders, lost == "uniform", ratio, bounds)
+        return _cut(spending, ladders, _uniform(ladders) if lost == "uniform" else _global(ladders), ratio, bounds)
     return _packed(spending, ladders, lost, ratio, bounds)
 
 
@@ -288,11 +338,13 @@ def _packed(spending: Spending, ladders: Sequence[Ladder], lost: Lost, ratio: fl
     return rungs
 
 
-def _cut(spending: Spending, ladders: Sequence[Ladder], uniform: bool, ratio: float, bounds: Bounds) -> list[int]:
+def _cut(
+    spending: Spending, ladders: Sequence[Ladder], tracks: Sequence[Track], ratio: float, bounds: Bounds
+) -> list[int]:
     """Rungs taken on each ladder so that the removed share is nearest to `ratio`."""
     if not ladders:
         return []
-    climb = Climb.of(spending, ladders, _uniform(ladders) if uniform else _global(ladders))
+    climb = Climb.of(spending, ladders, tracks)
     held, last = climb.held(), len(climb.owner)
     target, removed = ratio * held, cache(climb.removed)
     above = _first_reaching(removed, target, int(torch.searchsorted(climb.estimate, target)), last)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -123,11 +123,19 @@ class Coupling:
 class Couplings(Sequence[Coupling]):
     """The list that ``detect`` returns; printing it shows a table, indexing takes a position or a name."""
 
-    def __init__(self, couplings: Iterable[Coupling], model: nn.Module, work: Work | None = None) -> None:
+    def __init__(
+        self,
+        couplings: Iterable[Coupling],
+        model: nn.Module,
+        work: Work | None = None,
+        example: tuple[Any, Any] | None = None,
+    ) -> None:
         self._couplings = tuple(couplings)
         self._by_name = {c.name: c for c in self._couplings}
         self.model = model
         """The module that was inspected; scores that need no data read its weights. Never changed."""
+        self.example = example
+        """(args, kwargs) that the model was inspected with, where that is known."""
         self.shapes = parameter_shapes(model)
         """Dense shape of every parameter, by its first name in ``named_parameters()``."""
         self.work = work

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 from torch import fx, nn
 
@@ -36,15 +37,17 @@ ALLOWED = ("renormalise", "cache")
 """What `detect` may be allowed."""
 
 
-def detected(program: Program, model: nn.Module, allow: str | Iterable[str] = ()) -> Couplings:
-    """The couplings of a captured model. allow: see `detect`; raises InputError for what cannot be allowed."""
+def detected(
+    program: Program, model: nn.Module, allow: str | Iterable[str] = (), example: tuple[Any, Any] | None = None
+) -> Couplings:
+    """The couplings of a model captured with an example. allow: see `detect`; raises InputError for anything else."""
     allowed = (allow,) if isinstance(allow, str) else tuple(allow)
     unknown = [name for name in allowed if name not in ALLOWED]
     if unknown:
         raise InputError(f"allow={unknown[0]!r} is unknown: give one of {', '.join(ALLOWED)}")
     walked = program.flow(allowed)
     found = find_couplings(walked, program.shapes)
-    return Couplings((_advised(f.coupling) for f in found), model, Work(walked, found, program.sizes))
+    return Couplings((_advised(f.coupling) for f in found), model, Work(walked, found, program.sizes), example)
 
 
 def _advised(coupling: Coupling) -> Coupling:

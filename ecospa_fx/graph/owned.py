@@ -70,9 +70,12 @@ class Owned(nn.Module):
         self.training = model.training
         signature = inspect.signature(model.forward)
         names = list(signature.parameters)
+        rest = [
+            i for i, name in enumerate(names) if signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL
+        ]
         trees = {}
         for place, value in lifted.items():
-            name = place if isinstance(place, str) else names[min(place, len(names) - 1)]
+            name = place if isinstance(place, str) else names[min(place, *rest or [place])]
             spread = isinstance(place, int) and signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL
             leaves, structure = pytree.tree_flatten_with_path(value)
             paths = [".".join([name, *([str(place)] if spread else []), *map(_told, way)]) for way, _ in leaves]

@@ -111,6 +111,8 @@ class ExportedForm(Program):
         nodes = dict(zip(self.graph.nodes, twin.graph.nodes, strict=True))
         for node, copied in nodes.items():
             copied.name = node.name  # a copy avoids names of builtins, and the signature goes by names
+        exported._graph_module = fx.GraphModule(self.exported.graph_module, twin.graph)
+        exported._graph_module.meta.update(self.exported.graph_module.meta)
         twin.parameters = {nodes[node]: name for node, name in self.parameters.items()}
         twin.stored = {nodes[node]: name for node, name in self.stored.items()}
         twin.state = {nodes[node]: name for node, name in self.state.items()}

@@ -1,0 +1,1 @@
+"""A plan written back into the user's own module, and into the configuration that builds it."""

@@ -1,0 +1,70 @@
+"""Changes of a module that can be taken back, all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ecospa_fx.errors import PlanError
+
+
+class Edits:
+    """A log of changes; `undo` takes all of them back, the last one first."""
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], None]] = []
+
+    def parameters(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+        """Keep of each parameter what its mask keeps; it stays the same object, so that ties and hooks hold on."""
+        own = dict(model.named_parameters())
+        for name, mask in masks.items():
+            self._data(own[name], mask)
+
+    def _data(self, parameter: nn.Parameter, mask: Tensor) -> None:
+        data, grad = parameter.data, parameter.grad
+
+        def back() -> None:
+            parameter.grad = None  # of another shape than the data would be refused
+            parameter.data, parameter.grad = data, grad
+
+        self._undo.append(back)
+        parameter.grad = None
+        parameter.data = cut(data, mask)
+        if grad is not None:
+            parameter.grad = cut(grad, mask)
+
+    def buffer(self, model: nn.Module, name: str, tensor: Tensor) -> None:
+        """Another tensor in the place of a buffer."""
+        path, _, attribute = name.rpartition(".")
+        held = model.get_submodule(path)._buffers
+        old = held[attribute]
+        self._undo.append(lambda: held.__setitem__(attribute, old))
+        held[attribute] = tensor
+
+    def attribute(self, owner: Any, name: Any, value: Any) -> None:
+        """Another value of an attribute, or of an entry of a dictionary."""
+        held = owner if isinstance(owner, dict) else vars(owner)
+        old = held[name]
+        self._undo.append(lambda: held.__setitem__(name, old))
+        held[name] = value
+
+    def undo(self) -> None:
+        """Everything as it was."""
+        while self._undo:
+            self._undo.pop()()
+
+
+def cut(tensor: Tensor, mask: Tensor) -> Tensor:
+    """What a mask keeps of a tensor of its shape, in memory of its own: a tensor of as many axes.
+
+    Raises PlanError where what is kept is no such tensor.
+    """
+    shape = [int(mask.sum(axis).max()) for axis in range(mask.dim())]
+    with torch.no_grad():
+        kept = tensor[mask]
+    if kept.numel() != torch.Size(shape).numel():
+        raise PlanError("the plan keeps different numbers of units in different places: make the plan anew")
+    return kept.view(shape)

@@ -1,0 +1,169 @@
+"""Which integers must follow when parameters get narrower: found by trying, smallest edit first, and by numbers.
+
+No table of architectures: an integer is tried where it counts units of what gets narrower (its value is a multiple of
+theirs, and a divisor of an axis that holds them), in modules that hold or contain the parameters and in objects that
+these refer to, if running the model reads it. Attributes of one name in modules of one class follow alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain, combinations, islice, product
+from typing import Any
+
+from torch import Tensor, nn
+
+from ecospa_fx.errors import PlanError
+from ecospa_fx.inplace.attributes import Found, Place, integers, reading
+from ecospa_fx.inplace.edits import Edits
+from ecospa_fx.inplace.groups import Group, narrowed_axes, part, role_of, scaled, under
+from ecospa_fx.inplace.proof import Bench
+from ecospa_fx.plan import Plan
+
+TRIALS = 3000
+
+Values = Mapping[Place, int]
+"""New integers by place."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rule:
+    """One attribute of all modules of one class, and the ways in which it may follow."""
+
+    name: str
+    options: tuple[Values, ...]
+    read: bool
+
+
+def solve(bench: Bench, plan: Plan, groups: Sequence[Group]) -> dict[Place, int]:
+    """The integers that must follow a plan of some groups, and their new values.
+
+    Raises PlanError where no edit gives what masking gives.
+    """
+    own = part(plan, groups)
+    reference = bench.reference(own)
+    rules = [rule for rule in rules_of(bench, own, groups) if rule.read]
+    for values in islice(edits_of(rules), TRIALS):
+        with edited(bench.model, own, values, reference.buffers):
+            if bench.equals(reference):
+                return values
+    raise PlanError(_refusal(groups, rules))
+
+
+def _refusal(groups: Sequence[Group], rules: Sequence[Rule]) -> str:
+    first = groups[0].selections[0]
+    alike = sum(len(g.selections) for g in groups) - 1
+    more = f" (and {alike} like it)" if alike else ""
+    tried = ", ".join(rule.name for rule in rules) or "that its code reads"
+    return (
+        f"coupling {first.name!r}{more} cannot be written back into the module: no edit of its integers ({tried}) "
+        "gives what masking gives; use ecospa_fx.shrink, or ask for a plan with expressible_in='module'"
+    )
+
+
+@contextmanager
+def edited(model: nn.Module, plan: Plan, values: Values, buffers: Mapping[str, Tensor]) -> Iterator[None]:
+    """A model with a plan's parameters cut, and some integers and buffers replaced, inside, and as it was outside."""
+    edits = Edits()
+    try:
+        apply(model, plan, values, buffers, edits)
+        yield
+    finally:
+        edits.undo()
+
+
+def apply(model: nn.Module, plan: Plan, values: Values, buffers: Mapping[str, Tensor], edits: Edits) -> None:
+    """Cut a plan's parameters, put buffers in their places and write integers, noted in `edits`."""
+    edits.parameters(model, plan.masks(model))
+    for name, tensor in buffers.items():
+        edits.buffer(model, name, tensor)
+    for place, value in values.items():
+        place.write(model, value, edits)
+
+
+def edits_of(rules: Sequence[Rule]) -> Iterator[dict[Place, int]]:
+    """Every combination of the rules' options, those of fewer rules first."""
+    for count in range(len(rules) + 1):
+        for chosen in combinations(rules, count):
+            for options in product(*(rule.options for rule in chosen)):
+                yield dict(chain.from_iterable(values.items() for values in options))
+
+
+# -- candidates --------------------------------------------------------------------------------------------------
+
+
+def rules_of(bench: Bench, plan: Plan, groups: Sequence[Group]) -> list[Rule]:
+    """The integers that may follow, by class and attribute."""
+    model, axes = bench.model, narrowed_axes(plan, bench.model)
+    paths = {path for path, _ in model.named_modules() if any(under(name, path) for name, _ in axes)}
+    found = integers(model, paths)
+    with reading([f.owner for f in found if not isinstance(f.owner, dict)]) as read:
+        for call in bench.calls:
+            bench.run(call)
+    rules = []
+    for own in alike(found, model):
+        options = options_of(model, own, groups, axes)
+        if options:
+            told = f"{type(own[0].owner).__name__}.{own[0].place.name}"
+            rules.append(Rule(told, tuple(options), any(_is_read(one, read) for one in own)))
+    return rules
+
+
+def alike(found: Sequence[Found], model: nn.Module) -> list[list[Found]]:
+    """The integers that are the same attribute of modules of the same class in other layers, together."""
+    result: dict[Any, list[Found]] = {}
+    for one in found:
+        place = one.place
+        where = (place.module, place.steps) if place.steps else role_of(place.module, model)
+        result.setdefault((where, place.name, place.index), []).append(one)
+    return list(result.values())
+
+
+def counted(bench: Bench, plan: Plan, groups: Sequence[Group]) -> set[Place]:
+    """The integers that running the model reads and that may follow some groups."""
+    rules = rules_of(bench, part(plan, groups), groups)
+    return {place for rule in rules if rule.read for values in rule.options for place in values}
+
+
+def _is_read(found: Found, read: set[tuple[int, Any]]) -> bool:
+    return isinstance(found.owner, dict) or (id(found.owner), found.place.name) in read
+
+
+def options_of(
+    model: nn.Module, places: Sequence[Found], groups: Sequence[Group], axes: Mapping[tuple[str, int], tuple[int, int]]
+) -> list[Values]:
+    """The ways in which one attribute may follow everywhere: as units of one or several groups, or as an axis."""
+    ways: list[Callable[[Found], int | None]] = [
+        lambda one, chosen=chosen: _as_units(model, one, chosen, axes)  # type: ignore[misc]
+        for count in range(1, len(groups) + 1)
+        for chosen in combinations(groups, count)
+    ]
+    ways.append(lambda one: _as_axis(one, axes))
+    options: list[Values] = []
+    for way in ways:
+        new = {one.place: way(one) for one in places}
+        if any(value is None for value in new.values()):
+            continue
+        values = {one.place: new[one.place] or 0 for one in places if new[one.place] != one.value}
+        if values and values not in options:
+            options.append(values)
+    return options
+
+
+def _as_units(
+    model: nn.Module, one: Found, groups: Sequence[Group], axes: Mapping[tuple[str, int], tuple[int, int]]
+) -> int | None:
+    selections = [group.beneath([one.place.module]) for group in groups]
+    if not all(selections):
+        return one.value if not any(selections) else None
+    cut = {(m.parameter, m.axis) for own in selections for s in own for m in s.members}
+    if one.value < 2 or not any(axes[at][0] % one.value == 0 for at in cut & axes.keys()):
+        return None
+    return scaled(one.value, selections)
+
+
+def _as_axis(one: Found, axes: Mapping[tuple[str, int], tuple[int, int]]) -> int | None:
+    new = {size for (name, _), (old, size) in axes.items() if under(name, one.place.module) and old == one.value}
+    return new.pop() if len(new) == 1 else None

@@ -1,0 +1,93 @@
+"""Selections that a module's code treats alike: the same coupling in every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from torch import nn
+
+from ecospa_fx.plan import Plan, Selection
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Group:
+    """The selections of one kind of place: parameters of equal names in modules of equal classes."""
+
+    selections: tuple[Selection, ...]
+
+    @property
+    def parameters(self) -> frozenset[str]:
+        """What it cuts."""
+        return frozenset(m.parameter for s in self.selections for m in s.members)
+
+    def beneath(self, modules: Iterable[str]) -> list[Selection]:
+        """The selections with a member in or under one of some modules."""
+        paths = tuple(modules)
+        return [s for s in self.selections if any(under(m.parameter, path) for m in s.members for path in paths)]
+
+
+def under(name: str, path: str) -> bool:
+    """Whether a parameter or module is in or under a module."""
+    return not path or name == path or name.startswith(f"{path}.")
+
+
+def role_of(path: str, model: nn.Module) -> Any:
+    """What a module is in its surroundings, the same in every layer: its class, its name and the class around it."""
+    outer, _, last = path.rpartition(".")
+    named = "" if last.isdigit() else last
+    return type(model.get_submodule(path)), named, type(model.get_submodule(outer)) if path else None
+
+
+def grouped(selections: Sequence[Selection], model: nn.Module) -> list[Group]:
+    """The selections by what the same code computes in other layers."""
+    found: dict[Any, list[Selection]] = {}
+    for selection in selections:
+        places = []
+        for member in selection.members:
+            path, _, name = member.parameter.rpartition(".")
+            boxes = tuple((len(box.carriers), len(box.width)) for box in member.boxes)
+            places.append((role_of(path, model), name, member.axis, boxes))
+        found.setdefault((selection.kind, tuple(places)), []).append(selection)
+    return [Group(tuple(own)) for own in found.values()]
+
+
+def components(groups: Sequence[Group]) -> list[list[Group]]:
+    """Groups that cut parameters in common, together."""
+    result: list[list[Group]] = []
+    for group in groups:
+        touching = [c for c in result if any(group.parameters & other.parameters for other in c)]
+        result = [c for c in result if c not in touching] + [[*(g for c in touching for g in c), group]]
+    return result
+
+
+def part(plan: Plan, groups: Iterable[Group]) -> Plan:
+    """The plan of some groups alone."""
+    wanted = {s.name for g in groups for s in g.selections}
+    return Plan(tuple(s for s in plan if s.name in wanted), plan.shapes)
+
+
+def narrowed_axes(plan: Plan, model: nn.Module) -> dict[tuple[str, int], tuple[int, int]]:
+    """Old and new size of every parameter axis that gets smaller."""
+    masks = plan.masks(model)
+    found = {}
+    for name, mask in masks.items():
+        for axis, old in enumerate(mask.shape):
+            new = int(mask.sum(axis).max())
+            if new < old:
+                found[name, axis] = (int(old), new)
+    return found
+
+
+def scaled(value: int, selections: Sequence[Sequence[Selection]]) -> int | None:
+    """An integer that counts units of some couplings, after they got narrower; None where it does not.
+
+    selections: those of each coupling that the integer may count, one in every layer: they must agree.
+    """
+    shares = [{(s.size, s.kept) for s in own} for own in selections]
+    if any(len(share) != 1 for share in shares):
+        return None
+    old, new = (prod(next(iter(share))[side] for share in shares) for side in (0, 1))
+    return value // old * new if value % old == 0 else None

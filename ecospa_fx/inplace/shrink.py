@@ -1,0 +1,169 @@
+"""A plan written back into the user's own module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from ecospa_fx.errors import PlanError
+from ecospa_fx.inplace.attributes import Place
+from ecospa_fx.inplace.configuration import builders, configured, told_by
+from ecospa_fx.inplace.describe import described
+from ecospa_fx.inplace.edits import Edits
+from ecospa_fx.inplace.follow import apply, counted, edited, solve
+from ecospa_fx.inplace.groups import Group, components, grouped
+from ecospa_fx.inplace.proof import Bench, Call, equal, numbers, unwritten
+from ecospa_fx.origin import ATTRIBUTE, origin, remember
+from ecospa_fx.plan import Plan
+from ecospa_fx.verify import masked
+
+Model = TypeVar("Model", bound=nn.Module)
+OWN_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
+"""Of the user's own module and weights; in shorter types 0.1: that the edit is right is proven on the copy."""
+
+
+def shrink_(model: Model, plan: Plan, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Model:
+    """Make a model smaller in place: its parameters, and the integers of its modules that must follow.
+
+    args, kwargs: example inputs. Classes, methods, hooks, modes and Parameter objects stay, so that generation with
+    caches, adapters, trainers and saving go on working; gradients are cut along, and an optimizer must be made anew.
+    Which attributes follow is found by trying and proven on a copy, in float64 where the model runs in it: the edited
+    module equals the masked one and the rewritten graph for the example, for other sizes and with its flags the other
+    way round. Where all layers got equal widths and the model's configuration can say so, the configuration follows,
+    and a model built from it with these weights is equal too. Returns the model.
+    Raises PlanError, and leaves the model exactly as it was, where that cannot be proven.
+
+    Example:
+        >>> import torch, ecospa_fx as eco
+        >>> mlp = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.GELU(), torch.nn.Linear(32, 8))
+        >>> x = torch.randn(2, 8)
+        >>> eco.shrink_(mlp, eco.plan(eco.detect(mlp, (x,)), ratio=0.5), (x,))[0]
+        Linear(in_features=8, out_features=16, bias=True)
+    """
+    kwargs = dict(kwargs or {})
+    plan.check(model)
+    bench = Bench(model, args, kwargs)
+    values = proven(bench, plan)
+    known, again = origin(model, plan, args, kwargs), hasattr(model, ATTRIBUTE)
+    _write(model, plan, values, Call(tuple(args), kwargs), bench)
+    if again:
+        delattr(model, ATTRIBUTE)  # it is no longer what one plan makes of the original
+        return model
+    remember(model, known)
+    return model
+
+
+def proven(bench: Bench, plan: Plan) -> dict[Place, int]:
+    """Every integer that follows a plan, proven together against masking and the rewritten graph."""
+    groups = grouped([s for s in plan if s.kept < s.size], bench.model)
+    values = solved(bench, plan, groups)
+    values = {**described(bench, plan, groups), **values}
+    values = _with_configuration(bench, plan, groups, values) or values
+    if not _equals(bench, plan, values, bench.graph_reference(plan)):
+        raise PlanError(
+            "the module with narrower weights and the rewritten graph differ, so nothing is written back: use "
+            "ecospa_fx.shrink"
+        )
+    return values
+
+
+def solved(bench: Bench, plan: Plan, groups: Sequence[Group]) -> dict[Place, int]:
+    """The integers that must follow a plan, found part by part and proven together.
+
+    What cuts the same parameters is one part; so is what the same integer counts, where one part alone finds none.
+    """
+    values: dict[Place, int] = {}
+    everything = components(groups)
+    parts = list(everything)
+    while parts:
+        first = parts.pop(0)
+        try:
+            values.update(solve(bench, plan, first))
+        except PlanError:
+            sharing = sharers(bench, plan, first, everything)
+            if len(sharing) == 1:
+                raise
+            values.update(solve(bench, plan, [group for component in sharing for group in component]))
+            parts = [component for component in parts if all(component is not other for other in sharing)]
+    if len(groups) < 2 or _equals(bench, plan, values, bench.reference(plan)):
+        return values
+    return solve(bench, plan, groups)
+
+
+def sharers(bench: Bench, plan: Plan, first: list[Group], parts: Sequence[list[Group]]) -> list[list[Group]]:
+    """The parts that count the same integers as the first one, which is among them."""
+    places = counted(bench, plan, first)
+    return [first, *(other for other in parts if other is not first and places & counted(bench, plan, other))]
+
+
+def _equals(bench: Bench, plan: Plan, values: Mapping[Place, int], reference: Any) -> bool:
+    with edited(bench.model, plan, values, reference.buffers):
+        return bench.equals(reference)
+
+
+def _with_configuration(
+    bench: Bench, plan: Plan, groups: Sequence[Group], values: dict[Place, int]
+) -> dict[Place, int] | None:
+    """The integers with those of a configuration that follows, and all that its constructor sets."""
+    for name in builders(bench.model):
+        told = configured(bench, plan, groups, name)
+        if told is not None:
+            everything = {**values, **told.values}
+            with edited(bench.model, plan, everything, bench.reference(plan).buffers):
+                return everything | told_by(told.model, bench.model)
+    return None
+
+
+# -- the user's own module ---------------------------------------------------------------------------------------
+
+
+def _write(model: nn.Module, plan: Plan, values: Mapping[Place, int], call: Call, bench: Bench) -> None:
+    """Edit the user's module and run it; whatever happens before it has run, it is as it was."""
+    edits = Edits()
+    with _evaluating(model):
+        want = None
+        if not plan.allow:
+            with masked(model, plan), unwritten(model):
+                want = numbers(model, call)
+        try:
+            apply(model, plan, values, _buffers(model, plan, bench), edits)
+            if want is not None:
+                with unwritten(model):
+                    got = numbers(model, call)
+                dtype = min((t.dtype for t in want), key=lambda d: d.itemsize, default=torch.float64)
+                if not equal(got, want, OWN_TOLERANCE.get(dtype, 0.1)):
+                    raise PlanError(
+                        f"{type(model).__name__} with narrower weights does not give what masking gives, though a copy "
+                        "of it does, so nothing is written back: use ecospa_fx.shrink"
+                    )
+        except BaseException:
+            edits.undo()
+            raise
+
+
+def _buffers(model: nn.Module, plan: Plan, bench: Bench) -> dict[str, torch.Tensor]:
+    """The buffers that got narrower, with what the user's own model has in them."""
+    if not bench.program.state:
+        return {}
+    from ecospa_fx.api import shrink  # which imports this module
+
+    example = bench.calls[0]
+    small, dense = shrink(model, plan, example.args, example.kwargs), dict(model.named_buffers())
+    return {n: t for n, t in small.named_buffers() if n in dense and t.shape != dense[n].shape}
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode inside, and in its own mode outside."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
