@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ecospa_fx.budget import knapsack
-from ecospa_fx.budget.allocate import Bounds
+from ecospa_fx.budget.ladders import Bounds
 from ecospa_fx.budget.spending import Parameters
 from ecospa_fx.coupling.couplings import Coupling
 from tests.tiny import tiny, tiny_couplings

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import ecospa_fx as eco
 from ecospa_fx import demo
 from ecospa_fx.budget import latency
-from ecospa_fx.budget.allocate import Bounds
+from ecospa_fx.budget.ladders import Bounds
 from ecospa_fx.budget.latency import Latency, Table
 from ecospa_fx.budget.spending import Flops, Priced
 from ecospa_fx.budget.work import Operation, flops

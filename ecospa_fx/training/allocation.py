@@ -10,8 +10,8 @@ from math import ceil, floor
 import torch
 from torch import Tensor
 
-from ecospa_fx.budget.allocate import Climb, Ladder, Track
 from ecospa_fx.budget.elements import Shapes
+from ecospa_fx.budget.ladders import Climb, Ladder, Track
 from ecospa_fx.budget.spending import Parameters
 from ecospa_fx.coupling.couplings import Coupling
 

@@ -1,0 +1,199 @@
+"""How couplings are climbed down: rung by rung, alone or together, until a budget is met."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ecospa_fx.budget.elements import Removal
+from ecospa_fx.budget.spending import Spending
+from ecospa_fx.coupling.couplings import Coupling
+from ecospa_fx.errors import PlanError
+from ecospa_fx.plan import Selection
+
+if TYPE_CHECKING:
+    from ecospa_fx.inplace.express import Carried
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """How many units a coupling may keep; see `plan`. Raises PlanError for what is out of range."""
+
+    round_to: int
+    floor: float
+    limits: Mapping[str, float]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.round_to, int) or self.round_to < 1:
+            raise PlanError(f"round_to={self.round_to!r} is not a number of units: give a whole number of at least 1")
+        if not isinstance(self.floor, int | float) or not 0 <= self.floor < 1:
+            raise PlanError(
+                f"floor={self.floor!r} is not a share of units to keep: give a number from 0 up to, not including, 1"
+            )
+        if not isinstance(self.limits, Mapping):
+            raise PlanError(f"limits={self.limits!r:.60} is no mapping: give a share per kind, like {{'ffn': 0.5}}")
+        for kind, limit in self.limits.items():
+            if not isinstance(limit, int | float) or not 0 <= limit <= 1:
+                raise PlanError(
+                    f"limits[{kind!r}]={limit!r} is not a share of units to remove at most: give a number from 0 to 1"
+                )
+
+    def fit(self, chosen: Sequence[Coupling]) -> Sequence[Coupling]:
+        """The same couplings. Raises PlanError for a limit of a kind that is not there: it would limit nothing."""
+        known = sorted({c.kind for c in chosen})
+        for kind in self.limits:
+            if kind not in known:
+                raise PlanError(f"limits names kind {kind!r}, of which nothing is chosen: use some of {listed(known)}")
+        return chosen
+
+    def widths(self, coupling: Coupling) -> list[int]:
+        """Numbers of units that may be kept, short of all, from most to fewest."""
+        size, step, limit = coupling.size, self.round_to, self.limits.get(coupling.kind, 1)
+        least = max(1, ceil(self.floor * size), size - int(limit * size + 1e-9))
+        return list(range((size - 1) // step * step, least - 1, -step))
+
+    def __str__(self) -> str:
+        told = f"floor={self.floor} and round_to={self.round_to}"
+        return f"{told} and limits={dict(self.limits)}" if self.limits else told
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ladder:
+    """The order in which one coupling's units go.
+
+    order: LongTensor [carriers, units], least first; removed: units gone per carrier after each rung; freed, cost:
+    float64 [rungs], what each rung frees of the budget, and its score for each unit of that.
+    """
+
+    coupling: Coupling
+    order: Tensor
+    removed: tuple[int, ...]
+    freed: Tensor
+    cost: Tensor
+
+    @classmethod
+    def of(cls, coupling: Coupling, values: Tensor, widths: Sequence[int], spending: Spending) -> Ladder:
+        """values: scores [carriers, units]; widths: numbers of units that may be kept, from most to fewest."""
+        ranked, order = values.to("cpu", torch.float64).sort(dim=1, stable=True)
+        at = torch.tensor([0, *(coupling.size - k for k in widths)])
+        lost = torch.cat([torch.zeros(1, dtype=torch.float64), ranked.sum(0).cumsum(0)])[at]
+        freed = torch.cat([torch.zeros(1, dtype=torch.float64), spending.freed(coupling, widths)]).diff()
+        return cls(coupling, order, tuple(at[1:].tolist()), freed, lost.diff() / freed)
+
+    def rungs(self, kept: int) -> int:
+        """How many rungs lead down to a width."""
+        return 0 if kept == self.coupling.size else self.removed.index(self.coupling.size - kept) + 1
+
+    def removal(self, rungs: int) -> Removal:
+        """What the first `rungs` rungs take."""
+        gone = torch.zeros(self.order.shape, dtype=torch.bool)
+        if rungs:
+            gone.scatter_(1, self.order[:, : self.removed[rungs - 1]], True)
+        return self.coupling.members, gone
+
+    def selection(self, rungs: int) -> Selection:
+        """What stays after the first `rungs` rungs."""
+        return Selection.of(self.coupling, self.removal(rungs)[1].logical_not())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Track:
+    """Ladders climbed together, and the key of each rung; the rung with the least key goes first."""
+
+    ladders: tuple[int, ...]
+    keys: Tensor
+
+
+def each_alone(ladders: Sequence[Ladder]) -> list[Track]:
+    return [Track((i,), ladder.cost) for i, ladder in enumerate(ladders)]
+
+
+def in_uniform_step(ladders: Sequence[Ladder]) -> list[Track]:
+    groups: dict[tuple[str, int, int], list[int]] = {}
+    for i, ladder in enumerate(ladders):
+        groups.setdefault((ladder.coupling.kind, ladder.coupling.size, ladder.coupling.carriers), []).append(i)
+    return [Track(tuple(group), _shares(ladders[group[0]])) for group in groups.values()]
+
+
+def _shares(ladder: Ladder) -> Tensor:
+    """The share of units gone in the middle of each rung: what keeps couplings of different sizes in step."""
+    at = torch.tensor((0, *ladder.removed), dtype=torch.float64)
+    return (at[1:] + at[:-1]) / (2 * ladder.coupling.size)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Climb:
+    """The rungs of all tracks in one order, least key first; a *height* is how many of them are taken.
+
+    owner: LongTensor [heights], the track of each rung; estimate: float64 [heights + 1], what is freed at each height
+    where couplings do not overlap.
+    """
+
+    spending: Spending
+    ladders: Sequence[Ladder]
+    tracks: Sequence[Track]
+    owner: Tensor
+    estimate: Tensor
+
+    @classmethod
+    def of(cls, spending: Spending, ladders: Sequence[Ladder], tracks: Sequence[Track]) -> Climb:
+        """Merge the tracks; equal keys stay in the order of the couplings."""
+        order = torch.cat([t.keys for t in tracks]).argsort(stable=True)
+        owner = torch.cat([torch.full_like(t.keys, i, dtype=torch.long) for i, t in enumerate(tracks)])[order]
+        taken = torch.cat([torch.stack([ladders[i].freed for i in t.ladders]).sum(0) for t in tracks])[order]
+        return cls(spending, ladders, tracks, owner, torch.cat([taken.new_zeros(1), taken.cumsum(0)]))
+
+    def rungs(self, height: int) -> list[int]:
+        """Rungs taken on each ladder."""
+        per_track = self.owner[:height].bincount(minlength=len(self.tracks)).tolist()
+        of_ladder = {i: n for track, n in zip(self.tracks, per_track, strict=True) for i in track.ladders}
+        return [of_ladder[i] for i in range(len(self.ladders))]
+
+    def removed(self, height: int) -> float:
+        """What is freed at a height, together."""
+        return removed_at(self.spending, self.ladders, self.rungs(height))
+
+    def held(self) -> float:
+        """What all the couplings hold, together."""
+        return self.spending.held([x.coupling for x in self.ladders])
+
+
+def removed_at(spending: Spending, ladders: Sequence[Ladder], rungs: Sequence[int]) -> float:
+    """What is freed by some rungs of each ladder, together."""
+    taken = {x.coupling.name: (x, n) for x, n in zip(ladders, rungs, strict=True) if n}
+    kept = {name: x.coupling.size - x.removed[n - 1] for name, (x, n) in taken.items()}
+    return spending.removed({name: x.removal(n) for name, (x, n) in taken.items()}, kept)
+
+
+def in_carried_step(
+    carried: Carried, values: Mapping[str, Tensor], bounds: Bounds, spending: Spending, *, uniform: bool
+) -> tuple[list[Ladder], list[Track]]:
+    """Ladders of what is tied together are climbed in step, and with uniform widths those of all layers."""
+    if not spending.smooth:
+        raise PlanError("expressible_in='module' cannot spend a budget in latency yet: use 'parameters' or 'flops'")
+    ladders: list[Ladder] = []
+    tracks: dict[tuple[int, ...], list[int]] = {}
+    for i, tie in enumerate(carried.ties):
+        size = tie.base.size
+        kept = [k for k in bounds.widths(tie.base) if carried.fine(tie, k)]
+        track = tracks.setdefault((tie.number, size, len(kept)) if uniform else (i,), [])
+        for c in tie.couplings:
+            track.append(len(ladders))
+            ladders.append(Ladder.of(c, values[c.name], [k * (c.size // size) for k in kept], spending))
+    found = [Track(tuple(t), _shares(ladders[t[0]]) if uniform else _together(ladders, t)) for t in tracks.values()]
+    return ladders, found
+
+
+def _together(ladders: Sequence[Ladder], members: Sequence[int]) -> Tensor:
+    """Score for each unit of the budget of the rungs of ladders that are climbed in step."""
+    freed = torch.stack([ladders[i].freed for i in members])
+    return (torch.stack([ladders[i].cost for i in members]) * freed).sum(0) / freed.sum(0)
+
+
+def listed(names: Sequence[str]) -> str:
+    return ", ".join(names) or "none"
