@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
 from ecospa_fx.budget.allocate import choose
@@ -20,12 +19,11 @@ from ecospa_fx.graph.program import ExportedForm
 from ecospa_fx.graph.sites import Site, find_sites
 from ecospa_fx.importance.compensated import Compensated
 from ecospa_fx.importance.curvature import Collector, Curvature
-from ecospa_fx.importance.matrices import damped
 from ecospa_fx.importance.progress import watched
 from ecospa_fx.importance.score import Batch, Loss, arguments
 from ecospa_fx.importance.scores import Scores
 from ecospa_fx.importance.second_order import unit_scores, without_traffic
-from ecospa_fx.importance.surgeon import kept_gates
+from ecospa_fx.importance.surgeon import gate_roots
 from ecospa_fx.importance.views import Views, views_of
 from ecospa_fx.plan import Plan
 
@@ -36,9 +34,6 @@ SECOND_ORDER = "second-order"
 
 HELD, MOST_HELD = 4, 16
 """Every how many-th batch measures sensitivities and is not scored on, and how many at most."""
-
-SCALES = 0.25, 4.0
-"""Gates of kept units stay within these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,8 +194,7 @@ def _rescale(program: ExportedForm, views: Views, curvature: Curvature, plan: Pl
         matrix, gone = curvature.gates[gate.coupling.name], removed.get(gate.coupling.name)
         if gone is None or not gone.any():
             continue
-        scale = kept_gates(damped(matrix, damping), ~gone.to(matrix.device))
-        roots = torch.diag_embed(scale.clamp(*SCALES).sqrt())
+        roots = gate_roots(matrix, gone, damping)
         for member in gate.coupling.members:
             held = program.tensor(member.parameter).detach()
             program.replace_parameter(member.parameter, rotated(held, member.axis, member.indices, roots))

@@ -18,7 +18,7 @@ from ecospa_fx.coupling.couplings import Coupling
 from ecospa_fx.graph.sites import Site
 from ecospa_fx.importance.curvature import Curvature
 from ecospa_fx.importance.matrices import damped
-from ecospa_fx.importance.surgeon import kept_gates
+from ecospa_fx.importance.surgeon import gate_roots
 from ecospa_fx.importance.views import Views
 
 Gone = Mapping[str, Tensor]
@@ -70,8 +70,7 @@ class Compensated:
             if lost is None or not lost.any() or found.keys().isdisjoint(m.parameter for m in gate.coupling.members):
                 continue
             assert self.curvature is not None  # views come with it
-            matrix = damped(self.curvature.gates[gate.coupling.name], self.gate_damping)
-            roots = torch.diag_embed(kept_gates(matrix, ~lost.to(matrix.device)).clamp(0.25, 4.0).sqrt())
+            roots = gate_roots(self.curvature.gates[gate.coupling.name], lost, self.gate_damping)
             for member in gate.coupling.members:
                 if member.parameter in found:
                     held = found[member.parameter]
@@ -101,7 +100,7 @@ class Compensated:
         weight = site.matrix(self.values[site.parameter]).to(moments.second)
         stays = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
         stays[lost.to(weight.device)] = False
-        second = moments.covariance() if site.bias is not None else moments.second
+        second = self.curvature.second(site)
         inside = damped(second[stays][:, stays], self.damping)
         change = torch.linalg.solve(inside, second[stays][:, ~stays] @ weight[:, ~stays].T).T
         result = torch.zeros_like(weight)

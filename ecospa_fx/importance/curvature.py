@@ -59,6 +59,11 @@ class Curvature:
         self.gates: dict[str, Tensor] = {}
         self.others: dict[str, Tensor] = {}
 
+    def second(self, site: Site) -> Tensor:
+        """Second moment of a site's input, about the mean where a bias can make up for it."""
+        moments = self.inputs[site]
+        return moments.covariance() if site.bias is not None else moments.second
+
     def check(self) -> None:
         """Raise ScoreError where something is not finite."""
         for kind, found in (("input", self.inputs), ("gradient", self.outputs)):

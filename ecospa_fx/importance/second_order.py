@@ -50,18 +50,12 @@ def _input_scores(
     """Carrier by carrier: what is left of a carrier makes up for what goes from it."""
     moments, gradients = curvature.inputs[site], curvature.outputs[site]
     at = positions.flatten(1).to(moments.second.device)
-    hessian = damped(_second(site, curvature)[at[:, :, None], at[:, None, :]], damping)
+    hessian = damped(curvature.second(site)[at[:, :, None], at[:, None, :]], damping)
     metric = power(gradients.second / max(gradients.rows, 1), 0.5)
     matrix = metric @ site.matrix(weights[site.parameter]).to(metric)
     weight = matrix[:, at].movedim(1, 0)
     removal = remove_all(hessian, weight, positions.shape[2])
     return order_scores(removal).cpu() / 2
-
-
-def _second(site: Site, curvature: Curvature) -> Tensor:
-    """Second moment of a site's input, about the mean where a bias can make up for it."""
-    moments = curvature.inputs[site]
-    return moments.covariance() if site.bias is not None else moments.second
 
 
 def without_traffic(views: Views, curvature: Curvature) -> list[str]:

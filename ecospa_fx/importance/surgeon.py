@@ -13,10 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ecospa_fx.importance.matrices import inverse
+from ecospa_fx.importance.matrices import damped, inverse
 
 COMPACT = 0.85
 """Where this share of the units is left, the ones that are gone leave memory too."""
+
+SCALES = 0.25, 4.0
+"""Gates of kept units stay within these."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -136,3 +139,12 @@ def kept_gates(matrix: Tensor, keep: Tensor) -> Tensor:
         pushed = matrix[row][own][:, gone].sum(1)
         result[row, own] = 1 + inverse(matrix[row][own][:, own]) @ pushed
     return result
+
+
+def gate_roots(matrix: Tensor, gone: Tensor, damping: float) -> Tensor:
+    """Diagonal matrices [carriers, units, units] by which each of two factors is multiplied for the best gates.
+
+    matrix, damping: of the cost of moving gates; gone: BoolTensor [carriers, units], the units that go.
+    """
+    scale = kept_gates(damped(matrix, damping), ~gone.to(matrix.device))
+    return torch.diag_embed(scale.clamp(*SCALES).sqrt())

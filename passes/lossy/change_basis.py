@@ -61,7 +61,7 @@ def value_basis(view: Inputs, site: Site, curvature: Curvature, weight: Tensor) 
     carrier, M = Σ Wᵀ G W over them, G the second moment of the loss's gradient at the output.
     """
     moments, gradients = curvature.inputs[site], curvature.outputs[site]
-    second = moments.covariance() if site.bias is not None else moments.second
+    second = curvature.second(site)
     metric = gradients.second / max(gradients.rows, 1)
     at = view.positions[site].to(second.device)
     columns = site.matrix(weight).to(metric)[:, at]  # [out, carriers, units, width]
