@@ -131,7 +131,7 @@ def _rebuilt(task: Task, ratio: float, options: Mapping[str, Any]) -> nn.Module:
     ingredients = {field.name for field in fields(Recipe)}
     recipe = Recipe(**{name: value for name, value in options.items() if name in ingredients})
     planning = {name: value for name, value in options.items() if name not in ingredients}
-    make_plan(task.couplings, ratio, **planning)  # refuses what cannot be reached before anything slow
+    make_plan(task.couplings, ratio, **recipe.planning(planning))  # refuses what cannot be reached before anything slow
     model, args, kwargs = task.model, task.args, task.kwargs
     with torch.inference_mode(False):  # what is fitted needs gradients, whatever the caller's mode
         programs = captures(model, args, kwargs, dynamic=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from math import prod
 from typing import NoReturn, cast, get_args
@@ -32,8 +32,8 @@ class Selection:
 
     name, kind, layer, size, carriers, members: as in the coupling; inexact: why removing differs from masking, or "";
     resized: which input or output gets narrower, or "".
-    keep: per carrier the kept units, ascending;
-    every carrier keeps the same number, at least one.
+    keep: per carrier the kept units, ascending. Every carrier keeps the same number, at least one; in a ragged
+    selection each its own, at least one in all.
     """
 
     name: str
@@ -56,9 +56,11 @@ class Selection:
     def __post_init__(self) -> None:
         if self.carriers < 1 or len(self.keep) != self.carriers:
             self._refuse(f"lists kept units for {len(self.keep)} carriers and has {self.carriers}")
-        if not self.keep[0] or len({len(units) for units in self.keep}) != 1:
-            self._refuse("does not keep the same number of units, at least one, in every carrier")
-        for units in self.keep:
+        if not any(self.keep):
+            self._refuse("keeps no unit at all")
+        if self.ragged and (self.inexact or any(m.carrier_axis is not None for m in self.members)):
+            self._refuse("keeps different numbers of units in carriers that have to keep the same")
+        for units in filter(None, self.keep):
             if units[0] < 0 or units[-1] >= self.size or any(b <= a for a, b in pairwise(units)):
                 self._refuse(f"keeps units that are not ascending numbers below {self.size}")
         if not self.members or any((m.carriers, m.units) != (self.carriers, self.size) for m in self.members):
@@ -69,14 +71,31 @@ class Selection:
 
     @property
     def kept(self) -> int:
-        """Units that stay, per carrier."""
-        return len(self.keep[0])
+        """Units that stay, per carrier; the most of any where they differ."""
+        return max(len(units) for units in self.keep)
+
+    @property
+    def ragged(self) -> bool:
+        """Whether carriers keep different numbers of units."""
+        return len({len(units) for units in self.keep}) > 1
 
     @property
     def removed(self) -> Tensor:
         """BoolTensor [carriers, units], True where a unit goes."""
         gone = torch.ones(self.carriers, self.size, dtype=torch.bool)
-        return gone.scatter_(1, torch.tensor(self.keep), False)
+        for row, units in zip(gone, self.keep, strict=True):
+            row[list(units)] = False
+        return gone
+
+    def even(self) -> Selection:
+        """The same with the first units that go added, until every carrier keeps as many as the fullest."""
+        if not self.ragged:
+            return self
+        rows = []
+        for units in self.keep:
+            others = sorted(set(range(self.size)).difference(units))
+            rows.append(tuple(sorted((*units, *others[: self.kept - len(units)]))))
+        return replace(self, keep=tuple(rows))
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -139,6 +158,15 @@ class Plan:
             weight = parameters[name]
             found[name] = elements.mask(weight.shape, factors, None if weight.is_meta else weight.device)
         return found
+
+    @property
+    def ragged(self) -> bool:
+        """Whether carriers of some coupling keep different numbers of units."""
+        return any(selection.ragged for selection in self)
+
+    def even(self) -> Plan:
+        """The plan with enough units added that all carriers of a coupling keep the same number."""
+        return replace(self, selections=tuple(s.even() for s in self)) if self.ragged else self
 
     @property
     def allow(self) -> tuple[str, ...]:
@@ -225,7 +253,9 @@ def _fields(selection: Selection) -> dict[str, object]:
 
 
 def _width(selection: Selection) -> str:
-    width = f"{selection.kept:,}/{selection.size:,}"
+    least = min(len(units) for units in selection.keep)
+    kept = f"{least:,}–{selection.kept:,}" if selection.ragged else f"{selection.kept:,}"
+    width = f"{kept}/{selection.size:,}"
     return width if selection.carriers == 1 else f"{width} × {selection.carriers}"
 
 

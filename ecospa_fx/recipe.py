@@ -36,6 +36,9 @@ HELD, MOST_HELD = 4, 16
 """Every how many-th batch measures sensitivities and is not scored on, and how many at most."""
 
 
+ALLOCATIONS = "ragged", "global", "uniform", "sensitivity"
+
+
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """What goes into second-order compression; each ingredient can be left out or tuned.
@@ -43,8 +46,10 @@ class Recipe:
     basis: turn linear couplings (V with O, Q with K where nothing rotates them) before units are chosen.
     damping: of the surgeon's matrices, in means of their diagonals. gates: rescale the queries and keys that are kept
     for those that go, with gate_damping. least_squares: solve the matrices that lost inputs anew, with
-    least_squares_damping. allocation: "global", by score; "uniform"; or "sensitivity", by what couplings are measured
-    to cost on every fourth batch, which the scores do not see, in so many `rounds`. distillation: how many batches the
+    least_squares_damping. allocation: "ragged", by score, so that each head keeps its own number of units; "global",
+    the same with as many in all heads of a layer; "uniform"; "sensitivity", by what couplings are measured to cost on
+    every fourth batch, which the scores do not see, in so many `rounds`; or None: "ragged" where it is parameters that
+    are counted and graph form may do as it likes, else "global". distillation: how many batches the
     smaller model sees, without their labels, while it learns to answer like the dense one, 0 for none, each as often as
     it takes; rate, step: the learning rate in root mean squares of each parameter, and batches per step. progress: bars
     on stderr.
@@ -56,7 +61,7 @@ class Recipe:
     gate_damping: float = 0.1
     least_squares: bool = True
     least_squares_damping: float = 0.1
-    allocation: str = "global"
+    allocation: str | None = None
     rounds: int = 2
     distillation: int = 448
     rate: float = 0.002
@@ -68,12 +73,18 @@ class Recipe:
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 < value < float("inf"):
                 raise ScoreError(f"{name}={value!r} is not a factor: give a positive number")
-        if self.allocation not in ("global", "uniform", "sensitivity"):
-            raise ScoreError(f"allocation={self.allocation!r} is unknown: use 'global', 'uniform' or 'sensitivity'")
+        if self.allocation not in (None, *ALLOCATIONS):
+            raise ScoreError(f"allocation={self.allocation!r} is unknown: use {', '.join(map(repr, ALLOCATIONS))}")
         for name, least in (("distillation", 0), ("step", 1), ("rounds", 1)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ScoreError(f"{name}={value!r} is not a count: give a whole number of at least {least}")
+
+    def planning(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Options of `plan`, with the allocation that goes with those given."""
+        even = given.get("budget", "parameters") != "parameters" or given.get("expressible_in") is not None
+        chosen = "uniform" if given.get("uniform") else self.allocation or ("global" if even else "ragged")
+        return {**given, "allocation": "global" if chosen == "sensitivity" else chosen}
 
     def shown(self, items: Sequence[Item], label: str) -> Iterator[Item] | Sequence[Item]:
         """The same items, with a bar if wanted."""
@@ -121,7 +132,7 @@ def compress_program(program: ExportedForm, task: Task, ratio: float, recipe: Re
     couplings = _reached(task.couplings, without_traffic(views, curvature))
     values = {name: tensor.detach() for name, tensor in program.values.items()}
     scores = Scores(SECOND_ORDER, unit_scores(views, curvature, values, recipe.damping))
-    planning = {**planning, "uniform": planning.get("uniform", False) or recipe.allocation == "uniform"}
+    planning = recipe.planning(planning)
     plan = make_plan(couplings, ratio, scores, **planning)
     if held:
         damping = recipe.least_squares_damping, recipe.gate_damping

@@ -22,9 +22,10 @@ from ecospa_fx.axes.resize import Resize, find_resize
 from ecospa_fx.coupling.couplings import Member
 from ecospa_fx.coupling.find import Found, find_couplings
 from ecospa_fx.errors import PlanError
-from ecospa_fx.graph.edit import evaluate, inherit
+from ecospa_fx.graph.edit import evaluate, inherit, layout
 from ecospa_fx.graph.passes import PassResult
 from ecospa_fx.graph.program import AttributeForm, Program
+from ecospa_fx.graph.ragged import store_ragged
 from ecospa_fx.graph.where import module_of
 from ecospa_fx.plan import Plan, Selection
 
@@ -53,6 +54,8 @@ class ShrinkCouplings:
 
 def shrink_program(program: Program, plan: Plan) -> int:
     """Shrink a program in place. Returns how many parameters and nodes changed."""
+    if plan.ragged:
+        return shrink_program(program, plan.even()) + store_ragged(program, plan)
     walked = program.flow(plan.allow)
     kept = Kept(walked.dims, _choices(plan, find_couplings(walked, program.shapes), walked))
     if not kept.choices:
@@ -339,7 +342,7 @@ def _propagate(program: Program, walked: Flow, kept: Kept, stale: set[fx.Node]) 
         touched = touched or any(kept.changed(axis) for v in several(known) for axis in v.axes)
         if node.op != "call_function" or not touched:
             continue
-        before = _layout(node.meta.get("val"))
+        before = layout(node.meta.get("val"))
         _free_of_strides(program, node)
         try:
             node.meta["val"] = evaluate(node)
@@ -348,15 +351,8 @@ def _propagate(program: Program, walked: Flow, kept: Kept, stale: set[fx.Node]) 
                 f"the smaller graph does not compute at node {node.name} ({node.target}): {error}"
             ) from error
         _check(program, walked, kept, node)
-        if before != _layout(node.meta["val"]):
+        if before != layout(node.meta["val"]):
             stale.add(node)
-
-
-def _layout(value: Any) -> Any:
-    """Sizes and strides as text: comparing symbols would tie them."""
-    if isinstance(value, list | tuple):
-        return [_layout(one) for one in value]
-    return str((tuple(value.shape), value.stride())) if isinstance(value, Tensor) else str(value)
 
 
 def _free_of_strides(program: Program, node: fx.Node) -> None:

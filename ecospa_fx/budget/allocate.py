@@ -1,9 +1,9 @@
 """Allocation: from scores and a budget to a plan.
 
 Every coupling has a *ladder*: its units are ranked within each carrier, and rung r takes the r-th least unit out of
-every carrier at once, so all carriers keep the same number. Allocation merges the rungs of all ladders into one order
-and cuts it where the budget, in a unit of one's choice (`spending`), is met. Removed elements are counted exactly, each
-once, though couplings may overlap.
+every carrier at once, so all carriers keep the same number; on a ragged ladder each carrier goes at its own pace.
+Allocation merges the rungs of all ladders into one order and cuts it where the budget, in a unit of one's choice
+(`spending`), is met. Removed elements are counted exactly, each once, though couplings may overlap.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def plan(  # noqa: PLR0913  # whatever a user decides about an allocation meets 
     seed: int = 0,
     round_to: int = 1,
     *,
-    allocation: Literal["global", "uniform"] | Curves = "global",
+    allocation: Literal["global", "ragged", "uniform"] | Curves = "global",
     uniform: bool = False,
     floor: float = 0.05,
     kinds: Sequence[str] | None = None,
@@ -67,8 +67,10 @@ def plan(  # noqa: PLR0913  # whatever a user decides about an allocation meets 
     seconds of its products on this machine, measured once and kept on disk (`ecospa_fx.budget.latency`). scores: what
     `score` returned; "magnitude", from the weights; or "random", drawn from `seed` alone, a test and no way to
     compress. round_to: kept units per carrier are a multiple of it; a coupling with fewer stays whole. allocation:
-    "global", what scores least for what it frees goes first; "uniform" or uniform=True, the same share everywhere; or
-    measured curves (`ecospa_fx.importance.sensitivity`). floor: the least share that a coupling keeps, at least one
+    "global", what scores least for what it frees goes first; "ragged", the same, and carriers of a coupling, such as
+    heads, may keep different numbers of units: parameters hold what is kept, zeros fill activations up to the widest
+    carrier; "uniform" or uniform=True, the same share everywhere; or measured curves
+    (`ecospa_fx.importance.sensitivity`). floor: the least share that a coupling keeps, at least one
     unit. limits: by kind, the largest share that a coupling may lose. kinds: only these; by default all offered, except
     those whose content is offered as finer couplings (heads) unless scores are random. expressible_in: "module" leaves
     whole what `shrink_` could not write back, as trying on a copy of the model shows, and takes heads where their
@@ -80,6 +82,8 @@ def plan(  # noqa: PLR0913  # whatever a user decides about an allocation meets 
     """
     bounds, how = Bounds(round_to, floor, {} if limits is None else limits), "uniform" if uniform else allocation
     _check_arguments(ratio, seed, how)
+    if how == "ragged" and (budget != "parameters" or expressible_in is not None):
+        raise PlanError("allocation='ragged' counts parameters, in graph form: leave budget= and expressible_in= out")
     carried = _carried(couplings, kinds, how, expressible_in) if expressible_in is not None else None
     chosen = carried.couplings if carried is not None else choose(couplings, kinds, containers=_is_random(scores))
     return _allocated(couplings, carried or chosen, ratio, (scores, seed, how), bounds, budget)
@@ -101,8 +105,18 @@ def _allocated(
     if not isinstance(among, Sequence):
         ladders, tracks = in_carried_step(among, values, bounds, spending, uniform=how == "uniform")
         return _planned(couplings, ladders, _cut(spending, ladders, tracks, ratio, bounds))
-    ladders = [Ladder.of(c, values[c.name], bounds.widths(c), spending) for c in chosen]
+    ladders = [
+        Ladder.ragged(c, values[c.name], bounds)
+        if how == "ragged" and _may_be_ragged(c)
+        else Ladder.of(c, values[c.name], bounds.widths(c), spending)
+        for c in chosen
+    ]
     return _planned(couplings, ladders, _rungs(spending, ladders, _lost(values, spending, how), ratio, bounds))
+
+
+def _may_be_ragged(coupling: Coupling) -> bool:
+    """Whether parameters can hold a number of units per carrier: not where the carrier is an axis of its own."""
+    return coupling.inexact is None and all(m.carrier_axis is None for m in coupling.members)
 
 
 def _is_random(scores: Scores | str) -> bool:
@@ -152,8 +166,8 @@ def _rungs(spending: Spending, ladders: Sequence[Ladder], lost: Lost | str, rati
 
 def _lost(values: Mapping[str, Tensor], spending: Spending, how: str | Curves) -> Lost | str:
     """Predicted loss at any widths where climbing is not good enough: by curves, or by scores on a staircase."""
-    if how == "uniform" or (how == "global" and spending.smooth):
-        return how
+    if how in ("uniform", "ragged") or (how == "global" and spending.smooth):
+        return str(how)
 
     def lost(coupling: Coupling, kept: Sequence[int]) -> Tensor:
         ranked = values[coupling.name].to("cpu", torch.float64).sort(dim=1).values.sum(0)
@@ -233,8 +247,8 @@ def _check_arguments(ratio: float, seed: int, allocation: object) -> None:
         raise PlanError(
             "allocation='sensitivity' needs measured curves: pass these, or use compress() with method='second-order'"
         )
-    if not isinstance(allocation, Curves) and allocation not in ("global", "uniform"):
-        raise PlanError(f"allocation={allocation!r:.60} is unknown: use 'global', 'uniform' or measured curves")
+    if not isinstance(allocation, Curves) and allocation not in ("global", "ragged", "uniform"):
+        raise PlanError(f"allocation={allocation!r:.60} is unknown: use 'global', 'ragged', 'uniform' or measured curves")
 
 
 def choose(couplings: Couplings, kinds: Sequence[str] | None, *, containers: bool) -> list[Coupling]:

@@ -53,9 +53,13 @@ class Bounds:
 
     def widths(self, coupling: Coupling) -> list[int]:
         """Numbers of units that may be kept, short of all, from most to fewest."""
-        size, step, limit = coupling.size, self.round_to, self.limits.get(coupling.kind, 1)
-        least = max(1, ceil(self.floor * size), size - int(limit * size + 1e-9))
-        return list(range((size - 1) // step * step, least - 1, -step))
+        step = self.round_to
+        return list(range((coupling.size - 1) // step * step, self.least(coupling) - 1, -step))
+
+    def least(self, coupling: Coupling) -> int:
+        """How many units stay at least."""
+        size, limit = coupling.size, self.limits.get(coupling.kind, 1)
+        return max(1, ceil(self.floor * size), size - int(limit * size + 1e-9))
 
     def __str__(self) -> str:
         told = f"floor={self.floor} and round_to={self.round_to}"
@@ -66,8 +70,9 @@ class Bounds:
 class Ladder:
     """The order in which one coupling's units go.
 
-    order: LongTensor [carriers, units], least first; removed: units gone per carrier after each rung; freed, cost:
-    float64 [rungs], what each rung frees of the budget, and its score for each unit of that.
+    order: LongTensor, carrier · size + unit of those that may go, first ones first; removed: how many of them are gone
+    after each rung; freed, cost: float64 [rungs], what each rung frees of the budget, and its score for each unit of
+    that.
     """
 
     coupling: Coupling
@@ -83,22 +88,48 @@ class Ladder:
         at = torch.tensor([0, *(coupling.size - k for k in widths)])
         lost = torch.cat([torch.zeros(1, dtype=torch.float64), ranked.sum(0).cumsum(0)])[at]
         freed = torch.cat([torch.zeros(1, dtype=torch.float64), spending.freed(coupling, widths)]).diff()
-        return cls(coupling, order, tuple(at[1:].tolist()), freed, lost.diff() / freed)
+        removed = tuple((at[1:] * coupling.carriers).tolist())
+        return cls(coupling, numbered(order).T.flatten(), removed, freed, lost.diff() / freed)
+
+    @classmethod
+    def ragged(cls, coupling: Coupling, values: Tensor, bounds: Bounds) -> Ladder:
+        """Each carrier loses units by itself, `round_to` at a time, and keeps as many at least; counted in elements."""
+        ranked, order = values.to("cpu", torch.float64).sort(dim=1, stable=True)
+        size, carriers, step = coupling.size, coupling.carriers, bounds.round_to
+        each = coupling.parameters / (size * carriers)
+        ends = size - torch.arange((size - 1) // step * step, 0, -step)
+        at = torch.cat([ends.new_zeros(1), ends])
+        lost = torch.cat([ranked.new_zeros(carriers, 1), ranked.cumsum(1)], 1)[:, at].diff()
+        keys, chosen = (lost / (at.diff() * each)).cummax(1).values.flatten().sort(stable=True)
+        taken = at.diff().repeat(carriers)[chosen]
+        rungs = int((taken.cumsum(0) <= carriers * (size - bounds.least(coupling))).sum())
+        turn = torch.empty_like(chosen).scatter(0, chosen, torch.arange(len(chosen))).view(carriers, len(ends))
+        last = int(at[-1])
+        turns = turn[:, torch.searchsorted(ends, torch.arange(last), right=True)].flatten()
+        units = numbered(order)[:, :last].flatten()[turns.argsort(stable=True)]
+        removed = tuple(taken[:rungs].cumsum(0).tolist())
+        return cls(coupling, units, removed, taken[:rungs] * each, keys[:rungs])
 
     def rungs(self, kept: int) -> int:
         """How many rungs lead down to a width."""
-        return 0 if kept == self.coupling.size else self.removed.index(self.coupling.size - kept) + 1
+        gone = (self.coupling.size - kept) * self.coupling.carriers
+        return self.removed.index(gone) + 1 if gone else 0
 
     def removal(self, rungs: int) -> Removal:
         """What the first `rungs` rungs take."""
-        gone = torch.zeros(self.order.shape, dtype=torch.bool)
+        gone = torch.zeros(self.coupling.carriers, self.coupling.size, dtype=torch.bool)
         if rungs:
-            gone.scatter_(1, self.order[:, : self.removed[rungs - 1]], True)
+            gone.view(-1)[self.order[: self.removed[rungs - 1]]] = True
         return self.coupling.members, gone
 
     def selection(self, rungs: int) -> Selection:
         """What stays after the first `rungs` rungs."""
         return Selection.of(self.coupling, self.removal(rungs)[1].logical_not())
+
+
+def numbered(order: Tensor) -> Tensor:
+    """[carriers, units] of units as carrier · size + unit."""
+    return order + torch.arange(len(order))[:, None] * order.shape[1]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -123,7 +154,7 @@ def in_uniform_step(ladders: Sequence[Ladder]) -> list[Track]:
 def _shares(ladder: Ladder) -> Tensor:
     """The share of units gone in the middle of each rung: what keeps couplings of different sizes in step."""
     at = torch.tensor((0, *ladder.removed), dtype=torch.float64)
-    return (at[1:] + at[:-1]) / (2 * ladder.coupling.size)
+    return (at[1:] + at[:-1]) / (2 * ladder.coupling.size * ladder.coupling.carriers)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -166,7 +197,7 @@ class Climb:
 def removed_at(spending: Spending, ladders: Sequence[Ladder], rungs: Sequence[int]) -> float:
     """What is freed by some rungs of each ladder, together."""
     taken = {x.coupling.name: (x, n) for x, n in zip(ladders, rungs, strict=True) if n}
-    kept = {name: x.coupling.size - x.removed[n - 1] for name, (x, n) in taken.items()}
+    kept = {name: x.coupling.size - x.removed[n - 1] // x.coupling.carriers for name, (x, n) in taken.items()}
     return spending.removed({name: x.removal(n) for name, (x, n) in taken.items()}, kept)
 
 

@@ -52,6 +52,13 @@ def fake_mode(graph: fx.Graph) -> Any:
     return detect_fake_mode([first]) if first is not None else None
 
 
+def layout(value: Any) -> Any:
+    """Sizes and strides as text: comparing symbols would tie them."""
+    if isinstance(value, list | tuple):
+        return [layout(one) for one in value]
+    return str((tuple(value.shape), value.stride())) if isinstance(value, torch.Tensor) else str(value)
+
+
 def allow_other_strides(graph: fx.Graph) -> None:
     """Let views copy where they must: other kernels leave their results in other orders in memory."""
     for node in graph.nodes:

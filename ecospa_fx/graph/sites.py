@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from ecospa_fx.axes.flow import named_arguments
-from ecospa_fx.graph.program import ExportedForm
+from ecospa_fx.graph.program import Program
 
 aten = torch.ops.aten
 
@@ -49,14 +49,14 @@ class Site:
         return weight if self.rows else weight.T
 
 
-def find_sites(program: ExportedForm) -> list[Site]:
+def find_sites(program: Program) -> list[Site]:
     """The sites of a graph in its order; only of parameters that nothing else reads."""
     found = [site for node in program.graph.nodes if (site := _site(program, node)) is not None]
     uses = Counter(program.parameters[n] for n in program.parameters for _ in n.users)
     return [site for site in found if uses[site.parameter] == 1 and (site.bias is None or uses[site.bias] == 1)]
 
 
-def _site(program: ExportedForm, node: fx.Node) -> Site | None:
+def _site(program: Program, node: fx.Node) -> Site | None:
     if node.op != "call_function" or node.target not in _PRODUCTS or not node.users:
         return None
     activation, matrix, addend, transposed = _PRODUCTS[node.target]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ecospa_fx.budget.elements import Shapes
-from ecospa_fx.budget.ladders import Climb, Ladder, Track
+from ecospa_fx.budget.ladders import Climb, Ladder, Track, numbered
 from ecospa_fx.budget.spending import Parameters
 from ecospa_fx.coupling.couplings import Coupling
 
@@ -58,11 +58,11 @@ def _ladder(coupling: Coupling, values: Tensor, limits: Bounds, round_to: int) -
     ranked, order = values.to("cpu", torch.float64).sort(dim=1, stable=True)
     size = coupling.size
     kept = [k for k in range((size - 1) // round_to * round_to, least - 1, -round_to) if k <= most]
-    removed = tuple(size - k for k in kept)
-    at = torch.tensor((0, *removed))
+    at = torch.tensor([0, *(size - k for k in kept)])
     total = torch.cat([torch.zeros(1, dtype=torch.float64), ranked.sum(0).cumsum(0)])[at]
     elements = at.diff() * (coupling.parameters / size)
-    return Ladder(coupling, order, removed, elements, total.diff() / elements)
+    removed = tuple((at[1:] * coupling.carriers).tolist())
+    return Ladder(coupling, numbered(order).T.flatten(), removed, elements, total.diff() / elements)
 
 
 def _global(ladders: Sequence[Ladder], limits: Mapping[str, Bounds]) -> list[Track]:
@@ -84,7 +84,8 @@ def _uniform(ladders: Sequence[Ladder], dense: Mapping[str, int]) -> list[Track]
         groups.setdefault((c.kind, dense[c.name], c.size, c.carriers, ladder.removed), []).append(i)
     tracks = []
     for (_, whole, size, _, _), group in groups.items():
-        gone = whole - size + torch.tensor((0, *ladders[group[0]].removed), dtype=torch.float64)
+        first = ladders[group[0]]
+        gone = whole - size + torch.tensor((0, *first.removed), dtype=torch.float64) / first.coupling.carriers
         tracks.append(Track(tuple(group), (gone[1:] + gone[:-1]) / (2 * whole)))
     return tracks
 
