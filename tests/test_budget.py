@@ -157,6 +157,32 @@ def test_uniform_keeps_equal_widths_in_equal_couplings(wanted: dict[str, Any]) -
     assert all(len(w) == 1 for w in widths.values())
 
 
+@settings(max_examples=80, deadline=None)
+@given(options)
+def test_ragged_carriers_go_at_their_own_pace(wanted: dict[str, Any]) -> None:
+    del wanted["uniform"]
+    made = reached(COUPLINGS, {**wanted, "allocation": "ragged"})
+    for s in made or ():
+        assert all(len(units) == s.size or len(units) % wanted["round_to"] == 0 for units in s.keep)
+        assert min(len(units) for units in s.keep) >= 1
+        assert s.carriers * s.size - int(s.removed.sum()) >= s.carriers * max(1, ceil(wanted["floor"] * s.size))
+        assert not s.ragged or all(m.carrier_axis is None for m in s.members)
+    if made is not None:
+        assert sum(int((~m).sum()) for m in made.masks(MODEL).values()) == made.removed_parameters
+        assert abs(made.removed_parameters / made.coupled_parameters - wanted["ratio"]) < 0.5
+        assert Plan.from_json(made.to_json()) == made
+
+
+def test_the_least_unit_of_any_carrier_goes_first() -> None:
+    values = {c.name: torch.full((c.carriers, c.size), 100.0, dtype=torch.float64) for c in DIMS.offered}
+    values["layers.0.attention:vo"] = torch.tensor([[0.0, 1, 2, 3], [9, 8, 7, 6]], dtype=torch.float64)
+    vo = DIMS["layers.0.attention:vo"]
+    ratio = vo.parameters / 2 / sum(c.parameters for c in DIMS.offered)
+    made = plan(DIMS, ratio, Scores("mine", values), allocation="ragged")
+    assert made[vo.name].keep == ((3,), (0, 1, 2))  # three of the first, of which one stays, then the second's least
+    assert made.even()[vo.name].keep == ((0, 1, 3), (0, 1, 2))
+
+
 def test_the_least_score_per_parameter_goes_first() -> None:
     values = {c.name: torch.full((c.carriers, c.size), 100.0, dtype=torch.float64) for c in DIMS.offered}
     values["layers.1.ffn:ffn"] = torch.arange(12.0, dtype=torch.float64)[None]
@@ -264,6 +290,10 @@ def test_a_hundred_wide_layers_take_seconds() -> None:
                 f"floor={f!r} is not a share of units to keep: give a number from 0 up to, not including, 1",
             )
             for f in (-0.1, 1, float("nan"))
+        ),
+        (
+            {"allocation": "ragged", "budget": "flops"},
+            "allocation='ragged' counts parameters, in graph form: leave budget= and expressible_in= out",
         ),
         ({"seed": 0.5}, "seed=0.5 is not a seed: give a whole number"),
         (

@@ -107,14 +107,14 @@ def _allocated(
         return _planned(couplings, ladders, _cut(spending, ladders, tracks, ratio, bounds))
     ladders = [
         Ladder.ragged(c, values[c.name], bounds)
-        if how == "ragged" and _may_be_ragged(c)
+        if how == "ragged" and may_be_ragged(c)
         else Ladder.of(c, values[c.name], bounds.widths(c), spending)
         for c in chosen
     ]
     return _planned(couplings, ladders, _rungs(spending, ladders, _lost(values, spending, how), ratio, bounds))
 
 
-def _may_be_ragged(coupling: Coupling) -> bool:
+def may_be_ragged(coupling: Coupling) -> bool:
     """Whether parameters can hold a number of units per carrier: not where the carrier is an axis of its own."""
     return coupling.inexact is None and all(m.carrier_axis is None for m in coupling.members)
 
@@ -248,7 +248,9 @@ def _check_arguments(ratio: float, seed: int, allocation: object) -> None:
             "allocation='sensitivity' needs measured curves: pass these, or use compress() with method='second-order'"
         )
     if not isinstance(allocation, Curves) and allocation not in ("global", "ragged", "uniform"):
-        raise PlanError(f"allocation={allocation!r:.60} is unknown: use 'global', 'ragged', 'uniform' or measured curves")
+        raise PlanError(
+            f"allocation={allocation!r:.60} is unknown: use 'global', 'ragged', 'uniform' or measured curves"
+        )
 
 
 def choose(couplings: Couplings, kinds: Sequence[str] | None, *, containers: bool) -> list[Coupling]:

@@ -87,20 +87,21 @@ class _Edits:
 
     def fill_result(self, node: fx.Node, real: Tensor) -> None:
         """Put zeros between the results of a product along its last axis."""
-        self._fill(node, -1, 1, real, like=node)
+        self._fill(node, -1, 1, real, like=node, before=node.next)
 
     def fill_parameter(self, node: fx.Node, axes: dict[int, Tensor]) -> None:
         """Put zeros between the positions of a parameter along some axes."""
-        rank = node.meta["val"].dim()
+        rank, first = node.meta["val"].dim(), min(node.users, default=node.next)
         for axis, real in axes.items():
-            node = self._fill(node, axis, rank - axis, real, like=next(iter(node.users)))
+            node = self._fill(node, axis, rank - axis, real, like=first, before=first)
 
-    def _fill(self, node: fx.Node, axis: int, from_last: int, real: Tensor, like: fx.Node) -> fx.Node:
+    def _fill(
+        self, node: fx.Node, axis: int, from_last: int, real: Tensor, like: fx.Node, before: fx.Node
+    ) -> fx.Node:
         """Zeros at the end, then everything to its place: no position is read twice, so gradients are not added up."""
         missing = len(real) - int(real.sum())
         place = torch.where(real, real.cumsum(0) - 1, len(real) - missing + (~real).cumsum(0) - 1)
-        following = next(iter(node.users))
-        with self.program.graph.inserting_before(following):
+        with self.program.graph.inserting_before(before):
             index = self.program.add_buffer(module_of(like), place)
             padding = [0, 0] * (from_last - 1) + [0, missing]
             padded = self._call(aten.constant_pad_nd.default, (node, padding), like)

@@ -59,6 +59,12 @@ def shrink_(model: Model, plan: Plan, args: Sequence[Any] = (), kwargs: Mapping[
 
 def proven(bench: Bench, plan: Plan) -> dict[Place, int]:
     """Every integer that follows a plan, proven together against masking and the rewritten graph."""
+    if plan.ragged:
+        name = next(s.name for s in plan if s.ragged)
+        raise PlanError(
+            f"coupling {name!r} is ragged, which no width of a module can say: use ecospa_fx.shrink, or plan with "
+            "allocation='global'"
+        )
     groups = grouped([s for s in plan if s.kept < s.size], bench.model)
     values = solved(bench, plan, groups)
     values = {**described(bench, plan, groups), **values}

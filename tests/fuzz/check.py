@@ -19,6 +19,7 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils import _pytree as pytree
 
 import ecospa_fx as eco
+from ecospa_fx.budget.allocate import may_be_ragged
 from ecospa_fx.coupling.couplings import Coupling, Couplings
 from ecospa_fx.coupling.find import detected as couplings_of
 from ecospa_fx.errors import PlanError
@@ -52,7 +53,7 @@ class Outcome:
     """What became of the plan that went through `eco.shrink`."""
 
 
-def check(program: Program, *, whole: bool = True, most: int = 5) -> Outcome:
+def check(program: Program, *, whole: bool = True, most: int = 6) -> Outcome:
     """Check one program by at most so many plans. Raises Failure.
 
     whole: one of the plans also goes through `eco.shrink`, with a symbolic batch, and is run at another batch size;
@@ -158,7 +159,7 @@ def _check_pair(c: Coupling, units: Sequence[Unit], d: Coupling, others: Sequenc
 
 
 def plans_of(couplings: Couplings, chance: random.Random) -> Iterator[Plan]:
-    """Random plans over all couplings, over single ones, with one unit left, and one that the library allocates."""
+    """Random plans over all couplings, over single ones, with one unit left, ragged, and one that is allocated."""
     offered = couplings.offered
     if not offered:
         return
@@ -167,15 +168,20 @@ def plans_of(couplings: Couplings, chance: random.Random) -> Iterator[Plan]:
     yield _plan(couplings, [chance.choice(offered)], chance, chance.random())
     with suppress(PlanError):  # tiny couplings cannot lose so much
         yield eco.plan(couplings, ratio=chance.choice([0.2, 0.4, 0.6]), scores="random", seed=chance.randint(0, 99))
+    yield _plan(couplings, offered, chance, chance.choice([0.3, 0.6]), ragged=True)
     yield _plan(couplings, [chance.choice(offered)], chance, chance.random())
 
 
-def _plan(couplings: Couplings, chosen: Sequence[Coupling], chance: random.Random, ratio: float) -> Plan:
-    """Each unit goes with probability `ratio`, alike in number along carriers; at least one stays."""
+def _plan(
+    couplings: Couplings, chosen: Sequence[Coupling], chance: random.Random, ratio: float, *, ragged: bool = False
+) -> Plan:
+    """Each unit goes with probability `ratio`, alike in number along carriers unless ragged; at least one stays."""
     selections = []
     for c in chosen:
-        kept = max(1, sum(chance.random() > ratio for _ in range(c.size)))
-        keep = tuple(tuple(sorted(chance.sample(range(c.size), kept))) for _ in range(c.carriers))
+        kept = [max(1, sum(chance.random() > ratio for _ in range(c.size)))] * c.carriers
+        if ragged and may_be_ragged(c):
+            kept = [chance.randint(0, c.size) for _ in range(c.carriers - 1)] + kept[:1]
+        keep = tuple(tuple(sorted(chance.sample(range(c.size), n))) for n in kept)
         selections.append(Selection(c.name, c.kind, c.layer, c.size, c.carriers, c.members, keep))
     return Plan(tuple(selections), tuple(couplings.shapes.items()))
 
@@ -294,7 +300,7 @@ def _one_batch_only(model: nn.Module, args: Sequence[Tensor]) -> bool:
 # -- smaller programs ----------------------------------------------------------------------------------------------
 
 
-def failure_of(program: Program, *, whole: bool = True, most: int = 5) -> Failure | None:
+def failure_of(program: Program, *, whole: bool = True, most: int = 6) -> Failure | None:
     """What is wrong with a program; None where nothing is."""
     try:
         check(program, whole=whole, most=most)
