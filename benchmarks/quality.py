@@ -4,6 +4,7 @@
     python benchmarks/quality.py … --variants default no-distillation no-basis  # an ablation
     python benchmarks/quality.py … --seeds 0 1 2 3 4 --windows 128 32    # how much is luck, how much data
     python benchmarks/quality.py --digits                                # a small vision transformer, accuracy
+    python benchmarks/quality.py --words --data DATA --device cuda       # a BERT that tells masked words, accuracy
 
 MODEL is a Hugging Face folder of a causal language model, DATA a folder with train-0.txt.xz, valid.txt.xz and
 tokenizer.json; data and protocol are those of `scores.py` (calibration on text of train, one window of 512 tokens per
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from encoders import Encoder, digits, label_loss, masked_words
 from scores import WINDOW, load_data, load_model, next_token_loss, perplexity
 
 import ecospa_fx as eco
@@ -42,6 +44,7 @@ NO_CACHE = {"use_cache": False}
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
+    "even": {"allocation": "global"},
     "uniform": {"uniform": True},
     "no-distillation": {"distillation": 0},
     "sensitivity": {"allocation": "sensitivity"},
@@ -144,77 +147,20 @@ def compressed(
     }
 
 
-# -- vision ------------------------------------------------------------------------------------------------------
+# -- encoders ----------------------------------------------------------------------------------------------------
 
 
-class Patches(nn.Module):
-    """A vision transformer for 8 × 8 images: 16 patches, four layers of PyTorch's own encoder."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.place = nn.Linear(4, 64), nn.Parameter(torch.randn(16, 64) / 8)
-        layer = nn.TransformerEncoderLayer(64, 4, 256, dropout=0.0, batch_first=True, norm_first=True)
-        self.encoder = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
-        self.head = nn.Linear(64, 10)
-
-    def forward(self, images: Tensor) -> Tensor:
-        patches = images.unfold(1, 2, 2).unfold(2, 2, 2).flatten(1, 2).flatten(2)
-        out: Tensor = self.head(self.encoder(self.embed(patches) + self.place).mean(1))
-        return out
-
-
-def digits(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Accuracy of a vision transformer on scikit-learn's digits against the share that was removed."""
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    images, labels = torch.tensor(data.images, dtype=torch.float32) / 16, torch.tensor(data.target)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    train, test = order[:1200], order[1200:]
-    torch.manual_seed(0)
-    model = Patches()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=60 * 19)
-    for _ in range(60):
-        for chosen in train[torch.randperm(1200)].split(64):
-            optimizer.zero_grad()
-            torch.autograd.backward(nn.functional.cross_entropy(model(images[chosen]), labels[chosen]))
-            optimizer.step()
-            schedule.step()
-    model.eval()
-
-    def accuracy(module: nn.Module) -> float:
-        with torch.no_grad():
-            return float((module(images[test]).argmax(1) == labels[test]).float().mean())
-
-    batches: list[Any] = [((images[chosen][None],), {}) for chosen in train[:512]]
-    label = {id(args[0]): labels[chosen][None] for (args, _), chosen in zip(batches, train[:512], strict=True)}
-
-    def loss(output: Tensor, args: Any, kwargs: Any) -> Tensor:
-        return nn.functional.cross_entropy(output, label[id(args[0])])
-
-    rows = [
-        {
-            "model": "digits",
-            "variant": "dense",
-            "ratio": 0.0,
-            "accuracy": accuracy(model),
-            **figures(model, images[test], len(test)),
-        }
-    ]
+def classified(encoder: Encoder, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Accuracy of an encoder against the share that was removed."""
+    dense = {"variant": "dense", "ratio": 0.0, "accuracy": encoder.accuracy(encoder.model)}
+    rows: list[dict[str, Any]] = [{"model": encoder.name, **dense}]
     for variant in arguments.variants:
         for ratio in arguments.ratios:
-            small = eco.compress(model, (images[:2],), ratio=ratio, batches=batches, loss=loss, **VARIANTS[variant])
-            rows.append(
-                {
-                    "model": "digits",
-                    "variant": variant,
-                    "ratio": ratio,
-                    "accuracy": accuracy(small),
-                    **figures(small, images[test], len(test)),
-                }
-            )
-            print(f"digits {variant} {ratio:.0%}: {rows[-1]['accuracy']:.3f}", flush=True)
+            options = {"ratio": ratio, "batches": encoder.batches, "loss": label_loss, **VARIANTS[variant]}
+            small = eco.compress(encoder.model, encoder.example, **options)
+            found = {"variant": variant, "ratio": ratio, "accuracy": encoder.accuracy(small)}
+            rows.append({"model": encoder.name, **found})
+            print(f"{encoder.name} {variant} {ratio:.0%}: {rows[-1]['accuracy']:.3f}", flush=True)
     return rows
 
 
@@ -273,6 +219,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--evaluate", type=int, default=64, help="windows of held-out text")
     parser.add_argument("--eval-on", choices=["valid", "train"], default="valid")
     parser.add_argument("--digits", action="store_true")
+    parser.add_argument("--words", action="store_true")
+    parser.add_argument("--word-steps", type=int, default=4000, help="training steps of the BERT, 128 windows each")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, default=RESULTS / "quality.json")
@@ -282,13 +230,15 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     arguments = parse()
     torch.set_num_threads(arguments.threads)
-    if arguments.models and arguments.data is None:
-        raise SystemExit("--models needs --data DIR, a folder with the calibration and the held-out text")
+    if (arguments.models or arguments.words) and arguments.data is None:
+        raise SystemExit("--models and --words need --data DIR, a folder with the calibration and the held-out text")
     rows: list[dict[str, Any]] = []
     for path in arguments.models:
         rows += language(path, arguments)
     if arguments.digits:
-        rows += digits(arguments)
+        rows += classified(digits(arguments.device), arguments)
+    if arguments.words:
+        rows += classified(masked_words(arguments.device, arguments.data, arguments.word_steps), arguments)
     print(table(rows))
     settings = {
         k: str(v) if isinstance(v, Path) else v

@@ -49,10 +49,10 @@ class Recipe:
     least_squares_damping. allocation: "ragged", by score, so that each head keeps its own number of units; "global",
     the same with as many in all heads of a layer; "uniform"; "sensitivity", by what couplings are measured to cost on
     every fourth batch, which the scores do not see, in so many `rounds`; or None: "ragged" where it is parameters that
-    are counted and graph form may do as it likes, else "global". distillation: how many batches the
-    smaller model sees, without their labels, while it learns to answer like the dense one, 0 for none, each as often as
-    it takes; rate, step: the learning rate in root mean squares of each parameter, and batches per step. progress: bars
-    on stderr.
+    are counted and graph form may do as it likes, else "global". distillation: how many batches the smaller model sees,
+    without their labels, while it learns to answer like the dense one, 0 for none, each as often as it takes; rate,
+    step: the learning rate in root mean squares of each parameter times the share that went, and batches per step.
+    progress: bars on stderr.
     """
 
     basis: bool = True
@@ -60,17 +60,19 @@ class Recipe:
     gates: bool = True
     gate_damping: float = 0.1
     least_squares: bool = True
-    least_squares_damping: float = 0.1
+    least_squares_damping: float | None = None
     allocation: str | None = None
     rounds: int = 2
     distillation: int = 448
-    rate: float = 0.002
+    rate: float = 0.006
     step: int = 2
     progress: bool = False
 
     def __post_init__(self) -> None:
         for name in ("damping", "gate_damping", "least_squares_damping", "rate"):
             value = getattr(self, name)
+            if name == "least_squares_damping" and value is None:
+                continue
             if not isinstance(value, int | float) or not 0 < value < float("inf"):
                 raise ScoreError(f"{name}={value!r} is not a factor: give a positive number")
         if self.allocation not in (None, *ALLOCATIONS):
@@ -135,7 +137,7 @@ def compress_program(program: ExportedForm, task: Task, ratio: float, recipe: Re
     planning = recipe.planning(planning)
     plan = make_plan(couplings, ratio, scores, **planning)
     if held:
-        damping = recipe.least_squares_damping, recipe.gate_damping
+        damping = recipe.least_squares_damping or 0.1, recipe.gate_damping
         weights = Compensated(couplings.offered, values, views, curvature, *damping)
         by = Sensitivity(evaluator, weights, held, task.loss, recipe.rounds, lambda t: recipe.shown(t, "sensitivity"))
         plan = by.plan(couplings, ratio, scores, **planning)

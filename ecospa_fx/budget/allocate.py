@@ -67,17 +67,15 @@ def plan(  # noqa: PLR0913  # whatever a user decides about an allocation meets 
     seconds of its products on this machine, measured once and kept on disk (`ecospa_fx.budget.latency`). scores: what
     `score` returned; "magnitude", from the weights; or "random", drawn from `seed` alone, a test and no way to
     compress. round_to: kept units per carrier are a multiple of it; a coupling with fewer stays whole. allocation:
-    "global", what scores least for what it frees goes first; "ragged", the same, and carriers of a coupling, such as
-    heads, may keep different numbers of units: parameters hold what is kept, zeros fill activations up to the widest
-    carrier; "uniform" or uniform=True, the same share everywhere; or measured curves
-    (`ecospa_fx.importance.sensitivity`). floor: the least share that a coupling keeps, at least one
-    unit. limits: by kind, the largest share that a coupling may lose. kinds: only these; by default all offered, except
-    those whose content is offered as finer couplings (heads) unless scores are random. expressible_in: "module" leaves
-    whole what `shrink_` could not write back, as trying on a copy of the model shows, and takes heads where their
-    content cannot be; with uniform widths the configuration can describe it too. Couplings of one unit stay whole.
+    "global", what scores least for what it frees goes first; "ragged", the same where heads may keep different numbers
+    of units (parameters hold these, zeros fill activations up); "uniform" or uniform=True, the same share everywhere;
+    or measured curves (`ecospa_fx.importance.sensitivity`). floor: the least share that a coupling keeps, at least one
+    unit. limits: by kind, the largest share that a coupling may lose. kinds: only these; by default all offered, but
+    not what is offered in finer couplings (heads) unless scores are random. expressible_in: "module" leaves whole what
+    `shrink_` could not write back, as trying on a copy shows, and takes heads where their content cannot be; with
+    uniform widths the configuration can describe it too. Couplings of one unit stay whole.
 
     Raises PlanError for what is out of range, out of reach or does not fit; ScoreError for weights without magnitudes.
-
     >>> small = plan(couplings, ratio=0.5, round_to=8, limits={"ffn": 0.6}, budget="flops")  # doctest: +SKIP
     """
     bounds, how = Bounds(round_to, floor, {} if limits is None else limits), "uniform" if uniform else allocation

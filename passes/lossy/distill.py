@@ -34,13 +34,14 @@ Slopes = list[Tensor | None]
 class Distill:
     """``Distill(…).run(dense, small, batches, loss)``.
 
-    length: batches to learn from in all, each as often as it takes; rate: Adam's, in root mean squares of each
-    parameter, falling to zero along a cosine; step: batches per step; held: every how many-th batch is not learnt from
+    length: batches to learn from in all, each as often as it takes; rate: Adam's, falling to zero along a cosine, in
+    root mean squares of each parameter times the share of elements that went, for what lost little has not far to go;
+    step: batches per step; held: every how many-th batch is not learnt from
     but judges whether it helped.
     """
 
     length: int = 448
-    rate: float = 0.002
+    rate: float = 0.006
     step: int = 2
     held: int = 8
     name: str = "distill"
@@ -76,7 +77,7 @@ class Distill:
         # What a graph overwrites may be what a gradient needs.
         overwriting = torch.autograd.graph.allow_mutation_on_saved_tensors if small.overwrites else nullcontext
         with torch.inference_mode(False), torch.enable_grad():
-            self._descend(leaves, len(batches), divergence, watch, overwriting)
+            self._descend(leaves, self.rate * _share_lost(dense, small), len(batches), divergence, watch, overwriting)
         after = _mean(divergence, judges)
         if after < before:
             for node, leaf in leaves.items():
@@ -87,13 +88,14 @@ class Distill:
     def _descend(
         self,
         leaves: Mapping[fx.Node, nn.Parameter],
+        rate: float,
         batches: int,
         divergence: Callable[[int], Tensor],
         watch: Callable[[Sequence[int]], Iterable[int]],
         overwriting: Callable[[], AbstractContextManager[object]],
     ) -> None:
         learned = [i for i in range(batches) if i % self.held != self.held - 1] or [0]
-        groups = [{"params": [leaf], "lr": self.rate * _size(leaf)} for leaf in leaves.values()]
+        groups = [{"params": [leaf], "lr": rate * _size(leaf)} for leaf in leaves.values()]
         optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
         source = torch.Generator().manual_seed(0)
         epochs = math.ceil(self.length / len(learned))
@@ -186,6 +188,13 @@ def _trained(dense: Evaluator, small: Evaluator) -> dict[fx.Node, nn.Parameter]:
         for node, name in program.parameters.items()
         if name in lost
     }
+
+
+def _share_lost(dense: Evaluator, small: Evaluator) -> float:
+    """How much of the parameters that lost elements is gone."""
+    sizes = {n: (dense.program.tensor(n).numel(), small.program.tensor(n).numel()) for n in small.program.values}
+    had, have = (sum(s[i] for s in sizes.values() if s[0] != s[1]) for i in (0, 1))
+    return 1 - have / had
 
 
 def _precise(values: Tensor) -> Tensor:
