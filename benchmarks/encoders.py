@@ -140,6 +140,6 @@ def masked_words(device: str, data: Path, steps: int) -> Encoder:
     torch.manual_seed(0)
     model = Masked(mask + 1).to(device)
     _fit(model, lambda step: hidden(train[torch.randint(len(train), (128,), generator=source)]), steps, 1e-3)
-    batches = [(hidden(w[None]), {}) for w in train[torch.randint(len(train), (512,), generator=source)]]
+    batches = [(hidden(w[None]), {}) for w in train[torch.randint(len(train), (256,), generator=source)]]
     example = hidden(train[:2])
     return Encoder("masked words", model, example, batches, _accuracy(*hidden(valid[:512])))

@@ -220,7 +220,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--eval-on", choices=["valid", "train"], default="valid")
     parser.add_argument("--digits", action="store_true")
     parser.add_argument("--words", action="store_true")
-    parser.add_argument("--word-steps", type=int, default=4000, help="training steps of the BERT, 128 windows each")
+    parser.add_argument("--word-steps", type=int, default=2000, help="training steps of the BERT, 128 windows each")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, default=RESULTS / "quality.json")

@@ -60,10 +60,10 @@ class Recipe:
     gates: bool = True
     gate_damping: float = 0.1
     least_squares: bool = True
-    least_squares_damping: float | None = None
+    least_squares_damping: float = 0.1
     allocation: str | None = None
     rounds: int = 2
-    distillation: int = 448
+    distillation: int = 224
     rate: float = 0.006
     step: int = 2
     progress: bool = False
@@ -71,8 +71,6 @@ class Recipe:
     def __post_init__(self) -> None:
         for name in ("damping", "gate_damping", "least_squares_damping", "rate"):
             value = getattr(self, name)
-            if name == "least_squares_damping" and value is None:
-                continue
             if not isinstance(value, int | float) or not 0 < value < float("inf"):
                 raise ScoreError(f"{name}={value!r} is not a factor: give a positive number")
         if self.allocation not in (None, *ALLOCATIONS):
@@ -137,7 +135,7 @@ def compress_program(program: ExportedForm, task: Task, ratio: float, recipe: Re
     planning = recipe.planning(planning)
     plan = make_plan(couplings, ratio, scores, **planning)
     if held:
-        damping = recipe.least_squares_damping or 0.1, recipe.gate_damping
+        damping = recipe.least_squares_damping, recipe.gate_damping
         weights = Compensated(couplings.offered, values, views, curvature, *damping)
         by = Sensitivity(evaluator, weights, held, task.loss, recipe.rounds, lambda t: recipe.shown(t, "sensitivity"))
         plan = by.plan(couplings, ratio, scores, **planning)

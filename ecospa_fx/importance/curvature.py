@@ -39,12 +39,6 @@ class Moments:
         self.total += flat.sum(0)
         self.second += flat.T @ flat
 
-    def joined(self, other: Moments) -> Moments:
-        """Of the rows of both."""
-        both = Moments(len(self.total), self.total.device)
-        both.rows, both.total, both.second = self.rows + other.rows, self.total + other.total, self.second + other.second
-        return both
-
     def covariance(self) -> Tensor:
         """Σ (x - mean)(x - mean)ᵀ."""
         return self.second - torch.outer(self.total, self.total) / max(self.rows, 1)

@@ -40,10 +40,10 @@ class Distill:
     but judges whether it helped.
     """
 
-    length: int = 448
+    length: int = 224
     rate: float = 0.006
     step: int = 2
-    held: int = 8
+    held: int = 16
     name: str = "distill"
 
     def run(

@@ -23,20 +23,12 @@ from ecospa_fx.importance.score import Batch
 NOISE = 1e-7
 """Variance below this share of the mean square is rounding."""
 
-DAMPINGS = 0.01, 0.03, 0.1, 0.3, 1.0
-HELD = 4
-"""The damping tried, and every how many-th batch tells which is best."""
-
 
 @dataclass(frozen=True, slots=True)
 class Reconstruct:
-    """``Reconstruct(damping).run(dense, small, batches)``.
+    """``Reconstruct(damping).run(dense, small, batches)``; damping: in means of the diagonal."""
 
-    damping: in means of the diagonal; None for the best of `DAMPINGS` for each matrix, by what it leaves on every
-    fourth batch when it is solved on the others.
-    """
-
-    damping: float | None = None
+    damping: float = 0.1
     name: str = "reconstruct"
 
     def run(
@@ -90,7 +82,7 @@ class _Segment:
         self.small_nodes = small.order[begin[1] : self.end[1]]
         self.weights = small.weights()
 
-    def rebuild(self, states: list[tuple[Values, Values]], damping: float | None) -> None:
+    def rebuild(self, states: list[tuple[Values, Values]], damping: float) -> None:
         """Solve, and let both programs go on with the new output."""
         fixed = self.dense.weights()
         for values, _ in states:
@@ -115,30 +107,28 @@ class _Segment:
         self.small.run(self.small_nodes[:-1], values)
         return values
 
-    def _solve(self, states: list[tuple[Values, Values]], targets: list[Tensor], damping: float | None) -> None:
+    def _solve(self, states: list[tuple[Values, Values]], targets: list[Tensor], damping: float) -> None:
         """W ← W + R (A + λ)⁻¹, A = Σ x xᵀ, R = Σ (y - W x - b) xᵀ, both centred if there is a bias."""
         weight = self.site.matrix(self._held(self.site.parameter))
         bias = self._held(self.site.bias) if self.site.bias is not None else None
-        learnt, judged = (Moments(sum(weight.shape), weight.device) for _ in range(2))  # of inputs and residuals
+        joint = Moments(sum(weight.shape), weight.device)  # of inputs and residuals together
         activation = self._twin_input()
         with torch.no_grad():
-            for number, ((_, own), target) in enumerate(zip(states, targets, strict=True)):
+            for (_, own), target in zip(states, targets, strict=True):
                 rows = self._before_site(own)[activation].flatten(0, -2).float()
                 residual = target.flatten(0, -2).float() - nn.functional.linear(rows, weight.float(), _float(bias))
-                into = judged if number % HELD == HELD - 1 else learnt
-                into.add(torch.cat([rows, residual], 1))
-        joint = learnt.joined(judged)
+                joint.add(torch.cat([rows, residual], 1))
         if not joint.second.isfinite().all():
             raise ScoreError(
                 f"the smaller model's values at {self.site.parameter!r} are not finite: run it in bfloat16 or float32"
             )
-        if damping is None:
-            damping = _best_damping(learnt, judged, weight.shape[1], centred=bias is not None)
-        change = _change(joint, weight.shape[1], damping, centred=bias is not None)
+        n = weight.shape[1]
+        second = joint.covariance() if bias is not None else joint.second
+        noise = float(joint.second.diagonal()[:n].mean()) * NOISE  # of what does not vary, nothing is to be learnt
+        change = _least_squares(second[:n, :n], second[n:, :n], damping, noise)
         self._set(self.site.parameter, self.site.matrix(weight.double() + change))
         if bias is not None:
             mean = joint.total / max(joint.rows, 1)
-            n = weight.shape[1]
             self._set(str(self.site.bias), bias.double() + mean[n:] - change @ mean[:n])
 
     def _twin_input(self) -> fx.Node:
@@ -154,31 +144,6 @@ class _Segment:
         held = self._held(name)
         self.small.program.replace_parameter(name, values.to(held.dtype).contiguous())
         self.weights = self.small.weights()
-
-
-def _second(moments: Moments, *, centred: bool) -> Tensor:
-    return moments.covariance() if centred else moments.second
-
-
-def _change(moments: Moments, inputs: int, damping: float, *, centred: bool) -> Tensor:
-    """What a matrix is short of, from moments of its inputs, the first `inputs`, and its residuals."""
-    second = _second(moments, centred=centred)
-    noise = float(moments.second.diagonal()[:inputs].mean()) * NOISE  # of what does not vary, nothing is to be learnt
-    return _least_squares(second[:inputs, :inputs], second[inputs:, :inputs], damping, noise)
-
-
-def _best_damping(learnt: Moments, judged: Moments, inputs: int, *, centred: bool) -> float:
-    """Of those to be tried, the one that leaves least of the residuals that were not learnt from."""
-    if not judged.rows:
-        return 0.1
-    second = _second(judged, centred=centred)
-    inner, cross = second[:inputs, :inputs], second[inputs:, :inputs]
-
-    def left(damping: float) -> float:
-        change = _change(learnt, inputs, damping, centred=centred)
-        return float((change * (change @ inner - 2 * cross)).sum())
-
-    return min(DAMPINGS, key=left)
 
 
 def _least_squares(second: Tensor, cross: Tensor, damping: float, noise: float) -> Tensor:
