@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import lzma
 import math
+import os
+from array import array
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, scaled_dot_product_attention, silu
+from torch.nn.functional import gelu, linear, scaled_dot_product_attention, silu
 
 PIECE = 50_000
 
@@ -37,21 +39,30 @@ def tokens(folder: Path | None, cache: Path, shards: int) -> tuple[Tensor, Tenso
 
 
 def _write(file: Path, folder: Path, name: str, shards: int) -> None:
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     paths = sorted(folder.glob(f"{name}*.txt.xz"))[:shards]
-    with ThreadPoolExecutor(len(paths)) as pool:
-        texts = list(pool.map(lambda p: lzma.decompress(p.read_bytes()).decode(), paths))
+    workers = min(32, os.cpu_count() or 1)
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
-    with partial.open("wb") as out:
-        for text in texts:
-            pieces = [b[i : i + PIECE] for b in text.split("\n\n\n") for i in range(0, len(b), PIECE)]
-            for at in range(0, len(pieces), 2048):
-                ids = [i for e in tokenizer.encode_batch_fast(pieces[at : at + 2048]) for i in e.ids]
-                out.write(torch.tensor(ids, dtype=torch.int16).numpy().tobytes())
+    with ProcessPoolExecutor(workers) as pool, partial.open("wb") as out:
+        texts = list(pool.map(_text, paths))
+        pieces = [b[i : i + PIECE] for t in texts for b in t.split("\n\n\n") for i in range(0, len(b), PIECE)]
+        parts = [pieces[i : i + 64] for i in range(0, len(pieces), 64)]
+        for ids in pool.map(_encoded, [folder / "tokenizer.json"] * len(parts), parts):
+            out.write(ids)
     partial.rename(file)
+
+
+def _text(path: Path) -> str:
+    return lzma.decompress(path.read_bytes()).decode()
+
+
+def _encoded(tokenizer: Path, pieces: Sequence[str]) -> bytes:
+    """The uint16 tokens of some pieces; one thread, because there is a process per core."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    from tokenizers import Tokenizer
+
+    encoded = Tokenizer.from_file(str(tokenizer)).encode_batch_fast(list(pieces))
+    return array("H", [i for e in encoded for i in e.ids]).tobytes()
 
 
 class Windows:
@@ -80,7 +91,7 @@ class Windows:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Widths of a LLaMA. scale: of the attention scores, by default that of the head dimension."""
+    """Widths of a transformer; gated: of a `Llama`, otherwise of a `Gpt`."""
 
     vocabulary: int = 8192
     hidden: int = 512
@@ -88,6 +99,7 @@ class Shape:
     heads: int = 8
     head_dim: int = 64
     ffn: int = 1408
+    gated: bool = True
 
     def at(self, head_dim: int, ffn: int) -> Shape:
         """The same with other widths."""
@@ -96,7 +108,7 @@ class Shape:
     @property
     def block_parameters(self) -> int:
         """Elements of the matrices of all layers."""
-        return self.layers * self.hidden * (4 * self.heads * self.head_dim + 3 * self.ffn)
+        return self.layers * self.hidden * (4 * self.heads * self.head_dim + (3 if self.gated else 2) * self.ffn)
 
 
 class Layer(nn.Module):
@@ -140,16 +152,61 @@ class Llama(nn.Module):
         angles = torch.outer(torch.arange(length), rates).repeat(1, 2)
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
-        for name, weight in self.named_parameters():
-            if weight.dim() == 2:
-                deep = name.endswith(("o.weight", "down.weight"))
-                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * shape.layers) if deep else 0.02)
+        _initialised(self, shape)
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embed(ids)
         cos, sin = self.get_buffer("cos"), self.get_buffer("sin")
         for layer in self.layers:
             x = layer(x, cos, sin)
+        result: Tensor = self.norm(x)
+        return result
+
+
+def _initialised(model: nn.Module, shape: Shape) -> None:
+    for name, weight in model.named_parameters():
+        if weight.dim() == 2:
+            deep = name.endswith(("o.weight", "down.weight"))
+            nn.init.normal_(weight, std=0.02 / math.sqrt(2 * shape.layers) if deep else 0.02)
+
+
+class GptLayer(nn.Module):
+    """Attention and an FFN with GELU, biases everywhere."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        hidden, inner = shape.hidden, shape.heads * shape.head_dim
+        self.heads = shape.heads
+        self.before, self.after = nn.LayerNorm(hidden), nn.LayerNorm(hidden)
+        self.q, self.k, self.v = (nn.Linear(hidden, inner) for _ in range(3))
+        self.o = nn.Linear(inner, hidden)
+        self.up, self.down = nn.Linear(hidden, shape.ffn), nn.Linear(shape.ffn, hidden)
+        for layer in (self.q, self.k, self.v, self.o, self.up, self.down):
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.before(x)
+        q, k, v = (p(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q, self.k, self.v))
+        mixed = scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.o(mixed.transpose(1, 2).flatten(2))
+        result: Tensor = x + self.down(gelu(self.up(self.after(x)), approximate="tanh"))
+        return result
+
+
+class Gpt(nn.Module):
+    """As `Llama`, with the parts of a GPT-2."""
+
+    def __init__(self, shape: Shape, length: int) -> None:
+        super().__init__()
+        self.embed, self.place = nn.Embedding(shape.vocabulary, shape.hidden), nn.Embedding(length, shape.hidden)
+        self.layers = nn.ModuleList(GptLayer(shape) for _ in range(shape.layers))
+        self.norm = nn.LayerNorm(shape.hidden)
+        _initialised(self, shape)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids) + self.place.weight[: ids.shape[1]]
+        for layer in self.layers:
+            x = layer(x)
         result: Tensor = self.norm(x)
         return result
 

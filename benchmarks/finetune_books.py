@@ -18,14 +18,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+import jobs
 import torch
 from books import Windows, first_windows, tokens
 from tabulate import tabulate
@@ -157,19 +156,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shrinks", type=int, default=6)
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--jobs", type=int, default=1)
+    jobs.Limits.options(parser)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--one", choices=VARIANTS, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
-
-
-def child(variant: str) -> dict[str, Any]:
-    """A variant in a process of its own."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--one", variant]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    return dict(json.loads(lines[-1])) if lines else {"variant": variant, "error": done.stderr[-1500:]}
 
 
 def main() -> None:
@@ -180,13 +171,12 @@ def main() -> None:
     tokens(options.data, options.cache, options.shards)
     found: list[dict[str, Any]] = []
     told = {"torch": torch.__version__, **{k: str(v) for k, v in vars(options).items()}}
-    with ThreadPoolExecutor(options.jobs) as pool:
-        for future in as_completed([pool.submit(child, variant) for variant in options.variants]):
-            found.append(future.result())
-            print(json.dumps(found[-1]), flush=True)
-            if options.json:
-                text = json.dumps({"settings": told, "results": found}, indent=1)
-                options.json.write_text(text + "\n", encoding="utf-8")
+    todo: list[jobs.Task] = [({"variant": v}, [*sys.argv[1:], "--one", v]) for v in options.variants]
+    limits = jobs.Limits(options.jobs, options.limit, options.total)
+    for result in jobs.results(__file__, todo, options.device, limits):
+        found.append(result)
+        print(json.dumps({k: v for k, v in result.items() if k != "progress"}), flush=True)
+        jobs.write(options.json, told, found)
     print(table(found))
 
 

@@ -9,24 +9,24 @@ widths of the variant `small`: head dimension 24, FFN 512. All variants of a see
 order; `small*1.3` gets 1.3 times the tokens. A run is a name from RECIPES and settings that differ, as above. Losses in
 nats on the first 64 windows of valid (float32), on 256 windows of valid, and on 256 of training text kept aside.
 
+Sizes: `books` as above; `half`, hidden 256, 6 layers, 4 heads, FFN 704, which a single GPU trains on more tokens than
+suit its size in a minute; `gpt2-medium`, 24 layers of hidden 1,024, 16 heads, FFN 4,096, GELU, biases and learned
+positions, to 2.2 times fewer parameters in all; `bytes` and `tiny` for a CPU.
+
 By default sparse runs are masked (`masked.py`): their losses are those of `SparseTraining`, and every layer is
 compiled once, so that many recipes can be tried, several at once with --jobs. With --graph it is `SparseTraining` that
 shrinks the model; `seconds` then is the time of the whole run, shrinks and compilation included, if nothing shares the
 device. --time measures steps at the widths that a run goes through, and says what each schedule takes by those step
-times. Each run's result is written to --json when it comes.
+times. Runs are spread over all GPUs, --jobs at once on each; each result is written to --json when it comes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import random
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
@@ -34,8 +34,9 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+import jobs
 import torch
-from books import Llama, Shape, Windows, evaluate, first_windows, head_loss, spread, taught_loss, tokens
+from books import Gpt, Llama, Shape, Windows, evaluate, first_windows, head_loss, spread, taught_loss, tokens
 from masked import MaskedTraining, Options
 from tabulate import tabulate
 from torch import Tensor, nn
@@ -45,6 +46,8 @@ import ecospa_fx as eco
 SIZES = {
     "books": (Shape(), (24, 512)),
     "tiny": (Shape(hidden=96, layers=4, heads=3, head_dim=32, ffn=256), (12, 96)),
+    "half": (Shape(hidden=256, layers=6, heads=4, head_dim=64, ffn=704), (24, 256)),
+    "gpt2-medium": (Shape(hidden=1024, layers=24, heads=16, head_dim=64, ffn=4096, gated=False), (28, 1792)),
     "bytes": (Shape(vocabulary=256, hidden=128, layers=4, heads=4, head_dim=32, ffn=352), (12, 128)),
 }
 ASIDE = 0.01
@@ -150,7 +153,7 @@ class Run:
         dense, small = SIZES[options.size]
         torch.manual_seed(seed)
         self.shape = dense.at(*small) if recipe.kind == "small" else dense
-        self.model: nn.Module = Llama(self.shape, options.length).to(self.device)
+        self.model: nn.Module = self._built(self.shape)
         self.steps = int(options.tokens * recipe.more / (options.batch * options.length))
         self.optimizer = self._optimizer()
         self.masked: MaskedTraining | None = None
@@ -171,6 +174,10 @@ class Run:
                 for layer in model.get_submodule("layers").children() if model is not None else ():
                     layer.compile(dynamic=False)
         self.shrinks: list[dict[str, float]] = []
+
+    def _built(self, shape: Shape) -> nn.Module:
+        made: nn.Module = (Llama if shape.gated else Gpt)(shape, self.options.length)
+        return made.to(self.device)
 
     def _optimizer(self) -> torch.optim.AdamW:
         decayed = [p for p in self.model.parameters() if p.dim() == 2]
@@ -222,7 +229,8 @@ class Run:
             if step % max(1, self.steps // 20) == 0:
                 curve.append(round(torch.stack(totals).mean().item(), 4))
                 totals.clear()
-                print(f"{self.recipe.name}: step {step} {curve[-1]} {time.perf_counter() - begin:.0f} s", flush=True)
+            if step % max(1, self.steps // 8) == 0 and step < self.steps:
+                self._tell(step, curve, begin)
         seconds = time.perf_counter() - begin
         weight = self.model.get_parameter("embed.weight")
         losses = {k: evaluate(self.model, weight, getattr(self, k)) for k in ("first", "valid", "aside")}
@@ -232,8 +240,15 @@ class Run:
             self.shrinks.append({"step": record.step, "removed": record.removed, "seconds": record.seconds})
         return {
             **losses, "block_parameters": round(kept), "steps": self.steps, "seconds": seconds, "train": curve,
+            "tokens_per_second": round(self.steps * self.options.batch * self.options.length / seconds),
             "shrinks": self.shrinks, "widths": self.widths(), "recipe": asdict(self.recipe),
         }  # fmt: skip
+
+    def _tell(self, step: int, curve: Sequence[float], begin: float) -> None:
+        """Print how far it is."""
+        first = evaluate(self.model, self.model.get_parameter("embed.weight"), self.first)
+        told = {"progress": step, "first": round(first, 4), "train": curve[-1] if curve else None}
+        print(json.dumps({**told, "seconds": round(time.perf_counter() - begin, 1)}), flush=True)
 
     def step(self, step: int, ids: Tensor, due: dict[int, float]) -> Tensor:
         """One step of the optimizer, and what comes after it."""
@@ -282,7 +297,7 @@ class Run:
             masked.end_fading()
         else:
             count = self.options.measured if self.recipe.compensate != "none" else 0
-            source = Windows(self.windows.data, self.windows.length, self.options.batch, step)
+            source = Windows(self.windows.data, self.windows.length, 8, step)  # few at once: nothing is compiled here
             masked.shrink(share, [w for _, w in zip(range(count), source, strict=False)])
         seconds = time.perf_counter() - begin
         after = evaluate(self.model, self.model.get_parameter("embed.weight"), part)
@@ -321,9 +336,9 @@ def step_seconds(share: float, options: argparse.Namespace) -> dict[str, float]:
     head_dim = round((dense.head_dim + (head_dim - dense.head_dim) * share) / unit) * unit
     shape = dense.at(head_dim, round((dense.ffn + (ffn - dense.ffn) * share) / unit) * unit)
     run = Run(Recipe("time", kind="dense"), 0, options)
-    run.model = Llama(shape, options.length).to(run.device)
+    run.model = run._built(shape)
     run.optimizer = run._optimizer()
-    for layer in run.model.layers if options.compile else ():
+    for layer in run.model.get_submodule("layers").children() if options.compile else ():
         layer.compile(dynamic=False)
     ids = next(iter(run.windows))
     begin = time.perf_counter()
@@ -367,23 +382,14 @@ def _between(points: dict[float, dict[str, float]], share: float) -> float:
 def results(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One result per recipe and seed, as they come; each run is a process of its own."""
     tokens(options.data, options.cache, options.shards)  # once, before anybody needs them
-    todo = [(run, seed) for seed in options.seeds for run in options.runs]
-    base, shared = sys.argv[1:], dict(os.environ)
-    if options.jobs > 1:
-        shared |= {"TORCHINDUCTOR_COMPILE_THREADS": "4", "OMP_NUM_THREADS": str(max(1, 16 // options.jobs))}
-
-    def child(pair: tuple[str, int]) -> dict[str, Any]:
-        time.sleep(random.random())
-        command = [sys.executable, __file__, *base, "--one", pair[0], "--seed", str(pair[1])]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=shared)
-        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-        if done.returncode or not lines:
-            return {"run": pair[0], "seed": pair[1], "error": done.stderr[-1500:]}
-        return {"run": pair[0], "seed": pair[1], **json.loads(lines[-1])}
-
-    with ThreadPoolExecutor(options.jobs) as pool:
-        for future in as_completed([pool.submit(child, pair) for pair in todo]):
-            yield future.result()
+    base = sys.argv[1:]
+    todo: list[jobs.Task] = [
+        ({"run": run, "seed": seed}, [*base, "--one", run, "--seed", str(seed)])
+        for seed in options.seeds
+        for run in options.runs
+    ]
+    limits = jobs.Limits(options.jobs, options.limit, options.total)
+    yield from jobs.results(__file__, todo, options.device, limits)
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:
@@ -407,7 +413,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--size", choices=SIZES, default="books")
     parser.add_argument("--runs", nargs="+", default=list(RECIPES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once: for losses, not for time")
+    jobs.Limits.options(parser)
     parser.add_argument("--tokens", type=float, default=40e6)
     parser.add_argument("--unique", type=int, default=0, help="different tokens, 0 for all")
     parser.add_argument("--batch", type=int, default=64)
@@ -415,7 +421,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--window", type=int, default=50)
     parser.add_argument("--round-to", type=int, default=4)
-    parser.add_argument("--measured", type=int, default=4, help="batches for compensation")
+    parser.add_argument("--measured", type=int, default=32, help="batches of 8 windows for compensation")
     parser.add_argument("--held", type=int, default=256, help="windows of each evaluation")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
@@ -438,10 +444,9 @@ def main() -> None:
     found: list[dict[str, Any]] = []
     for result in [timed(options)] if options.time else results(options):
         found.append(result)
-        line = {k: v for k, v in result.items() if k not in {"train", "recipe"}}
+        line = {k: v for k, v in result.items() if k not in {"train", "recipe", "progress", "widths"}}
         print(json.dumps(line), flush=True)
-        if options.json:
-            options.json.write_text(json.dumps({"settings": told, "results": found}, indent=1) + "\n", encoding="utf-8")
+        jobs.write(options.json, told, found)
     if not options.time:
         print(table(found))
 
