@@ -24,9 +24,9 @@ class Settings:
     least and most that a coupling keeps, as multiples of what uniform allocation keeps (None: no bounds); round_to,
     floor, kinds: as in `plan`; allow: as in `detect`; window: steps before each shrink whose gradients are scored, and
     the memory of their moving average; compensate: after each shrink, solve what consumes the removed units anew, by
-    least squares on `batches`, to do what it did before; batches, loss: calibration data as in `score`, for that, and
-    for a schedule that shrinks at the start; wrap: what to put around the model, after every shrink anew
-    (``DistributedDataParallel``); group: the processes that train together, by default all of them.
+    least squares on `batches`, to do what it did before; batches, loss: calibration data as in `score`, for that, for
+    scores="second-order", and for a schedule that shrinks at the start; wrap: what to put around the model, after every
+    shrink anew (``DistributedDataParallel``); group: the processes that train together, by default all of them.
     """
 
     total_steps: int | None = None
