@@ -76,6 +76,7 @@ def batches(count: int = 8) -> list[Batch]:
 def sparse_language(model: nn.Module, optimizer: torch.optim.Optimizer | None, **options: Any) -> eco.SparseTraining:
     given: dict[str, Any] = {
         "schedule": eco.OneShot(1), "scores": "second-order", "batches": batches(), "loss": loss_of, "target": 0.4,
+        "compensate": False,
         **options,
     }  # fmt: skip
     return eco.SparseTraining(model, (ids(0),), optimizer=optimizer, **given)
@@ -218,6 +219,13 @@ def test_states_that_nobody_knows_how_to_turn_keep_their_basis(caplog: pytest.Lo
 def test_at_the_start_it_needs_no_gradients_of_training() -> None:
     sparse = sparse_language(language(), None, schedule=eco.AtStart())
     assert sparse.removed > 0.35
+
+
+def test_it_is_the_default_where_there_is_data() -> None:
+    model = language()
+    options: dict[str, Any] = {"scores": None, "schedule": None, "total_steps": 100}
+    assert sparse_language(model, None, **options)._schedule.steps == (60, 70)
+    assert len(sparse_language(language(), None, **options, batches=None)._schedule.steps) == 11
 
 
 def test_data_and_a_loss_are_needed() -> None:

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ecospa_fx.errors import TrainingError
 from ecospa_fx.graph.evaluate import Evaluator
 from ecospa_fx.importance.score import Batch, arguments
 from ecospa_fx.plan import Plan
+from ecospa_fx.training.distributed import processes
 
 Made = Callable[[Plan, Mapping[str, Tensor]], Evaluator]
 """What computes the model with a plan applied, on given values of its parameters."""
@@ -25,8 +25,7 @@ def read(batches: Iterable[object] | None) -> list[Batch]:
 
 def check_alone(option: str, group: Any, sharded: bool) -> None:
     """Raise TrainingError for several processes or sharded parameters, of which each process would see its own part."""
-    several = dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
-    if sharded or several:
+    if sharded or processes(group) > 1:
         raise TrainingError(f"{option} works in one process: leave it out where several train together")
 
 

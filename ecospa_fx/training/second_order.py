@@ -24,11 +24,9 @@ from ecospa_fx.importance.score import Batch, Loss
 from ecospa_fx.importance.second_order import unit_scores, without_traffic
 from ecospa_fx.importance.views import Views, views_of
 from ecospa_fx.training.held import Held
+from ecospa_fx.training.settings import SECOND_ORDER
 
 log = logging.getLogger(__name__)
-
-SECOND_ORDER = "second-order"
-"""The name of these scores."""
 
 LOOKS = 128
 """How often costs of a coupling are looked at while its units are put in order."""

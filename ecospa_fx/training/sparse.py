@@ -29,8 +29,8 @@ from ecospa_fx.training.held import Held
 from ecospa_fx.training.narrow import narrowed
 from ecospa_fx.training.running import RunningScores
 from ecospa_fx.training.schedule import AtStart, Schedule, check_schedule, default_schedule
-from ecospa_fx.training.second_order import SECOND_ORDER, SecondOrder, second_order
-from ecospa_fx.training.settings import Settings, check_unshared, chosen, other_owners
+from ecospa_fx.training.second_order import SecondOrder, second_order
+from ecospa_fx.training.settings import SECOND_ORDER, Settings, check_unshared, chosen, other_owners
 from ecospa_fx.training.surgery import held_bytes
 
 log = logging.getLogger(__name__)
@@ -42,11 +42,12 @@ class SparseTraining:
     model: is taken over: `self.model` computes the same with the same Parameter objects, and takes its place in the
     loop; the module itself no longer works after the first shrink. args, kwargs: example inputs. optimizer: one, or
     several, holding parameters of the model; may follow later with `attach`. target: the share of the couplings'
-    parameters to have removed by the end. schedule: when; by default eleven shrinks between a quarter and three
-    quarters of `total_steps`. scores: "gate-fisher", "fisher" or "taylor", taken from the gradients of training; or
-    "second-order", measured at each shrink on a few batches (`batches`, `loss`) for units that others make up for,
-    in bases of linear couplings (V with O, Q with K) that suit removal: see `ecospa_fx.training.second_order`, and
-    `ecospa_fx.training.turning` for what becomes of the optimizer's states. options: see `Settings`.
+    parameters to have removed by the end. schedule: when; by default late in `total_steps`, see `default_schedule`.
+    scores: "second-order", measured at each shrink on a few batches (`batches`, `loss`), by what units cost once others
+    have made up for them, in bases of linear couplings (V with O, Q with K) that suit removal: see
+    `ecospa_fx.training.second_order`, and `ecospa_fx.training.turning` for what becomes of the optimizer's states. Or
+    "gate-fisher", "fisher" or "taylor", taken from the gradients of training. By default the first where batches and a
+    loss are given and one process trains, "gate-fisher" elsewhere. options: see `Settings`.
 
     Raises TrainingError for an optimizer of another model, a schedule that outlasts training, a target that floors put
     out of reach, parameters that another model holds too; and what `detect` raises.
@@ -68,16 +69,17 @@ class SparseTraining:
         optimizer: Optimizer | Sequence[Optimizer] | None = None,
         target: float = 0.5,
         schedule: Schedule | None = None,
-        scores: str = "gate-fisher",
+        scores: str | None = None,
         **options: Any,
     ) -> None:
         if not isinstance(target, int | float) or not 0 < target < 1:
             raise TrainingError(f"target={target!r} is no share of parameters to remove: give one between 0 and 1")
         self._settings, self._target = Settings(**options), target
-        self._schedule = schedule if schedule is not None else default_schedule(self._settings.total_steps)
+        scores = self._settings.scores if scores is None else scores
+        self._measures = scores == SECOND_ORDER
+        self._schedule = schedule or default_schedule(self._settings.total_steps, self._measures)
         check_schedule(self._schedule, self._settings.total_steps)
         self._steps = frozenset(self._schedule.steps)
-        self._measures = scores == SECOND_ORDER
         self._running = RunningScores("gate-fisher" if self._measures else scores, self._settings.window)
         owners = other_owners(model)
         self._form = GraphForm(model, args, dict(kwargs or {}), self._settings.allow, self._settings.kinds)
@@ -90,8 +92,7 @@ class SparseTraining:
         self.history: list[history.Shrink] = []
         """What happened, one record per shrink."""
         self._check_reach()
-        self._model = Held(self._form, self._settings.wrap)
-        self._batches = read(self._settings.batches)
+        self._model, self._batches = Held(self._form, self._settings.wrap), read(self._settings.batches)
         self._compensation, self._second_order = self._compensating(), self._measuring()
         self._running.follow(self._chosen, self._form.parameters, {})
         self._model.count_backwards(self._running.names)
@@ -252,7 +253,7 @@ class SparseTraining:
 
     def _compensating(self) -> Compensation | None:
         options = self._settings
-        if not options.compensate:
+        if not (self._measures if options.compensate is None else options.compensate):
             return None
         check_alone("compensate=True", options.group, self._model.sharded)
         return Compensation(self._batches)
