@@ -1,6 +1,6 @@
 """Sparse training from scratch on books, against dense models: which recipe beats a small model trained from the start.
 
-    python benchmarks/train_books.py --data DATA --cache /tmp/books --jobs 4 --runs dense small late own
+    python benchmarks/train_books.py --data DATA --cache /tmp/books --jobs 2 --runs dense small late own
     python benchmarks/train_books.py --cache /tmp/books --time
     python benchmarks/train_books.py --cache /tmp/books --runs "own distill=0.5" "late band=0.4,2" --seeds 0 1
 
