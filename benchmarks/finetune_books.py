@@ -76,6 +76,7 @@ class FineTuning:
         source = Windows(train.to(self.device), options.length, options.calibration, options.seed + 1)
         rows = next(iter(source))[:, :-1]
         self.calibration: list[Any] = [((row[None],), PLAIN) for row in rows]
+        self.grouped: list[Any] = [((part,), PLAIN) for part in rows.split(8)]
         self.sparse: eco.SparseTraining | None = None
 
     def result(self) -> dict[str, Any]:
@@ -114,7 +115,7 @@ class FineTuning:
         self.sparse = eco.SparseTraining(
             self.model, (ids,), PLAIN, optimizer=optimizer, target=self.options.ratio, compensate=solve,
             schedule=eco.Linear(first, last, max(1, (last - first) // (self.options.shrinks - 1))),
-            batches=self.calibration if solve else None, loss=calibration_loss,
+            batches=self.grouped if solve else None, loss=calibration_loss,
             scores="second-order" if second else "gate-fisher",
         )  # fmt: skip
         self.model = self.sparse.model
