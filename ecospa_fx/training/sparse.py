@@ -245,7 +245,7 @@ class SparseTraining:
         if self._compensation is None:
             return self._apply(keep)
         parameters = self._form.parameters
-        before = self.plan, {name: p.detach().clone() for name, p in parameters.items()}
+        before = self.plan, {name: p.detach() for name, p in parameters.items()}  # cutting makes new memory
         modules = self._apply(keep)
         after = self.plan, {name: p.detach() for name, p in parameters.items()}
         self._model.add(self._compensation.changes(self._form.evaluator, before, after))
