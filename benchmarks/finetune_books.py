@@ -9,6 +9,7 @@ MODEL is a Hugging Face folder of a causal language model. Each variant trains f
     removed        `compress(method="gate-fisher")` first, then training
     gradual        `SparseTraining` over the first half of the steps
     gradual+solve  the same with compensate=True
+    gradual+second the same with scores="second-order" and compensate=True
 
 AdamW, linear decay to zero, float32 with TF32, nothing compiled: widths differ in every layer. Losses in nats on the
 first 64 windows of valid, before anything, after removal, and at the end. Runs may share a device with --jobs.
@@ -33,7 +34,7 @@ from torch.nn.functional import cross_entropy
 
 import ecospa_fx as eco
 
-VARIANTS = ("dense", "compressed", "removed", "gradual", "gradual+solve")
+VARIANTS = ("dense", "compressed", "removed", "gradual", "gradual+solve", "gradual+second")
 PLAIN = {"use_cache": False}
 
 
@@ -75,6 +76,7 @@ class FineTuning:
         source = Windows(train.to(self.device), options.length, options.calibration, options.seed + 1)
         rows = next(iter(source))[:, :-1]
         self.calibration: list[Any] = [((row[None],), PLAIN) for row in rows]
+        self.grouped: list[Any] = [((part,), PLAIN) for part in rows.split(8)]
         self.sparse: eco.SparseTraining | None = None
 
     def result(self) -> dict[str, Any]:
@@ -107,13 +109,14 @@ class FineTuning:
     def _attach(self, optimizer: torch.optim.Optimizer) -> None:
         if not self.variant.startswith("gradual"):
             return
-        solve = self.variant.endswith("solve")
+        solve, second = self.variant != "gradual", self.variant.endswith("second")
         ids, last = next(iter(self.windows))[:, :-1], max(2, self.steps // 2)
         first = max(1, self.steps // 20)
         self.sparse = eco.SparseTraining(
             self.model, (ids,), PLAIN, optimizer=optimizer, target=self.options.ratio, compensate=solve,
             schedule=eco.Linear(first, last, max(1, (last - first) // (self.options.shrinks - 1))),
-            batches=self.calibration if solve else None,
+            batches=self.grouped if solve else None, loss=calibration_loss,
+            scores="second-order" if second else "gate-fisher",
         )  # fmt: skip
         self.model = self.sparse.model
 

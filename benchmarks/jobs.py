@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,10 +91,12 @@ def _visible() -> list[str]:
 
 
 def _lines(text: str) -> list[dict[str, Any]]:
+    """The lines that are JSON objects; the last one of a run that was stopped may be half a line."""
     found = []
     for line in text.splitlines():
-        if line.startswith("{") and line.endswith("}"):
-            found.append(json.loads(line))
+        if line.startswith("{"):
+            with suppress(json.JSONDecodeError):
+                found.append(json.loads(line))
     return found
 
 

@@ -7,13 +7,14 @@ add to a shrink is here too: changed bases, second-order scores, least squares, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from books import head_loss
-from ecospa_fx.passes.lossy.change_basis import ChangeBasis, rotated, sides_of, value_basis
+from ecospa_fx.passes.lossy.change_basis import ChangeBasis, balanced, turn_factors, turn_values
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -25,13 +26,15 @@ from ecospa_fx.graph.evaluate import Evaluator
 from ecospa_fx.graph.sites import Site, find_sites
 from ecospa_fx.importance.curvature import Collector, Curvature
 from ecospa_fx.importance.second_order import unit_scores
-from ecospa_fx.importance.views import Inputs, Views, views_of
+from ecospa_fx.importance.views import Views, views_of
 from ecospa_fx.plan import Plan, Selection
 from ecospa_fx.training.allocation import allocate, bounds
 from ecospa_fx.training.cut import cuts_between
 from ecospa_fx.training.narrow import narrowed
 from ecospa_fx.training.running import RunningScores
+from ecospa_fx.training.second_order import LOOKS
 from ecospa_fx.training.settings import Settings, chosen
+from ecospa_fx.training.turning import turn_gradient
 
 Compensation = Literal["none", "solve", "full"]
 
@@ -100,12 +103,16 @@ class MaskedTraining:
         if self.options.compensate == "none":
             self._mask(self.units(self.running.scores(), share))
             return
-        curvature = self._measured(batches)
         scores, keep = self.running.scores(), dict(self.keep)
+        self.program.values = {n: nn.Parameter(p.detach().clone()) for n, p in self.parameters.items()}
+        measure = partial(self._measured, batches)
         if self.options.compensate == "full":
-            keep.update(self._turned(curvature))
+            turned, curvature = self._turned(measure)
+            keep.update(turned)
             values = {n: t.detach() for n, t in self.program.values.items()}
-            scores = unit_scores(self.views, curvature, values, 0.01)
+            scores = unit_scores(self.views, curvature, values, 0.01, LOOKS)
+        else:
+            curvature = measure(Views(self.views.inputs, (), ()), ())
         self.keep = keep
         kept = self.units(scores, share)
         self._solve(curvature, kept)
@@ -143,59 +150,37 @@ class MaskedTraining:
 
     # -- compensation ------------------------------------------------------------------------------------------
 
-    def _measured(self, batches: Sequence[Tensor]) -> Curvature:
+    def _measured(self, batches: Sequence[Tensor], views: Views, results: Sequence[Site]) -> Curvature:
         """Second moments of what the consumers read, and of the loss's gradients, at the weights as they are."""
-        self.program.values = {n: nn.Parameter(p.detach().clone()) for n, p in self.parameters.items()}
         weight = self.parameters["embed.weight"].detach()
 
         def loss(output: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
             return head_loss(output[:, :-1], weight, args[0][:, 1:])
 
         given = [((b[:, :-1],), {}) for b in batches]
-        views = self.views if self.options.compensate == "full" else Views(self.views.inputs, (), ())
-        return Collector(self.evaluator, views).run(given, loss)
+        return Collector(self.evaluator, views, results).run(given, loss)
 
-    def _turned(self, curvature: Curvature) -> dict[str, Tensor]:
+    def _turned(self, measure: Callable[[Views, Sequence[Site]], Curvature]) -> tuple[dict[str, Tensor], Curvature]:
         """Turn linear couplings, their optimizer states too; what is alive comes first then."""
         keep = {}
-        for view in self.views.inputs:
-            sides = sides_of(view.coupling) if view.coupling.symmetry == "linear" else None
-            if sides is None or len(view.positions) != 1:
-                continue
-            ((site, at),) = view.positions.items()
-            basis = self._balanced(view, site, curvature)
-            ChangeBasis(sides[0], sides[1], basis).run(self.program)
-            inverse = torch.linalg.inv(basis).mT
-            for group, matrix in ((sides[0], inverse), (sides[1], basis)):  # gradients turn the other way
+
+        def made(change: ChangeBasis) -> ChangeBasis:
+            change = balanced(change, self.program)
+            change.run(self.program)
+            inverse = torch.linalg.inv(change.basis).mT
+            for group, matrix in ((change.first, inverse), (change.second, change.basis)):
                 for side in group:
-                    self._turn_state(side.member.parameter, side.member.axis, side.positions, matrix)
-            moments = curvature.inputs[site]
-            moments.second = rotated(rotated(moments.second, 0, at, basis), 1, at, basis)
-            moments.total = rotated(moments.total, 0, at, basis)
-            before = self.keep[view.coupling.name]
-            keep[view.coupling.name] = (torch.arange(before.shape[1]) < before[0].sum()).expand_as(before).clone()
-        return keep
+                    weight = self.parameters[side.member.parameter]
+                    turn_gradient([self.optimizer], weight, side.member.axis, side.positions, matrix)
+            name = next(c.name for c in self.couplings if change.first[0].member in c.members)
+            before = self.keep[name]
+            keep[name] = (torch.arange(before.shape[1]) < before[0].sum()).expand_as(before).clone()
+            return change
 
-    def _balanced(self, view: Inputs, site: Site, curvature: Curvature) -> Tensor:
-        """The basis in which units are ordered, with both sides of a unit of equal norm, as training left them."""
-        sides = sides_of(view.coupling)
-        assert sides is not None
-        basis = value_basis(view, site, curvature, self.program.tensor(site.parameter).detach())
-        norms = []
-        for (side, *_), matrix in zip(sides, (basis, torch.linalg.inv(basis).mT), strict=True):
-            name, axis = side.member.parameter, side.member.axis
-            turned = rotated(self.program.tensor(name).detach().double(), axis, side.positions, matrix)
-            rows = turned.movedim(axis, 0)[side.positions.to(turned.device)].flatten(2)
-            norms.append(rows.norm(dim=2))
-        scale = (norms[1] / norms[0].clamp(min=1e-12)).sqrt().clamp(1e-3, 1e3)
-        scale = torch.where((norms[0] > 0) & (norms[1] > 0), scale, torch.ones_like(scale))
-        return scale[..., None] * basis
-
-    def _turn_state(self, name: str, axis: int, positions: Tensor, matrix: Tensor) -> None:
-        state = self.optimizer.state[self.parameters[name]]
-        if state:
-            state["exp_avg"].copy_(rotated(state["exp_avg"], axis, positions, matrix))
-            state["exp_avg_sq"].copy_(rotated(state["exp_avg_sq"], axis, positions, matrix.square()))
+        turn_factors(self.views, lambda sites: measure(Views((), (), ()), sites), self.program, made)
+        curvature = measure(self.views, ())
+        turn_values(self.views, curvature, self.program, made)
+        return keep, curvature
 
     def _solve(self, curvature: Curvature, keep: Mapping[str, Tensor]) -> None:
         """Let the columns that stay do what those that go did, by damped least squares."""

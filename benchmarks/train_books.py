@@ -1,6 +1,6 @@
 """Sparse training from scratch on books, against dense models: which recipe beats a small model trained from the start.
 
-    python benchmarks/train_books.py --data DATA --cache /tmp/books --jobs 4 --runs dense small late own
+    python benchmarks/train_books.py --data DATA --cache /tmp/books --jobs 2 --runs dense small late own
     python benchmarks/train_books.py --cache /tmp/books --time
     python benchmarks/train_books.py --cache /tmp/books --runs "own distill=0.5" "late band=0.4,2" --seeds 0 1
 
@@ -196,13 +196,21 @@ class Run:
 
     def _sparse(self, target: float) -> eco.SparseTraining:
         r, options = self.recipe, self.options
-        if r.fade or r.distill or r.compensate != "none":
+        if r.fade or r.distill:
             raise SystemExit(f"{r.name!r} needs what only masked runs do: leave --graph out")
         low, high = (float(x) for x in r.band.split(","))
+        source = Windows(self.windows.data, self.windows.length, 8, 1)
+        given = [((w[:, :-1],), {}) for _, w in zip(range(options.measured), source, strict=False)]
+        model = self.model
+
+        def loss(output: Tensor, args: Sequence[Any], kwargs: Any) -> Tensor:
+            return head_loss(output[:, :-1], model.get_parameter("embed.weight").detach(), args[0][:, 1:])
+
         return eco.SparseTraining(
-            self.model, (next(iter(self.windows))[:, :-1],), optimizer=self.optimizer, target=target,
-            schedule=Due(tuple(r.at(self.steps).items())), scores=r.scores, allocation=r.allocation, band=(low, high),
-            round_to=options.round_to, window=options.window,
+            model, (next(iter(self.windows))[:, :-1],), optimizer=self.optimizer, target=target,
+            schedule=Due(tuple(r.at(self.steps).items())), allocation=r.allocation, band=(low, high),
+            scores="second-order" if r.compensate == "full" else r.scores, compensate=r.compensate != "none",
+            batches=given, loss=loss, round_to=options.round_to, window=options.window,
         )  # fmt: skip
 
     def rate(self, step: int, shrinks: Sequence[int]) -> float:

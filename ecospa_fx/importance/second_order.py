@@ -24,29 +24,37 @@ from ecospa_fx.importance.surgeon import order_scores, remove_all
 from ecospa_fx.importance.views import Views
 
 
-def unit_scores(views: Views, curvature: Curvature, weights: Mapping[str, Tensor], damping: float) -> dict[str, Tensor]:
+def unit_scores(
+    views: Views, curvature: Curvature, weights: Mapping[str, Tensor], damping: float, looks: int | None = None
+) -> dict[str, Tensor]:
     """Per coupling [carriers, units] in float64 on the CPU, ascending in the order in which units should go.
 
-    The score of a unit is what its removal adds once all before it are gone and the rest has made up for them.
+    The score of a unit is what its removal adds once all before it are gone and the rest has made up for them. looks:
+    how often costs of a coupling are looked at on the way, by default after every unit.
     """
     found: dict[str, Tensor] = {}
     for view in views.inputs:
         found[view.coupling.name] = sum(
-            (_input_scores(site, at, curvature, weights, damping) for site, at in view.positions.items()),
+            (_input_scores(site, at, curvature, weights, damping, looks) for site, at in view.positions.items()),
             torch.zeros(view.coupling.carriers, view.coupling.size, dtype=torch.float64),
         )
     for gate in views.gates:
         matrix = damped(curvature.gates[gate.coupling.name], damping)
-        removal = remove_all(matrix, torch.ones_like(matrix[:, :1]))
+        removal = remove_all(matrix, torch.ones_like(matrix[:, :1]), 1, _at_once(matrix.shape[1], looks))
         found[gate.coupling.name] = order_scores(removal).cpu() / 2
     for coupling in views.others:
         found[coupling.name] = curvature.others[coupling.name] / 2
     return found
 
 
+def _at_once(units: int, looks: int | None) -> int:
+    return 1 if looks is None else max(1, units // looks)
+
+
 def _input_scores(
-    site: Site, positions: Tensor, curvature: Curvature, weights: Mapping[str, Tensor], damping: float
-) -> Tensor:
+    site: Site, positions: Tensor, curvature: Curvature, weights: Mapping[str, Tensor], damping: float,
+    looks: int | None,
+) -> Tensor:  # fmt: skip
     """Carrier by carrier: what is left of a carrier makes up for what goes from it."""
     moments, gradients = curvature.inputs[site], curvature.outputs[site]
     at = positions.flatten(1).to(moments.second.device)
@@ -54,7 +62,7 @@ def _input_scores(
     metric = power(gradients.second / max(gradients.rows, 1), 0.5)
     matrix = metric @ site.matrix(weights[site.parameter]).to(metric)
     weight = matrix[:, at].movedim(1, 0)
-    removal = remove_all(hessian, weight, positions.shape[2])
+    removal = remove_all(hessian, weight, positions.shape[2], _at_once(positions.shape[1], looks))
     return order_scores(removal).cpu() / 2
 
 

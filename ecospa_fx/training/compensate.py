@@ -6,32 +6,39 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ecospa_fx.errors import TrainingError
 from ecospa_fx.graph.evaluate import Evaluator
 from ecospa_fx.importance.score import Batch, arguments
 from ecospa_fx.plan import Plan
+from ecospa_fx.training.distributed import processes
 
 Made = Callable[[Plan, Mapping[str, Tensor]], Evaluator]
 """What computes the model with a plan applied, on given values of its parameters."""
 
 
+def read(batches: Iterable[object] | None) -> list[Batch]:
+    """Calibration data as a list."""
+    return [arguments(batch, number) for number, batch in enumerate(batches or ())]
+
+
+def check_alone(option: str, group: Any, sharded: bool) -> None:
+    """Raise TrainingError for several processes or sharded parameters, of which each process would see its own part."""
+    if sharded or processes(group) > 1:
+        raise TrainingError(f"{option} works in one process: leave it out where several train together")
+
+
 class Compensation:
     """Least squares on batches, in eval mode: see `ecospa_fx.passes.lossy.Reconstruct`.
 
-    batches: what to fit on, read once; group: the processes that train together. Raises TrainingError for no batches,
-    and for several processes or sharded parameters, of which each process would solve what it holds.
+    batches: what to fit on. Raises TrainingError where there are none.
     """
 
-    def __init__(self, batches: Iterable[object] | None, group: Any, sharded: bool) -> None:
-        self.batches: Sequence[Batch] = [arguments(batch, number) for number, batch in enumerate(batches or ())]
-        if not self.batches:
+    def __init__(self, batches: Sequence[Batch]) -> None:
+        self.batches = batches
+        if not batches:
             raise TrainingError("compensate=True needs data: give batches=, as eco.score takes them")
-        several = dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
-        if sharded or several:
-            raise TrainingError("compensate=True works in one process: leave it out where several train together")
 
     def changes(
         self, made: Made, before: tuple[Plan, Mapping[str, Tensor]], after: tuple[Plan, Mapping[str, Tensor]]

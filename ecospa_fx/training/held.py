@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,11 +13,13 @@ from torch.optim import Optimizer
 
 from ecospa_fx.errors import TrainingError
 from ecospa_fx.graph.program import ExportedForm
+from ecospa_fx.importance.views import Side
 from ecospa_fx.training.cut import Cut
 from ecospa_fx.training.form import GraphForm
 from ecospa_fx.training.sharded import fill, is_sharded, release, replace_in
 from ecospa_fx.training.surgery import check_optimizers, check_states, cut_all
 from ecospa_fx.training.tree import TwoModes
+from ecospa_fx.training.turning import turn_gradient, unknown
 
 Wrap = Callable[[nn.Module], nn.Module]
 
@@ -98,6 +100,30 @@ class Held:
         for tensors in (self.form.parameters, *self._copies):
             for name in changes.keys() & tensors.keys():
                 tensors[name].add_(changes[name].to(tensors[name]))
+
+    def turnable(self, names: Iterable[str]) -> str | None:
+        """Why a change of basis of these parameters cannot be followed, or None."""
+        sets = (self.form.parameters, *self._copies)
+        found = (unknown(self.optimizers, tensors[name]) for tensors in sets for name in names if name in tensors)
+        return next((reason for reason in found if reason is not None), None)
+
+    @torch.no_grad()
+    def turn(self, sides: tuple[Sequence[Side], Sequence[Side]], basis: Tensor) -> None:
+        """Turn parameters, and copies of them, with their gradients and what optimizers keep beside them.
+
+        The first sides are multiplied by `basis` [carriers, units, units], the second by its inverse transposed.
+        """
+        from ecospa_fx.passes.lossy.change_basis import rotated
+
+        inverse = torch.linalg.inv(basis).mT
+        for own, matrix, other in ((sides[0], basis, inverse), (sides[1], inverse, basis)):
+            for side in own:
+                name, axis = side.member.parameter, side.member.axis
+                for tensors in (self.form.parameters, *self._copies):
+                    if name in tensors:
+                        turned = rotated(tensors[name].detach(), axis, side.positions, matrix)
+                        tensors[name].copy_(turned)
+                        turn_gradient(self.optimizers, tensors[name], axis, side.positions, other)
 
     def _cut_sharded(self, programs: Sequence[ExportedForm], cuts: Mapping[str, Cut]) -> int:
         old, before = self.form.parameters, self.form.module

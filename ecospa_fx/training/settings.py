@@ -13,7 +13,11 @@ from ecospa_fx.coupling.couplings import Coupling, Couplings
 from ecospa_fx.errors import TrainingError
 from ecospa_fx.importance.methods import gate_members
 from ecospa_fx.importance.score import Batch, Loss
+from ecospa_fx.training.distributed import processes
 from ecospa_fx.training.narrow import disjoint
+
+SECOND_ORDER = "second-order"
+"""The name of scores that are measured on batches at each shrink."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +28,10 @@ class Settings:
     least and most that a coupling keeps, as multiples of what uniform allocation keeps (None: no bounds); round_to,
     floor, kinds: as in `plan`; allow: as in `detect`; window: steps before each shrink whose gradients are scored, and
     the memory of their moving average; compensate: after each shrink, solve what consumes the removed units anew, by
-    least squares on `batches`, to do what it did before; batches, loss: calibration data as in `score`, for that, and
-    for a schedule that shrinks at the start; wrap: what to put around the model, after every shrink anew
-    (``DistributedDataParallel``); group: the processes that train together, by default all of them.
+    least squares on `batches`, to do what it did before (None: where scores are second-order); batches, loss:
+    calibration data as in `score`, for that, for second-order scores, and for a schedule that shrinks at the start;
+    wrap: what to put around the model, after every shrink anew (``DistributedDataParallel``); group: the processes that
+    train together, by default all of them.
     """
 
     total_steps: int | None = None
@@ -37,7 +42,7 @@ class Settings:
     kinds: Sequence[str] | None = None
     allow: str | Iterable[str] = ()
     window: int = 50
-    compensate: bool = False
+    compensate: bool | None = None
     batches: Iterable[Batch] | None = None
     loss: Loss | None = None
     wrap: Callable[[nn.Module], nn.Module] | None = None
@@ -54,6 +59,12 @@ class Settings:
                 raise TrainingError(f"{name}={value!r} makes no sense: give a whole number of at least 1")
         if not 0 <= self.floor < 1:
             raise TrainingError(f"floor={self.floor!r} is no share of units to keep: give a number from 0 to below 1")
+
+    @property
+    def scores(self) -> str:
+        """The best scores that can be had: second-order ones need data, and one process that has it all."""
+        alone = self.wrap is None and processes(self.group) == 1
+        return SECOND_ORDER if alone and self.batches is not None and self.loss is not None else "gate-fisher"
 
     @property
     def limits(self) -> tuple[float, float, float]:

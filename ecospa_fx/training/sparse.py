@@ -21,7 +21,7 @@ from ecospa_fx.plan import Plan, Selection
 from ecospa_fx.training import history
 from ecospa_fx.training.allocation import allocate, bounds
 from ecospa_fx.training.checkpoint import packed, unpacked
-from ecospa_fx.training.compensate import Compensation
+from ecospa_fx.training.compensate import Compensation, check_alone, read
 from ecospa_fx.training.cut import cuts_between
 from ecospa_fx.training.distributed import all_agree, average, check_same
 from ecospa_fx.training.form import GraphForm
@@ -29,7 +29,8 @@ from ecospa_fx.training.held import Held
 from ecospa_fx.training.narrow import narrowed
 from ecospa_fx.training.running import RunningScores
 from ecospa_fx.training.schedule import AtStart, Schedule, check_schedule, default_schedule
-from ecospa_fx.training.settings import Settings, check_unshared, chosen, other_owners
+from ecospa_fx.training.second_order import SecondOrder, second_order
+from ecospa_fx.training.settings import SECOND_ORDER, Settings, check_unshared, chosen, other_owners
 from ecospa_fx.training.surgery import held_bytes
 
 log = logging.getLogger(__name__)
@@ -41,9 +42,12 @@ class SparseTraining:
     model: is taken over: `self.model` computes the same with the same Parameter objects, and takes its place in the
     loop; the module itself no longer works after the first shrink. args, kwargs: example inputs. optimizer: one, or
     several, holding parameters of the model; may follow later with `attach`. target: the share of the couplings'
-    parameters to have removed by the end. schedule: when; by default eleven shrinks between a quarter and three
-    quarters of `total_steps`. scores: "gate-fisher", "fisher" or "taylor", taken from the gradients of training.
-    options: see `Settings`.
+    parameters to have removed by the end. schedule: when; by default late in `total_steps`, see `default_schedule`.
+    scores: "second-order", measured at each shrink on a few batches (`batches`, `loss`), by what units cost once others
+    have made up for them, in bases of linear couplings (V with O, Q with K) that suit removal: see
+    `ecospa_fx.training.second_order`, and `ecospa_fx.training.turning` for what becomes of the optimizer's states. Or
+    "gate-fisher", "fisher" or "taylor", taken from the gradients of training. By default the first where batches and a
+    loss are given and one process trains, "gate-fisher" elsewhere. options: see `Settings`.
 
     Raises TrainingError for an optimizer of another model, a schedule that outlasts training, a target that floors put
     out of reach, parameters that another model holds too; and what `detect` raises.
@@ -65,16 +69,18 @@ class SparseTraining:
         optimizer: Optimizer | Sequence[Optimizer] | None = None,
         target: float = 0.5,
         schedule: Schedule | None = None,
-        scores: str = "gate-fisher",
+        scores: str | None = None,
         **options: Any,
     ) -> None:
         if not isinstance(target, int | float) or not 0 < target < 1:
             raise TrainingError(f"target={target!r} is no share of parameters to remove: give one between 0 and 1")
         self._settings, self._target = Settings(**options), target
-        self._schedule = schedule if schedule is not None else default_schedule(self._settings.total_steps)
+        scores = self._settings.scores if scores is None else scores
+        self._measures = scores == SECOND_ORDER
+        self._schedule = schedule or default_schedule(self._settings.total_steps, self._measures)
         check_schedule(self._schedule, self._settings.total_steps)
         self._steps = frozenset(self._schedule.steps)
-        self._running = RunningScores(scores, self._settings.window)
+        self._running = RunningScores("gate-fisher" if self._measures else scores, self._settings.window)
         owners = other_owners(model)
         self._form = GraphForm(model, args, dict(kwargs or {}), self._settings.allow, self._settings.kinds)
         self._chosen = chosen(self._form.couplings, self._settings, scores, model)
@@ -86,8 +92,8 @@ class SparseTraining:
         self.history: list[history.Shrink] = []
         """What happened, one record per shrink."""
         self._check_reach()
-        self._model = Held(self._form, self._settings.wrap)
-        self._compensation = self._compensating()
+        self._model, self._batches = Held(self._form, self._settings.wrap), read(self._settings.batches)
+        self._compensation, self._second_order = self._compensating(), self._measuring()
         self._running.follow(self._chosen, self._form.parameters, {})
         self._model.count_backwards(self._running.names)
         if optimizer is not None:
@@ -198,17 +204,24 @@ class SparseTraining:
 
     def _near(self) -> bool:
         """Whether a shrink is due within the window."""
-        return any(self._step < s <= self._step + self._settings.window for s in self._steps)
+        return not self._measures and any(0 < s - self._step <= self._settings.window for s in self._steps)
 
     def _shrink(self, scores: Mapping[str, Tensor], share: float) -> None:
         begin = time.perf_counter()
         if not self._model.optimizers and not isinstance(self._schedule, AtStart):
             raise TrainingError("a shrink is due and no optimizer is known, whose state would not follow: attach() it")
-        keep = self._units(scores, share)
+        keep = self._units(self._measured() if self._second_order is not None else scores, share)
         check_same(keep, self._running.flat().device, self._settings.group)
         same = all(torch.equal(keep[name], before) for name, before in self._keep.items())
         modules = 0 if same else self._compensated(keep)
         self._record(modules, time.perf_counter() - begin)
+
+    def _measured(self) -> dict[str, Tensor]:
+        """Second-order scores of the units that are there. Linear couplings have been turned then."""
+        assert self._second_order is not None
+        values = {name: p.detach() for name, p in self._form.parameters.items()}
+        evaluator = self._form.evaluator(self.plan, values)
+        return self._second_order.scores(evaluator, self._now, self._model)
 
     def _units(self, scores: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
         """What stays at a share of the target, in terms of the dense model."""
@@ -232,7 +245,7 @@ class SparseTraining:
         if self._compensation is None:
             return self._apply(keep)
         parameters = self._form.parameters
-        before = self.plan, {name: p.detach().clone() for name, p in parameters.items()}
+        before = self.plan, {name: p.detach() for name, p in parameters.items()}  # cutting makes new memory
         modules = self._apply(keep)
         after = self.plan, {name: p.detach() for name, p in parameters.items()}
         self._model.add(self._compensation.changes(self._form.evaluator, before, after))
@@ -240,9 +253,17 @@ class SparseTraining:
 
     def _compensating(self) -> Compensation | None:
         options = self._settings
-        if not options.compensate:
+        if not (self._measures if options.compensate is None else options.compensate):
             return None
-        return Compensation(options.batches, options.group, self._model.sharded)
+        check_alone("compensate=True", options.group, self._model.sharded)
+        return Compensation(self._batches)
+
+    def _measuring(self) -> SecondOrder | None:
+        options = self._settings
+        if not self._measures:
+            return None
+        check_alone(f"scores={SECOND_ORDER!r}", options.group, self._model.sharded)
+        return second_order(self._batches, options.loss)
 
     def _apply(self, keep: Mapping[str, Tensor]) -> int:
         """Cut down to what stays. Everything that can fail comes first. Returns how many modules got other code."""
@@ -272,13 +293,14 @@ class SparseTraining:
         log.info("step %s: %.1f %% removed, %s parameters left", shrink.step, 100 * shrink.removed, shrink.parameters)
 
     def _shrink_at_start(self) -> None:
-        loss = self._settings.loss
-        batches = self._settings.batches if self._compensation is None else self._compensation.batches
-        if batches is None or loss is None:
+        loss, batches = self._settings.loss, self._batches
+        if not batches or loss is None:
             raise TrainingError("shrinking at the start needs data: give batches= and loss=, as eco.score takes them")
-        couplings = Couplings(self._chosen, self._form.module)
-        found = score(self._form.module, couplings, batches, loss=loss, method=self._running.method)
-        self._shrink(found.values, 1.0)
+        values: Mapping[str, Tensor] = {}
+        if self._second_order is None:
+            couplings = Couplings(self._chosen, self._form.module)
+            values = score(self._form.module, couplings, batches, loss=loss, method=self._running.method).values
+        self._shrink(values, 1.0)
 
     def _plan(self, keep: Mapping[str, Tensor]) -> Plan:
         return Plan(tuple(Selection.of(c, keep[c.name]) for c in self._chosen), tuple(self._form.shapes.items()))

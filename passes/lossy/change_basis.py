@@ -9,7 +9,7 @@ and `factor_basis`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -94,10 +94,34 @@ def _joint(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     return basis, values.flip(-1)
 
 
+def balanced(change: ChangeBasis, program: Program) -> ChangeBasis:
+    """The same directions at such lengths that both sides of a unit have equal norms afterwards, as training has them.
+
+    An optimizer that scales its steps per element, like Adam, would otherwise move one side far more than the other.
+    """
+    inverse = torch.linalg.inv(change.basis).mT
+    norms = []
+    for sides, matrix in ((change.first, change.basis), (change.second, inverse)):
+        total = torch.zeros(matrix.shape[:2], dtype=matrix.dtype, device=matrix.device)
+        for side in sides:
+            held = program.tensor(side.member.parameter).detach().to(matrix)
+            rows = rotated(held, side.member.axis, side.positions, matrix).movedim(side.member.axis, 0)
+            total += rows[side.positions.to(rows.device)].flatten(2).square().sum(2)
+        norms.append(total)
+    alive = (norms[0] > 0) & (norms[1] > 0)
+    ratio = torch.where(alive, norms[1] / norms[0].clamp(min=torch.finfo(norms[0].dtype).tiny), 1.0)
+    return replace(change, basis=ratio.pow(0.25).clamp(1e-3, 1e3)[..., None] * change.basis)
+
+
 # -- for whole models --------------------------------------------------------------------------------------------
 
+Apply = Callable[[ChangeBasis], ChangeBasis]
+"""Makes a change, and says which one it made."""
 
-def turn_factors(views: Views, measure: Callable[[Sequence[Site]], Curvature], program: Program) -> int:
+
+def turn_factors(
+    views: Views, measure: Callable[[Sequence[Site]], Curvature], program: Program, apply: Apply | None = None
+) -> int:
     """Turn every product of two activations, such as queries and keys; returns how many were.
 
     The factor that decides is the one at which the gradients tell less: what is added to all keys alike is invisible to
@@ -113,8 +137,15 @@ def turn_factors(views: Views, measure: Callable[[Sequence[Site]], Curvature], p
             (side,) = (s for s in one if s.member.parameter in sites)
             basis, told = factor_basis(sites[side.member.parameter], side.positions, curvature)
             found.append((float(told.sum()), ChangeBasis(one, other, basis)))
-        min(found, key=lambda pair: pair[0])[1].run(program)
+        _made(min(found, key=lambda pair: pair[0])[1], program, apply)
     return len(todo)
+
+
+def _made(change: ChangeBasis, program: Program, apply: Apply | None) -> ChangeBasis:
+    if apply is not None:
+        return apply(change)
+    change.run(program)
+    return change
 
 
 def _factors(gate: Gate) -> tuple[tuple[Side, ...], tuple[Side, ...]] | None:
@@ -126,7 +157,7 @@ def _factors(gate: Gate) -> tuple[tuple[Side, ...], tuple[Side, ...]] | None:
     return sides if all(sum(s.member.parameter in matrices for s in side) == 1 for side in sides) else None
 
 
-def turn_values(views: Views, curvature: Curvature, program: Program) -> int:
+def turn_values(views: Views, curvature: Curvature, program: Program, apply: Apply | None = None) -> int:
     """Turn every linear coupling with one consumer, and what was measured of it; returns how many were."""
     count = 0
     for view in views.inputs:
@@ -134,8 +165,8 @@ def turn_values(views: Views, curvature: Curvature, program: Program) -> int:
         if sides is None or len(view.positions) != 1 or len(sides[1]) != 1:
             continue
         ((site, at),) = view.positions.items()
-        basis = value_basis(view, site, curvature, program.tensor(site.parameter).detach())
-        ChangeBasis(sides[0], sides[1], basis).run(program)
+        wanted = ChangeBasis(*sides, value_basis(view, site, curvature, program.tensor(site.parameter).detach()))
+        basis = _made(wanted, program, apply).basis
         moments = curvature.inputs[site]
         moments.second = rotated(rotated(moments.second, 0, at, basis), 1, at, basis)
         moments.total = rotated(moments.total, 0, at, basis)
