@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +18,7 @@ from ecospa_fx.inplace.edits import Edits
 from ecospa_fx.inplace.follow import apply, counted, edited, solve
 from ecospa_fx.inplace.groups import Group, components, grouped
 from ecospa_fx.inplace.proof import Bench, Call, equal, numbers, unwritten
+from ecospa_fx.inplace.written import told
 from ecospa_fx.origin import ATTRIBUTE, origin, remember
 from ecospa_fx.plan import Plan
 from ecospa_fx.verify import masked
@@ -48,7 +50,7 @@ def shrink_(model: Model, plan: Plan, args: Sequence[Any] = (), kwargs: Mapping[
     plan.check(model)
     bench = Bench(model, args, kwargs)
     values = proven(bench, plan)
-    known, again = origin(model, plan, args, kwargs), hasattr(model, ATTRIBUTE)
+    known, again = replace(origin(model, plan, args, kwargs), integers=told(values)), hasattr(model, ATTRIBUTE)
     _write(model, plan, values, Call(tuple(args), kwargs), bench)
     if again:
         delattr(model, ATTRIBUTE)  # it is no longer what one plan makes of the original
