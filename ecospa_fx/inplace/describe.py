@@ -88,16 +88,17 @@ def _of_units(model: nn.Module, one: Found, groups: Sequence[Group], axes: Axes)
         if any(size == one.value and (full, axis) not in axes for axis, size in enumerate(parameter.shape)):
             return None
     selections = [own for group in groups if (own := group.beneath([one.place.module]))]
-    counting = [own for own in selections if any(one.value in _products(s)[0] for s in own)]
-    if len(counting) != 1 or any(one.value in _products(s)[1] for own in selections for s in own):
+    path = one.place.module
+    counting = [own for own in selections if any(one.value in _products(s, path)[0] for s in own)]
+    if len(counting) != 1 or any(one.value in _products(s, path)[1] for own in selections for s in own):
         return None
     return scaled(one.value, counting)
 
 
-def _products(selection: Selection) -> tuple[set[int], set[int]]:
-    """What integers about the members of a coupling may count: numbers of its units, and numbers of anything else."""
+def _products(selection: Selection, path: str) -> tuple[set[int], set[int]]:
+    """What integers about a coupling's members in a module may count: numbers of its units, and of anything else."""
     with_units, without = set(), set()
-    for member in selection.members:
+    for member in (m for m in selection.members if under(m.parameter, path)):
         for box in member.boxes:
             sizes = [len(member.boxes), *(n for n, _ in box.carriers), *(n for n, _ in box.width)]
             found = {prod(chosen) for count in range(len(sizes) + 1) for chosen in combinations(sizes, count)}
