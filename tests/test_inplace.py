@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import ecospa_fx as eco
 from ecospa_fx.errors import PlanError
+from ecospa_fx.inplace.proof import Bench, varied
 from ecospa_fx.plan import Plan
 from ecospa_fx.verify import masked
 from tests.hugging import tiny
@@ -126,6 +127,36 @@ def test_weights_of_zero_hide_nothing() -> None:
             parameter.zero_()
     with pytest.raises(PlanError, match="cannot be written back"):
         eco.shrink_(model, plan, args)
+
+
+def test_inputs_that_are_all_the_same_hide_nothing() -> None:
+    """Over equal tokens any attention gives the same: half of the heads would pass for half of every head."""
+    model, kwargs = tiny("llama", num_key_value_heads=4)
+    zeros = {**kwargs, "input_ids": torch.zeros_like(kwargs["input_ids"])}
+    plan = plan_of(eco.detect(model, (), kwargs), ["heads"], half)
+    twin: Any = masked_twin(model, plan)
+    config: Any = eco.shrink_(model, plan, (), zeros).config
+    assert (config.num_attention_heads, config.head_dim) == (2, 16)
+    assert largest(model(**kwargs).logits, twin(**kwargs).logits) < 1e-12
+    bench = Bench(Model().double(), (torch.ones_like(example()[0]),), {})
+    assert any(varied(call) for call in bench.calls)
+
+
+def test_inputs_that_cannot_differ_are_refused() -> None:
+    class First(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.up, self.down = nn.Embedding(1, 8), nn.Linear(8, 12), nn.Linear(12, 8)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            out: Tensor = self.down(self.up(self.table(ids)).relu())
+            return out
+
+    model, args = First().double(), (torch.zeros(2, 3, dtype=torch.long),)
+    before = state(model)
+    with pytest.raises(PlanError, match="hold the same number everywhere"):
+        eco.shrink_(model, plan_of(eco.detect(model, args), ["ffn"], half), args)
+    assert_same(model, before)
 
 
 def test_a_failure_in_the_users_own_module_is_taken_back() -> None:

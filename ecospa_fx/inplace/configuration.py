@@ -111,7 +111,8 @@ def rebuilt(bench: Bench, plan: Plan, values: Mapping[Place, int], name: str) ->
     reference = bench.reference(plan)
     with edited(bench.model, plan, values, reference.buffers):
         try:
-            built = type(bench.model)(read_again(vars(bench.model)[name])).to(bench.dtype).eval()
+            with next(bench.model.parameters()).device:
+                built = type(bench.model)(read_again(vars(bench.model)[name])).to(bench.dtype).eval()
             built.load_state_dict(bench.model.state_dict())
         except Exception:  # the constructor or the weights refuse, in whatever way
             return None
