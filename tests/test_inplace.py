@@ -91,11 +91,12 @@ def test_what_describes_follows_and_what_happens_to_be_equal_does_not() -> None:
     assert (first.out.out_features, model.up.out_features, model.down.in_features) == (HIDDEN, 20, 20)
 
 
-def test_a_square_weight_is_told_by_its_constructor() -> None:
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_square_weight_is_told_by_its_constructor(bias: bool) -> None:
     class Square(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.up, self.down = nn.Linear(8, 8, bias), nn.Linear(8, 8, bias)
 
         def forward(self, x: Tensor) -> Tensor:
             out: Tensor = self.down(self.up(x).relu())

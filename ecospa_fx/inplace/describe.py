@@ -56,7 +56,8 @@ def _of_parameters(model: nn.Module, one: Found, axes: Axes) -> int | None:
             rest |= old == one.value and cut == old
     if len(new) != 1 or not rest:
         return new.pop() if len(new) == 1 else None
-    told = _built_by(owner, one.place.name)
+    have = dict(owner.named_parameters(recurse=False))
+    told = [at for at in _built_by(owner, one.place.name) if at[0] in have]
     driven = {axes.get((f"{path}.{name}" if path else name, axis), (0, 0)) for name, axis in told}
     return driven.pop()[1] if len(driven) == 1 and next(iter(driven))[0] == one.value else None
 
