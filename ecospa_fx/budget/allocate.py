@@ -50,7 +50,7 @@ def plan(  # noqa: PLR0913  # whatever a user decides about an allocation meets 
     ratio: float = 0.5,
     scores: Scores | Literal["magnitude", "random"] = "magnitude",
     seed: int = 0,
-    round_to: int = 1,
+    round_to: int | None = 1,
     *,
     allocation: Literal["global", "uniform"] | Curves = "global",
     uniform: bool = False,
@@ -66,9 +66,10 @@ def plan(  # noqa: PLR0913  # whatever a user decides about an allocation meets 
     budget: what that is counted in: "parameters", each once; "flops" of the example call that `detect` saw; "latency",
     seconds of its products on this machine, measured once and kept on disk (`ecospa_fx.budget.latency`). scores: what
     `score` returned; "magnitude", from the weights; or "random", drawn from `seed` alone, a test and no way to
-    compress. round_to: kept units per carrier are a multiple of it; a coupling with fewer stays whole. allocation:
-    "global", what scores least for what it frees goes first; "uniform" or uniform=True, the same share everywhere; or
-    measured curves (`ecospa_fx.importance.sensitivity`). floor: the least share that a coupling keeps, at least one
+    compress. round_to: kept units per carrier are a multiple of it; a coupling with fewer stays whole; None: of what
+    their device likes (`ecospa_fx.budget.alignment.liked`). allocation: "global", what scores least for what it frees
+    goes first; "uniform" or uniform=True, the same share everywhere; or measured curves
+    (`ecospa_fx.importance.sensitivity`). floor: the least share that a coupling keeps, at least one
     unit. limits: by kind, the largest share that a coupling may lose. kinds: only these; by default all offered, except
     those whose content is offered as finer couplings (heads) unless scores are random. expressible_in: "module" leaves
     whole what `shrink_` could not write back, as trying on a copy of the model shows, and takes heads where their
@@ -78,7 +79,8 @@ def plan(  # noqa: PLR0913  # whatever a user decides about an allocation meets 
 
     >>> small = plan(couplings, ratio=0.5, round_to=8, limits={"ffn": 0.6}, budget="flops")  # doctest: +SKIP
     """
-    bounds, how = Bounds(round_to, floor, {} if limits is None else limits), "uniform" if uniform else allocation
+    bounds = Bounds(round_to, floor, {} if limits is None else limits, dict(couplings.model.named_parameters()))
+    how = "uniform" if uniform else allocation
     _check_arguments(ratio, seed, how)
     carried = _carried(couplings, kinds, how, expressible_in) if expressible_in is not None else None
     chosen = carried.couplings if carried is not None else choose(couplings, kinds, containers=_is_random(scores))
@@ -97,7 +99,7 @@ def _allocated(
     scores, seed, how = by
     chosen = among if isinstance(among, Sequence) else among.couplings
     values = _values(couplings, bounds.fit(chosen), scores, seed, how)
-    spending = _spending(couplings, budget, chosen, bounds.round_to)
+    spending = _spending(couplings, budget, chosen, bounds.round_to or 1)
     if not isinstance(among, Sequence):
         ladders, tracks = in_carried_step(among, values, bounds, spending, uniform=how == "uniform")
         return _planned(couplings, ladders, _cut(spending, ladders, tracks, ratio, bounds))

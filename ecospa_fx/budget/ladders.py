@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from math import ceil
+from dataclasses import dataclass, field
+from math import ceil, gcd, lcm
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ecospa_fx.budget.alignment import liked
 from ecospa_fx.budget.elements import Removal
 from ecospa_fx.budget.spending import Spending
 from ecospa_fx.coupling.couplings import Coupling
@@ -22,14 +23,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """How many units a coupling may keep; see `plan`. Raises PlanError for what is out of range."""
+    """How many units a coupling may keep; see `plan`. Raises PlanError for what is out of range.
 
-    round_to: int
+    parameters: by name, those whose device and type say what is liked where round_to is None.
+    """
+
+    round_to: int | None
     floor: float
     limits: Mapping[str, float]
+    parameters: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.round_to, int) or self.round_to < 1:
+        if self.round_to is not None and (not isinstance(self.round_to, int) or self.round_to < 1):
             raise PlanError(f"round_to={self.round_to!r} is not a number of units: give a whole number of at least 1")
         if not isinstance(self.floor, int | float) or not 0 <= self.floor < 1:
             raise PlanError(
@@ -51,11 +56,21 @@ class Bounds:
                 raise PlanError(f"limits names kind {kind!r}, of which nothing is chosen: use some of {listed(known)}")
         return chosen
 
-    def widths(self, coupling: Coupling) -> list[int]:
-        """Numbers of units that may be kept, short of all, from most to fewest."""
-        size, step, limit = coupling.size, self.round_to, self.limits.get(coupling.kind, 1)
+    def widths(self, coupling: Coupling, tied: Sequence[Coupling] = ()) -> list[int]:
+        """Numbers of units that may be kept, short of all, from most to fewest.
+
+        tied: couplings that keep as many times more as they have.
+        """
+        size, limit = coupling.size, self.limits.get(coupling.kind, 1)
+        step = lcm(*(self._step(c, c.size // size) for c in (coupling, *tied)))
         least = max(1, ceil(self.floor * size), size - int(limit * size + 1e-9))
         return list(range((size - 1) // step * step, least - 1, -step))
+
+    def _step(self, coupling: Coupling, times: int) -> int:
+        if self.round_to is not None:
+            return self.round_to
+        step = liked(coupling, self.parameters)
+        return step // gcd(step, times)
 
     def __str__(self) -> str:
         told = f"floor={self.floor} and round_to={self.round_to}"
@@ -114,9 +129,10 @@ def each_alone(ladders: Sequence[Ladder]) -> list[Track]:
 
 
 def in_uniform_step(ladders: Sequence[Ladder]) -> list[Track]:
-    groups: dict[tuple[str, int, int], list[int]] = {}
+    groups: dict[tuple[str, int, int, tuple[int, ...]], list[int]] = {}
     for i, ladder in enumerate(ladders):
-        groups.setdefault((ladder.coupling.kind, ladder.coupling.size, ladder.coupling.carriers), []).append(i)
+        c = ladder.coupling
+        groups.setdefault((c.kind, c.size, c.carriers, ladder.removed), []).append(i)
     return [Track(tuple(group), _shares(ladders[group[0]])) for group in groups.values()]
 
 
@@ -180,7 +196,7 @@ def in_carried_step(
     tracks: dict[tuple[int, ...], list[int]] = {}
     for i, tie in enumerate(carried.ties):
         size = tie.base.size
-        kept = [k for k in bounds.widths(tie.base) if carried.fine(tie, k)]
+        kept = [k for k in bounds.widths(tie.base, tie.couplings) if carried.fine(tie, k)]
         track = tracks.setdefault((tie.number, size, len(kept)) if uniform else (i,), [])
         for c in tie.couplings:
             track.append(len(ladders))
