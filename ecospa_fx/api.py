@@ -114,8 +114,7 @@ def compress(
         280
     """
     model, args, kwargs = owned(model, args, kwargs)
-    options = {"round_to": None, **options}
-    couplings = detect(model, args, kwargs, allow=options.pop("allow", ()))
+    couplings, options = detect(model, args, kwargs, allow=options.pop("allow", ())), {"round_to": None, **options}
     if method == SECOND_ORDER:
         task = Task(model, args, kwargs, couplings, *checked(batches, loss))
         return _rebuilt(task, ratio, options)
