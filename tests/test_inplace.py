@@ -309,6 +309,91 @@ def test_head_dimensions_of_other_widths_than_their_keys_are_refused() -> None:
     assert_same(model, before)
 
 
+class Turned(nn.Module):
+    """Attention whose queries and keys are turned by angles from tables that all layers share, two entries per pair."""
+
+    cos: Tensor
+    sin: Tensor
+    bias: Tensor
+
+    def __init__(self, interleaved: bool, layers: int = 2) -> None:
+        super().__init__()
+        self.interleaved, self.width = interleaved, 8
+        angles = torch.arange(16)[:, None] / 7 ** (torch.arange(4) / 4)
+        angles = angles.repeat_interleave(2, 1) if interleaved else torch.cat([angles, angles], 1)
+        self.register_buffer("cos", angles.cos())
+        self.register_buffer("sin", angles.sin())
+        self.register_buffer("bias", torch.randn(16, 16))
+        self.qkv = nn.ModuleList(nn.Linear(16, 96) for _ in range(layers))
+        self.out = nn.ModuleList(nn.Linear(32, 16) for _ in range(layers))
+
+    def turned(self, x: Tensor) -> Tensor:
+        if self.interleaved:
+            swapped = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
+        else:
+            swapped = torch.cat([-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]], -1)
+        return x * self.cos[: x.shape[-2]] + swapped * self.sin[: x.shape[-2]]
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.bias[: x.shape[1], : x.shape[1]]
+        for i, qkv in enumerate(self.qkv):
+            q, k, v = (y.unflatten(-1, (-1, self.width)).transpose(1, 2) for y in qkv(x).chunk(3, -1))
+            mixed = scaled_dot_product_attention(self.turned(q), self.turned(k), v, attn_mask=bias, scale=0.3)
+            x = x + self.out[i](mixed.transpose(1, 2).flatten(2))
+        return x
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_tables_that_all_layers_share_are_cut_where_all_keep_the_same_pairs(interleaved: bool, tmp_path: Path) -> None:
+    model, args = Turned(interleaved).double(), (torch.randn(2, 6, 16, dtype=torch.float64),)
+    plan = eco.plan(eco.detect(model, args), 0.4, expressible_in="module", kinds=["qk", "vo"], floor=0)
+    pairs = {units for s in plan if s.kind == "qk" for units in s.keep}
+    assert len(pairs) == 1
+    kept = 2 * len(pairs.pop())
+    twin = masked_twin(model, plan)
+    eco.shrink_(model, plan, args)
+    x = torch.randn(3, 9, 16, dtype=torch.float64)
+    assert largest(model(x), twin(x)) < 1e-12
+    assert (model.width, model.cos.shape[1], model.sin.shape[1]) == (kept, kept, kept)
+    eco.save(model, tmp_path / "own")
+    back = eco.load(tmp_path / "own", model=lambda: Turned(interleaved))
+    assert type(back) is Turned
+    assert torch.equal(back(x), model(x))
+
+
+def test_rotary_head_dimensions_of_a_llama(tmp_path: Path) -> None:
+    model, kwargs = tiny("llama")
+    couplings = eco.detect(model, (), kwargs)
+    plan = eco.plan(couplings, 0.4, expressible_in="module", kinds=["qk", "vo", "ffn"], floor=0)
+    twin: Any = masked_twin(model, plan)
+    own: Any = eco.shrink_(model, plan, (), kwargs)
+    kept = next(s.kept for s in plan if s.kind == "qk")
+    assert kept < 8
+    assert {name: b.numel() for name, b in own.model.rotary_emb.named_buffers()} == dict.fromkeys(
+        ("inv_freq", "original_inv_freq"), kept
+    )
+    prompt = kwargs["input_ids"][:, :4]
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with torch.no_grad():
+        assert largest(own(**kwargs).logits, twin(**kwargs).logits) < 1e-12
+        tokens = own.generate(prompt, **options)
+        assert torch.equal(tokens, twin.generate(prompt, **options))
+        assert torch.equal(tokens, own.generate(prompt, **options, cache_implementation="static"))
+        assert own(input_ids=prompt, use_cache=True).past_key_values.layers[0].keys.shape[-1] == 2 * kept
+    eco.save(own, tmp_path / "own")
+    back: Any = eco.load(tmp_path / "own")
+    with torch.no_grad():
+        assert torch.equal(back(**kwargs).logits, own(**kwargs).logits)
+
+
+def test_other_pairs_in_each_layer_cannot_share_a_table() -> None:
+    model, kwargs = tiny("llama")
+    before = state(model)
+    with pytest.raises(PlanError, match="cannot be written back into the module"):
+        eco.shrink_(model, plan_of(eco.detect(model, (), kwargs), ["qk", "vo"], half), (), kwargs)
+    assert_same(model, before)
+
+
 # -- plans that a module, or its configuration, can carry --------------------------------------------------------
 
 

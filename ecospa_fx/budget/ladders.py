@@ -18,7 +18,7 @@ from ecospa_fx.errors import PlanError
 from ecospa_fx.plan import Selection
 
 if TYPE_CHECKING:
-    from ecospa_fx.inplace.express import Carried
+    from ecospa_fx.inplace.express import Carried, Tie
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,9 +200,17 @@ def in_carried_step(
         track = tracks.setdefault((tie.number, size, len(kept)) if uniform else (i,), [])
         for c in tie.couplings:
             track.append(len(ladders))
-            ladders.append(Ladder.of(c, values[c.name], [k * (c.size // size) for k in kept], spending))
+            ladders.append(Ladder.of(c, _shared(tie, c, values), [k * (c.size // size) for k in kept], spending))
     found = [Track(tuple(t), _shares(ladders[t[0]]) if uniform else _together(ladders, t)) for t in tracks.values()]
     return ladders, found
+
+
+def _shared(tie: Tie, coupling: Coupling, values: Mapping[str, Tensor]) -> Tensor:
+    """Scores [carriers, units] of a coupling; the mean over all that rotates where that must keep the same pairs."""
+    if not tie.same or coupling.symmetry != "rotary":
+        return values[coupling.name]
+    alike = [values[c.name] for c in tie.couplings if c.symmetry == "rotary" and c.size == coupling.size]
+    return torch.cat(alike).mean(0).expand(coupling.carriers, -1)
 
 
 def _together(ladders: Sequence[Ladder], members: Sequence[int]) -> Tensor:

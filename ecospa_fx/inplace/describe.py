@@ -11,22 +11,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from ecospa_fx.inplace.attributes import Found, Place, integers
+from ecospa_fx.inplace.attributes import Found, integers
 from ecospa_fx.inplace.follow import alike, rules_of
 from ecospa_fx.inplace.groups import Group, narrowed_axes, scaled, under
 from ecospa_fx.inplace.proof import Bench
+from ecospa_fx.inplace.tables import Spot
 from ecospa_fx.plan import Plan, Selection
 
 Axes = Mapping[tuple[str, int], tuple[int, int]]
 
 
-def described(bench: Bench, plan: Plan, groups: Sequence[Group]) -> dict[Place, int]:
+def described(bench: Bench, plan: Plan, groups: Sequence[Group]) -> dict[Spot, int]:
     """What running the model does not read and what counts something that gets narrower, with its new value."""
     model, axes = bench.model, narrowed_axes(plan, bench.model)
     read = {place for rule in rules_of(bench, plan, groups) if rule.read for values in rule.options for place in values}
     owners = {name.rpartition(".")[0] for name, _ in axes}
     around = {path for path, _ in model.named_modules() if path and any(under(name, path) for name, _ in axes)}
-    found: dict[Place, int] = {}
+    found: dict[Spot, int] = {}
     for own in alike([one for one in integers(model, around) if not one.place.steps], model):
         if any(one.place in read or one.place.index is not None for one in own):
             continue

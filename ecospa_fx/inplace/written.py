@@ -12,14 +12,19 @@ from ecospa_fx.errors import StorageError
 from ecospa_fx.inplace.attributes import Place
 from ecospa_fx.inplace.edits import Edits
 from ecospa_fx.inplace.follow import apply
+from ecospa_fx.inplace.tables import Spot
 from ecospa_fx.plan import Plan
 
 
-def told(values: Mapping[Place, int]) -> Any:
-    """Places and their new integers as JSON, or None where a key on the way has no place in JSON."""
-    if not all(type(key) in (str, int) for place in values for key in (*place.steps, place.name)):
+def told(values: Mapping[Spot, int]) -> Any:
+    """Places and their new integers as JSON, or None where a key on the way has no place in JSON.
+
+    Buffers that were cut are saved with the weights, and say themselves how wide they are.
+    """
+    places = {place: value for place, value in values.items() if isinstance(place, Place)}
+    if not all(type(key) in (str, int) for place in places for key in (*place.steps, place.name)):
         return None
-    return [[place.module, list(place.steps), place.name, place.index, value] for place, value in values.items()]
+    return [[place.module, list(place.steps), place.name, place.index, value] for place, value in places.items()]
 
 
 def rewritten(dense: nn.Module, plan: Plan, integers: Any, tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -49,7 +54,7 @@ def _entries(integers: Any) -> list[Any]:
     return integers
 
 
-def _read(entry: Any, model: nn.Module) -> tuple[Place, int]:
+def _read(entry: Any, model: nn.Module) -> tuple[Spot, int]:
     try:
         module, steps, name, index, value = entry
         place = Place(module, tuple(steps), name, index)
