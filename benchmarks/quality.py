@@ -8,9 +8,9 @@
 
 MODEL is a Hugging Face folder of a causal language model, DATA a folder with train-0.txt.xz, valid.txt.xz and
 tokenizer.json; data and protocol are those of `scores.py` (calibration on text of train, one window of 512 tokens per
-batch; perplexity on the first 64 windows of valid, or of train's end with ``--eval-on train``). ``--digits`` needs
-scikit-learn. Every row is one call of `ecospa_fx.compress`: seconds and memory are those of the whole call, FLOPs are
-counted per token, latency is the median of a forward pass of four windows. Prints tables, and writes
+batch; widths in single units; perplexity on the first 64 windows of valid, or of train's end with ``--eval-on train``).
+``--digits`` needs scikit-learn. Every row is one call of `ecospa_fx.compress`: seconds and memory are those of the whole
+call, FLOPs are counted per token, latency is the median of a forward pass of four windows. Prints tables, and writes
 ``benchmarks/results/quality.json`` with curves beside it as PNG and SVG (matplotlib).
 """
 
@@ -47,6 +47,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "even": {"allocation": "global"},
     "uniform": {"uniform": True},
     "no-distillation": {"distillation": 0},
+    "longer": {"distillation": 448},
     "sensitivity": {"allocation": "sensitivity"},
     "sensitivity-no-distillation": {"allocation": "sensitivity", "distillation": 0},
     "no-least-squares": {"distillation": 0, "least_squares": False},
@@ -130,7 +131,7 @@ def compressed(
     """One call of `compress` and what became of the model."""
     begin = time.perf_counter()
     small = eco.compress(
-        model, example, NO_CACHE, ratio=ratio, batches=batches, loss=next_token_loss, **VARIANTS[variant]
+        model, example, NO_CACHE, ratio=ratio, batches=batches, loss=next_token_loss, round_to=1, **VARIANTS[variant]
     )
     seconds, plan = time.perf_counter() - begin, origin_of(small).plan
     widths: dict[str, list[float]] = {}
@@ -156,8 +157,8 @@ def classified(encoder: Encoder, arguments: argparse.Namespace) -> list[dict[str
     rows: list[dict[str, Any]] = [{"model": encoder.name, **dense}]
     for variant in arguments.variants:
         for ratio in arguments.ratios:
-            options = {"ratio": ratio, "batches": encoder.batches, "loss": label_loss, **VARIANTS[variant]}
-            small = eco.compress(encoder.model, encoder.example, **options)
+            options = {"ratio": ratio, "loss": label_loss, "round_to": 1, **VARIANTS[variant]}
+            small = eco.compress(encoder.model, encoder.example, batches=encoder.batches, **options)
             found = {"variant": variant, "ratio": ratio, "accuracy": encoder.accuracy(small)}
             rows.append({"model": encoder.name, **found})
             print(f"{encoder.name} {variant} {ratio:.0%}: {rows[-1]['accuracy']:.3f}", flush=True)

@@ -1,4 +1,4 @@
-"""Every model of a zoo: couplings offered and blocked, what detection costs beside the export, and exactness.
+"""Every model of a zoo: couplings offered and blocked, what detection costs beside the export, exactness, saving.
 
     python benchmarks/zoo.py                    # every model of ../shared/zoo
     python benchmarks/zoo.py FOLDER --models llama gpt2
@@ -6,7 +6,8 @@
 FOLDER holds a ``factories.py`` whose dictionary ``F`` has a function per name that returns (model, args, kwargs).
 Export and detection (with a fresh export of its own) are timed one after the other; exactness is the largest relative
 difference between a model shrunk by a random plan and the masked one, in float64, or in float32 where the model's own
-code does not run in float64. Prints a table and writes results/zoo.json.
+code does not run in float64. The smaller model is saved and loaded into a model without these weights: it must have the
+same names, shapes and types, and return the same bits. Prints a table and writes results/zoo.json.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import json
 import platform
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -59,6 +61,42 @@ def made(make: Callable[[], Example]) -> tuple[Example, str]:
     return (model, *inputs), "float64"
 
 
+def numbers(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """The tensors that a model returns."""
+    with torch.no_grad():
+        return [t for t in pytree.tree_leaves(model(*args, **kwargs)) if isinstance(t, torch.Tensor)]
+
+
+def same(some: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> bool:
+    """Whether tensors are equal bit for bit, NaN included."""
+    return len(some) == len(others) and all(
+        a.dtype == b.dtype and a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
+        for a, b in zip(some, others, strict=True)
+    )
+
+
+def comes_back(small: torch.nn.Module, make: Callable[[], Example]) -> bool:
+    """Whether saving and loading give the same module; what `make` builds loses its weights before it is filled."""
+
+    def without_weights() -> Example:
+        model, args, kwargs = made(make)[0]
+        with torch.no_grad():
+            for tensor in model.state_dict(keep_vars=True).values():
+                tensor.zero_()
+        return model, args, kwargs
+
+    with tempfile.TemporaryDirectory() as folder:
+        eco.save(small, Path(folder) / "small")
+        back = eco.load(Path(folder) / "small", model=without_weights)
+    args, kwargs = made(make)[0][1:]
+    own, loaded = small.state_dict(), back.state_dict()
+    return (
+        list(own) == list(loaded)
+        and same(list(own.values()), list(loaded.values()))
+        and same(numbers(small, args, kwargs), numbers(back, args, kwargs))
+    )
+
+
 def measure(make: Callable[[], Example], repeats: int) -> dict[str, Any]:
     """Counts, seconds and exactness of one model."""
     (model, args, kwargs), dtype = made(make)
@@ -71,7 +109,8 @@ def measure(make: Callable[[], Example], repeats: int) -> dict[str, Any]:
         couplings = eco.detect(model, args, kwargs)
         detections.append(time.perf_counter() - begin)
     plan = eco.plan(couplings, ratio=0.5, scores="random", seed=0)
-    error = masked_error(model, eco.shrink(model, plan, args, kwargs), plan, args, kwargs)
+    small = eco.shrink(model, plan, args, kwargs)
+    error = masked_error(model, small, plan, args, kwargs)
     return {
         "offered": len(couplings.offered),
         "blocked": len(couplings.blocked),
@@ -82,19 +121,21 @@ def measure(make: Callable[[], Example], repeats: int) -> dict[str, Any]:
         "error": float(f"{error:.1e}"),
         "dtype": dtype,
         "exact": error <= LIMITS[dtype],
+        "comes_back": comes_back(small, make),
     }
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """One line per model and a line of totals."""
-    head = ["model", "offered", "blocked", "export_s", "detect_s", "ratio", "error", "dtype"]
+    head = ["model", "offered", "blocked", "export_s", "detect_s", "ratio", "error", "dtype", "comes_back"]
     lines = [[r["model"], *([r["failed"]] if "failed" in r else [r[h] for h in head[1:]])] for r in rows]
     told = tabulate(lines, head, disable_numparse=True)
     ratios = sorted(r["ratio"] for r in rows if "ratio" in r)
     middle = f", detection over export {ratios[len(ratios) // 2]} in the median" if ratios else ""
-    exact = sum(bool(r.get("exact")) for r in rows)
+    exact, back = (sum(bool(r.get(n)) for r in rows) for n in ("exact", "comes_back"))
     offered, blocked = (sum(r.get(n, 0) for r in rows) for n in ("offered", "blocked"))
-    return f"{told}\n{exact} of {len(rows)} models exact, {offered} couplings offered, {blocked} blocked{middle}"
+    told += f"\n{exact} of {len(rows)} models exact, {back} the same after saving and loading"
+    return f"{told}, {offered} couplings offered, {blocked} blocked{middle}"
 
 
 def main() -> None:

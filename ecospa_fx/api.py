@@ -96,13 +96,14 @@ def compress(
 ) -> nn.Module:
     """Detect, score, plan and shrink in one call, with the defaults that cost least quality.
 
-    ratio: share of the couplings' parameters to remove; batches: calibration data as (args, kwargs), one sequence
-    each, kept in memory; loss: (output, args, kwargs) to a scalar.
-    method: "second-order" chooses units by the curvature of the loss, and lets what stays make up for what goes: the
-    result is no masked dense model, it is a better one; its ingredients are options, the fields of
-    `ecospa_fx.recipe.Recipe`. Any method of `score` only removes; then `steps` and `progress` of `scored` are options.
-    "magnitude" needs neither batches nor loss. Options of every method: `allow` of `detect`, and those of `plan`. The
-    model stays untouched; see `shrink` for what is shared. Raises what `detect`, `score`, `plan` and `shrink` raise.
+    ratio: share of the couplings' parameters to remove; batches: calibration data as (args, kwargs), one sequence each,
+    kept in memory; loss: (output, args, kwargs) to a scalar. method: "second-order" chooses units by the curvature of
+    the loss, and lets what stays make up for what goes: the result is no masked dense model, it is a better one; its
+    ingredients are options, the fields of `ecospa_fx.recipe.Recipe`. Any method of `score` only removes; then `steps`
+    and `progress` of `scored` are options. "magnitude" needs neither batches nor loss. Options of every method: `allow`
+    of `detect`, and those of `plan`; round_to=None, the default here, keeps widths that the parameters' device likes,
+    on CUDA multiples of 16 bytes. The model stays untouched; see `shrink` for what is shared. Raises what `detect`,
+    `score`, `plan` and `shrink` raise.
 
     Example:
         >>> import torch, ecospa_fx as eco
@@ -113,7 +114,7 @@ def compress(
         280
     """
     model, args, kwargs = owned(model, args, kwargs)
-    couplings = detect(model, args, kwargs, allow=options.pop("allow", ()))
+    couplings, options = detect(model, args, kwargs, allow=options.pop("allow", ())), {"round_to": None, **options}
     if method == SECOND_ORDER:
         task = Task(model, args, kwargs, couplings, *checked(batches, loss))
         return _rebuilt(task, ratio, options)

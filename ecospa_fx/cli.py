@@ -105,7 +105,7 @@ def parser() -> Parser:
     add("--windows", type=int, default=128, metavar="N", help="calibration windows (default: 128)")
     add("--passes", type=int, default=4, metavar="N", help="scoring passes of the other methods (default: 4)")
     add("--length", type=int, metavar="L", help="tokens per window (default: 512, or what the model can read)")
-    add("--round-to", type=int, default=1, metavar="N", help="keep multiples of N units (default: 1)")
+    add("--round-to", type=int, metavar="N", help="keep multiples of N units (default: what the device likes)")
     add("--seed", type=int, default=0, metavar="S", help="where the calibration windows are drawn (default: 0)")
     add("--allow", **ALLOW)
     add("--device", default="cpu", help="where to compute, for instance cuda (default: cpu)")

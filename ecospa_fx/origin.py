@@ -21,7 +21,8 @@ class Origin:
 
     plan: what was removed; model_class: qualified name; config: JSON of a transformers model, else None; attention:
     its attention implementation; inputs: example inputs without their values, or None where they cannot be described;
-    buffers: names of the original model's buffers; training: its mode.
+    buffers: names of the original model's buffers; training: its mode. integers: those that `shrink_` wrote, as
+    JSON; None for a graph.
     """
 
     plan: Plan
@@ -31,6 +32,7 @@ class Origin:
     inputs: Any
     buffers: tuple[str, ...]
     training: bool
+    integers: Any = None
 
 
 def origin(model: nn.Module, plan: Plan, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Origin:

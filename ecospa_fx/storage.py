@@ -2,7 +2,8 @@
 
 A folder holds ``plan.json``, the weights, ``config.json`` of a Hugging Face model, and ``manifest.json``, which names
 every other file with its size and digest and is written last. Loading builds the original architecture, shrinks it
-with the plan and reads the weights into it: nothing in the folder is executed.
+with the plan and reads the weights into it: nothing in the folder is executed. Of a module that ``shrink_`` edited, the
+manifest holds the integers that were written, too, so that it comes back as the user's own class.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import copy
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from ecospa_fx.folder import (
     write_weights,
 )
 from ecospa_fx.huggingface import build, import_transformers
+from ecospa_fx.inplace.written import rewritten
 from ecospa_fx.inputs import blank
 from ecospa_fx.origin import ATTRIBUTE, Origin, origin, remember
 from ecospa_fx.plan import Plan
@@ -103,6 +106,7 @@ def _manifest(folder: Path, origin: Origin) -> dict[str, Any]:
         "attention": origin.attention,
         "training": origin.training,
         "inputs": origin.inputs,
+        "integers": origin.integers,
         "files": {f.name: {"bytes": f.stat().st_size, "sha256": digest(f)} for f in files},
     }
 
@@ -115,9 +119,10 @@ def load(
 ) -> nn.Module:
     """The shrunk model that `save` wrote, on the CPU, in the mode that it was shrunk in.
 
-    model: builds the original architecture, or (model, args, kwargs); its values do not matter and it is not changed.
-    Not needed for models of transformers, which are built from their configuration. dtype: floating type of
-    parameters to load instead of the saved one. No code from the folder is executed.
+    A graph comes back as a graph, and what `shrink_` edited as a module of its own class. model: builds the original
+    architecture, or (model, args, kwargs); its values do not matter and it is not changed. Not needed for models of
+    transformers, which are built from their configuration. dtype: floating type of parameters to load instead of the
+    saved one. No code from the folder is executed.
 
     Raises StorageError for a folder that is incomplete, damaged or not of this kind; PlanError and CaptureError where
     `model` builds another architecture.
@@ -139,9 +144,13 @@ def load_with_inputs(
 
     dense, args, kwargs = _dense(folder, manifest, model)
     dense = _typed(dense, tensors)
-    small = shrink(dense, plan, args, kwargs)
-    _fill(small, tensors, [name for name, _ in dense.named_buffers()])
-    return remember(small, origin(dense, plan, args, kwargs)), args, kwargs
+    known = replace(origin(dense, plan, args, kwargs), integers=manifest.get("integers"))
+    if known.integers is None:
+        small = shrink(dense, plan, args, kwargs)
+    else:
+        small = rewritten(dense, plan, known.integers, tensors)
+    _fill(small, tensors, known.buffers)
+    return remember(small, known), args, kwargs
 
 
 def _read_plan(folder: Path) -> Plan:

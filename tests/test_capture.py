@@ -82,3 +82,17 @@ def test_constants_may_be_left_out_and_arguments_named() -> None:
     assert torch.equal(small(x), want)
     assert torch.equal(small(x=x), want)
     assert torch.equal(small(negate=True, x=x), want)
+
+
+def test_sharded_parameters_are_refused_by_name() -> None:
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
+    try:
+        model, args = Mlp(), (torch.randn(3, 8),)
+        fully_shard(model)
+        with pytest.raises(CaptureError, match=r"'up\.weight' is sharded over devices, .*: shrink the model first"):
+            eco.detect(model, args)
+    finally:
+        dist.destroy_process_group()

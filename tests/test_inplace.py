@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import ecospa_fx as eco
 from ecospa_fx.errors import PlanError
+from ecospa_fx.inplace.proof import Bench, varied
 from ecospa_fx.plan import Plan
 from ecospa_fx.verify import masked
 from tests.hugging import tiny
@@ -90,11 +91,12 @@ def test_what_describes_follows_and_what_happens_to_be_equal_does_not() -> None:
     assert (first.out.out_features, model.up.out_features, model.down.in_features) == (HIDDEN, 20, 20)
 
 
-def test_a_square_weight_is_told_by_its_constructor() -> None:
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_square_weight_is_told_by_its_constructor(bias: bool) -> None:
     class Square(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.up, self.down = nn.Linear(8, 8, bias), nn.Linear(8, 8, bias)
 
         def forward(self, x: Tensor) -> Tensor:
             out: Tensor = self.down(self.up(x).relu())
@@ -126,6 +128,36 @@ def test_weights_of_zero_hide_nothing() -> None:
             parameter.zero_()
     with pytest.raises(PlanError, match="cannot be written back"):
         eco.shrink_(model, plan, args)
+
+
+def test_inputs_that_are_all_the_same_hide_nothing() -> None:
+    """Over equal tokens any attention gives the same: half of the heads would pass for half of every head."""
+    model, kwargs = tiny("llama", num_key_value_heads=4)
+    zeros = {**kwargs, "input_ids": torch.zeros_like(kwargs["input_ids"])}
+    plan = plan_of(eco.detect(model, (), kwargs), ["heads"], half)
+    twin: Any = masked_twin(model, plan)
+    config: Any = eco.shrink_(model, plan, (), zeros).config
+    assert (config.num_attention_heads, config.head_dim) == (2, 16)
+    assert largest(model(**kwargs).logits, twin(**kwargs).logits) < 1e-12
+    bench = Bench(Model().double(), (torch.ones_like(example()[0]),), {})
+    assert any(varied(call) for call in bench.calls)
+
+
+def test_inputs_that_cannot_differ_are_refused() -> None:
+    class First(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.up, self.down = nn.Embedding(1, 8), nn.Linear(8, 12), nn.Linear(12, 8)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            out: Tensor = self.down(self.up(self.table(ids)).relu())
+            return out
+
+    model, args = First().double(), (torch.zeros(2, 3, dtype=torch.long),)
+    before = state(model)
+    with pytest.raises(PlanError, match="hold the same number everywhere"):
+        eco.shrink_(model, plan_of(eco.detect(model, args), ["ffn"], half), args)
+    assert_same(model, before)
 
 
 def test_a_failure_in_the_users_own_module_is_taken_back() -> None:
@@ -274,6 +306,91 @@ def test_head_dimensions_of_other_widths_than_their_keys_are_refused() -> None:
     plan = plan_of(eco.detect(model, (), kwargs), ["vo"], half)
     with pytest.raises(PlanError, match=r"'transformer\.h\.0\.attn\.vo'"):
         eco.shrink_(model, plan, (), kwargs)
+    assert_same(model, before)
+
+
+class Turned(nn.Module):
+    """Attention whose queries and keys are turned by angles from tables that all layers share, two entries per pair."""
+
+    cos: Tensor
+    sin: Tensor
+    bias: Tensor
+
+    def __init__(self, interleaved: bool, layers: int = 2) -> None:
+        super().__init__()
+        self.interleaved, self.width = interleaved, 8
+        angles = torch.arange(16)[:, None] / 7 ** (torch.arange(4) / 4)
+        angles = angles.repeat_interleave(2, 1) if interleaved else torch.cat([angles, angles], 1)
+        self.register_buffer("cos", angles.cos())
+        self.register_buffer("sin", angles.sin())
+        self.register_buffer("bias", torch.randn(16, 16))
+        self.qkv = nn.ModuleList(nn.Linear(16, 96) for _ in range(layers))
+        self.out = nn.ModuleList(nn.Linear(32, 16) for _ in range(layers))
+
+    def turned(self, x: Tensor) -> Tensor:
+        if self.interleaved:
+            swapped = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
+        else:
+            swapped = torch.cat([-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]], -1)
+        return x * self.cos[: x.shape[-2]] + swapped * self.sin[: x.shape[-2]]
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.bias[: x.shape[1], : x.shape[1]]
+        for i, qkv in enumerate(self.qkv):
+            q, k, v = (y.unflatten(-1, (-1, self.width)).transpose(1, 2) for y in qkv(x).chunk(3, -1))
+            mixed = scaled_dot_product_attention(self.turned(q), self.turned(k), v, attn_mask=bias, scale=0.3)
+            x = x + self.out[i](mixed.transpose(1, 2).flatten(2))
+        return x
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_tables_that_all_layers_share_are_cut_where_all_keep_the_same_pairs(interleaved: bool, tmp_path: Path) -> None:
+    model, args = Turned(interleaved).double(), (torch.randn(2, 6, 16, dtype=torch.float64),)
+    plan = eco.plan(eco.detect(model, args), 0.4, expressible_in="module", kinds=["qk", "vo"], floor=0)
+    pairs = {units for s in plan if s.kind == "qk" for units in s.keep}
+    assert len(pairs) == 1
+    kept = 2 * len(pairs.pop())
+    twin = masked_twin(model, plan)
+    eco.shrink_(model, plan, args)
+    x = torch.randn(3, 9, 16, dtype=torch.float64)
+    assert largest(model(x), twin(x)) < 1e-12
+    assert (model.width, model.cos.shape[1], model.sin.shape[1]) == (kept, kept, kept)
+    eco.save(model, tmp_path / "own")
+    back = eco.load(tmp_path / "own", model=lambda: Turned(interleaved))
+    assert type(back) is Turned
+    assert torch.equal(back(x), model(x))
+
+
+def test_rotary_head_dimensions_of_a_llama(tmp_path: Path) -> None:
+    model, kwargs = tiny("llama")
+    couplings = eco.detect(model, (), kwargs)
+    plan = eco.plan(couplings, 0.4, expressible_in="module", kinds=["qk", "vo", "ffn"], floor=0)
+    twin: Any = masked_twin(model, plan)
+    own: Any = eco.shrink_(model, plan, (), kwargs)
+    kept = next(s.kept for s in plan if s.kind == "qk")
+    assert kept < 8
+    assert {name: b.numel() for name, b in own.model.rotary_emb.named_buffers()} == dict.fromkeys(
+        ("inv_freq", "original_inv_freq"), kept
+    )
+    prompt = kwargs["input_ids"][:, :4]
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with torch.no_grad():
+        assert largest(own(**kwargs).logits, twin(**kwargs).logits) < 1e-12
+        tokens = own.generate(prompt, **options)
+        assert torch.equal(tokens, twin.generate(prompt, **options))
+        assert torch.equal(tokens, own.generate(prompt, **options, cache_implementation="static"))
+        assert own(input_ids=prompt, use_cache=True).past_key_values.layers[0].keys.shape[-1] == 2 * kept
+    eco.save(own, tmp_path / "own")
+    back: Any = eco.load(tmp_path / "own")
+    with torch.no_grad():
+        assert torch.equal(back(**kwargs).logits, own(**kwargs).logits)
+
+
+def test_other_pairs_in_each_layer_cannot_share_a_table() -> None:
+    model, kwargs = tiny("llama")
+    before = state(model)
+    with pytest.raises(PlanError, match="cannot be written back into the module"):
+        eco.shrink_(model, plan_of(eco.detect(model, (), kwargs), ["qk", "vo"], half), (), kwargs)
     assert_same(model, before)
 
 

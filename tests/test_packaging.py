@@ -92,7 +92,11 @@ def test_public_dataclasses_are_frozen() -> None:
     for path in library():
         if path.name == "__main__.py":
             continue
-        module = import_module(module_name(path))
+        try:
+            module = import_module(module_name(path))
+        except ModuleNotFoundError as error:
+            assert error.name == "lightning"  # which is needed by whoever uses it only
+            continue
         for name, value in vars(module).items():
             if not isinstance(value, type) or value.__module__ != module.__name__ or name.startswith("_"):
                 continue

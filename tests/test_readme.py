@@ -1,4 +1,4 @@
-"""The README: its Python runs, its commands and options exist, its links lead somewhere."""
+"""The README and docs: their Python runs, commands and options exist, links lead somewhere."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ecospa_fx import cli
 from ecospa_fx.axes import registry
@@ -15,8 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
 
 
 def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -33,6 +34,25 @@ def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     assert sizes[0] - sizes[1] == scope["plan"].removed_parameters > 0
     assert "30.0% of what its couplings hold" in capsys.readouterr().out
     assert (tmp_path / "smaller" / "manifest.json").is_file()
+
+
+def test_the_order_with_other_tools_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, Any] = {"__name__": "order"}
+    text = (ROOT / "docs" / "order.md").read_text(encoding="utf-8")
+    try:
+        for block in blocks("python", text):
+            exec(compile(block, "order.md", "exec"), scope)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        torch._dynamo.reset()
+    dense, small, own = (sum(p.numel() for p in scope[name].parameters()) for name in ("model", "small", "adapted"))
+    assert dense > own
+    assert dense - small == scope["plan"].removed_parameters
+    assert len(scope["ranks"]) == len(scope["model"].layers)
+    assert all(c.blocked is None for c in scope["ranks"])
+    assert (tmp_path / "small.pt2").is_file()
 
 
 def test_there_are_two_commands_of_one_line() -> None:

@@ -158,7 +158,7 @@ def test_plans_by_curves_meet_the_budget_within_the_tried_widths(
 def test_refuses_curves_and_names_that_do_not_fit() -> None:
     with pytest.raises(PlanError, match=r"^coupling '\S+' has no measured curve: measure these couplings, or choose"):
         eco.plan(DIMS, allocation=Curves({}))
-    with pytest.raises(PlanError, match=r"^allocation='best' is unknown: use 'global', 'ragged', 'uniform' or measured curves$"):
+    with pytest.raises(PlanError, match=r"^allocation='best' is unknown: use 'global', 'ragged', 'uniform' or "):
         eco.plan(DIMS, allocation="best")  # type: ignore[arg-type]
     with pytest.raises(PlanError, match=r"^allocation='sensitivity' needs measured curves: pass these, or"):
         eco.plan(DIMS, allocation="sensitivity")  # type: ignore[arg-type]
@@ -199,7 +199,8 @@ def test_compress_measures_when_asked() -> None:
     assert len({s.kept for s in even if s.kind == "ffn" and s.size == 12}) == 1
     with pytest.raises(ScoreError, match=r"^allocation='sensitivity' holds every 4th batch back: pass at least 4$"):
         eco.compress(MODEL, *DATA[0], allocation="sensitivity", **{**options, "batches": batches(3)})
-    with pytest.raises(ScoreError, match=r"^allocation='best' is unknown: use 'ragged', 'global', 'uniform', 'sensitivity'$"):
+    known = "use 'ragged', 'global', 'uniform', 'sensitivity'"
+    with pytest.raises(ScoreError, match=f"^allocation='best' is unknown: {known}$"):
         eco.compress(MODEL, *DATA[0], allocation="best", **options)
 
 

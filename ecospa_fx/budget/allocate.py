@@ -50,7 +50,7 @@ def plan(  # noqa: PLR0913  # whatever a user decides about an allocation meets 
     ratio: float = 0.5,
     scores: Scores | Literal["magnitude", "random"] = "magnitude",
     seed: int = 0,
-    round_to: int = 1,
+    round_to: int | None = 1,
     *,
     allocation: Literal["global", "ragged", "uniform"] | Curves = "global",
     uniform: bool = False,
@@ -65,23 +65,23 @@ def plan(  # noqa: PLR0913  # whatever a user decides about an allocation meets 
     ratio: the share, between 0 and 1, of what the chosen couplings hold together to remove, met to within half a rung.
     budget: what that is counted in: "parameters", each once; "flops" of the example call that `detect` saw; "latency",
     seconds of its products on this machine, measured once and kept on disk (`ecospa_fx.budget.latency`). scores: what
-    `score` returned; "magnitude", from the weights; or "random", drawn from `seed` alone, a test and no way to
-    compress. round_to: kept units per carrier are a multiple of it; a coupling with fewer stays whole. allocation:
-    "global", what scores least for what it frees goes first; "ragged", the same where heads may keep different numbers
-    of units (parameters hold these, zeros fill activations up); "uniform" or uniform=True, the same share everywhere;
-    or measured curves (`ecospa_fx.importance.sensitivity`). floor: the least share that a coupling keeps, at least one
-    unit. limits: by kind, the largest share that a coupling may lose. kinds: only these; by default all offered, but
-    not what is offered in finer couplings (heads) unless scores are random. expressible_in: "module" leaves whole what
-    `shrink_` could not write back, as trying on a copy shows, and takes heads where their content cannot be; with
-    uniform widths the configuration can describe it too. Couplings of one unit stay whole.
+    `score` returned; "magnitude", from the weights; or "random", drawn from `seed` alone, for tests. round_to: kept
+    units per carrier are a multiple of it; a coupling with fewer stays whole; None: of what their device likes
+    (`ecospa_fx.budget.alignment.liked`). allocation: "global", what scores least for what it frees goes first;
+    "ragged", the same where heads may keep different numbers of units, and zeros fill activations up; "uniform" or
+    uniform=True, the same share everywhere; or measured `ecospa_fx.importance.sensitivity` curves. floor: the least
+    share that a coupling keeps, at least one unit. limits: by kind, the largest share that it may lose. kinds: only
+    these; by default all offered, but not what is offered in finer couplings (heads) unless scores are random.
+    expressible_in: "module" leaves whole what `shrink_` could not write back, as trying on a copy shows, and takes
+    heads where their content cannot be; with uniform widths the configuration can describe it too.
 
-    Raises PlanError for what is out of range, out of reach or does not fit; ScoreError for weights without magnitudes.
+    Raises PlanError for what is out of range or reach or does not fit, ScoreError for weights without magnitudes.
     >>> small = plan(couplings, ratio=0.5, round_to=8, limits={"ffn": 0.6}, budget="flops")  # doctest: +SKIP
     """
-    bounds, how = Bounds(round_to, floor, {} if limits is None else limits), "uniform" if uniform else allocation
+    bounds = Bounds(round_to, floor, {} if limits is None else limits, dict(couplings.model.named_parameters()))
+    how = "uniform" if uniform else allocation
     _check_arguments(ratio, seed, how)
-    if how == "ragged" and (budget != "parameters" or expressible_in is not None):
-        raise PlanError("allocation='ragged' counts parameters, in graph form: leave budget= and expressible_in= out")
+    _check_ragged(how, even=budget != "parameters" or expressible_in is not None)
     carried = _carried(couplings, kinds, how, expressible_in) if expressible_in is not None else None
     chosen = carried.couplings if carried is not None else choose(couplings, kinds, containers=_is_random(scores))
     return _allocated(couplings, carried or chosen, ratio, (scores, seed, how), bounds, budget)
@@ -99,7 +99,7 @@ def _allocated(
     scores, seed, how = by
     chosen = among if isinstance(among, Sequence) else among.couplings
     values = _values(couplings, bounds.fit(chosen), scores, seed, how)
-    spending = _spending(couplings, budget, chosen, bounds.round_to)
+    spending = _spending(couplings, budget, chosen, bounds.round_to or 1)
     if not isinstance(among, Sequence):
         ladders, tracks = in_carried_step(among, values, bounds, spending, uniform=how == "uniform")
         return _planned(couplings, ladders, _cut(spending, ladders, tracks, ratio, bounds))
@@ -232,6 +232,11 @@ def _first_reaching(removed: Callable[[int], float], target: float, guess: int, 
     while low >= 0 and removed(low) >= target:
         low, high, step = low - step, low, 2 * step
     return bisect_left(range(last + 1), target, lo=max(low + 1, 0), hi=min(high, last + 1), key=removed)
+
+
+def _check_ragged(allocation: object, *, even: bool) -> None:
+    if even and isinstance(allocation, str) and allocation == "ragged":
+        raise PlanError("allocation='ragged' counts parameters, in graph form: leave budget= and expressible_in= out")
 
 
 def _check_arguments(ratio: float, seed: int, allocation: object) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from math import ceil
+from dataclasses import dataclass, field
+from math import ceil, gcd, lcm
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ecospa_fx.budget.alignment import liked
 from ecospa_fx.budget.elements import Removal
 from ecospa_fx.budget.spending import Spending
 from ecospa_fx.coupling.couplings import Coupling
@@ -17,19 +18,23 @@ from ecospa_fx.errors import PlanError
 from ecospa_fx.plan import Selection
 
 if TYPE_CHECKING:
-    from ecospa_fx.inplace.express import Carried
+    from ecospa_fx.inplace.express import Carried, Tie
 
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """How many units a coupling may keep; see `plan`. Raises PlanError for what is out of range."""
+    """How many units a coupling may keep; see `plan`. Raises PlanError for what is out of range.
 
-    round_to: int
+    parameters: by name, those whose device and type say what is liked where round_to is None.
+    """
+
+    round_to: int | None
     floor: float
     limits: Mapping[str, float]
+    parameters: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.round_to, int) or self.round_to < 1:
+        if self.round_to is not None and (not isinstance(self.round_to, int) or self.round_to < 1):
             raise PlanError(f"round_to={self.round_to!r} is not a number of units: give a whole number of at least 1")
         if not isinstance(self.floor, int | float) or not 0 <= self.floor < 1:
             raise PlanError(
@@ -51,15 +56,26 @@ class Bounds:
                 raise PlanError(f"limits names kind {kind!r}, of which nothing is chosen: use some of {listed(known)}")
         return chosen
 
-    def widths(self, coupling: Coupling) -> list[int]:
-        """Numbers of units that may be kept, short of all, from most to fewest."""
-        step = self.round_to
-        return list(range((coupling.size - 1) // step * step, self.least(coupling) - 1, -step))
+    def widths(self, coupling: Coupling, tied: Sequence[Coupling] = ()) -> list[int]:
+        """Numbers of units that may be kept, short of all, from most to fewest.
+
+        tied: couplings that keep as many times more as they have.
+        """
+        size = coupling.size
+        step = lcm(*(self.step(c, c.size // size) for c in (coupling, *tied)))
+        return list(range((size - 1) // step * step, self.least(coupling) - 1, -step))
 
     def least(self, coupling: Coupling) -> int:
         """How many units stay at least."""
         size, limit = coupling.size, self.limits.get(coupling.kind, 1)
         return max(1, ceil(self.floor * size), size - int(limit * size + 1e-9))
+
+    def step(self, coupling: Coupling, times: int = 1) -> int:
+        """What kept units are a multiple of where a coupling keeps so many times more of them."""
+        if self.round_to is not None:
+            return self.round_to
+        step = liked(coupling, self.parameters)
+        return step // gcd(step, times)
 
     def __str__(self) -> str:
         told = f"floor={self.floor} and round_to={self.round_to}"
@@ -93,9 +109,9 @@ class Ladder:
 
     @classmethod
     def ragged(cls, coupling: Coupling, values: Tensor, bounds: Bounds) -> Ladder:
-        """Each carrier loses units by itself, `round_to` at a time, and keeps as many at least; counted in elements."""
+        """Each carrier loses units by itself, a step at a time, and keeps as many at least; counted in elements."""
         ranked, order = values.to("cpu", torch.float64).sort(dim=1, stable=True)
-        size, carriers, step = coupling.size, coupling.carriers, bounds.round_to
+        size, carriers, step = coupling.size, coupling.carriers, bounds.step(coupling)
         each = coupling.parameters / (size * carriers)
         ends = size - torch.arange((size - 1) // step * step, 0, -step)
         at = torch.cat([ends.new_zeros(1), ends])
@@ -145,9 +161,10 @@ def each_alone(ladders: Sequence[Ladder]) -> list[Track]:
 
 
 def in_uniform_step(ladders: Sequence[Ladder]) -> list[Track]:
-    groups: dict[tuple[str, int, int], list[int]] = {}
+    groups: dict[tuple[str, int, int, tuple[int, ...]], list[int]] = {}
     for i, ladder in enumerate(ladders):
-        groups.setdefault((ladder.coupling.kind, ladder.coupling.size, ladder.coupling.carriers), []).append(i)
+        c = ladder.coupling
+        groups.setdefault((c.kind, c.size, c.carriers, ladder.removed), []).append(i)
     return [Track(tuple(group), _shares(ladders[group[0]])) for group in groups.values()]
 
 
@@ -211,13 +228,21 @@ def in_carried_step(
     tracks: dict[tuple[int, ...], list[int]] = {}
     for i, tie in enumerate(carried.ties):
         size = tie.base.size
-        kept = [k for k in bounds.widths(tie.base) if carried.fine(tie, k)]
+        kept = [k for k in bounds.widths(tie.base, tie.couplings) if carried.fine(tie, k)]
         track = tracks.setdefault((tie.number, size, len(kept)) if uniform else (i,), [])
         for c in tie.couplings:
             track.append(len(ladders))
-            ladders.append(Ladder.of(c, values[c.name], [k * (c.size // size) for k in kept], spending))
+            ladders.append(Ladder.of(c, _shared(tie, c, values), [k * (c.size // size) for k in kept], spending))
     found = [Track(tuple(t), _shares(ladders[t[0]]) if uniform else _together(ladders, t)) for t in tracks.values()]
     return ladders, found
+
+
+def _shared(tie: Tie, coupling: Coupling, values: Mapping[str, Tensor]) -> Tensor:
+    """Scores [carriers, units] of a coupling; the mean over all that rotates where that must keep the same pairs."""
+    if not tie.same or coupling.symmetry != "rotary":
+        return values[coupling.name]
+    alike = [values[c.name] for c in tie.couplings if c.symmetry == "rotary" and c.size == coupling.size]
+    return torch.cat(alike).mean(0).expand(coupling.carriers, -1)
 
 
 def _together(ladders: Sequence[Ladder], members: Sequence[int]) -> Tensor:

@@ -49,6 +49,7 @@ def captures(
     parts: tuple[tuple[Any, ...], dict[str, Any]] = opened((tuple(args), dict(kwargs or {})))
     args, kwargs = parts
     _refuse_quantised(model)
+    _refuse_sharded(model)
     _bound(model, args, kwargs)
     view, failure, made = seen(model, kwargs), None, False
     for attempt in _attempts(view, args, kwargs) if dynamic else [(args, kwargs, None)]:
@@ -64,6 +65,15 @@ def captures(
         raise failure
     if failure is not None and not made:
         raise CaptureError(_failure(model, failure)) from failure
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "device_mesh"):  # a DTensor, of which this process has a part
+            raise CaptureError(
+                f"parameter {name!r} is sharded over devices, and a plan takes whole rows: shrink the model first and "
+                "shard the result"
+            )
 
 
 def _refuse_quantised(model: nn.Module) -> None:

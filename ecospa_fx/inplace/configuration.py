@@ -17,11 +17,12 @@ from torch import nn
 
 from ecospa_fx.coupling.couplings import parameter_shapes
 from ecospa_fx.graph.objects import is_object
-from ecospa_fx.inplace.attributes import Place, integers, integers_of
+from ecospa_fx.inplace.attributes import integers, integers_of
 from ecospa_fx.inplace.edits import Edits
 from ecospa_fx.inplace.follow import Rule, edited, edits_of, options_of
 from ecospa_fx.inplace.groups import Group, components, narrowed_axes, part
 from ecospa_fx.inplace.proof import Bench
+from ecospa_fx.inplace.tables import Spot
 from ecospa_fx.plan import Plan
 
 TRIALS = 500
@@ -53,7 +54,7 @@ def built_shapes(model: nn.Module, config: Any) -> Shapes | None:
 
 def configured(bench: Bench, plan: Plan, groups: Sequence[Group], name: str) -> Configured | None:
     """The integers of a configuration that describe the model after a plan, None where there are none."""
-    values: dict[Place, int] = {}
+    values: dict[Spot, int] = {}
     for component in components(groups):
         own = part(plan, component)
         found = (told for told in _describing(bench.model, own, component, name) if rebuilt(bench, own, told, name))
@@ -69,11 +70,11 @@ def configured(bench: Bench, plan: Plan, groups: Sequence[Group], name: str) -> 
 class Configured:
     """New integers of a configuration, and a model that was built from it with the weights that a plan keeps."""
 
-    values: dict[Place, int]
+    values: dict[Spot, int]
     model: nn.Module
 
 
-def _describing(model: nn.Module, plan: Plan, groups: Sequence[Group], name: str) -> Iterator[dict[Place, int]]:
+def _describing(model: nn.Module, plan: Plan, groups: Sequence[Group], name: str) -> Iterator[dict[Spot, int]]:
     axes, wanted = narrowed_axes(plan, model), shapes_after(plan, model)
     config = vars(model)[name]
     rules = []
@@ -86,7 +87,7 @@ def _describing(model: nn.Module, plan: Plan, groups: Sequence[Group], name: str
             yield values
 
 
-def describes(model: nn.Module, values: Mapping[Place, int], name: str, wanted: Shapes) -> bool:
+def describes(model: nn.Module, values: Mapping[Spot, int], name: str, wanted: Shapes) -> bool:
     """Whether a configuration with some integers replaced builds a model of these shapes."""
     edits = Edits()
     try:
@@ -106,12 +107,13 @@ def shapes_after(plan: Plan, model: nn.Module) -> Shapes:
     }
 
 
-def rebuilt(bench: Bench, plan: Plan, values: Mapping[Place, int], name: str) -> nn.Module | None:
+def rebuilt(bench: Bench, plan: Plan, values: Mapping[Spot, int], name: str) -> nn.Module | None:
     """A model built from the configuration with the weights that a plan keeps; None where masking gives otherwise."""
     reference = bench.reference(plan)
     with edited(bench.model, plan, values, reference.buffers):
         try:
-            built = type(bench.model)(read_again(vars(bench.model)[name])).to(bench.dtype).eval()
+            with next(bench.model.parameters()).device:
+                built = type(bench.model)(read_again(vars(bench.model)[name])).to(bench.dtype).eval()
             built.load_state_dict(bench.model.state_dict())
         except Exception:  # the constructor or the weights refuse, in whatever way
             return None
@@ -123,7 +125,7 @@ def rebuilt(bench: Bench, plan: Plan, values: Mapping[Place, int], name: str) ->
             bench.model = own
 
 
-def told_by(built: nn.Module, model: nn.Module) -> dict[Place, int]:
+def told_by(built: nn.Module, model: nn.Module) -> dict[Spot, int]:
     """The integers of a model's modules that the constructor sets to something else in a model built anew."""
     paths = {path for path, _ in model.named_modules()}
     ours = {one.place: one.value for one in integers(model, paths) if not one.place.steps}

@@ -11,22 +11,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from ecospa_fx.inplace.attributes import Found, Place, integers
+from ecospa_fx.inplace.attributes import Found, integers
 from ecospa_fx.inplace.follow import alike, rules_of
 from ecospa_fx.inplace.groups import Group, narrowed_axes, scaled, under
 from ecospa_fx.inplace.proof import Bench
+from ecospa_fx.inplace.tables import Spot
 from ecospa_fx.plan import Plan, Selection
 
 Axes = Mapping[tuple[str, int], tuple[int, int]]
 
 
-def described(bench: Bench, plan: Plan, groups: Sequence[Group]) -> dict[Place, int]:
+def described(bench: Bench, plan: Plan, groups: Sequence[Group]) -> dict[Spot, int]:
     """What running the model does not read and what counts something that gets narrower, with its new value."""
     model, axes = bench.model, narrowed_axes(plan, bench.model)
     read = {place for rule in rules_of(bench, plan, groups) if rule.read for values in rule.options for place in values}
     owners = {name.rpartition(".")[0] for name, _ in axes}
     around = {path for path, _ in model.named_modules() if path and any(under(name, path) for name, _ in axes)}
-    found: dict[Place, int] = {}
+    found: dict[Spot, int] = {}
     for own in alike([one for one in integers(model, around) if not one.place.steps], model):
         if any(one.place in read or one.place.index is not None for one in own):
             continue
@@ -56,7 +57,8 @@ def _of_parameters(model: nn.Module, one: Found, axes: Axes) -> int | None:
             rest |= old == one.value and cut == old
     if len(new) != 1 or not rest:
         return new.pop() if len(new) == 1 else None
-    told = _built_by(owner, one.place.name)
+    have = dict(owner.named_parameters(recurse=False))
+    told = [at for at in _built_by(owner, one.place.name) if at[0] in have]
     driven = {axes.get((f"{path}.{name}" if path else name, axis), (0, 0)) for name, axis in told}
     return driven.pop()[1] if len(driven) == 1 and next(iter(driven))[0] == one.value else None
 
@@ -88,16 +90,17 @@ def _of_units(model: nn.Module, one: Found, groups: Sequence[Group], axes: Axes)
         if any(size == one.value and (full, axis) not in axes for axis, size in enumerate(parameter.shape)):
             return None
     selections = [own for group in groups if (own := group.beneath([one.place.module]))]
-    counting = [own for own in selections if any(one.value in _products(s)[0] for s in own)]
-    if len(counting) != 1 or any(one.value in _products(s)[1] for own in selections for s in own):
+    path = one.place.module
+    counting = [own for own in selections if any(one.value in _products(s, path)[0] for s in own)]
+    if len(counting) != 1 or any(one.value in _products(s, path)[1] for own in selections for s in own):
         return None
     return scaled(one.value, counting)
 
 
-def _products(selection: Selection) -> tuple[set[int], set[int]]:
-    """What integers about the members of a coupling may count: numbers of its units, and numbers of anything else."""
+def _products(selection: Selection, path: str) -> tuple[set[int], set[int]]:
+    """What integers about a coupling's members in a module may count: numbers of its units, and of anything else."""
     with_units, without = set(), set()
-    for member in selection.members:
+    for member in (m for m in selection.members if under(m.parameter, path)):
         for box in member.boxes:
             sizes = [len(member.boxes), *(n for n, _ in box.carriers), *(n for n, _ in box.width)]
             found = {prod(chosen) for count in range(len(sizes) + 1) for chosen in combinations(sizes, count)}

@@ -31,12 +31,13 @@ FEW = 64
 class Tie:
     """Couplings that keep the same share of their units, a multiple of `step` in the smallest.
 
-    number: equal for ties of other layers that are like it.
+    number: equal for ties of other layers that are like it; same: those that rotate keep the same pairs, all of them.
     """
 
     couplings: tuple[Coupling, ...]
     number: int
     step: int
+    same: bool = False
 
     @property
     def base(self) -> Coupling:
@@ -72,7 +73,7 @@ def carried_by(couplings: Couplings, chosen: Sequence[Coupling], uniform: bool) 
         probing.configuration = name
         ties = _outer_or_inner(probing, chosen)
         if ties:
-            rows = tuple(Tie(tuple(row), number, t.step) for number, t in enumerate(ties) for row in t.rows)
+            rows = tuple(Tie(tuple(row), number, t.step, t.same) for number, t in enumerate(ties) for row in t.rows)
             return Carried(rows, partial(probing.fine, rows))
     raise PlanError(
         f"the code of {type(couplings.model).__name__} can carry none of its couplings in narrower weights alone: "
@@ -82,10 +83,14 @@ def carried_by(couplings: Couplings, chosen: Sequence[Coupling], uniform: bool) 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tied:
-    """Couplings that the same code computes, one row per choice; those of a row are in step, `step` units at a time."""
+    """Couplings that the same code computes, one row per choice; those of a row are in step, `step` units at a time.
+
+    same: what rotates keeps the same pairs everywhere, as a table of frequencies that all share asks for.
+    """
 
     rows: tuple[tuple[Coupling, ...], ...]
     step: int = 1
+    same: bool = False
 
     @property
     def names(self) -> set[str]:
@@ -115,12 +120,15 @@ class Probing:
 
     def carried(self, tied: Tied) -> Tied | None:
         """Rows that can be carried: as they are, or all in step, or several units at a time; None where they cannot."""
-        for step in STEPS:
-            steps = replace(tied, step=step)
-            for even in (True,) if self.uniform or len(tied.rows) < 2 else (False, True):
-                if self.takes(self.plan(steps, lambda i, size: steps.share(i, size, even=even))):  # noqa: B023
-                    together = even and not self.uniform and len(tied.rows) > 1
-                    return replace(steps, rows=(tuple(c for row in tied.rows for c in row),)) if together else steps
+        evens = (True,) if self.uniform or len(tied.rows) < 2 else (False, True)
+        ways = [(False, step, even) for step in STEPS for even in evens]
+        if any(rotates(c) for row in tied.rows for c in row):
+            ways += [(True, step, True) for step in STEPS]
+        for same, step, even in ways:
+            steps = replace(tied, step=step, same=same)
+            if self.takes(self.plan(steps, lambda i, size: steps.share(i, size, even=even))):  # noqa: B023
+                together = even and len(tied.rows) > 1 and (same or not self.uniform)
+                return replace(steps, rows=(tuple(c for row in tied.rows for c in row),)) if together else steps
         return None
 
     def takes(self, plan: Plan) -> bool:
@@ -137,13 +145,16 @@ class Probing:
     def plan(self, tied: Tied, share: Callable[[int, int], int]) -> Plan:
         """Random units of some rows. share: from a row's number and least size to the units that stay."""
         source = torch.Generator().manual_seed(0)
+        orders = {c.size: torch.randperm(c.size, generator=source) for row in tied.rows for c in row}
         selections = []
         for i, row in enumerate(tied.rows):
             size = min(c.size for c in row)
             for c in row:
                 keep = torch.zeros(c.carriers, c.size, dtype=torch.bool)
                 for units in keep:
-                    units[torch.randperm(c.size, generator=source)[: share(i, size) * (c.size // size)]] = True
+                    drawn = torch.randperm(c.size, generator=source)
+                    order = orders[c.size] if tied.same and rotates(c) else drawn
+                    units[order[: share(i, size) * (c.size // size)]] = True
                 selections.append(Selection.of(c, keep))
         return Plan(tuple(selections), self.shapes)
 
@@ -154,17 +165,26 @@ class Probing:
             return kept % tie.step == 0
         key = (tie.number, kept, self.configuration)
         if key not in self.known:
-            alike = Tied(tuple(other.couplings for other in ties if other.number == tie.number))
+            rows = tuple(other.couplings for other in ties if other.number == tie.number)
+            alike = Tied(rows, same=tie.same)
             self.known[key] = self.takes(self.plan(alike, lambda _, other: kept * other // size))
         return self.known[key]
 
 
+def rotates(coupling: Coupling) -> bool:
+    """Whether its units are pairs that are turned by an angle of their own, from a table that others may share."""
+    return coupling.symmetry == "rotary"
+
+
 def _outer_or_inner(probing: Probing, chosen: Sequence[Coupling]) -> list[Tied]:
-    """What can be carried, by groups: of couplings within others the outer ones where not all inner ones can."""
+    """What can be carried, by groups: of couplings within others the outer ones where not all inner ones can.
+
+    Inner ones that must all keep the same pairs lose more than whole heads do, and only count where no heads can go.
+    """
     names = {c.name for c in chosen}
     outer = [c for c in chosen if c.contains and names.issuperset(c.contains)]
     found = _tied(probing, [c for c in chosen if c not in outer])
-    held: set[str] = set().union(*(tied.names for tied in found))
+    held: set[str] = set().union(*(tied.names for tied in found if not tied.same))
     taken: set[str] = set()
     whole = _alike(probing, [c for c in outer if not held.issuperset(c.contains)])
     for tied in sorted(whole, key=lambda t: t.elements, reverse=True):

@@ -16,16 +16,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from ecospa_fx.errors import PlanError
-from ecospa_fx.inplace.attributes import Found, Place, integers, reading
+from ecospa_fx.inplace.attributes import Found, integers, reading
 from ecospa_fx.inplace.edits import Edits
 from ecospa_fx.inplace.groups import Group, narrowed_axes, part, role_of, scaled, under
 from ecospa_fx.inplace.proof import Bench
+from ecospa_fx.inplace.tables import Spot, tables
 from ecospa_fx.plan import Plan
 
 TRIALS = 3000
 
-Values = Mapping[Place, int]
-"""New integers by place."""
+Values = Mapping[Spot, int]
+"""New integers by place, and what stays of buffers."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,7 +38,7 @@ class Rule:
     read: bool
 
 
-def solve(bench: Bench, plan: Plan, groups: Sequence[Group]) -> dict[Place, int]:
+def solve(bench: Bench, plan: Plan, groups: Sequence[Group]) -> dict[Spot, int]:
     """The integers that must follow a plan of some groups, and their new values.
 
     Raises PlanError where no edit gives what masking gives.
@@ -83,7 +84,7 @@ def apply(model: nn.Module, plan: Plan, values: Values, buffers: Mapping[str, Te
         place.write(model, value, edits)
 
 
-def edits_of(rules: Sequence[Rule]) -> Iterator[dict[Place, int]]:
+def edits_of(rules: Sequence[Rule]) -> Iterator[dict[Spot, int]]:
     """Every combination of the rules' options, those of fewer rules first."""
     for count in range(len(rules) + 1):
         for chosen in combinations(rules, count):
@@ -108,7 +109,7 @@ def rules_of(bench: Bench, plan: Plan, groups: Sequence[Group]) -> list[Rule]:
         if options:
             told = f"{type(own[0].owner).__name__}.{own[0].place.name}"
             rules.append(Rule(told, tuple(options), any(_is_read(one, read) for one in own)))
-    return rules
+    return rules + [Rule(told, options, True) for told, options in tables(model, groups)]
 
 
 def alike(found: Sequence[Found], model: nn.Module) -> list[list[Found]]:
@@ -121,7 +122,7 @@ def alike(found: Sequence[Found], model: nn.Module) -> list[list[Found]]:
     return list(result.values())
 
 
-def counted(bench: Bench, plan: Plan, groups: Sequence[Group]) -> set[Place]:
+def counted(bench: Bench, plan: Plan, groups: Sequence[Group]) -> set[Spot]:
     """The integers that running the model reads and that may follow some groups."""
     rules = rules_of(bench, part(plan, groups), groups)
     return {place for rule in rules if rule.read for values in rule.options for place in values}
@@ -146,7 +147,7 @@ def options_of(
         new = {one.place: way(one) for one in places}
         if any(value is None for value in new.values()):
             continue
-        values = {one.place: new[one.place] or 0 for one in places if new[one.place] != one.value}
+        values: Values = {one.place: new[one.place] or 0 for one in places if new[one.place] != one.value}
         if values and values not in options:
             options.append(values)
     return options

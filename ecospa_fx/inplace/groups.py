@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from math import prod
 from typing import Any
 
@@ -35,10 +36,10 @@ def under(name: str, path: str) -> bool:
 
 
 def role_of(path: str, model: nn.Module) -> Any:
-    """What a module is in its surroundings, the same in every layer: its class, its name and the class around it."""
-    outer, _, last = path.rpartition(".")
-    named = "" if last.isdigit() else last
-    return type(model.get_submodule(path)), named, type(model.get_submodule(outer)) if path else None
+    """What a module is in its layer, the same in every layer: its class, the names from there to it, what is around."""
+    outer, *_ = path.rpartition(".")
+    names = takewhile(lambda name: not name.isdigit(), reversed(path.split(".")))
+    return type(model.get_submodule(path)), tuple(names), type(model.get_submodule(outer)) if path else None
 
 
 def grouped(selections: Sequence[Selection], model: nn.Module) -> list[Group]:

@@ -58,6 +58,9 @@ class Bench:
         self.program = capture(self.model, example.args, example.kwargs, dynamic=True)
         more = [*others(self.program, example), *flipped(example)]
         self.calls = [example, *(call for call in more if self.attempt(call) is not None)]
+        if not any(varied(call) for call in self.calls):
+            self.calls += [found for call in self.calls if (found := self._varied(call)) is not None]
+            self._check_varied()
 
     def _runs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         self.model = _shaken(self.model.double())
@@ -67,6 +70,18 @@ class Bench:
         return pytree.tree_map(
             lambda t: t.to(self.dtype) if isinstance(t, Tensor) and t.is_floating_point() else t, (args, kwargs)
         )
+
+    def _varied(self, call: Call) -> Call | None:
+        """The call with other numbers in all its tensors or in one, None where the model takes no such call."""
+        return next((found for found in shuffled(call) if self.attempt(found) is not None), None)
+
+    def _check_varied(self) -> None:
+        tensors = [t for call in self.calls for t in pytree.tree_leaves((call.args, call.kwargs)) if _told_apart(t)]
+        if tensors and not any(varied(call) for call in self.calls):
+            raise PlanError(
+                "the tensors of the example hold the same number everywhere, which hides wrong edits of attention: "
+                "pass inputs that differ, such as random tokens"
+            )
 
     def run(self, call: Call) -> list[Tensor]:
         """The numbers in what the model returns, its buffers unchanged afterwards."""
@@ -212,6 +227,40 @@ def others(program: ExportedForm, example: Call) -> list[Call]:
         if not any(type(leaf).__name__ == "Opened" for leaf in pytree.tree_leaves((args, kwargs))):
             found.append(Call(args, kwargs))
     return found
+
+
+def varied(call: Call) -> bool:
+    """Whether any tensor of numbers in a call holds different ones: positions that are all equal tell no attention."""
+    leaves = pytree.tree_leaves((call.args, call.kwargs))
+    return any(_told_apart(t) and bool((t != t.flatten()[0]).any()) for t in leaves)
+
+
+def _told_apart(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dtype is not torch.bool and leaf.numel() > 1
+
+
+def shuffled(call: Call) -> Iterator[Call]:
+    """A call with other numbers in all its tensors, then in one at a time.
+
+    Whole numbers become 0 or 1, on the CPU alone: elsewhere an index that is out of range ends the process.
+    """
+    leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
+    source = torch.Generator().manual_seed(0)
+    new = {i: _other(t, source) for i, t in enumerate(leaves) if _told_apart(t)}
+    found = {i: t for i, t in new.items() if t is not None}
+    for chosen in (list(found), *([i] for i in found)):
+        made = [found[i] if i in chosen else leaf for i, leaf in enumerate(leaves)]
+        args, kwargs = pytree.tree_unflatten(made, spec)
+        if chosen:
+            yield Call(args, kwargs, call.strict)
+
+
+def _other(tensor: Tensor, source: torch.Generator) -> Tensor | None:
+    if tensor.is_floating_point():
+        return tensor + torch.randn(tensor.shape, generator=source, dtype=torch.float32).to(tensor)
+    if tensor.is_complex() or tensor.device.type != "cpu":
+        return None
+    return torch.randint(0, 2, tensor.shape, generator=source).to(tensor)
 
 
 def _expressions(node: fx.Node, leaf: Any) -> list[Any]:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from ecospa_fx.errors import PlanError
-from ecospa_fx.inplace.attributes import Place
 from ecospa_fx.inplace.configuration import builders, configured, told_by
 from ecospa_fx.inplace.describe import described
 from ecospa_fx.inplace.edits import Edits
 from ecospa_fx.inplace.follow import apply, counted, edited, solve
 from ecospa_fx.inplace.groups import Group, components, grouped
 from ecospa_fx.inplace.proof import Bench, Call, equal, numbers, unwritten
+from ecospa_fx.inplace.tables import Spot
+from ecospa_fx.inplace.written import told
 from ecospa_fx.origin import ATTRIBUTE, origin, remember
 from ecospa_fx.plan import Plan
 from ecospa_fx.verify import masked
@@ -27,7 +29,7 @@ OWN_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 
 
 def shrink_(model: Model, plan: Plan, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Model:
-    """Make a model smaller in place: its parameters, and the integers of its modules that must follow.
+    """Make a model smaller in place: its parameters, and the integers and tables of its modules that must follow.
 
     args, kwargs: example inputs. Classes, methods, hooks, modes and Parameter objects stay, so that generation with
     caches, adapters, trainers and saving go on working; gradients are cut along, and an optimizer must be made anew.
@@ -48,7 +50,7 @@ def shrink_(model: Model, plan: Plan, args: Sequence[Any] = (), kwargs: Mapping[
     plan.check(model)
     bench = Bench(model, args, kwargs)
     values = proven(bench, plan)
-    known, again = origin(model, plan, args, kwargs), hasattr(model, ATTRIBUTE)
+    known, again = replace(origin(model, plan, args, kwargs), integers=told(values)), hasattr(model, ATTRIBUTE)
     _write(model, plan, values, Call(tuple(args), kwargs), bench)
     if again:
         delattr(model, ATTRIBUTE)  # it is no longer what one plan makes of the original
@@ -57,7 +59,7 @@ def shrink_(model: Model, plan: Plan, args: Sequence[Any] = (), kwargs: Mapping[
     return model
 
 
-def proven(bench: Bench, plan: Plan) -> dict[Place, int]:
+def proven(bench: Bench, plan: Plan) -> dict[Spot, int]:
     """Every integer that follows a plan, proven together against masking and the rewritten graph."""
     if plan.ragged:
         name = next(s.name for s in plan if s.ragged)
@@ -77,12 +79,12 @@ def proven(bench: Bench, plan: Plan) -> dict[Place, int]:
     return values
 
 
-def solved(bench: Bench, plan: Plan, groups: Sequence[Group]) -> dict[Place, int]:
+def solved(bench: Bench, plan: Plan, groups: Sequence[Group]) -> dict[Spot, int]:
     """The integers that must follow a plan, found part by part and proven together.
 
     What cuts the same parameters is one part; so is what the same integer counts, where one part alone finds none.
     """
-    values: dict[Place, int] = {}
+    values: dict[Spot, int] = {}
     everything = components(groups)
     parts = list(everything)
     while parts:
@@ -106,14 +108,14 @@ def sharers(bench: Bench, plan: Plan, first: list[Group], parts: Sequence[list[G
     return [first, *(other for other in parts if other is not first and places & counted(bench, plan, other))]
 
 
-def _equals(bench: Bench, plan: Plan, values: Mapping[Place, int], reference: Any) -> bool:
+def _equals(bench: Bench, plan: Plan, values: Mapping[Spot, int], reference: Any) -> bool:
     with edited(bench.model, plan, values, reference.buffers):
         return bench.equals(reference)
 
 
 def _with_configuration(
-    bench: Bench, plan: Plan, groups: Sequence[Group], values: dict[Place, int]
-) -> dict[Place, int] | None:
+    bench: Bench, plan: Plan, groups: Sequence[Group], values: dict[Spot, int]
+) -> dict[Spot, int] | None:
     """The integers with those of a configuration that follows, and all that its constructor sets."""
     for name in builders(bench.model):
         told = configured(bench, plan, groups, name)
@@ -127,7 +129,7 @@ def _with_configuration(
 # -- the user's own module ---------------------------------------------------------------------------------------
 
 
-def _write(model: nn.Module, plan: Plan, values: Mapping[Place, int], call: Call, bench: Bench) -> None:
+def _write(model: nn.Module, plan: Plan, values: Mapping[Spot, int], call: Call, bench: Bench) -> None:
     """Edit the user's module and run it; whatever happens before it has run, it is as it was."""
     edits = Edits()
     with _evaluating(model):

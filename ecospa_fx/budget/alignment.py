@@ -1,0 +1,35 @@
+"""Numbers of units that make widths which a device's kernels like."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import gcd, lcm, prod
+
+from torch import Tensor
+
+from ecospa_fx.coupling.couplings import Coupling
+
+LIKED = {"cuda": 16}
+"""Bytes of which rows should be a multiple, by type of device: NVIDIA's tensor cores are fast from 16 on, that is 8
+numbers of half precision. Kernels of devices that are not here are about as fast for any width."""
+
+
+def liked(coupling: Coupling, parameters: Mapping[str, Tensor]) -> int:
+    """The units per carrier of which a multiple should stay: the least that make every axis a multiple of `LIKED`.
+
+    A unit may be wider than one element: of half-precision numbers on CUDA, multiples of 8 neurons are liked, of 4
+    rotary pairs, and any number of whole heads of 64. Each carrier counts by itself, as each head is a matrix of its
+    own.
+
+    >>> mlp = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.GELU(), torch.nn.Linear(32, 8))
+    >>> ffn = ecospa_fx.detect(mlp, (torch.randn(2, 8),)).offered[0]
+    >>> liked(ffn, dict(mlp.named_parameters()))  # on a CPU
+    1
+    """
+    steps, pairs = [1], coupling.symmetry == "rotary"  # whose two elements are in one head, wherever they stand there
+    for member in coupling.members:
+        held = parameters[member.parameter]
+        wanted = max(1, LIKED.get(held.device.type, 1) // held.element_size())
+        widths = [2 if pairs else prod(size for size, _ in box.width) for box in member.boxes]
+        steps += [wanted // gcd(wanted, width) for width in widths]
+    return lcm(*steps)

@@ -1,0 +1,117 @@
+"""Widths that a device likes: multiples of its bytes, whatever a unit is."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import ecospa_fx as eco
+from ecospa_fx.budget import alignment
+from ecospa_fx.budget.alignment import liked
+from ecospa_fx.coupling.couplings import Box, Coupling, Member
+from ecospa_fx.errors import PlanError
+from ecospa_fx.plan import Plan
+from tests.hugging import tiny
+
+
+@pytest.fixture(autouse=True)
+def likes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This machine's CPU likes what a GPU does."""
+    monkeypatch.setitem(alignment.LIKED, "cpu", 16)
+
+
+def model(dtype: torch.dtype, **options: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """A LLaMA with heads of 32, two query heads for each pair of keys and values."""
+    made, kwargs = tiny("llama", head_dim=32, **options)
+    return made.to(dtype), kwargs
+
+
+def steps(plan: Plan) -> dict[str, set[int]]:
+    """By kind, what the kept numbers of couplings that lost anything are multiples of, up to 8."""
+    found: dict[str, set[int]] = defaultdict(set)
+    for s in plan:
+        if s.kept < s.size:
+            found[s.kind].add(next(step for step in (8, 4, 2, 1) if s.kept % step == 0))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("dtype", "step"), [(torch.bfloat16, 8), (torch.float32, 4), (torch.float64, 2)], ids=["2", "4", "8 bytes"]
+)
+@pytest.mark.parametrize("uniform", [True, False])
+def test_units_of_every_width_make_whole_vectors(dtype: torch.dtype, step: int, uniform: bool) -> None:
+    made, kwargs = model(dtype)
+    couplings = eco.detect(made, (), kwargs)
+    parameters = dict(made.named_parameters())
+    wanted = {"ffn": step, "vo": step, "qk": max(step // 2, 1), "heads": 1}  # one of qk is a rotary pair
+    assert {c.kind: liked(c, parameters) for c in couplings.offered} == wanted
+    plan = eco.plan(couplings, 0.4, round_to=None, uniform=uniform)
+    assert plan.removed_parameters
+    assert all(s.kept == s.size or s.kept % wanted[s.kind] == 0 for s in plan)
+    small = eco.shrink(made, plan, (), kwargs)
+    for name, parameter in small.named_parameters():
+        assert all(size % step == 0 for size in parameter.shape if size not in made.get_parameter(name).shape)
+
+
+def test_a_number_of_ones_own_is_kept_to_and_plans_are_as_before() -> None:
+    made, kwargs = model(torch.bfloat16)
+    couplings = eco.detect(made, (), kwargs)
+    assert eco.plan(couplings, 0.4) == eco.plan(couplings, 0.4, round_to=1)
+    assert 1 in steps(eco.plan(couplings, 0.4))["ffn"]
+    assert steps(eco.plan(couplings, 0.4, round_to=2, kinds=["qk"], floor=0))["qk"] <= {2, 4, 8}
+
+
+def test_a_device_that_likes_any_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, kwargs = model(torch.bfloat16)
+    couplings = eco.detect(made, (), kwargs)
+    monkeypatch.delitem(alignment.LIKED, "cpu")
+    assert eco.plan(couplings, 0.4, round_to=None) == eco.plan(couplings, 0.4)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "gate-fisher", "second-order"])
+def test_compress_keeps_widths_that_the_device_likes(method: str) -> None:
+    torch.manual_seed(0)
+    mlp = nn.Sequential(nn.Linear(8, 61), nn.GELU(), nn.Linear(61, 8))
+    data: list[Any] = [((torch.randn(4, 8),), {}) for _ in range(8)]
+
+    def kept(**options: Any) -> int:
+        recipe: dict[str, Any] = {"distillation": 0} if method == "second-order" else {}
+        wanted: dict[str, Any] = {"batches": data, "loss": lambda y, args, kwargs: y.square().mean()}
+        small = eco.compress(mlp, data[0][0], ratio=0.3, method=method, **wanted, **recipe, **options)
+        return small.get_parameter("0.weight").shape[0]
+
+    assert (kept(), kept(round_to=1), kept(round_to=16)) == (44, 43, 48)
+
+
+def test_what_has_fewer_units_stays_whole_and_the_refusal_says_why() -> None:
+    mlp = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)).bfloat16()
+    couplings = eco.detect(mlp, (torch.randn(2, 8, dtype=torch.bfloat16),))
+    with pytest.raises(PlanError, match=r"round_to=None leave at most 0.0000 .*: ask for less, or lower them"):
+        eco.plan(couplings, 0.5, round_to=None)
+    assert eco.plan(couplings, 0.5, round_to=1).selections[0].kept == 4
+
+
+def test_couplings_in_step_are_aligned_each() -> None:
+    made, kwargs = tiny("gpt2", n_embd=64, n_head=2)
+    couplings = eco.detect(made.bfloat16(), (), kwargs)
+    plan = eco.plan(couplings, 0.3, round_to=None, expressible_in="module")
+    assert plan.removed_parameters
+    assert all(s.kept % 8 == 0 for s in plan if s.kind in ("qk", "vo"))
+
+
+def test_carriers_count_by_themselves_and_parts_of_an_axis_too() -> None:
+    held = {"w": torch.zeros(96, 8, dtype=torch.float16)}
+
+    def coupling(*boxes: Box, carriers: int, units: int) -> Coupling:
+        made = eco.detect(nn.Sequential(nn.Linear(8, 32), nn.Linear(32, 8)), (torch.randn(2, 8),)).offered[0]
+        return replace(made, size=units, members=(Member("w", 0, "producer", None, boxes, carriers, units),))
+
+    assert liked(coupling(Box(0, ((4, 24),), 1, ((1, 1),)), carriers=4, units=24), held) == 8
+    halves = Box(0, (), 1, ((1, 1),)), Box(48, (), 1, ((1, 1),))  # gate and up in one weight
+    assert liked(coupling(*halves, carriers=1, units=48), held) == 8
+    assert liked(coupling(Box(0, (), 1, ((6, 16),)), carriers=1, units=16), held) == 4
