@@ -25,7 +25,7 @@ def cache_for(module: nn.Module, config: Any, size: tuple[int, int], device: str
     from transformers import StaticCache
 
     cache: Any = StaticCache(config=config, max_cache_len=size[1])
-    with torch.no_grad():
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # a prompt that is read once
         module(
             input_ids=torch.zeros(size[0], 4, dtype=torch.long, device=device), past_key_values=cache, use_cache=True
         )
