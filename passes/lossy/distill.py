@@ -114,7 +114,7 @@ class Distill:
 
 @contextmanager
 def _fast_products() -> Iterator[None]:
-    """Float32 products by hardware for less: gradients of a few batches are noisy anyway, and judges see full precision.
+    """Float32 products by hardware for less: gradients of few batches are noisy anyway, and judges see full precision.
 
     Where the caller has set precisions backend by backend, these stay.
     """
