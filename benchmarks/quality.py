@@ -8,7 +8,7 @@
 
 MODEL is a Hugging Face folder of a causal language model, DATA a folder with train-0.txt.xz, valid.txt.xz and
 tokenizer.json; data and protocol are those of `scores.py` (calibration on text of train, one window of 512 tokens per
-batch; widths in single units; perplexity on the first 64 windows of valid, or of train with ``--eval-on train``).
+batch; widths in single units; perplexity on the first 64 windows of valid; of train with ``--eval-on train``).
 ``--digits`` needs scikit-learn. Every row is one call of `ecospa_fx.compress`: seconds and memory are those of the whole
 call, FLOPs are counted per token, latency is the median of a forward pass of four windows. Prints tables, and writes
 ``benchmarks/results/quality.json`` with curves beside it as PNG and SVG (matplotlib).
