@@ -9,8 +9,8 @@
 MODEL is a Hugging Face folder of a causal language model, DATA a folder with train-0.txt.xz, valid.txt.xz and
 tokenizer.json; data and protocol are those of `scores.py` (calibration on text of train, one window of 512 tokens per
 batch; widths in single units; perplexity on the first 64 windows of valid; of train with ``--eval-on train``).
-``--digits`` needs scikit-learn. Every row is one call of `ecospa_fx.compress`: seconds and memory are those of the whole
-call, FLOPs are counted per token, latency is the median of a forward pass of four windows. Prints tables, and writes
+``--digits`` needs scikit-learn. Every row is one call of `ecospa_fx.compress`, of which seconds and memory are; FLOPs
+are counted per token, latency is the median of a forward pass of four windows. Prints tables, and writes
 ``benchmarks/results/quality.json`` with curves beside it as PNG and SVG (matplotlib).
 """
 
@@ -182,6 +182,14 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     )
 
 
+def removal_alone(model: str) -> list[tuple[float, float]]:
+    """Ratio and perplexity of the best scores of `scores.py`, where its results are there."""
+    path = RESULTS / f"scores-{model}.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    best = {"method": "gate-fisher", "steps": 4, "allocation": "global"}
+    return [(row["ratio"], row["perplexity"]) for row in rows if all(row.get(k) == v for k, v in best.items())]
+
+
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Perplexity against parameters, FLOPs and latency, each relative to the dense model."""
     import matplotlib as mpl
@@ -201,6 +209,11 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         axis.set_xlabel(f"{what} / dense")
         axis.grid(alpha=0.3)
         axis.invert_xaxis()
+    for model in dict.fromkeys(row["model"] for row in shown):
+        sizes = {row["ratio"]: row["parameters"] for row in shown if row["model"] == model}
+        removed = [(sizes[ratio] / sizes[0.0], loss) for ratio, loss in removal_alone(model) if ratio in sizes]
+        if removed:
+            axes[0].plot(*zip(*removed, strict=True), "--", alpha=0.5, label=f"{model}, gate Fisher, removal alone")
     axes[0].set_ylabel("perplexity, held-out books")
     axes[0].set_yscale("log")
     axes[0].legend(fontsize=7)
