@@ -47,7 +47,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "even": {"allocation": "global"},
     "uniform": {"uniform": True},
     "no-distillation": {"distillation": 0},
-    "shorter": {"distillation": 224},
+    "longer": {"distillation": 448},
     "sensitivity": {"allocation": "sensitivity"},
     "sensitivity-no-distillation": {"allocation": "sensitivity", "distillation": 0},
     "no-least-squares": {"distillation": 0, "least_squares": False},

@@ -63,7 +63,7 @@ class Recipe:
     least_squares_damping: float = 0.1
     allocation: str | None = None
     rounds: int = 2
-    distillation: int = 448
+    distillation: int = 224
     rate: float = 0.006
     step: int = 2
     progress: bool = False

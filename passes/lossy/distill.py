@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -40,7 +40,7 @@ class Distill:
     but judges whether it helped.
     """
 
-    length: int = 448
+    length: int = 224
     rate: float = 0.006
     step: int = 2
     held: int = 16
@@ -104,30 +104,12 @@ class Distill:
         steps = math.ceil(len(order) / self.step)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: (1 + math.cos(math.pi * i / steps)) / 2)
         for done, number in enumerate(watch(order), 1):
-            with overwriting(), _fast_products():
+            with overwriting():
                 torch.autograd.backward(divergence(number))
             if done % self.step == 0 or done == len(order):
                 optimizer.step()
                 optimizer.zero_grad()
                 schedule.step()
-
-
-@contextmanager
-def _fast_products() -> Iterator[None]:
-    """Float32 products by hardware for less: gradients of few batches are noisy anyway, and judges see full precision.
-
-    Where the caller has set precisions backend by backend, these stay.
-    """
-    try:
-        before = torch.get_float32_matmul_precision()
-    except RuntimeError:
-        yield
-        return
-    torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _divergence(output: object, slopes: Slopes, batch: Batch, loss: Loss) -> Tensor:
