@@ -198,8 +198,9 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     shown = [row for row in rows if "perplexity" in row]
-    figure, axes = plt.subplots(1, 3, figsize=(12, 4), sharey=True)
-    for axis, what in zip(axes, ("parameters", "flops per token", "latency"), strict=True):
+    panels = [what for what in ("parameters", "flops per token", "latency") if all(what in row for row in shown)]
+    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 4), sharey=True)
+    for axis, what in zip(axes, panels, strict=True):
         for model in dict.fromkeys(row["model"] for row in shown):
             (dense,) = (row for row in shown if row["model"] == model and row["variant"] == "dense")
             for variant in dict.fromkeys(row["variant"] for row in shown if row["variant"] != "dense"):
