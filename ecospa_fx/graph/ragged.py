@@ -25,8 +25,8 @@ def store_ragged(program: Program, plan: Plan) -> int:
     Products with a stored matrix are computed at its own width and filled up afterwards; any other use reads a
     parameter that is filled up before. Returns how many parameters changed.
     """
-    left = _real_positions(plan)
-    parameters = {name: program.tensor(name) for name in left}
+    real_of = _real_positions(plan)
+    left = {name: dict(axes) for name, axes in real_of.items()}
     sites = {site.parameter: site for site in find_sites(program)}
     edits = _Edits(program)
     for name in [n for n in left if n in sites]:
@@ -35,16 +35,16 @@ def store_ragged(program: Program, plan: Plan) -> int:
         for node in [n for n, own in program.parameters.items() if own == name]:
             edits.fill_parameter(node, axes)
     stale = set()
-    for name, axes in _real_positions(plan).items():
+    for name, axes in real_of.items():
         with torch.no_grad():
-            values = parameters[name]
+            values = program.tensor(name)
             for axis, real in axes.items():
                 values = values.index_select(axis, real.nonzero().flatten().to(values.device))
             program.replace_parameter(name, values)
         stale |= {n for n, own in program.parameters.items() if own == name}
     _refresh(program.graph, stale)
     program.graph.lint()
-    return len(parameters)
+    return len(real_of)
 
 
 def _real_positions(plan: Plan) -> dict[str, dict[int, Tensor]]:
