@@ -51,7 +51,8 @@ class Recipe:
     every fourth batch, which the scores do not see, in so many `rounds`; or None: "ragged" where it is parameters that
     are counted and graph form may do as it likes, else "global". distillation: how many batches the smaller model sees,
     without their labels, while it learns to answer like the dense one, 0 for none, each as often as it takes; rate,
-    step: the learning rate in root mean squares of each parameter times the share that went, and batches per step.
+    step: how much of each parameter a step may change at first, as an operator, times the root of the share of the dense
+    model's answers that is lost; and batches per step.
     progress: bars on stderr.
     """
 
@@ -63,9 +64,9 @@ class Recipe:
     least_squares_damping: float = 0.1
     allocation: str | None = None
     rounds: int = 2
-    distillation: int = 224
-    rate: float = 0.006
-    step: int = 2
+    distillation: int = 320
+    rate: float = 0.125
+    step: int = 1
     progress: bool = False
 
     def __post_init__(self) -> None:

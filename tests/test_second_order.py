@@ -400,6 +400,36 @@ def test_distillation_brings_the_predictions_of_unseen_data_nearer(trained: nn.M
     assert (want * after).sum() > (want * before).sum()  # the cross-entropies' part of the divergence
 
 
+def test_the_unit_of_the_loss_changes_nothing_but_the_divergence(trained: nn.Module) -> None:
+    found = []
+    for factor in (1.0, 1024.0):
+        dense, small = pair(trained, 0.5)
+
+        def loss(y: Any, args: Any, kwargs: Any, factor: float = factor) -> Tensor:
+            return factor * loss_of(y, args, kwargs)
+
+        found.append((*Distill(length=16).run(dense, small, data(8), loss), predictions(small, data(2, 14))))
+    (first, last, one), (scaled_first, scaled_last, other) = found
+    assert (scaled_first, scaled_last) == pytest.approx((1024 * first, 1024 * last), rel=1e-3)
+    torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
+
+
+def test_rounding_of_products_is_the_callers_again_afterwards(trained: nn.Module) -> None:
+    dense, small = pair(trained, 0.5)
+    seen = []
+
+    def loss(y: Any, args: Any, kwargs: Any) -> Tensor:
+        seen.append(torch.get_float32_matmul_precision())
+        if len(seen) > 50:
+            raise KeyboardInterrupt
+        return loss_of(y, args, kwargs)
+
+    with pytest.raises(KeyboardInterrupt):
+        Distill(length=64).run(dense, small, data(8), loss)
+    assert set(seen) == {"highest", "medium"}
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 def test_the_divergence_of_a_cross_entropy_is_that_of_the_predictions_whatever_the_labels() -> None:
     """Its gradient at the output is softmax(y) - softmax(y₀)."""
     torch.manual_seed(0)

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -34,15 +34,15 @@ Slopes = list[Tensor | None]
 class Distill:
     """``Distill(…).run(dense, small, batches, loss)``.
 
-    length: batches to learn from in all, each as often as it takes; rate: Adam's, falling to zero along a cosine, in
-    root mean squares of each parameter times the share of elements that went, for what lost little has not far to go;
-    step: batches per step; held: every how many-th batch is not learnt from
-    but judges whether it helped.
+    length: batches to learn from in all, each as often as it takes; rate: of what a parameter is as an operator, how
+    much a step may change, times the root of the share of the dense model's answers that is lost, for who lost little
+    has not far to go; it falls to zero along a cosine; step: batches per step; held: every how many-th batch is not
+    learnt from but judges whether it helped.
     """
 
-    length: int = 224
-    rate: float = 0.006
-    step: int = 2
+    length: int = 320
+    rate: float = 0.125
+    step: int = 1
     held: int = 16
     name: str = "distill"
 
@@ -74,10 +74,13 @@ class Distill:
         before = _mean(divergence, judges)
         if not math.isfinite(before):
             raise ScoreError("the smaller model's loss is not finite: run it in bfloat16 or float32")
+        least, most = (_mean(lambda n, z=zero: _reference(dense, batches[n], loss, zero=z), judges) for zero in (0, 1))
+        lost = (before - least) / (most - least) if most > least else math.nan
+        rate = self.rate * math.sqrt(min(1.0, max(0.0, lost)) if math.isfinite(lost) else 1.0)
         # What a graph overwrites may be what a gradient needs.
         overwriting = torch.autograd.graph.allow_mutation_on_saved_tensors if small.overwrites else nullcontext
-        with torch.inference_mode(False), torch.enable_grad():
-            self._descend(leaves, self.rate * _share_lost(dense, small), len(batches), divergence, watch, overwriting)
+        with torch.inference_mode(False), torch.enable_grad(), _quick_products():
+            self._descend(leaves, rate, len(batches), divergence, watch, overwriting)
         after = _mean(divergence, judges)
         if after < before:
             for node, leaf in leaves.items():
@@ -95,7 +98,7 @@ class Distill:
         overwriting: Callable[[], AbstractContextManager[object]],
     ) -> None:
         learned = [i for i in range(batches) if i % self.held != self.held - 1] or [0]
-        groups = [{"params": [leaf], "lr": rate * _size(leaf)} for leaf in leaves.values()]
+        groups = [{"params": [leaf], "lr": rate * _step_size(leaf)} for leaf in leaves.values()]
         optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
         source = torch.Generator().manual_seed(0)
         epochs = math.ceil(self.length / len(learned))
@@ -112,6 +115,24 @@ class Distill:
                 schedule.step()
 
 
+@contextmanager
+def _quick_products() -> Iterator[None]:
+    """Products of float32 matrices in what is quickest, bfloat16 or TF32, where the caller has not chosen per device.
+
+    What is learnt is judged without: rounding is far below what the choice of batches does.
+    """
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # the newer settings, one per device, are in use
+        yield
+        return
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def _divergence(output: object, slopes: Slopes, batch: Batch, loss: Loss) -> Tensor:
     """D(y, y₀) up to what does not depend on y."""
     pairs = zip(slopes, pytree.tree_leaves(output), strict=True)
@@ -124,9 +145,27 @@ def _mean(divergence: Callable[[int], Tensor], numbers: Sequence[int]) -> float:
         return sum(float(divergence(number)) for number in numbers) / len(numbers)
 
 
-def _size(parameter: Tensor) -> float:
-    """Root mean square; of zeros, what it is for common initialisations."""
-    return float(parameter.detach().float().square().mean().sqrt()) or 0.02
+def _reference(dense: Evaluator, batch: Batch, loss: Loss, *, zero: bool) -> Tensor:
+    """The divergence, up to the same constant, of the dense model's own output or of one that is zero everywhere."""
+    output = _output(dense, dense.weights(), batch)
+    slopes = _slopes(output, batch, loss)
+    leaves, spec = pytree.tree_flatten(output)
+    if zero:
+        pairs = zip(leaves, slopes, strict=True)
+        leaves = [leaf if slope is None else torch.zeros_like(leaf) for leaf, slope in pairs]
+    return _divergence(pytree.tree_unflatten(leaves, spec), slopes, batch, loss)
+
+
+def _step_size(parameter: Tensor) -> float:
+    """The entries of a matrix of one sign pattern whose norm as an operator is that of this one, if it is random.
+
+    With m rows, n columns and a root mean square r that is r (√m + √n), and √(m n) for a pattern of ones, which a step
+    of Adam is at its worst. A vector counts as square. For zeros r is what it is for common initialisations.
+    """
+    size = float(parameter.detach().float().square().mean().sqrt()) or 0.02
+    rows = len(parameter) if parameter.dim() > 0 else 1
+    columns = parameter.numel() // rows if parameter.dim() > 1 else rows
+    return size * (rows**-0.5 + columns**-0.5)
 
 
 def _output(evaluator: Evaluator, weights: Values, batch: Batch) -> object:
@@ -188,13 +227,6 @@ def _trained(dense: Evaluator, small: Evaluator) -> dict[fx.Node, nn.Parameter]:
         for node, name in program.parameters.items()
         if name in lost
     }
-
-
-def _share_lost(dense: Evaluator, small: Evaluator) -> float:
-    """How much of the parameters that lost elements is gone."""
-    sizes = {n: (dense.program.tensor(n).numel(), small.program.tensor(n).numel()) for n in small.program.values}
-    had, have = (sum(s[i] for s in sizes.values() if s[0] != s[1]) for i in (0, 1))
-    return 1 - have / had
 
 
 def _precise(values: Tensor) -> Tensor:

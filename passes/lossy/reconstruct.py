@@ -8,7 +8,6 @@ From there both go on with the smaller one's output, so that each layer answers 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
@@ -95,41 +94,43 @@ class _Segment:
         for values, own in states:
             with torch.no_grad():
                 own.update(self.weights)
-                self.small.run(self.small_nodes, own)
+                self.small.run(self.small_nodes[-1:], own)
             _forget(own, self.weights)
             values[self.site.node] = own[self.twin].clone() if self.dense.overwrites else own[self.twin]
 
-    def _before_site(self, own: Values) -> Values:
-        """A copy of a batch's values right before the segment's last node."""
-        # Together, so that views of one tensor stay views of one.
-        fresh = deepcopy(list(own.values())) if self.small.overwrites else own.values()
-        values = {**dict(zip(own, fresh, strict=True)), **self.weights}
-        self.small.run(self.small_nodes[:-1], values)
-        return values
+    def _input(self, own: Values) -> Tensor:
+        """Go on to right before the site; its inputs [rows, n]."""
+        own.update(self.weights)
+        self.small.run(self.small_nodes[:-1], own)
+        _forget(own, self.weights)
+        found: Tensor = own[self._twin_input()]
+        return found.flatten(0, -2).float()
 
     def _solve(self, states: list[tuple[Values, Values]], targets: list[Tensor], damping: float) -> None:
         """W ← W + R (A + λ)⁻¹, A = Σ x xᵀ, R = Σ (y - W x - b) xᵀ, both centred if there is a bias."""
         weight = self.site.matrix(self._held(self.site.parameter))
         bias = self._held(self.site.bias) if self.site.bias is not None else None
-        joint = Moments(sum(weight.shape), weight.device)  # of inputs and residuals together
-        activation = self._twin_input()
+        moments = Moments(weight.shape[1], weight.device)
+        total, cross = moments.total.new_zeros(len(weight)), moments.total.new_zeros(weight.shape)
         with torch.no_grad():
             for (_, own), target in zip(states, targets, strict=True):
-                rows = self._before_site(own)[activation].flatten(0, -2).float()
+                rows = self._input(own)
                 residual = target.flatten(0, -2).float() - nn.functional.linear(rows, weight.float(), _float(bias))
-                joint.add(torch.cat([rows, residual], 1))
-        if not joint.second.isfinite().all():
+                moments.add(rows)
+                total += residual.sum(0)
+                cross += residual.T @ rows
+        if not (moments.second.isfinite().all() and cross.isfinite().all()):
             raise ScoreError(
                 f"the smaller model's values at {self.site.parameter!r} are not finite: run it in bfloat16 or float32"
             )
-        n = weight.shape[1]
-        second = joint.covariance() if bias is not None else joint.second
-        noise = float(joint.second.diagonal()[:n].mean()) * NOISE  # of what does not vary, nothing is to be learnt
-        change = _least_squares(second[:n, :n], second[n:, :n], damping, noise)
+        noise = float(moments.second.diagonal().mean()) * NOISE  # of what does not vary, nothing is to be learnt
+        mean, count = moments.total / max(moments.rows, 1), max(moments.rows, 1)
+        if bias is None:
+            change = _least_squares(moments.second, cross, damping, noise)
+        else:
+            change = _least_squares(moments.covariance(), cross - torch.outer(total, mean), damping, noise)
+            self._set(str(self.site.bias), bias.double() + total / count - change @ mean)
         self._set(self.site.parameter, self.site.matrix(weight.double() + change))
-        if bias is not None:
-            mean = joint.total / max(joint.rows, 1)
-            self._set(str(self.site.bias), bias.double() + mean[n:] - change @ mean[:n])
 
     def _twin_input(self) -> fx.Node:
         """The activation of the smaller program's site: its argument where the dense one has the input."""
