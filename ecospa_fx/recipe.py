@@ -51,8 +51,8 @@ class Recipe:
     every fourth batch, which the scores do not see, in so many `rounds`; or None: "ragged" where it is parameters that
     are counted and graph form may do as it likes, else "global". distillation: how many batches the smaller model sees,
     without their labels, while it learns to answer like the dense one, 0 for none, each as often as it takes; rate,
-    step: how much of each parameter a step may change at first, as an operator, times the root of the share of the dense
-    model's answers that is lost; and batches per step.
+    step: how much of each parameter a step may change at first, as an operator, times the root of the share of the
+    dense model's answers that is lost; and batches per step.
     progress: bars on stderr.
     """
 

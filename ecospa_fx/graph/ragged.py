@@ -95,9 +95,7 @@ class _Edits:
         for axis, real in axes.items():
             node = self._fill(node, axis, rank - axis, real, like=first, before=first)
 
-    def _fill(
-        self, node: fx.Node, axis: int, from_last: int, real: Tensor, like: fx.Node, before: fx.Node
-    ) -> fx.Node:
+    def _fill(self, node: fx.Node, axis: int, from_last: int, real: Tensor, like: fx.Node, before: fx.Node) -> fx.Node:
         """Zeros at the end, then everything to its place: no position is read twice, so gradients are not added up."""
         missing = len(real) - int(real.sum())
         place = torch.where(real, real.cumsum(0) - 1, len(real) - missing + (~real).cumsum(0) - 1)

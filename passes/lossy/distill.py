@@ -29,6 +29,9 @@ from ecospa_fx.importance.score import Batch, Loss
 Slopes = list[Tensor | None]
 """The loss's gradient at each leaf of an output; None where the loss does not depend on it."""
 
+USUAL_LOSS = 0.04
+"""Share of the dense model's answers that is lost, where its loss cannot tell: what a third of the blocks is worth."""
+
 
 @dataclass(frozen=True, slots=True)
 class Distill:
@@ -74,9 +77,7 @@ class Distill:
         before = _mean(divergence, judges)
         if not math.isfinite(before):
             raise ScoreError("the smaller model's loss is not finite: run it in bfloat16 or float32")
-        least, most = (_mean(lambda n, z=zero: _reference(dense, batches[n], loss, zero=z), judges) for zero in (0, 1))
-        lost = (before - least) / (most - least) if most > least else math.nan
-        rate = self.rate * math.sqrt(min(1.0, max(0.0, lost)) if math.isfinite(lost) else 1.0)
+        rate = self.rate * math.sqrt(_share_lost(dense, before, [batches[i] for i in judges], loss))
         # What a graph overwrites may be what a gradient needs.
         overwriting = torch.autograd.graph.allow_mutation_on_saved_tensors if small.overwrites else nullcontext
         with torch.inference_mode(False), torch.enable_grad(), _quick_products():
@@ -145,15 +146,21 @@ def _mean(divergence: Callable[[int], Tensor], numbers: Sequence[int]) -> float:
         return sum(float(divergence(number)) for number in numbers) / len(numbers)
 
 
-def _reference(dense: Evaluator, batch: Batch, loss: Loss, *, zero: bool) -> Tensor:
-    """The divergence, up to the same constant, of the dense model's own output or of one that is zero everywhere."""
-    output = _output(dense, dense.weights(), batch)
-    slopes = _slopes(output, batch, loss)
-    leaves, spec = pytree.tree_flatten(output)
-    if zero:
+@torch.no_grad()
+def _share_lost(dense: Evaluator, divergence: float, batches: Sequence[Batch], loss: Loss) -> float:
+    """What a mean divergence is of that of an output that is zero everywhere, between 0 and 1."""
+    found: list[list[float]] = []
+    for batch in batches:
+        output = _output(dense, dense.weights(), batch)
+        slopes = _slopes(output, batch, loss)
+        leaves, spec = pytree.tree_flatten(output)
         pairs = zip(leaves, slopes, strict=True)
-        leaves = [leaf if slope is None else torch.zeros_like(leaf) for leaf, slope in pairs]
-    return _divergence(pytree.tree_unflatten(leaves, spec), slopes, batch, loss)
+        nothing = [leaf if slope is None else torch.zeros_like(leaf) for leaf, slope in pairs]
+        outputs = output, pytree.tree_unflatten(nothing, spec)
+        found.append([float(_divergence(each, slopes, batch, loss)) for each in outputs])
+    least, most = (sum(column) / len(found) for column in zip(*found, strict=True))
+    share = (divergence - least) / (most - least) if most > least else math.nan
+    return min(1.0, max(0.0, share)) if math.isfinite(share) else USUAL_LOSS
 
 
 def _step_size(parameter: Tensor) -> float:
@@ -165,7 +172,7 @@ def _step_size(parameter: Tensor) -> float:
     size = float(parameter.detach().float().square().mean().sqrt()) or 0.02
     rows = len(parameter) if parameter.dim() > 0 else 1
     columns = parameter.numel() // rows if parameter.dim() > 1 else rows
-    return size * (rows**-0.5 + columns**-0.5)
+    return size * (1 / math.sqrt(rows) + 1 / math.sqrt(columns))
 
 
 def _output(evaluator: Evaluator, weights: Values, batch: Batch) -> object:
