@@ -92,6 +92,7 @@ def compress(
     batches: Iterable[Batch] = (),
     loss: Loss | None = None,
     method: str = SECOND_ORDER,
+    couplings: Couplings | None = None,
     **options: Any,
 ) -> nn.Module:
     """Detect, score, plan and shrink in one call, with the defaults that cost least quality.
@@ -100,10 +101,10 @@ def compress(
     kept in memory; loss: (output, args, kwargs) to a scalar. method: "second-order" chooses units by the curvature of
     the loss, and lets what stays make up for what goes: the result is no masked dense model, it is a better one; its
     ingredients are options, the fields of `ecospa_fx.recipe.Recipe`. Any method of `score` only removes; then `steps`
-    and `progress` of `scored` are options. "magnitude" needs neither batches nor loss. Options of every method: `allow`
-    of `detect`, and those of `plan`; round_to=None, the default here, keeps widths that the parameters' device likes,
-    on CUDA multiples of 16 bytes. The model stays untouched; see `shrink` for what is shared. Raises what `detect`,
-    `score`, `plan` and `shrink` raise.
+    and `progress` of `scored` are options. "magnitude" needs neither batches nor loss. couplings: what `detect` found
+    on this model, if it was asked already. Options of every method: `allow` of `detect`, and those of `plan`;
+    round_to=None, the default here, keeps widths that the parameters' device likes, on CUDA multiples of 16 bytes. The
+    model stays untouched; see `shrink` for what is shared. Raises what `detect`, `score`, `plan` and `shrink` raise.
 
     Example:
         >>> import torch, ecospa_fx as eco
@@ -114,7 +115,9 @@ def compress(
         280
     """
     model, args, kwargs = owned(model, args, kwargs)
-    couplings, options = detect(model, args, kwargs, allow=options.pop("allow", ())), {"round_to": None, **options}
+    allow, options = options.pop("allow", ()), {"round_to": None, **options}
+    if couplings is None:
+        couplings = detect(model, args, kwargs, allow=allow)
     if method == SECOND_ORDER:
         task = Task(model, args, kwargs, couplings, *checked(batches, loss))
         return _rebuilt(task, ratio, options)
@@ -132,8 +135,9 @@ def _rebuilt(task: Task, ratio: float, options: Mapping[str, Any]) -> nn.Module:
     ingredients = {field.name for field in fields(Recipe)}
     recipe = Recipe(**{name: value for name, value in options.items() if name in ingredients})
     planning = {name: value for name, value in options.items() if name not in ingredients}
-    make_plan(task.couplings, ratio, **recipe.planning(planning))  # refuses what cannot be reached before anything slow
     model, args, kwargs = task.model, task.args, task.kwargs
+    # What cannot be reached, or is not of this model, is refused before anything slow.
+    make_plan(task.couplings, ratio, **recipe.planning(planning)).check(model)
     with torch.inference_mode(False):  # what is fitted needs gradients, whatever the caller's mode
         programs = captures(model, args, kwargs, dynamic=True)
         program, plan = first_fit(programs, lambda p: compress_program(p, task, ratio, recipe, **planning))

@@ -183,7 +183,7 @@ def compress(arguments: argparse.Namespace) -> None:
 
     couplings = watch("detect", eco.detect, model, source.args, source.kwargs, allow=arguments.allow)
     eco.plan(couplings, ratio=arguments.ratio, round_to=arguments.round_to)  # refuses what cannot be reached
-    small = watch("compress", smaller, arguments, source, reader, texts)
+    small = watch("compress", smaller, arguments, source, couplings, reader, texts)
     plan = origin_of(small).plan
     error, limit = watch("check", exactness, source, plan, reader, texts.held_out[:1, :-1])
     if not error <= limit:
@@ -297,7 +297,9 @@ def check_tokens(texts: Texts, vocabulary: int) -> None:
         )
 
 
-def smaller(arguments: argparse.Namespace, source: Source, reader: text.Reader, texts: Texts) -> nn.Module:
+def smaller(
+    arguments: argparse.Namespace, source: Source, couplings: Couplings, reader: text.Reader, texts: Texts
+) -> nn.Module:
     """The smaller model, with one batch per calibration window."""
     only_removes = arguments.method not in {SECOND_ORDER, "magnitude"}
     return eco.compress(
@@ -308,7 +310,7 @@ def smaller(arguments: argparse.Namespace, source: Source, reader: text.Reader, 
         batches=[reader.batch(window[None]) for window in texts.calibration],
         loss=reader.loss,
         method=arguments.method,
-        allow=arguments.allow,
+        couplings=couplings,
         round_to=arguments.round_to,
         progress=True,
         **({"steps": arguments.passes} if only_removes else {}),

@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 
 import ecospa_fx as eco
 from ecospa_fx.budget.allocate import choose
-from ecospa_fx.errors import EcospaError, InputError, ScoreError
+from ecospa_fx.errors import EcospaError, InputError, PlanError, ScoreError
 from ecospa_fx.graph.capture import capture
 from ecospa_fx.graph.evaluate import Evaluator
 from ecospa_fx.graph.program import ExportedForm
@@ -376,6 +376,20 @@ def test_least_squares_leave_residuals_that_inputs_do_not_explain(bias: bool) ->
     assert (x.T @ r).abs().max() < 1e-4 * (x.norm() * r.norm())
     if bias:
         assert r.mean(0).abs().max() < 1e-6
+
+
+def test_couplings_that_are_known_are_taken_and_those_of_another_model_refused(trained: nn.Module) -> None:
+    batches = data()
+    couplings = eco.detect(trained, batches[0][0])
+    options: dict[str, Any] = {"ratio": 0.3, "batches": batches, "loss": loss_of}
+    want, small = (
+        eco.compress(trained, batches[0][0], couplings=c, distillation=0, **options) for c in (None, couplings)
+    )
+    assert want(*batches[0][0]).equal(small(*batches[0][0]))
+    other = nn.Sequential(nn.Embedding(VOCABULARY, 4), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, VOCABULARY))
+    for method in ("second-order", "magnitude"):
+        with pytest.raises(PlanError, match="made for another model"):
+            eco.compress(other, batches[0][0], couplings=couplings, method=method, **options)
 
 
 # -- distillation ------------------------------------------------------------------------------------------------

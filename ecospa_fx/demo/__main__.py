@@ -90,7 +90,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     couplings = watch("detect", eco.detect, model, (example,), {})
     sys.stdout.write(f"{couplings}\n\n")
     batches: list[tuple[tuple[Tensor], dict[str, Any]]] = [((piece[None],), {}) for piece in pieces]
-    options = {"ratio": arguments.ratio, "loss": demo.next_byte_loss, "method": arguments.method}
+    options = {
+        "ratio": arguments.ratio,
+        "loss": demo.next_byte_loss,
+        "method": arguments.method,
+        "couplings": couplings,
+    }
     if arguments.method != SECOND_ORDER:
         options["steps"] = 1 if arguments.method == "magnitude" else arguments.passes
     small = watch("compress", eco.compress, model, (example,), batches=batches, **options)
