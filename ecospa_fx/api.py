@@ -97,14 +97,13 @@ def compress(
 ) -> nn.Module:
     """Detect, score, plan and shrink in one call, with the defaults that cost least quality.
 
-    ratio: share of the couplings' parameters to remove; batches: calibration data as (args, kwargs), one sequence each,
-    kept in memory; loss: (output, args, kwargs) to a scalar. method: "second-order" chooses units by the curvature of
-    the loss, and lets what stays make up for what goes: the result is no masked dense model, it is a better one; its
-    ingredients are options, the fields of `ecospa_fx.recipe.Recipe`. Any method of `score` only removes; then `steps`
-    and `progress` of `scored` are options. "magnitude" needs neither batches nor loss. couplings: what `detect` found
-    on this model, if it was asked already. Options of every method: `allow` of `detect`, and those of `plan`;
-    round_to=None, the default here, keeps widths that the parameters' device likes, on CUDA multiples of 16 bytes. The
-    model stays untouched; see `shrink` for what is shared. Raises what `detect`, `score`, `plan` and `shrink` raise.
+    ratio: share of the couplings' parameters to remove; batches: calibration data as (args, kwargs), one sequence each;
+    loss: (output, args, kwargs) to a scalar. method: "second-order" chooses units by the loss's curvature, and what
+    stays makes up for what goes: the result is no masked dense model, it is a better one; its ingredients are
+    options, the fields of `ecospa_fx.recipe.Recipe`. Any method of `score` only removes; then `steps` and `progress` of
+    `scored` are options. "magnitude" needs neither batches nor loss. couplings: what `detect` found on this model.
+    Options of every method: `allow` of `detect` and those of `plan`; round_to=None, the default, keeps widths that the
+    device likes, on CUDA multiples of 16 bytes. The model stays untouched. Raises what these functions raise.
 
     Example:
         >>> import torch, ecospa_fx as eco
@@ -115,12 +114,10 @@ def compress(
         280
     """
     model, args, kwargs = owned(model, args, kwargs)
-    allow, options = options.pop("allow", ()), {"round_to": None, **options}
-    if couplings is None:
-        couplings = detect(model, args, kwargs, allow=allow)
+    couplings = couplings or detect(model, args, kwargs, allow=options.pop("allow", ()))
+    options = {"round_to": None, **options}
     if method == SECOND_ORDER:
-        task = Task(model, args, kwargs, couplings, *checked(batches, loss))
-        return _rebuilt(task, ratio, options)
+        return _rebuilt(Task(model, args, kwargs, couplings, *checked(batches, loss)), ratio, options)
     scores: Scores | Literal["magnitude"] = "magnitude"
     if method != "magnitude":
         scores = scored(model, couplings, list(batches), ratio=ratio, loss=loss, method=method, **options)
