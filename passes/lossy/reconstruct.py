@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from ecospa_fx.errors import ScoreError
 from ecospa_fx.graph.evaluate import Evaluator, Values, detached
 from ecospa_fx.graph.sites import Site, find_sites
-from ecospa_fx.importance.curvature import Moments
+from ecospa_fx.importance.curvature import Moments, Total
 from ecospa_fx.importance.score import Batch
 
 NOISE = 1e-7
@@ -37,8 +37,10 @@ class Reconstruct:
         small: Evaluator,
         batches: Sequence[Batch],
         watch: Callable[[Sequence[Stage]], Iterable[Stage]] = lambda stages: stages,
+        total: Total | None = None,
     ) -> int:
-        """Change the smaller program's parameters in place. watch: wraps the stages, to show progress.
+        """Change the smaller program's parameters in place. watch: wraps the stages, to show progress; total: where
+        several processes with batches of their own solve together.
 
         Returns how many matrices were solved. Raises ScoreError where the smaller model's values are not finite.
         """
@@ -46,7 +48,7 @@ class Reconstruct:
         states = [(dense.start(*batch), small.start(*batch)) for batch in batches]
         done = (0, 0)
         for stage in watch(stages):
-            segment = _Segment(stage, dense, small, done)
+            segment = _Segment(stage, dense, small, done, total)
             segment.rebuild(states, self.damping)
             done = segment.end
         return len(stages)
@@ -75,7 +77,10 @@ def stages_of(dense: Evaluator, small: Evaluator) -> list[Stage]:
 class _Segment:
     """The nodes from one site, exclusive, to the next one, inclusive, in both programs."""
 
-    def __init__(self, stage: Stage, dense: Evaluator, small: Evaluator, begin: tuple[int, int]) -> None:
+    def __init__(
+        self, stage: Stage, dense: Evaluator, small: Evaluator, begin: tuple[int, int], total: Total | None
+    ) -> None:
+        self._total = total
         self.site, self.twin, self.dense, self.small = stage.site, stage.twin, dense, small
         self.end = (dense.order.index(stage.site.node) + 1, small.order.index(stage.twin) + 1)
         self.dense_nodes = dense.order[begin[0] : self.end[0]]
@@ -118,6 +123,8 @@ class _Segment:
                 rows = self._before_site(own)[activation].flatten(0, -2).float()
                 residual = target.flatten(0, -2).float() - nn.functional.linear(rows, weight.float(), _float(bias))
                 joint.add(torch.cat([rows, residual], 1))
+        if self._total is not None:
+            joint.add_up(self._total)
         if not joint.second.isfinite().all():
             raise ScoreError(
                 f"the smaller model's values at {self.site.parameter!r} are not finite: run it in bfloat16 or float32"
