@@ -1,16 +1,21 @@
 """What gathering scores costs while training: time of ``SparseTraining.step()`` over the time of a whole step.
 
-    python benchmarks/train_overhead.py --layers 4 --hidden 512 --batch 4 --length 128
+    python benchmarks/train_overhead.py --layers 4 --hidden 512 --batch 4 --length 128 --steps 9
+    python benchmarks/train_overhead.py --device cuda --dtype bfloat16 --layers 24 --hidden 2048 --batch 64 --length 256
 
 A LLaMA of random weights and tokens in graph form, AdamW. Every step lies in the window of a shrink, so each of them
 gathers; most runs gather in some steps only. Medians over `--steps` steps after two for warming up; then one shrink to
 half of the couplings' parameters, and the step after it.
 
-On two shared CPU cores, one thread, float32, 17 million parameters, 512 tokens a step, torch 2.13:
+On one thread of a shared CPU, 17 million parameters, 512 tokens a step, torch 2.13, share of a step's time (few tokens
+make it large: what gathering takes does not depend on them). Median of five runs for gate-fisher, of three for the
+others in bfloat16, one in float32:
 
-    gate-fisher   0.4 % of a step   (3.9 ms of 0.91 s; the shrink 1.2 s, a step after it 0.39 s)
-    fisher        1.6 %
-    taylor        1.5 %
+    gate-fisher   1.4 % in float32   2.7 % in bfloat16   (with products in float32: 3.5 %)
+    fisher        3.1 %              6.7 %               (7.5 %)
+    taylor        2.8 %              5.8 %               (7.0 %)
+
+What it takes is memory traffic: per weight 8 bytes in bfloat16, where products in float32 moved 28.
 """
 
 from __future__ import annotations
@@ -40,7 +45,7 @@ def built(arguments: argparse.Namespace) -> nn.Module:
         num_attention_heads=arguments.hidden // 64,
     )
     torch.manual_seed(0)
-    model: nn.Module = LlamaForCausalLM(config).to(arguments.device)
+    model: nn.Module = LlamaForCausalLM(config).to(arguments.device, getattr(torch, arguments.dtype))
     return model
 
 
@@ -97,6 +102,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--methods", nargs="+", default=["gate-fisher", "fisher", "taylor"])
     return parser.parse_args(argv)
 
@@ -105,7 +111,7 @@ def main() -> None:
     arguments = parse()
     where = torch.cuda.get_device_name() if arguments.device.startswith("cuda") else platform.machine()
     print(json.dumps({"device": where, "threads": torch.get_num_threads(), "torch": torch.__version__,
-                      "tokens": arguments.batch * arguments.length}))  # fmt: skip
+                      "dtype": arguments.dtype, "tokens": arguments.batch * arguments.length}))  # fmt: skip
     for method in arguments.methods:
         print(json.dumps(measured(arguments, method)))
 

@@ -1,6 +1,6 @@
 """One of several processes that train together: what `test_parallel` starts.
 
-    python parallel_training.py FOLDER RANK WORLD [different | sharded]
+    python -m tests.parallel_training FOLDER RANK WORLD [different | sharded]
 
 All see the same global batch, each its own part of it. Writes its weights, its plan and its scores at the end; sharded
 ones write a distributed checkpoint in the middle too, and end with what a new run makes of it.

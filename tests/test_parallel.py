@@ -13,17 +13,17 @@ import torch.distributed as dist
 
 from tests.test_resume import assert_equal
 
-SCRIPT = Path(__file__).with_name("parallel_training.py")
+ROOT = Path(__file__).parents[1]
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
 
 
-def together(folder: Path, world: int, *arguments: str) -> list[tuple[int, str]]:
+def together(folder: Path, world: int, *arguments: str, script: str = "parallel_training") -> list[tuple[int, str]]:
     """Run all processes; the exit code and the error output of each."""
     folder.mkdir()
-    command = [sys.executable, "-W", "ignore", str(SCRIPT), str(folder)]
+    command = [sys.executable, "-W", "ignore", "-m", f"tests.{script}", str(folder)]
     running = [
-        subprocess.Popen([*command, str(rank), str(world), *arguments], stderr=subprocess.PIPE, text=True)
+        subprocess.Popen([*command, str(rank), str(world), *arguments], stderr=subprocess.PIPE, text=True, cwd=ROOT)
         for rank in range(world)
     ]
     errors = [process.communicate(timeout=300)[1] for process in running]
@@ -62,3 +62,35 @@ def test_processes_that_disagree_are_stopped_before_anything_is_removed(tmp_path
     for code, error in outcomes:
         assert code == 1
         assert "processes [1] would remove other units than process 0, and nothing was removed" in error
+
+
+@pytest.fixture(scope="module")
+def measured_alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What one process makes of all batches, those of training and those that shrinks are measured on."""
+    folder = tmp_path_factory.mktemp("alone") / "one"
+    assert together(folder, 1, script="parallel_measured") == [(0, "")]
+    return result(folder, 0)
+
+
+@pytest.mark.parametrize("mode", ["replicated", "sharded"])
+def test_several_processes_measure_and_make_up_as_one(
+    tmp_path: Path, measured_alone: dict[str, Any], mode: str
+) -> None:
+    """Second-order scores, changed bases and compensation from batches of which each process has its own."""
+    outcomes = together(tmp_path / "folder", 2, mode, script="parallel_measured")
+    assert [code for code, _ in outcomes] == [0, 0], outcomes
+    first, second = (result(tmp_path / "folder", rank) for rank in range(2))
+    for part in ("weights", "optimizer"):
+        assert_equal(first[part], second[part])
+        torch.testing.assert_close(first[part], measured_alone[part], rtol=1e-8, atol=1e-10)
+    assert_equal(measured_alone["sparse"]["keep"], first["sparse"]["keep"])
+    widths = [shrink["widths"] for shrink in first["sparse"]["history"]]
+    assert len(widths) == 2
+    assert set(widths[1].values()) != set(widths[0].values())
+
+
+def test_a_process_that_cannot_measure_stops_all(tmp_path: Path) -> None:
+    outcomes = together(tmp_path / "folder", 2, "failing", script="parallel_measured")
+    assert [code for code, _ in outcomes] == [1, 1]
+    assert "another process could not measure its batches, and nothing was removed" in outcomes[0][1]
+    assert "the loss of batch 0 is nan" in outcomes[1][1]

@@ -392,6 +392,24 @@ def test_gradient_accumulation_clipping_and_scaling_change_no_decision() -> None
     assert all(plan == plans[0] for plan in plans)
 
 
+@pytest.mark.parametrize("method", ["gate-fisher", "fisher", "taylor"])
+def test_products_in_bfloat16_tell_what_exact_ones_tell(method: str) -> None:
+    """Of the same gradients; those in bfloat16 are off by as much themselves."""
+    found = []
+    half = nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64)).bfloat16()
+    for dtype in (torch.bfloat16, torch.float64):
+        model = copy.deepcopy(half).to(dtype)
+        sparse = eco.SparseTraining(model, (torch.zeros(4, 64, dtype=dtype),), scores=method, schedule=eco.OneShot(9))
+        source = torch.Generator().manual_seed(0)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=source).bfloat16().to(dtype)
+        sparse._running.gather()
+        (scores,) = sparse._running.scores().values()
+        found.append(scores)
+    error = (found[0] - found[1]).abs().max() / found[1].max()
+    assert 0 < error < 4e-3
+
+
 def test_a_gradient_scaler_and_autocast_go_on_working() -> None:
     model = mlp().float()
     optimizer, scaler = adamw(model), torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=2)

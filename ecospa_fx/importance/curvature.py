@@ -6,7 +6,7 @@ gradients at their outputs, and of its gradients by gates. Activations live no l
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -20,6 +20,9 @@ from ecospa_fx.importance.methods import GATE_FISHER, GradientStatistic
 from ecospa_fx.importance.reduce import accumulator_dtype
 from ecospa_fx.importance.score import Batch, Loss, one_batch
 from ecospa_fx.importance.views import Views
+
+Total = Callable[[Tensor], None]
+"""Replaces a tensor by its sum over all processes, in place."""
 
 
 class Moments:
@@ -38,6 +41,13 @@ class Moments:
         self.rows += len(flat)
         self.total += flat.sum(0)
         self.second += flat.T @ flat
+
+    def add_up(self, total: Total) -> None:
+        """Fold in the rows of all other processes."""
+        rows = torch.tensor(self.rows, device=self.total.device)
+        for own in (rows, self.total, self.second):
+            total(own)
+        self.rows = int(rows)
 
     def covariance(self) -> Tensor:
         """Σ (x - mean)(x - mean)ᵀ."""
@@ -115,6 +125,11 @@ class Collector:
 
     def run(self, batches: Iterable[Batch], loss: Loss) -> Curvature:
         """One forward and backward pass per batch, of which there is one. Raises ScoreError where they tell nothing."""
+        self.watch(batches, loss)
+        return self.result()
+
+    def watch(self, batches: Iterable[Batch], loss: Loss) -> None:
+        """The passes alone."""
         watching = self._statistic.watching() if self._statistic is not None else nullcontext()
         with torch.inference_mode(False), torch.enable_grad(), watching:
             for batch in batches:
@@ -122,11 +137,27 @@ class Collector:
                 if self._statistic is not None:
                     self._statistic.end_batch(self._batches)
                 self._batches += 1
+
+    def result(self, total: Total | None = None) -> Curvature:
+        """What was collected, by all processes together where there is a `total`."""
         if self._statistic is not None:
             self.curvature.others = {n: v * self._batches for n, v in self._statistic.result().items()}
+        if total is not None:
+            self._add_up(total)
         self.curvature.gates = {name: _quieter(sides) for name, sides in self._sides.items()}
         self.curvature.check()
         return self.curvature
+
+    def _add_up(self, total: Total) -> None:
+        found = self.curvature
+        for moments in (*found.inputs.values(), *found.results.values(), *found.outputs.values()):
+            moments.add_up(total)
+        for side in (side for sides in self._sides.values() for side in sides):
+            total(side)
+        for name, sums in found.others.items():
+            summed = sums.to(next(iter(self._leaves.values())).device)
+            total(summed)
+            found.others[name] = summed.cpu()
 
     def _inputs(self) -> list[Tensor]:
         return [*self._begun, *self._leaves.values()]

@@ -16,9 +16,10 @@ def margin_key(member: Member) -> MarginKey:
 
 
 def margin(values: Tensor, key: MarginKey) -> Tensor:
-    """`values` summed over every axis not in `key`; axes of the result in the order of `key`."""
+    """`values` summed over every axis not in `key`, in at least float32; axes of the result in the order of `key`."""
     others = [axis for axis in range(values.dim()) if axis not in key]
-    summed = values.sum(others) if others else values
+    wide = torch.promote_types(values.dtype, torch.float32)
+    summed = values.sum(others, dtype=wide) if others else values.to(wide)
     return summed if list(key) == sorted(key) else summed.T
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from ecospa_fx.errors import TrainingError
 from ecospa_fx.graph.evaluate import Evaluator
 from ecospa_fx.importance.score import Batch, arguments
 from ecospa_fx.plan import Plan
-from ecospa_fx.training.distributed import processes
+from ecospa_fx.training.distributed import add_up, of_first, processes
 
 Made = Callable[[Plan, Mapping[str, Tensor]], Evaluator]
 """What computes the model with a plan applied, on given values of its parameters."""
@@ -23,20 +24,14 @@ def read(batches: Iterable[object] | None) -> list[Batch]:
     return [arguments(batch, number) for number, batch in enumerate(batches or ())]
 
 
-def check_alone(option: str, group: Any, sharded: bool) -> None:
-    """Raise TrainingError for several processes or sharded parameters, of which each process would see its own part."""
-    if sharded or processes(group) > 1:
-        raise TrainingError(f"{option} works in one process: leave it out where several train together")
-
-
 class Compensation:
     """Least squares on batches, in eval mode: see `ecospa_fx.passes.lossy.Reconstruct`.
 
-    batches: what to fit on. Raises TrainingError where there are none.
+    batches: what to fit on, in each process of `group` its own part. Raises TrainingError where there are none.
     """
 
-    def __init__(self, batches: Sequence[Batch]) -> None:
-        self.batches = batches
+    def __init__(self, batches: Sequence[Batch], group: Any = None) -> None:
+        self.batches, self.group = batches, group
         if not batches:
             raise TrainingError("compensate=True needs data: give batches=, as eco.score takes them")
 
@@ -49,6 +44,7 @@ class Compensation:
         with torch.inference_mode(False):
             small = made(*after)
             held = dict(small.program.values)
-            Reconstruct().run(made(*before), small, self.batches)
+            total = partial(add_up, group=self.group) if processes(self.group) > 1 else None
+            Reconstruct().run(made(*before), small, self.batches, total=total)
             solved = {name: value for name, value in small.program.values.items() if value is not held[name]}
-            return {name: (value - held[name]).detach() for name, value in solved.items()}
+            return {name: of_first((value - held[name]).detach(), self.group) for name, value in solved.items()}

@@ -16,7 +16,7 @@ from ecospa_fx.graph.program import ExportedForm
 from ecospa_fx.importance.views import Side
 from ecospa_fx.training.cut import Cut
 from ecospa_fx.training.form import GraphForm
-from ecospa_fx.training.sharded import fill, is_sharded, release, replace_in
+from ecospa_fx.training.sharded import fill, is_sharded, put, release, replace_in, whole
 from ecospa_fx.training.surgery import check_optimizers, check_states, cut_all
 from ecospa_fx.training.tree import TwoModes
 from ecospa_fx.training.turning import turn_gradient, unknown
@@ -98,8 +98,9 @@ class Held:
     def add(self, changes: Mapping[str, Tensor]) -> None:
         """Add to parameters, and to all copies of them, by name."""
         for tensors in (self.form.parameters, *self._copies):
-            for name in changes.keys() & tensors.keys():
-                tensors[name].add_(changes[name].to(tensors[name]))
+            for name in (n for n in changes if n in tensors):  # in one order in all processes
+                held = whole(tensors[name])
+                put(tensors[name], held + changes[name].to(held))
 
     def turnable(self, names: Iterable[str]) -> str | None:
         """Why a change of basis of these parameters cannot be followed, or None."""
@@ -121,8 +122,7 @@ class Held:
                 name, axis = side.member.parameter, side.member.axis
                 for tensors in (self.form.parameters, *self._copies):
                     if name in tensors:
-                        turned = rotated(tensors[name].detach(), axis, side.positions, matrix)
-                        tensors[name].copy_(turned)
+                        put(tensors[name], rotated(whole(tensors[name]), axis, side.positions, matrix))
                         turn_gradient(self.optimizers, tensors[name], axis, side.positions, other)
 
     def _cut_sharded(self, programs: Sequence[ExportedForm], cuts: Mapping[str, Cut]) -> int:

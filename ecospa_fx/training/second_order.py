@@ -4,6 +4,9 @@ Training itself shows gradients summed over tokens. What one removal costs once 
 more: moments of what consumers read, and of the loss's gradients there (`ecospa_fx.importance.curvature`), from a pass
 forward and backward over a few batches, at the shrinks alone. Linear couplings are turned first, so that few of their
 units carry most of what they do; parameters, gradients, copies and optimizers' states turn with them.
+
+Several processes bring batches of their own. Moments are sums over batches, so they are added up over the processes,
+and all turn and judge by the same ones. Where parameters are sharded, each process holds all of them meanwhile.
 """
 
 from __future__ import annotations
@@ -11,18 +14,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ecospa_fx.coupling.couplings import Coupling
-from ecospa_fx.errors import TrainingError
+from ecospa_fx.errors import EcospaError, TrainingError
 from ecospa_fx.graph.evaluate import Evaluator
 from ecospa_fx.graph.sites import Site, find_sites
 from ecospa_fx.importance.curvature import Collector, Curvature
 from ecospa_fx.importance.score import Batch, Loss
 from ecospa_fx.importance.second_order import unit_scores, without_traffic
 from ecospa_fx.importance.views import Views, views_of
+from ecospa_fx.training.distributed import add_up, fail_together, of_first, processes
 from ecospa_fx.training.held import Held
 from ecospa_fx.training.settings import SECOND_ORDER
 
@@ -34,10 +40,12 @@ LOOKS = 128
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SecondOrder:
-    """batches, loss: as `eco.score` takes them; damping: of the surgeon's matrices, in means of their diagonals."""
+    """batches, loss: as `eco.score` takes them; group: the processes that measure together; damping: of the surgeon's
+    matrices, in means of their diagonals."""
 
     batches: Sequence[Batch]
     loss: Loss
+    group: Any = None
     damping: float = 0.01
 
     def scores(self, evaluator: Evaluator, couplings: Sequence[Coupling], held: Held) -> dict[str, Tensor]:
@@ -57,6 +65,7 @@ class SecondOrder:
                 eye = torch.eye(change.basis.shape[1]).to(change.basis)
                 return replace(change, basis=eye.expand_as(change.basis))
             change = balanced(change, program)
+            change = replace(change, basis=of_first(change.basis, self.group))
             change.run(program)
             held.turn((change.first, change.second), change.basis)
             return change
@@ -72,11 +81,18 @@ class SecondOrder:
         return found
 
     def _measured(self, evaluator: Evaluator, views: Views, results: Sequence[Site] = ()) -> Curvature:
-        return Collector(evaluator, views, results).run(self.batches, self.loss)
+        collector, error = Collector(evaluator, views, results), None
+        try:
+            collector.watch(self.batches, self.loss)
+        except EcospaError as found:
+            error = found
+        device = next(iter(evaluator.program.values.values())).device
+        fail_together(error, device, self.group)
+        return collector.result(partial(add_up, group=self.group) if processes(self.group) > 1 else None)
 
 
-def second_order(batches: Sequence[Batch], loss: Loss | None) -> SecondOrder:
+def second_order(batches: Sequence[Batch], loss: Loss | None, group: Any = None) -> SecondOrder:
     """Raises TrainingError for no data to measure on, or no loss."""
     if not batches or loss is None:
         raise TrainingError(f"scores={SECOND_ORDER!r} needs data: give batches= and loss=, as eco.score takes them")
-    return SecondOrder(batches, loss)
+    return SecondOrder(batches, loss, group)

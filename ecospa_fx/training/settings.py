@@ -13,7 +13,6 @@ from ecospa_fx.coupling.couplings import Coupling, Couplings
 from ecospa_fx.errors import TrainingError
 from ecospa_fx.importance.methods import gate_members
 from ecospa_fx.importance.score import Batch, Loss
-from ecospa_fx.training.distributed import processes
 from ecospa_fx.training.narrow import disjoint
 
 SECOND_ORDER = "second-order"
@@ -29,9 +28,10 @@ class Settings:
     floor, kinds: as in `plan`; allow: as in `detect`; window: steps before each shrink whose gradients are scored, and
     the memory of their moving average; compensate: after each shrink, solve what consumes the removed units anew, by
     least squares on `batches`, to do what it did before (None: where scores are second-order); batches, loss:
-    calibration data as in `score`, for that, for second-order scores, and for a schedule that shrinks at the start;
-    wrap: what to put around the model, after every shrink anew (``DistributedDataParallel``); group: the processes that
-    train together, by default all of them.
+    calibration data as in `score`, for that, for second-order scores, and for a schedule that shrinks at the start; of
+    several processes each gives its own part, and holds all parameters during a shrink; wrap: what to put around the
+    model, after every shrink anew (``DistributedDataParallel``); group: the processes that train together, by default
+    all of them.
     """
 
     total_steps: int | None = None
@@ -62,9 +62,8 @@ class Settings:
 
     @property
     def scores(self) -> str:
-        """The best scores that can be had: second-order ones need data, and one process that has it all."""
-        alone = self.wrap is None and processes(self.group) == 1
-        return SECOND_ORDER if alone and self.batches is not None and self.loss is not None else "gate-fisher"
+        """The best scores that can be had: second-order ones need data."""
+        return SECOND_ORDER if self.batches is not None and self.loss is not None else "gate-fisher"
 
     @property
     def limits(self) -> tuple[float, float, float]:

@@ -38,6 +38,28 @@ def release(tree: nn.Module) -> None:
             code._parameters.clear()  # its submodules are those of the tree itself
 
 
+# -- values ------------------------------------------------------------------------------------------------------
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All parts together, without history. Every process has to call this."""
+    part: Any = tensor.detach()
+    found: Tensor = part.full_tensor() if _spread(tensor) else part
+    return found
+
+
+def put(tensor: Tensor, values: Tensor) -> None:
+    """Give a tensor, spread or not, new values in place. values: all of them, the same in every process."""
+    if not _spread(tensor):
+        tensor.copy_(values)
+        return
+    from torch.distributed.tensor import distribute_tensor
+
+    spread: Any = tensor
+    own: Any = distribute_tensor(values, spread.device_mesh, spread.placements, src_data_rank=None)
+    spread.to_local().copy_(own.to_local())
+
+
 # -- scores ------------------------------------------------------------------------------------------------------
 
 

@@ -21,9 +21,9 @@ from ecospa_fx.plan import Plan, Selection
 from ecospa_fx.training import history
 from ecospa_fx.training.allocation import allocate, bounds
 from ecospa_fx.training.checkpoint import packed, unpacked
-from ecospa_fx.training.compensate import Compensation, check_alone, read
+from ecospa_fx.training.compensate import Compensation, read
 from ecospa_fx.training.cut import cuts_between
-from ecospa_fx.training.distributed import all_agree, average, check_same
+from ecospa_fx.training.distributed import all_agree, averaged, check_same
 from ecospa_fx.training.form import GraphForm
 from ecospa_fx.training.held import Held
 from ecospa_fx.training.narrow import narrowed
@@ -31,6 +31,7 @@ from ecospa_fx.training.running import RunningScores
 from ecospa_fx.training.schedule import AtStart, Schedule, check_schedule, default_schedule
 from ecospa_fx.training.second_order import SecondOrder, second_order
 from ecospa_fx.training.settings import SECOND_ORDER, Settings, check_unshared, chosen, other_owners
+from ecospa_fx.training.sharded import whole
 from ecospa_fx.training.surgery import held_bytes
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ class SparseTraining:
     have made up for them, in bases of linear couplings (V with O, Q with K) that suit removal: see
     `ecospa_fx.training.second_order`, and `ecospa_fx.training.turning` for what becomes of the optimizer's states. Or
     "gate-fisher", "fisher" or "taylor", taken from the gradients of training. By default the first where batches and a
-    loss are given and one process trains, "gate-fisher" elsewhere. options: see `Settings`.
+    loss are given, "gate-fisher" elsewhere. options: see `Settings`.
 
     Raises TrainingError for an optimizer of another model, a schedule that outlasts training, a target that floors put
     out of reach, parameters that another model holds too; and what `detect` raises.
@@ -159,7 +160,7 @@ class SparseTraining:
         if self._pending:
             log.warning("the shrink of step %s waits: gradients are missing, zero or not finite", self._step)
         else:
-            average(flat, group)
+            averaged(flat, group)
             self._shrink(self._running.scores(), self._schedule.share(self._step))
 
     def state_dict(self) -> dict[str, Any]:
@@ -219,7 +220,7 @@ class SparseTraining:
     def _measured(self) -> dict[str, Tensor]:
         """Second-order scores of the units that are there. Linear couplings have been turned then."""
         assert self._second_order is not None
-        values = {name: p.detach() for name, p in self._form.parameters.items()}
+        values = {name: whole(p) for name, p in self._form.parameters.items()}
         evaluator = self._form.evaluator(self.plan, values)
         return self._second_order.scores(evaluator, self._now, self._model)
 
@@ -244,10 +245,9 @@ class SparseTraining:
         """`_apply`, and what stays makes up for what goes if that is wanted."""
         if self._compensation is None:
             return self._apply(keep)
-        parameters = self._form.parameters
-        before = self.plan, {name: p.detach() for name, p in parameters.items()}  # cutting makes new memory
+        before = self.plan, {name: whole(p) for name, p in self._form.parameters.items()}  # cutting makes new memory
         modules = self._apply(keep)
-        after = self.plan, {name: p.detach() for name, p in parameters.items()}
+        after = self.plan, {name: whole(p) for name, p in self._form.parameters.items()}
         self._model.add(self._compensation.changes(self._form.evaluator, before, after))
         return modules
 
@@ -255,15 +255,13 @@ class SparseTraining:
         options = self._settings
         if not (self._measures if options.compensate is None else options.compensate):
             return None
-        check_alone("compensate=True", options.group, self._model.sharded)
-        return Compensation(self._batches)
+        return Compensation(self._batches, options.group)
 
     def _measuring(self) -> SecondOrder | None:
         options = self._settings
         if not self._measures:
             return None
-        check_alone(f"scores={SECOND_ORDER!r}", options.group, self._model.sharded)
-        return second_order(self._batches, options.loss)
+        return second_order(self._batches, options.loss, options.group)
 
     def _apply(self, keep: Mapping[str, Tensor]) -> int:
         """Cut down to what stays. Everything that can fail comes first. Returns how many modules got other code."""
@@ -300,6 +298,8 @@ class SparseTraining:
         if self._second_order is None:
             couplings = Couplings(self._chosen, self._form.module)
             values = score(self._form.module, couplings, batches, loss=loss, method=self._running.method).values
+            device, group = self._running.flat().device, self._settings.group
+            values = {name: averaged(value.to(device), group).cpu() for name, value in values.items()}
         self._shrink(values, 1.0)
 
     def _plan(self, keep: Mapping[str, Tensor]) -> Plan:

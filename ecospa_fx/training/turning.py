@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ecospa_fx.training.sharded import put, whole
+
 FIRST = frozenset({"exp_avg", "momentum_buffer"})
 """States that are means of gradients."""
 
@@ -39,10 +41,10 @@ def turn_gradient(
     from ecospa_fx.passes.lossy.change_basis import rotated
 
     if tensor.grad is not None:
-        tensor.grad.copy_(rotated(tensor.grad, axis, positions, matrix))
+        put(tensor.grad, rotated(whole(tensor.grad), axis, positions, matrix))
     for optimizer in optimizers:
         for key, value in optimizer.state.get(tensor, {}).items():
             if key in FIRST and isinstance(value, Tensor):
-                value.copy_(rotated(value, axis, positions, matrix))
+                put(value, rotated(whole(value), axis, positions, matrix))
             if key in SQUARED and isinstance(value, Tensor):
-                value.copy_(rotated(value, axis, positions, matrix.square()))
+                put(value, rotated(whole(value), axis, positions, matrix.square()))

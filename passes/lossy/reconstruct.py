@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from ecospa_fx.errors import ScoreError
 from ecospa_fx.graph.evaluate import Evaluator, Values, detached
 from ecospa_fx.graph.sites import Site, find_sites
-from ecospa_fx.importance.curvature import Moments
+from ecospa_fx.importance.curvature import Moments, Total
 from ecospa_fx.importance.score import Batch
 
 NOISE = 1e-7
@@ -36,8 +36,10 @@ class Reconstruct:
         small: Evaluator,
         batches: Sequence[Batch],
         watch: Callable[[Sequence[Stage]], Iterable[Stage]] = lambda stages: stages,
+        total: Total | None = None,
     ) -> int:
-        """Change the smaller program's parameters in place. watch: wraps the stages, to show progress.
+        """Change the smaller program's parameters in place. watch: wraps the stages, to show progress; total: where
+        several processes with batches of their own solve together.
 
         Returns how many matrices were solved. Raises ScoreError where the smaller model's values are not finite.
         """
@@ -45,7 +47,7 @@ class Reconstruct:
         states = [(dense.start(*batch), small.start(*batch)) for batch in batches]
         done = (0, 0)
         for stage in watch(stages):
-            segment = _Segment(stage, dense, small, done)
+            segment = _Segment(stage, dense, small, done, total)
             segment.rebuild(states, self.damping)
             done = segment.end
         return len(stages)
@@ -74,7 +76,10 @@ def stages_of(dense: Evaluator, small: Evaluator) -> list[Stage]:
 class _Segment:
     """The nodes from one site, exclusive, to the next one, inclusive, in both programs."""
 
-    def __init__(self, stage: Stage, dense: Evaluator, small: Evaluator, begin: tuple[int, int]) -> None:
+    def __init__(
+        self, stage: Stage, dense: Evaluator, small: Evaluator, begin: tuple[int, int], total: Total | None
+    ) -> None:
+        self._total = total
         self.site, self.twin, self.dense, self.small = stage.site, stage.twin, dense, small
         self.end = (dense.order.index(stage.site.node) + 1, small.order.index(stage.twin) + 1)
         self.dense_nodes = dense.order[begin[0] : self.end[0]]
@@ -111,14 +116,18 @@ class _Segment:
         weight = self.site.matrix(self._held(self.site.parameter))
         bias = self._held(self.site.bias) if self.site.bias is not None else None
         moments = Moments(weight.shape[1], weight.device)
-        total, cross = moments.total.new_zeros(len(weight)), moments.total.new_zeros(weight.shape)
+        sums, cross = moments.total.new_zeros(len(weight)), moments.total.new_zeros(weight.shape)
         with torch.no_grad():
             for (_, own), target in zip(states, targets, strict=True):
                 rows = self._input(own)
                 residual = target.flatten(0, -2).float() - nn.functional.linear(rows, weight.float(), _float(bias))
                 moments.add(rows)
-                total += residual.sum(0)
+                sums += residual.sum(0)
                 cross += residual.T @ rows
+        if self._total is not None:
+            moments.add_up(self._total)
+            self._total(sums)
+            self._total(cross)
         if not (moments.second.isfinite().all() and cross.isfinite().all()):
             raise ScoreError(
                 f"the smaller model's values at {self.site.parameter!r} are not finite: run it in bfloat16 or float32"
@@ -128,8 +137,8 @@ class _Segment:
         if bias is None:
             change = _least_squares(moments.second, cross, damping, noise)
         else:
-            change = _least_squares(moments.covariance(), cross - torch.outer(total, mean), damping, noise)
-            self._set(str(self.site.bias), bias.double() + total / count - change @ mean)
+            change = _least_squares(moments.covariance(), cross - torch.outer(sums, mean), damping, noise)
+            self._set(str(self.site.bias), bias.double() + sums / count - change @ mean)
         self._set(self.site.parameter, self.site.matrix(weight.double() + change))
 
     def _twin_input(self) -> fx.Node:
