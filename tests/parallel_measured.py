@@ -1,9 +1,10 @@
 """One of several processes whose shrinks are measured on batches: what `test_parallel` starts.
 
-    python -m tests.parallel_measured FOLDER RANK WORLD [sharded | failing]
+    python -m tests.parallel_measured FOLDER RANK WORLD [sharded | failing | start | start-sharded]
 
 Each has its part of every training batch, and some of the calibration batches. Writes its weights, its optimizer's
-states and its plan at the end; with "failing" one of them has a batch whose loss is not finite.
+states and its plan at the end; with "failing" one of them has a batch whose loss is not finite; with "start" the model
+shrinks before the first step, by gate Fisher scores unless its parameters are sharded.
 """
 
 from __future__ import annotations
@@ -37,14 +38,17 @@ def sharded(module: nn.Module) -> nn.Module:
 
 def outcome(folder: Path, rank: int, world: int, mode: str) -> str:
     """Train and write what came of it; the error's text where it was refused."""
-    wrap: Any = sharded if mode == "sharded" else DistributedDataParallel if world > 1 else None
+    wrap: Any = sharded if mode.endswith("sharded") else DistributedDataParallel if world > 1 else None
     spoilt = mode == "failing" and rank == 1
 
     def loss(output: Tensor, args: Any, kwargs: Any) -> Tensor:
         return loss_of(output, args, kwargs) * (float("nan") if spoilt else 1.0)
 
+    begins = mode.startswith("start")
+    schedule: Any = eco.AtStart() if begins else eco.Linear(start=2, end=4, every=2)
+    scores = "gate-fisher" if mode == "start" else None
     sparse = eco.SparseTraining(
-        language(), (ids(0),), target=0.4, schedule=eco.Linear(start=2, end=4, every=2), wrap=wrap,
+        language(), (ids(0),), target=0.4, schedule=schedule, scores=scores, wrap=wrap,
         batches=batches()[rank::world], loss=loss,
     )  # fmt: skip
     optimizer = torch.optim.AdamW(sparse.model.parameters(), lr=1e-2)

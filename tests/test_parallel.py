@@ -89,6 +89,25 @@ def test_several_processes_measure_and_make_up_as_one(
     assert set(widths[1].values()) != set(widths[0].values())
 
 
+def test_several_processes_begin_small_as_one(tmp_path: Path) -> None:
+    """By what gradients of all batches say, of which each process has its own."""
+    for name, world in (("alone", 1), ("both", 2)):
+        outcomes = together(tmp_path / name, world, "start", script="parallel_measured")
+        assert [code for code, _ in outcomes] == [0] * world, outcomes
+    alone, first, second = (result(tmp_path / name, rank) for name, rank in (("alone", 0), ("both", 0), ("both", 1)))
+    assert_equal(first["weights"], second["weights"])
+    assert_equal(alone["sparse"]["keep"], first["sparse"]["keep"])
+    torch.testing.assert_close(first["weights"], alone["weights"], rtol=1e-8, atol=1e-10)
+
+
+def test_sharded_parameters_begin_small(tmp_path: Path) -> None:
+    outcomes = together(tmp_path / "folder", 2, "start-sharded", script="parallel_measured")
+    assert [code for code, _ in outcomes] == [0, 0], outcomes
+    first, second = (result(tmp_path / "folder", rank) for rank in range(2))
+    assert_equal(first["weights"], second["weights"])
+    assert len(first["sparse"]["history"]) == 1
+
+
 def test_a_process_that_cannot_measure_stops_all(tmp_path: Path) -> None:
     outcomes = together(tmp_path / "folder", 2, "failing", script="parallel_measured")
     assert [code for code, _ in outcomes] == [1, 1]

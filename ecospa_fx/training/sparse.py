@@ -296,6 +296,11 @@ class SparseTraining:
             raise TrainingError("shrinking at the start needs data: give batches= and loss=, as eco.score takes them")
         values: Mapping[str, Tensor] = {}
         if self._second_order is None:
+            if self._model.sharded:
+                raise TrainingError(
+                    f"scores={self._running.method!r} cannot be taken of sharded parameters before the first step: "
+                    f"use scores={SECOND_ORDER!r}, or shrink later"
+                )
             couplings = Couplings(self._chosen, self._form.module)
             values = score(self._form.module, couplings, batches, loss=loss, method=self._running.method).values
             device, group = self._running.flat().device, self._settings.group
