@@ -9,20 +9,16 @@ shrinks before the first step, by gate Fisher scores unless its parameters are s
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_map
 
 import ecospa_fx as eco
 from ecospa_fx.errors import EcospaError
-from tests.parallel_training import whole
+from tests.parallel_training import main, write
 from tests.test_second_order_training import batches, ids, language, loss_of
 
 STEPS = 7
@@ -62,26 +58,9 @@ def outcome(folder: Path, rank: int, world: int, mode: str) -> str:
             optimizer.zero_grad()
     except EcospaError as error:
         return str(error)
-    weights = {k.removeprefix("module."): whole(v) for k, v in sparse.model.state_dict().items()}
-    states = tree_map(whole, optimizer.state_dict()["state"])
-    torch.save({"weights": weights, "optimizer": states, "sparse": sparse.state_dict()}, folder / f"{rank}")
+    write(folder / f"{rank}", sparse, optimizer)
     return ""
 
 
-def main() -> None:
-    """Ends without the interpreter's teardown, as `parallel_training` does."""
-    folder, rank, world = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    torch.set_num_threads(1)
-    if world > 1:
-        dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=world)
-    error = outcome(folder, rank, world, sys.argv[4] if len(sys.argv) > 4 else "")
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
-    sys.stderr.write(error)
-    sys.stderr.flush()
-    os._exit(1 if error else 0)
-
-
 if __name__ == "__main__":
-    main()
+    main(outcome)

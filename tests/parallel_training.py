@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -94,14 +95,18 @@ def outcome(folder: Path, rank: int, world: int, mode: str) -> str:
         train(sparse, optimizer, range(5, STEPS), (rank, world))
     except TrainingError as error:
         return str(error)
-    state = {"weights": sparse.model.state_dict(), "optimizer": optimizer.state_dict()["state"]}
-    weights = {k.removeprefix("module."): whole(v) for k, v in state["weights"].items()}
-    states = tree_map(whole, state["optimizer"])
-    torch.save({"weights": weights, "optimizer": states, "sparse": sparse.state_dict()}, folder / f"{rank}")
+    write(folder / f"{rank}", sparse, optimizer)
     return ""
 
 
-def main() -> None:
+def write(path: Path, sparse: eco.SparseTraining, optimizer: torch.optim.Optimizer) -> None:
+    """What a process ends with; all of them have to call this."""
+    weights = {k.removeprefix("module."): whole(v) for k, v in sparse.model.state_dict().items()}
+    states = tree_map(whole, optimizer.state_dict()["state"])
+    torch.save({"weights": weights, "optimizer": states, "sparse": sparse.state_dict()}, path)
+
+
+def main(outcome: Callable[[Path, int, int, str], str]) -> None:
     """Ends without the interpreter's teardown: a thread of gloo that wants the GIL during it aborts the process."""
     folder, rank, world = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     torch.set_num_threads(1)
@@ -117,4 +122,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(outcome)
