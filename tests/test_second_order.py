@@ -428,6 +428,17 @@ def test_the_unit_of_the_loss_changes_nothing_but_the_divergence(trained: nn.Mod
     torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
 
 
+def test_a_loss_that_cannot_take_zeros_distils_too(trained: nn.Module) -> None:
+    """How much is lost cannot be told then."""
+
+    def loss(y: Tensor, args: Any, kwargs: Any) -> Tensor:
+        return loss_of(y / y.square().mean(-1, keepdim=True).sqrt(), args, kwargs)
+
+    dense, small = pair(trained, 0.5)
+    first, last = Distill(length=32).run(dense, small, data(16), loss)
+    assert last < first
+
+
 def test_rounding_of_products_is_the_callers_again_afterwards(trained: nn.Module) -> None:
     dense, small = pair(trained, 0.5)
     seen = []

@@ -13,7 +13,7 @@ from ecospa_fx.errors import TrainingError
 from ecospa_fx.graph.evaluate import Evaluator
 from ecospa_fx.importance.score import Batch, arguments
 from ecospa_fx.plan import Plan
-from ecospa_fx.training.distributed import add_up, of_first, processes
+from ecospa_fx.training.distributed import add_up, of_first
 
 Made = Callable[[Plan, Mapping[str, Tensor]], Evaluator]
 """What computes the model with a plan applied, on given values of its parameters."""
@@ -44,7 +44,6 @@ class Compensation:
         with torch.inference_mode(False):
             small = made(*after)
             held = dict(small.program.values)
-            total = partial(add_up, group=self.group) if processes(self.group) > 1 else None
-            Reconstruct().run(made(*before), small, self.batches, total=total)
+            Reconstruct().run(made(*before), small, self.batches, total=partial(add_up, group=self.group))
             solved = {name: value for name, value in small.program.values.items() if value is not held[name]}
             return {name: of_first((value - held[name]).detach(), self.group) for name, value in solved.items()}

@@ -28,7 +28,7 @@ from ecospa_fx.importance.curvature import Collector, Curvature
 from ecospa_fx.importance.score import Batch, Loss
 from ecospa_fx.importance.second_order import unit_scores, without_traffic
 from ecospa_fx.importance.views import Views, views_of
-from ecospa_fx.training.distributed import add_up, fail_together, of_first, processes
+from ecospa_fx.training.distributed import add_up, fail_together, of_first
 from ecospa_fx.training.held import Held
 from ecospa_fx.training.settings import SECOND_ORDER
 
@@ -88,7 +88,7 @@ class SecondOrder:
             error = found
         device = next(iter(evaluator.program.values.values())).device
         fail_together(error, device, self.group)
-        return collector.result(partial(add_up, group=self.group) if processes(self.group) > 1 else None)
+        return collector.result(partial(add_up, group=self.group))
 
 
 def second_order(batches: Sequence[Batch], loss: Loss | None, group: Any = None) -> SecondOrder:

@@ -74,10 +74,10 @@ class Distill:
             return _divergence(_output(small, {**fixed, **own}, batch), slopes, batch, loss)
 
         judges = range(self.held - 1, len(batches), self.held) or range(len(batches))
-        before = _mean(divergence, judges)
+        before, lost = _judged(dense, small, [batches[i] for i in judges], loss)
         if not math.isfinite(before):
             raise ScoreError("the smaller model's loss is not finite: run it in bfloat16 or float32")
-        rate = self.rate * math.sqrt(_share_lost(dense, before, [batches[i] for i in judges], loss))
+        rate = self.rate * math.sqrt(lost)
         # What a graph overwrites may be what a gradient needs.
         overwriting = torch.autograd.graph.allow_mutation_on_saved_tensors if small.overwrites else nullcontext
         with torch.inference_mode(False), torch.enable_grad(), _quick_products():
@@ -147,8 +147,8 @@ def _mean(divergence: Callable[[int], Tensor], numbers: Sequence[int]) -> float:
 
 
 @torch.no_grad()
-def _share_lost(dense: Evaluator, divergence: float, batches: Sequence[Batch], loss: Loss) -> float:
-    """What a mean divergence is of that of an output that is zero everywhere, between 0 and 1."""
+def _judged(dense: Evaluator, small: Evaluator, batches: Sequence[Batch], loss: Loss) -> tuple[float, float]:
+    """The mean divergence, and what share it is, between 0 and 1, of that of an output that is zero everywhere."""
     found: list[list[float]] = []
     for batch in batches:
         output = _output(dense, dense.weights(), batch)
@@ -156,11 +156,11 @@ def _share_lost(dense: Evaluator, divergence: float, batches: Sequence[Batch], l
         leaves, spec = pytree.tree_flatten(output)
         pairs = zip(leaves, slopes, strict=True)
         nothing = [leaf if slope is None else torch.zeros_like(leaf) for leaf, slope in pairs]
-        outputs = output, pytree.tree_unflatten(nothing, spec)
+        outputs = _output(small, small.weights(), batch), output, pytree.tree_unflatten(nothing, spec)
         found.append([float(_divergence(each, slopes, batch, loss)) for each in outputs])
-    least, most = (sum(column) / len(found) for column in zip(*found, strict=True))
-    share = (divergence - least) / (most - least) if most > least else math.nan
-    return min(1.0, max(0.0, share)) if math.isfinite(share) else USUAL_LOSS
+    own, least, most = (sum(column) / len(found) for column in zip(*found, strict=True))
+    share = (own - least) / (most - least) if most > least else math.nan
+    return own, min(1.0, max(0.0, share)) if math.isfinite(share) else USUAL_LOSS
 
 
 def _step_size(parameter: Tensor) -> float:

@@ -133,10 +133,11 @@ class _Segment:
                 f"the smaller model's values at {self.site.parameter!r} are not finite: run it in bfloat16 or float32"
             )
         noise = float(moments.second.diagonal().mean()) * NOISE  # of what does not vary, nothing is to be learnt
-        mean, count = moments.total / max(moments.rows, 1), max(moments.rows, 1)
         if bias is None:
             change = _least_squares(moments.second, cross, damping, noise)
         else:
+            count = max(moments.rows, 1)
+            mean = moments.total / count
             change = _least_squares(moments.covariance(), cross - torch.outer(sums, mean), damping, noise)
             self._set(str(self.site.bias), bias.double() + sums / count - change @ mean)
         self._set(self.site.parameter, self.site.matrix(weight.double() + change))
