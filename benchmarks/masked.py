@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import torch
 from books import head_loss
-from ecospa_fx.passes.lossy.change_basis import ChangeBasis, balanced, turn_factors, turn_values
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -27,6 +26,7 @@ from ecospa_fx.graph.sites import Site, find_sites
 from ecospa_fx.importance.curvature import Collector, Curvature
 from ecospa_fx.importance.second_order import unit_scores
 from ecospa_fx.importance.views import Views, views_of
+from ecospa_fx.passes.lossy.change_basis import ChangeBasis, balanced, turn_factors, turn_values
 from ecospa_fx.plan import Plan, Selection
 from ecospa_fx.training.allocation import allocate, bounds
 from ecospa_fx.training.cut import cuts_between

@@ -49,9 +49,14 @@ class Variant:
         self.seconds: dict[str, list[float]] = {}
         self.memory: dict[str, float] = {}
 
+    def turn(self, training: bool) -> None:
+        """To training mode or out of it, once: that walk over all modules is not part of a step."""
+        if self.module.training != training:
+            self.module.train(training)
+
     def train(self, ids: Tensor) -> None:
         """One optimizer step."""
-        self.module.train()
+        self.turn(True)
         logits = self.module(input_ids=ids, use_cache=False).logits
         cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()).backward()
         self.optimizer.step()
@@ -60,7 +65,7 @@ class Variant:
     @torch.no_grad()
     def prefill(self, ids: Tensor) -> None:
         """All tokens of a prompt at once."""
-        self.module.eval()
+        self.turn(False)
         self.module(input_ids=ids, use_cache=False)
 
 

@@ -50,7 +50,8 @@ class Recipe:
     the same with as many in all heads of a layer; "uniform"; "sensitivity", by what couplings are measured to cost on
     every fourth batch, which the scores do not see, in so many `rounds`; or None: "ragged" where it is parameters that
     are counted and graph form may do as it likes, else "global". distillation: how many batches the smaller model sees,
-    without their labels, while it learns to answer like the dense one, 0 for none, each as often as it takes; rate,
+    without their labels, while it learns to answer like the dense one, 0 for none, each as often as it takes; by
+    default 320, and up to 512 where there are fewer than 128, since all other steps are the shorter then; rate,
     step: how much of each parameter a step may change at first, as an operator, times the root of the share of the
     dense model's answers that is lost; and batches per step.
     progress: bars on stderr.
@@ -64,9 +65,10 @@ class Recipe:
     least_squares_damping: float = 0.1
     allocation: str | None = None
     rounds: int = 2
-    distillation: int = 320
+    distillation: int | None = None
     rate: float = 0.125
     step: int = 1
+    mixed: float = 0.2
     progress: bool = False
 
     def __post_init__(self) -> None:
@@ -74,12 +76,20 @@ class Recipe:
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 < value < float("inf"):
                 raise ScoreError(f"{name}={value!r} is not a factor: give a positive number")
+        if not isinstance(self.mixed, int | float) or not 0 <= self.mixed < 1:
+            raise ScoreError(f"mixed={self.mixed!r} is not a share: give a number from 0 to below 1")
         if self.allocation not in (None, *ALLOCATIONS):
             raise ScoreError(f"allocation={self.allocation!r} is unknown: use {', '.join(map(repr, ALLOCATIONS))}")
         for name, least in (("distillation", 0), ("step", 1), ("rounds", 1)):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
+            if (name, value) != ("distillation", None) and (not isinstance(value, int) or value < least):
                 raise ScoreError(f"{name}={value!r} is not a count: give a whole number of at least {least}")
+
+    def draws(self, batches: int) -> int:
+        """How many batches to distil on where so many differ; by default none is drawn more than 16 times for more."""
+        if self.distillation is not None:
+            return self.distillation
+        return max(320, min(320 + 2 * (128 - batches), 16 * batches))
 
     def planning(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Options of `plan`, with the allocation that goes with those given."""
@@ -148,8 +158,8 @@ def compress_program(program: ExportedForm, task: Task, ratio: float, recipe: Re
     if recipe.least_squares:
         rebuild = Reconstruct(recipe.least_squares_damping)
         rebuild.run(dense, small, task.batches, lambda stages: recipe.shown(stages, "reconstruct"))
-    if recipe.distillation:
-        distill = Distill(recipe.distillation, recipe.rate, recipe.step)
+    if draws := recipe.draws(len(task.batches)):
+        distill = Distill(draws, recipe.rate, recipe.step, mixed=recipe.mixed)
         distill.run(dense, small, task.batches, task.loss, lambda order: recipe.shown(order, "distill"))
     return plan
 

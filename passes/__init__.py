@@ -3,16 +3,15 @@
 if __name__ != "ecospa_fx.passes":
     raise ImportError("the folder passes/ is installed as ecospa_fx.passes; import it by that name")
 
+from ecospa_fx.graph.passes import Pass as Pass
+from ecospa_fx.graph.passes import PassResult as PassResult
+from ecospa_fx.graph.passes import run_passes as run_passes
 from ecospa_fx.passes.causal_attention import CausalAttention as CausalAttention
 from ecospa_fx.passes.equal_widths import EqualWidths as EqualWidths
 from ecospa_fx.passes.follow_mode import FollowMode as FollowMode
 from ecospa_fx.passes.grouped_attention import GroupedAttention as GroupedAttention
 from ecospa_fx.passes.remove_inert import RemoveInert as RemoveInert
 from ecospa_fx.passes.shrink_couplings import ShrinkCouplings as ShrinkCouplings
-
-from ecospa_fx.graph.passes import Pass as Pass
-from ecospa_fx.graph.passes import PassResult as PassResult
-from ecospa_fx.graph.passes import run_passes as run_passes
 
 CLEANUP: tuple[Pass, ...] = (CausalAttention(), GroupedAttention(), EqualWidths(), RemoveInert())
 """What `shrink` runs after the couplings are cut, in this order.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ecospa_fx.passes import CausalAttention, RemoveInert
 
+from ecospa_fx.passes import CausalAttention, RemoveInert
 from tests.attention import CAUSAL, HIDES_NOTHING, OTHERS, Masked, attention_arguments, calls, inputs, traced
 
 SIZES = ((2, 6), (3, 11), (2, 2))

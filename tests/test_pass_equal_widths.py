@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from ecospa_fx.passes import CLEANUP, EqualWidths
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as attend
 
 import ecospa_fx as eco
 from ecospa_fx import demo
+from ecospa_fx.passes import CLEANUP, EqualWidths
 from ecospa_fx.verify import masked_error
 from tests.attention import calls, traced
 

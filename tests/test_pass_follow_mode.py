@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from ecospa_fx.passes import FollowMode
 from torch import Tensor, fx, nn
 from torch.nn.functional import dropout
 from torch.nn.functional import scaled_dot_product_attention as attend
 
 import ecospa_fx as eco
+from ecospa_fx.passes import FollowMode
 from ecospa_fx.plan import Plan
 
 

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from ecospa_fx.passes import GroupedAttention, RemoveInert
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as attend
 
+from ecospa_fx.passes import GroupedAttention, RemoveInert
 from tests.attention import HEADS, attention_arguments, calls, inputs, traced
 
 GROUPS = 2

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from ecospa_fx.passes import RemoveInert
 from torch import Tensor, nn
 
+from ecospa_fx.passes import RemoveInert
 from tests.attention import calls, traced
 
 

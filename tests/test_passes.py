@@ -7,13 +7,13 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-import ecospa_fx.passes
 import pytest
 import torch
-from ecospa_fx.passes import CLEANUP, Pass, PassResult, run_passes
 from torch import Tensor, fx, nn
 
+import ecospa_fx.passes
 from ecospa_fx.errors import PassError
+from ecospa_fx.passes import CLEANUP, Pass, PassResult, run_passes
 from tests.attention import traced
 
 FOLDER = Path(ecospa_fx.passes.__file__).resolve().parent

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from ecospa_fx.passes import ShrinkCouplings
 from torch import Tensor, fx, nn
 
 import ecospa_fx as eco
 from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.errors import PlanError
+from ecospa_fx.passes import ShrinkCouplings
 from ecospa_fx.plan import Plan
 from ecospa_fx.verify import masked, masked_error
 

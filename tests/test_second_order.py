@@ -9,11 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from ecospa_fx.passes.lossy import distill
-from ecospa_fx.passes.lossy.change_basis import turn_factors, turn_values
-from ecospa_fx.passes.lossy.distill import Distill
-from ecospa_fx.passes.lossy.reconstruct import Reconstruct
-from ecospa_fx.passes.shrink_couplings import shrink_program
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -32,6 +27,11 @@ from ecospa_fx.importance.score import Batch
 from ecospa_fx.importance.second_order import unit_scores
 from ecospa_fx.importance.surgeon import kept_gates, order_scores, remove_all
 from ecospa_fx.importance.views import Views, views_of
+from ecospa_fx.passes.lossy import distill
+from ecospa_fx.passes.lossy.change_basis import turn_factors, turn_values
+from ecospa_fx.passes.lossy.distill import Distill
+from ecospa_fx.passes.lossy.reconstruct import Reconstruct
+from ecospa_fx.passes.shrink_couplings import shrink_program
 
 VOCABULARY = 29
 
@@ -665,6 +665,8 @@ def constant_loss(output: Tensor, args: Any, kwargs: Any) -> Tensor:
         ({"ratio": 1.5}, EcospaError, "ratio=1.5"),
         ({"damping": 0}, ScoreError, "damping=0 is not a factor"),
         ({"distillation": -1}, ScoreError, "distillation=-1 is not a count"),
+        ({"step": None}, ScoreError, "step=None is not a count"),
+        ({"mixed": 1.5}, ScoreError, "mixed=1.5 is not a share"),
     ],
 )
 def test_bad_input_is_refused_in_one_sentence(

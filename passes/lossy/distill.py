@@ -25,6 +25,7 @@ from ecospa_fx.errors import ScoreError
 from ecospa_fx.graph.evaluate import Evaluator, Values
 from ecospa_fx.graph.sites import find_sites
 from ecospa_fx.importance.score import Batch, Loss
+from ecospa_fx.passes.lossy.mix import Mix
 
 Slopes = list[Tensor | None]
 """The loss's gradient at each leaf of an output; None where the loss does not depend on it."""
@@ -47,6 +48,7 @@ class Distill:
     rate: float = 0.125
     step: int = 1
     held: int = 16
+    mixed: float = 0.2
     name: str = "distill"
 
     def run(
@@ -68,20 +70,20 @@ class Distill:
             return 0.0, 0.0
         fixed, given = small.weights(), dense.weights()
 
-        def divergence(number: int) -> Tensor:
-            batch, own = batches[number], {node: leaf.to(fixed[node].dtype) for node, leaf in leaves.items()}
+        def divergence(batch: Batch) -> Tensor:
+            own = {node: leaf.to(fixed[node].dtype) for node, leaf in leaves.items()}
             slopes = _slopes(_output(dense, given, batch), batch, loss)
             return _divergence(_output(small, {**fixed, **own}, batch), slopes, batch, loss)
 
-        judges = range(self.held - 1, len(batches), self.held) or range(len(batches))
-        before, lost = _judged(dense, small, [batches[i] for i in judges], loss)
+        judges = list(batches[self.held - 1 :: self.held] or batches)
+        before, lost = _judged(dense, small, judges, loss)
         if not math.isfinite(before):
             raise ScoreError("the smaller model's loss is not finite: run it in bfloat16 or float32")
         rate = self.rate * math.sqrt(lost)
         # What a graph overwrites may be what a gradient needs.
         overwriting = torch.autograd.graph.allow_mutation_on_saved_tensors if small.overwrites else nullcontext
         with torch.inference_mode(False), torch.enable_grad(), _quick_products():
-            self._descend(leaves, rate, len(batches), divergence, watch, overwriting)
+            self._descend(leaves, rate, batches, divergence, watch, overwriting)
         after = _mean(divergence, judges)
         if after < before:
             for node, leaf in leaves.items():
@@ -93,23 +95,23 @@ class Distill:
         self,
         leaves: Mapping[fx.Node, nn.Parameter],
         rate: float,
-        batches: int,
-        divergence: Callable[[int], Tensor],
+        batches: Sequence[Batch],
+        divergence: Callable[[Batch], Tensor],
         watch: Callable[[Sequence[int]], Iterable[int]],
         overwriting: Callable[[], AbstractContextManager[object]],
     ) -> None:
-        learned = [i for i in range(batches) if i % self.held != self.held - 1] or [0]
+        learned = [i for i in range(len(batches)) if i % self.held != self.held - 1] or [0]
         groups = [{"params": [leaf], "lr": rate * _step_size(leaf)} for leaf in leaves.values()]
         optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
         source = torch.Generator().manual_seed(0)
         epochs = math.ceil(self.length / len(learned))
         drawn = torch.cat([torch.randperm(len(learned), generator=source) for _ in range(epochs)])[: self.length]
         order = [learned[i] for i in drawn.tolist()]
-        steps = math.ceil(len(order) / self.step)
+        steps, mix = math.ceil(len(order) / self.step), Mix(self.mixed)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: (1 + math.cos(math.pi * i / steps)) / 2)
         for done, number in enumerate(watch(order), 1):
             with overwriting():
-                torch.autograd.backward(divergence(number))
+                torch.autograd.backward(divergence(mix(batches, number)))
             if done % self.step == 0 or done == len(order):
                 optimizer.step()
                 optimizer.zero_grad()
@@ -141,9 +143,9 @@ def _divergence(output: object, slopes: Slopes, batch: Batch, loss: Loss) -> Ten
     return loss(output, *batch) - torch.stack(linear).sum()
 
 
-def _mean(divergence: Callable[[int], Tensor], numbers: Sequence[int]) -> float:
+def _mean(divergence: Callable[[Batch], Tensor], batches: Sequence[Batch]) -> float:
     with torch.no_grad():
-        return sum(float(divergence(number)) for number in numbers) / len(numbers)
+        return sum(float(divergence(batch)) for batch in batches) / len(batches)
 
 
 @torch.no_grad()

@@ -13,7 +13,6 @@ from itertools import islice
 from typing import Any
 
 import torch
-from ecospa_fx.passes.shrink_couplings import shrink_program
 from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils import _pytree as pytree
@@ -25,6 +24,7 @@ from ecospa_fx.coupling.find import detected as couplings_of
 from ecospa_fx.errors import PlanError
 from ecospa_fx.graph.capture import capture
 from ecospa_fx.graph.program import ExportedForm
+from ecospa_fx.passes.shrink_couplings import shrink_program
 from ecospa_fx.plan import Plan, Selection
 from ecospa_fx.verify import masked, masked_error
 from tests.fuzz.program import Program, Unit
