@@ -12,7 +12,7 @@ from torch import nn
 from ecospa_fx.budget.allocate import plan as make_plan
 from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.coupling.find import detected
-from ecospa_fx.errors import ScoreError
+from ecospa_fx.errors import PlanError, ScoreError
 from ecospa_fx.fitted import first_fit, shrunk
 from ecospa_fx.graph.capture import capture, captures
 from ecospa_fx.graph.owned import owned
@@ -114,8 +114,8 @@ def compress(
         280
     """
     model, args, kwargs = owned(model, args, kwargs)
-    couplings = couplings or detect(model, args, kwargs, allow=options.pop("allow", ()))
-    options = {"round_to": None, **options}
+    couplings = detect(model, args, kwargs, allow=options.pop("allow", ())) if couplings is None else couplings
+    options = {"round_to": None, **_without_allow(options)}
     if method == SECOND_ORDER:
         return _rebuilt(Task(model, args, kwargs, couplings, *checked(batches, loss)), ratio, options)
     scores: Scores | Literal["magnitude"] = "magnitude"
@@ -123,6 +123,13 @@ def compress(
         scores = scored(model, couplings, list(batches), ratio=ratio, loss=loss, method=method, **options)
     planning = {name: value for name, value in options.items() if name not in {"steps", "progress"}}
     return shrink(model, make_plan(couplings, ratio, scores, **planning), args, kwargs)
+
+
+def _without_allow(options: dict[str, Any]) -> dict[str, Any]:
+    """The options, among which `allow` is none where the couplings are given."""
+    if "allow" in options:
+        raise PlanError("allow= is for detecting, and couplings= were detected before: pass allow= to detect")
+    return options
 
 
 def _rebuilt(task: Task, ratio: float, options: Mapping[str, Any]) -> nn.Module:

@@ -390,6 +390,8 @@ def test_couplings_that_are_known_are_taken_and_those_of_another_model_refused(t
     for method in ("second-order", "magnitude"):
         with pytest.raises(PlanError, match="made for another model"):
             eco.compress(other, batches[0][0], couplings=couplings, method=method, **options)
+        with pytest.raises(PlanError, match="pass allow= to detect"):
+            eco.compress(trained, batches[0][0], couplings=couplings, method=method, allow="cache", **options)
 
 
 # -- distillation ------------------------------------------------------------------------------------------------
