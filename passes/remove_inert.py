@@ -1,4 +1,4 @@
-"""Nodes that do nothing go: assertions on metadata, casts to the type at hand, views of the whole, dead code."""
+"""Nodes that do nothing go: assertions on metadata, casts to the type at hand, views of the whole, dropout of none."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ecospa_fx.axes.flow import named_arguments
 from ecospa_fx.elements.call import itself
 from ecospa_fx.elements.evaluate import evaluate_elements, writes
 from ecospa_fx.elements.values import Value
+from ecospa_fx.graph.modes import drops_nothing
 from ecospa_fx.graph.passes import PassResult
 
 aten = torch.ops.aten
@@ -54,6 +55,8 @@ def _inert(node: fx.Node, elements: Mapping[fx.Node, Value]) -> bool:
     source = node.args[0] if node.args else None
     if not isinstance(source, fx.Node) or not _alike(node, source):
         return False
+    if drops_nothing(node):
+        return True
     if node.target in _CASTS:
         # what a caller passes may be of another type than the example
         return source.op != "placeholder" and not named_arguments(node).get("copy", False)

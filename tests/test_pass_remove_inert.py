@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ecospa_fx import shrink
 from ecospa_fx.passes import RemoveInert
+from ecospa_fx.plan import Plan
 from tests.attention import calls, traced
 
 
@@ -98,3 +100,27 @@ def test_sizes_that_depend_on_data_are_left_alone() -> None:
     RemoveInert().run(graph)
     graph.recompile()
     assert torch.equal(graph(x), model(x))
+
+
+def test_dropout_of_none_goes_and_one_whose_probability_follows_the_mode_stays() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.none, self.some = nn.Dropout(0.0), nn.Dropout(0.3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.some(self.none(x).sin())
+            return result
+
+    graph = traced(Two().train(), (X,), axes=())
+    RemoveInert().run(graph)
+    assert calls(graph) == ["sin", "dropout"]
+
+    class Functional(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.dropout(x.sin(), 0.5 if self.training else 0.0, True)
+
+    couplings_of_nothing = Plan((), ())
+    small = shrink(Functional().eval(), couplings_of_nothing, (X,))
+    assert torch.equal(small(X), X.sin())
+    assert (small.train()(X.abs()) == 0).any()

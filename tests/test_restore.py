@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import ecospa_fx as eco
 from ecospa_fx.errors import InputError
+from ecospa_fx.graph.layer import GraphLayer
 from ecospa_fx.plan import Plan
 from tests.attention import CAUSAL
 
@@ -116,6 +117,14 @@ def test_layers_compile_by_themselves(small: Any) -> None:
             layer.compile(backend=count, fullgraph=True)
         assert torch.allclose(small(data())["out"], want, rtol=1e-12, atol=1e-12)
     assert count.frame_count == 1
+
+
+def test_functions_of_all_layers_live_in_one_scope_also_after_pickling(small: Any) -> None:
+    """A compiled layer checks every scope that its functions live in, each time it is called."""
+    for model in (small, pickle.loads(pickle.dumps(small))):
+        layers = [m for m in model.layers.modules() if isinstance(m, GraphLayer)]
+        assert len(layers) > 3
+        assert len({id(type(m).forward.__globals__) for m in layers}) == 1
 
 
 def test_layers_can_be_checkpointed(small: Any) -> None:

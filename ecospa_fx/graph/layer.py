@@ -24,6 +24,10 @@ from ecospa_fx.graph.repeated import FIRST_CALL
 
 _NUMBERS = count()
 
+_USUAL: dict[str, Any] = dict(fx.Graph().python_code("self").globals)
+"""What generated code may name. Functions that name no more live in this scope, because whoever calls a compiled
+layer waits until every scope that its functions live in has been checked."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Code:
@@ -36,15 +40,21 @@ class Code:
         """The function, with its source where tracebacks and the compiler look for it."""
         file = f"<graph layer {next(_NUMBERS)}>"
         linecache.cache[file] = (len(self.source), None, self.source.splitlines(keepends=True), file)
-        scope = dict(self.names)
-        exec(compile(self.source, file, "exec"), scope)
-        found: Callable[..., Any] = scope["forward"]
+        usual = all(_is(value, _USUAL.get(name)) for name, value in self.names.items())
+        made: dict[str, Any] = {}
+        exec(compile(self.source, file, "exec"), _USUAL if usual else dict(self.names), made)
+        found: Callable[..., Any] = made["forward"]
         return found
 
     def __reduce__(self) -> Any:
         """Modules among the names are pickled by name."""
         plain = {n: _Named(v.__name__) if isinstance(v, ModuleType) else v for n, v in self.names.items()}
         return _code, (self.source, plain)
+
+
+def _is(one: Any, other: Any) -> bool:
+    """Whether a name means the same; numbers that were pickled are objects of their own."""
+    return one is other or (type(one) is type(other) is float and repr(one) == repr(other))
 
 
 @dataclass(frozen=True, slots=True)

@@ -130,6 +130,11 @@ def evaluation_arguments(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]
 # -- from notes to code ------------------------------------------------------------------------------------------
 
 
+def drops_nothing(node: fx.Node) -> bool:
+    """Whether a node is dropout with a probability of zero in either mode, which returns its input."""
+    return node.target in _DROPOUT and _arguments(node)["p"] == 0 and "p" not in node.meta.get(KEY, {})
+
+
 def note_dropout(graph: fx.Graph) -> None:
     """Note on every dropout of a single graph that it works in training only."""
     attention = torch.ops.aten.scaled_dot_product_attention.default
