@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+
+from tests.counting import Tokens, learnt
 
 torch.set_num_threads(1)
 
@@ -12,6 +15,12 @@ torch.set_num_threads(1)
 def seeded() -> None:
     """The same random numbers in every test, whatever ran before."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def trained() -> nn.Module:
+    """A language model that has learnt something, so that units differ in what they are worth. No test changes it."""
+    return learnt(Tokens())
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

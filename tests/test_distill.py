@@ -1,0 +1,107 @@
+"""Distillation: the smaller model learns to answer like the dense one, without labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import ecospa_fx as eco
+from ecospa_fx.graph.evaluate import Evaluator
+from ecospa_fx.importance.score import Batch
+from ecospa_fx.passes.lossy import distill
+from ecospa_fx.passes.lossy.distill import Distill
+from tests.counting import VOCABULARY, data, loss_of, pair
+
+
+def predictions(evaluator: Evaluator, batches: Sequence[Batch]) -> Tensor:
+    found: list[Tensor] = []
+    for args, kwargs in batches:
+        values = {**evaluator.start(args, kwargs), **evaluator.weights()}
+        evaluator.run(evaluator.order, values)
+        found.append(evaluator.returned(values, args, kwargs).flatten(0, -2))
+    return torch.cat(found).log_softmax(-1)
+
+
+def test_distillation_brings_the_predictions_of_unseen_data_nearer(trained: nn.Module) -> None:
+    dense, small = pair(trained, 0.5)
+    unseen = data(8, 14)
+    want, before = predictions(dense, unseen).exp(), predictions(small, unseen)
+    first, last = Distill(length=64, rate=0.01).run(dense, small, data(16), loss_of)
+    assert last < first
+    after = predictions(small, unseen)
+    assert (want * after).sum() > (want * before).sum()  # the cross-entropies' part of the divergence
+
+
+def test_the_unit_of_the_loss_changes_nothing_but_the_divergence(trained: nn.Module) -> None:
+    found = []
+    for factor in (1.0, 1024.0):
+        dense, small = pair(trained, 0.5)
+
+        def loss(y: Any, args: Any, kwargs: Any, factor: float = factor) -> Tensor:
+            return factor * loss_of(y, args, kwargs)
+
+        found.append((*Distill(length=16).run(dense, small, data(8), loss), predictions(small, data(2, 14))))
+    (first, last, one), (scaled_first, scaled_last, other) = found
+    assert (scaled_first, scaled_last) == pytest.approx((1024 * first, 1024 * last), rel=1e-3)
+    torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
+
+
+def test_a_loss_that_cannot_take_zeros_distils_too(trained: nn.Module) -> None:
+    """How much is lost cannot be told then."""
+
+    def loss(y: Tensor, args: Any, kwargs: Any) -> Tensor:
+        return loss_of(y / y.square().mean(-1, keepdim=True).sqrt(), args, kwargs)
+
+    dense, small = pair(trained, 0.5)
+    first, last = Distill(length=32).run(dense, small, data(16), loss)
+    assert last < first
+
+
+def test_rounding_of_products_is_the_callers_again_afterwards(trained: nn.Module) -> None:
+    dense, small = pair(trained, 0.5)
+    seen = []
+
+    def loss(y: Any, args: Any, kwargs: Any) -> Tensor:
+        seen.append(torch.get_float32_matmul_precision())
+        if len(seen) > 50:
+            raise KeyboardInterrupt
+        return loss_of(y, args, kwargs)
+
+    with pytest.raises(KeyboardInterrupt):
+        Distill(length=64).run(dense, small, data(8), loss)
+    assert set(seen) == {"highest", "medium"}
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_the_divergence_of_a_cross_entropy_is_that_of_the_predictions_whatever_the_labels() -> None:
+    """Its gradient at the output is softmax(y) - softmax(y₀)."""
+    torch.manual_seed(0)
+    output, dense = torch.randn(2, 5, VOCABULARY, requires_grad=True), torch.randn(2, 5, VOCABULARY)
+    for labels in torch.randint(0, VOCABULARY, (3, 2, 5)):
+        batch: Batch = ((labels,), {})
+
+        def loss(logits: Tensor, args: Any, kwargs: Any) -> Tensor:
+            return cross_entropy(logits.flatten(0, 1), args[0].flatten(), reduction="sum")
+
+        value = distill._divergence(output, distill._slopes(dense, batch, loss), batch, loss)
+        (found,) = torch.autograd.grad(value, output)
+        torch.testing.assert_close(found, output.softmax(-1) - dense.softmax(-1))
+
+
+def test_a_loss_that_the_model_computes_itself_distils_nothing_and_says_so(trained: nn.Module) -> None:
+    class Judged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = trained
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return cross_entropy(self.inner(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+    batches = data()
+    with pytest.warns(UserWarning, match="linear in what the model returns.*logits"):
+        eco.compress(Judged(), batches[0][0], ratio=0.3, batches=batches, loss=lambda y, args, kwargs: y)
