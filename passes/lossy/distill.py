@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from ecospa_fx.errors import ScoreError
 from ecospa_fx.graph.evaluate import Evaluator, Values
+from ecospa_fx.graph.precision import quick_products
 from ecospa_fx.graph.sites import find_sites
 from ecospa_fx.importance.score import Batch, Loss
 from ecospa_fx.passes.lossy.mix import Mix
@@ -68,41 +69,29 @@ class Distill:
         leaves = _trained(dense, small)
         if not leaves or not _is_told(dense, small, batches[0], loss):
             return 0.0, 0.0
-        fixed, given = small.weights(), dense.weights()
-
-        def divergence(batch: Batch) -> Tensor:
-            own = {node: leaf.to(fixed[node].dtype) for node, leaf in leaves.items()}
-            slopes = _slopes(_output(dense, given, batch), batch, loss)
-            return _divergence(_output(small, {**fixed, **own}, batch), slopes, batch, loss)
-
+        pair = _Pair(dense, small, leaves, loss)
         judges = list(batches[self.held - 1 :: self.held] or batches)
         before, lost = _judged(dense, small, judges, loss)
         if not math.isfinite(before):
             raise ScoreError("the smaller model's loss is not finite: run it in bfloat16 or float32")
-        rate = self.rate * math.sqrt(lost)
-        # What a graph overwrites may be what a gradient needs.
-        overwriting = torch.autograd.graph.allow_mutation_on_saved_tensors if small.overwrites else nullcontext
-        with torch.inference_mode(False), torch.enable_grad(), _quick_products():
-            self._descend(leaves, rate, batches, divergence, watch, overwriting)
-        after = _mean(divergence, judges)
+        # What is learnt is judged without quick products: their rounding is far below what the choice of batches does.
+        with torch.inference_mode(False), torch.enable_grad(), quick_products():
+            self._descend(pair, self.rate * math.sqrt(lost), batches, watch)
+        after = _mean(pair.divergence, judges)
         if after < before:
             for node, leaf in leaves.items():
-                held = leaf.detach().to(fixed[node].dtype)
+                held = leaf.detach().to(small.program.tensor(small.program.parameters[node]).dtype)
                 small.program.replace_parameter(small.program.parameters[node], held)
         return before, min(before, after)
 
     def _descend(
-        self,
-        leaves: Mapping[fx.Node, nn.Parameter],
-        rate: float,
-        batches: Sequence[Batch],
-        divergence: Callable[[Batch], Tensor],
+        self, pair: _Pair, rate: float, batches: Sequence[Batch],
         watch: Callable[[Sequence[int]], Iterable[int]],
-        overwriting: Callable[[], AbstractContextManager[object]],
-    ) -> None:
+    ) -> None:  # fmt: skip
         learned = [i for i in range(len(batches)) if i % self.held != self.held - 1] or [0]
-        groups = [{"params": [leaf], "lr": rate * _step_size(leaf)} for leaf in leaves.values()]
-        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+        groups = [{"params": [leaf], "lr": rate * _step_size(leaf)} for leaf in pair.leaves.values()]
+        fused = all(leaf.device.type in ("cpu", "cuda") for leaf in pair.leaves.values())
+        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=fused)
         source = torch.Generator().manual_seed(0)
         epochs = math.ceil(self.length / len(learned))
         drawn = torch.cat([torch.randperm(len(learned), generator=source) for _ in range(epochs)])[: self.length]
@@ -110,30 +99,46 @@ class Distill:
         steps, mix = math.ceil(len(order) / self.step), Mix(self.mixed)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: (1 + math.cos(math.pi * i / steps)) / 2)
         for done, number in enumerate(watch(order), 1):
-            with overwriting():
-                torch.autograd.backward(divergence(mix(batches, number)))
+            pair.pull(mix(batches, number))
             if done % self.step == 0 or done == len(order):
                 optimizer.step()
                 optimizer.zero_grad()
                 schedule.step()
 
 
-@contextmanager
-def _quick_products() -> Iterator[None]:
-    """Products of float32 matrices in what is quickest, bfloat16 or TF32, where the caller has not chosen per device.
+@dataclass(frozen=True, slots=True, eq=False)
+class _Pair:
+    """A dense and a smaller program, of which some parameters are leaves."""
 
-    What is learnt is judged without: rounding is far below what the choice of batches does.
-    """
-    try:
-        before = torch.get_float32_matmul_precision()
-    except RuntimeError:  # the newer settings, one per device, are in use
-        yield
-        return
-    torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    dense: Evaluator
+    small: Evaluator
+    leaves: Mapping[fx.Node, nn.Parameter]
+    loss: Loss
+
+    def divergence(self, batch: Batch) -> Tensor:
+        """How far the smaller one's output is from the dense one's."""
+        return _divergence(*self._outputs(batch), batch, self.loss)
+
+    def pull(self, batch: Batch) -> None:
+        """Add the divergence's gradient, which at the output is ∇L(y) - ∇L(y₀), to the leaves."""
+        # What a graph overwrites may be what a gradient needs.
+        with torch.autograd.graph.allow_mutation_on_saved_tensors() if self.small.overwrites else nullcontext():
+            output, slopes = self._outputs(batch)
+            tensors, gradients = [], []
+            for leaf, own, other in zip(
+                pytree.tree_leaves(output), _slopes(output, batch, self.loss), slopes, strict=True
+            ):
+                if own is not None and leaf.requires_grad:
+                    tensors.append(leaf)
+                    gradients.append((own if other is None else own - other).to(leaf.dtype))
+            torch.autograd.backward(tensors, gradients)
+
+    def _outputs(self, batch: Batch) -> tuple[object, Slopes]:
+        """The smaller one's output, and the loss's slopes at the dense one's."""
+        weights = self.small.weights()
+        weights.update({node: leaf.to(weights[node].dtype) for node, leaf in self.leaves.items()})
+        slopes = _slopes(_output(self.dense, self.dense.weights(), batch), batch, self.loss)
+        return _output(self.small, weights, batch), slopes
 
 
 def _divergence(output: object, slopes: Slopes, batch: Batch, loss: Loss) -> Tensor:
@@ -218,7 +223,8 @@ def _equal(first: Sequence[object], second: Sequence[object]) -> bool:
 
 def _watched(leaf: object) -> object:
     if isinstance(leaf, Tensor) and leaf.is_floating_point():
-        return leaf.detach().clone().requires_grad_()
+        held = leaf.clone() if leaf.is_inference() else leaf
+        return held.detach().requires_grad_()
     return leaf
 
 
