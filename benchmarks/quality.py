@@ -4,7 +4,7 @@
     python benchmarks/quality.py … --variants default no-distillation no-basis  # an ablation
     python benchmarks/quality.py … --seeds 0 1 2 3 4 --windows 128 32    # how much is luck, how much data
     python benchmarks/quality.py --digits                                # a small vision transformer, accuracy
-    python benchmarks/quality.py --letters --data DATA                   # a BERT that tells masked bytes, accuracy
+    python benchmarks/quality.py --words --data DATA --device cuda       # a BERT that tells masked words, accuracy
 
 MODEL is a Hugging Face folder of a causal language model, DATA a folder with train-0.txt.xz, valid.txt.xz and
 tokenizer.json; data and protocol are those of `scores.py` (calibration on text of train, one window of 512 tokens per
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from encoders import Encoder, digits, label_loss, masked_letters
+from encoders import Encoder, digits, label_loss, masked_words
 from scores import WINDOW, load_data, load_model, next_token_loss, perplexity
 
 import ecospa_fx as eco
@@ -236,8 +236,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--evaluate", type=int, default=64, help="windows of held-out text")
     parser.add_argument("--eval-on", choices=["valid", "train"], default="valid")
     parser.add_argument("--digits", action="store_true")
-    parser.add_argument("--letters", action="store_true")
-    parser.add_argument("--letter-steps", type=int, default=3000, help="training steps of the BERT, 32 windows each")
+    parser.add_argument("--words", action="store_true")
+    parser.add_argument("--word-steps", type=int, default=4000, help="training steps of the BERT, 128 windows each")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, default=RESULTS / "quality.json")
@@ -247,15 +247,15 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     arguments = parse()
     torch.set_num_threads(arguments.threads)
-    if (arguments.models or arguments.letters) and arguments.data is None:
-        raise SystemExit("--models and --letters need --data DIR, a folder with the calibration and the held-out text")
+    if (arguments.models or arguments.words) and arguments.data is None:
+        raise SystemExit("--models and --words need --data DIR, a folder with the calibration and the held-out text")
     rows: list[dict[str, Any]] = []
     for path in arguments.models:
         rows += language(path, arguments)
     if arguments.digits:
         rows += classified(digits(arguments.device), arguments)
-    if arguments.letters:
-        rows += classified(masked_letters(arguments.device, arguments.data, arguments.letter_steps), arguments)
+    if arguments.words:
+        rows += classified(masked_words(arguments.device, arguments.data, arguments.word_steps), arguments)
     print(table(rows))
     settings = {
         k: str(v) if isinstance(v, Path) else v
