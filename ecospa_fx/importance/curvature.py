@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from ecospa_fx.errors import ScoreError
 from ecospa_fx.graph.evaluate import Evaluator, Values
-from ecospa_fx.graph.precision import quick_products
 from ecospa_fx.graph.sites import Site
 from ecospa_fx.importance.methods import GATE_FISHER, GradientStatistic
 from ecospa_fx.importance.reduce import accumulator_dtype
@@ -132,7 +131,7 @@ class Collector:
     def watch(self, batches: Iterable[Batch], loss: Loss) -> None:
         """The passes alone."""
         watching = self._statistic.watching() if self._statistic is not None else nullcontext()
-        with torch.inference_mode(False), torch.enable_grad(), quick_products(), watching:
+        with torch.inference_mode(False), torch.enable_grad(), watching:
             for batch in batches:
                 one_batch(self._forward, self._inputs, batch, loss, self._batches)
                 if self._statistic is not None:
