@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def quick_products() -> Iterator[None]:
-    """Float32 matrices are multiplied in what is quickest, bfloat16 or TF32, unless the caller has chosen per device."""
+    """Float32 matrices are multiplied in bfloat16 or TF32, as is quickest, unless the caller has chosen per device."""
     try:
         before = torch.get_float32_matmul_precision()
     except RuntimeError:  # the newer settings, one per device, are in use
