@@ -53,7 +53,8 @@ class Recipe:
     without their labels, while it learns to answer like the dense one, 0 for none, each as often as it takes; by
     default 320, and up to 512 where there are fewer than 128, since all other steps are the shorter then; rate,
     step: how much of each parameter a step may change at first, as an operator, times the root of the share of the
-    dense model's answers that is lost; and batches per step.
+    dense model's answers that is lost; and batches per step. mixed: share of a batch's positions, such as tokens, that
+    come from another batch meanwhile, from 0 to below 1, so that few batches do for many.
     progress: bars on stderr.
     """
 

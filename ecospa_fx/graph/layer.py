@@ -40,7 +40,7 @@ class Code:
         """The function, with its source where tracebacks and the compiler look for it."""
         file = f"<graph layer {next(_NUMBERS)}>"
         linecache.cache[file] = (len(self.source), None, self.source.splitlines(keepends=True), file)
-        usual = all(_is(value, _USUAL.get(name)) for name, value in self.names.items())
+        usual = all(name in _USUAL and _is(value, _USUAL[name]) for name, value in self.names.items())
         made: dict[str, Any] = {}
         exec(compile(self.source, file, "exec"), _USUAL if usual else dict(self.names), made)
         found: Callable[..., Any] = made["forward"]

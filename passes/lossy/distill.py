@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,6 @@ from torch.utils import _pytree as pytree
 
 from ecospa_fx.errors import ScoreError
 from ecospa_fx.graph.evaluate import Evaluator, Values
-from ecospa_fx.graph.precision import quick_products
 from ecospa_fx.graph.sites import find_sites
 from ecospa_fx.importance.score import Batch, Loss
 from ecospa_fx.passes.lossy.mix import Mix
@@ -69,18 +68,17 @@ class Distill:
         leaves = _trained(dense, small)
         if not leaves or not _is_told(dense, small, batches[0], loss):
             return 0.0, 0.0
-        pair = _Pair(dense, small, leaves, loss)
+        pair = _Pair(dense, small, dense.weights(), small.weights(), leaves, loss)
         judges = list(batches[self.held - 1 :: self.held] or batches)
         before, lost = _judged(dense, small, judges, loss)
         if not math.isfinite(before):
             raise ScoreError("the smaller model's loss is not finite: run it in bfloat16 or float32")
-        # What is learnt is judged without quick products: their rounding is far below what the choice of batches does.
-        with torch.inference_mode(False), torch.enable_grad(), quick_products():
+        with torch.inference_mode(False), torch.enable_grad(), _quick_products():
             self._descend(pair, self.rate * math.sqrt(lost), batches, watch)
         after = _mean(pair.divergence, judges)
         if after < before:
             for node, leaf in leaves.items():
-                held = leaf.detach().to(small.program.tensor(small.program.parameters[node]).dtype)
+                held = leaf.detach().to(pair.fixed[node].dtype)
                 small.program.replace_parameter(small.program.parameters[node], held)
         return before, min(before, after)
 
@@ -108,10 +106,12 @@ class Distill:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Pair:
-    """A dense and a smaller program, of which some parameters are leaves."""
+    """A dense and a smaller program, `given` and `fixed` being their weights, in place of some of which are leaves."""
 
     dense: Evaluator
     small: Evaluator
+    given: Values
+    fixed: Values
     leaves: Mapping[fx.Node, nn.Parameter]
     loss: Loss
 
@@ -135,10 +135,27 @@ class _Pair:
 
     def _outputs(self, batch: Batch) -> tuple[object, Slopes]:
         """The smaller one's output, and the loss's slopes at the dense one's."""
-        weights = self.small.weights()
-        weights.update({node: leaf.to(weights[node].dtype) for node, leaf in self.leaves.items()})
-        slopes = _slopes(_output(self.dense, self.dense.weights(), batch), batch, self.loss)
-        return _output(self.small, weights, batch), slopes
+        own = {node: leaf.to(self.fixed[node].dtype) for node, leaf in self.leaves.items()}
+        slopes = _slopes(_output(self.dense, self.given, batch), batch, self.loss)
+        return _output(self.small, {**self.fixed, **own}, batch), slopes
+
+
+@contextmanager
+def _quick_products() -> Iterator[None]:
+    """Products of float32 matrices in what is quickest, bfloat16 or TF32, where the caller has not chosen per device.
+
+    What is learnt is judged without: rounding is far below what the choice of batches does.
+    """
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # the newer settings, one per device, are in use
+        yield
+        return
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _divergence(output: object, slopes: Slopes, batch: Batch, loss: Loss) -> Tensor:
