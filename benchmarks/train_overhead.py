@@ -45,8 +45,9 @@ def built(arguments: argparse.Namespace) -> nn.Module:
         num_attention_heads=arguments.hidden // 64,
     )
     torch.manual_seed(0)
-    model: nn.Module = LlamaForCausalLM(config).to(arguments.device, getattr(torch, arguments.dtype))
-    return model
+    with torch.device(arguments.device):
+        model: nn.Module = LlamaForCausalLM(config)
+    return model.to(getattr(torch, arguments.dtype))
 
 
 def one_step(sparse: eco.SparseTraining, optimizer: torch.optim.Optimizer, ids: torch.Tensor) -> tuple[float, float]:
@@ -70,6 +71,7 @@ def now(like: torch.Tensor) -> float:
 
 def measured(arguments: argparse.Namespace, method: str) -> dict[str, object]:
     model = built(arguments)
+    parameters = sum(p.numel() for p in model.parameters())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     ids = torch.randint(0, arguments.vocabulary, (arguments.batch, arguments.length + 1), device=arguments.device)
     due = 3 + arguments.steps
@@ -84,7 +86,7 @@ def measured(arguments: argparse.Namespace, method: str) -> dict[str, object]:
     small = median(one_step(sparse, optimizer, ids)[0] for _ in range(3))
     return {
         "method": method,
-        "parameters": sum(p.numel() for p in built(arguments).parameters()),
+        "parameters": parameters,
         "step_seconds": round(whole, 4),
         "gathering_seconds": round(gathering, 5),
         "overhead": round(gathering / (whole - gathering), 4),

@@ -50,11 +50,13 @@ class Recipe:
     the same with as many in all heads of a layer; "uniform"; "sensitivity", by what couplings are measured to cost on
     every fourth batch, which the scores do not see, in so many `rounds`; or None: "ragged" where it is parameters that
     are counted and graph form may do as it likes, else "global". distillation: how many batches the smaller model sees,
-    without their labels, while it learns to answer like the dense one, 0 for none, each as often as it takes; by
-    default 320, and up to 512 where there are fewer than 128, since all other steps are the shorter then; rate,
+    without their labels, while it learns to answer like the dense one, 0 for none, each as often as it takes; rate,
     step: how much of each parameter a step may change at first, as an operator, times the root of the share of the
-    dense model's answers that is lost; and batches per step. mixed: share of a batch's positions, such as tokens, that
-    come from another batch meanwhile, from 0 to below 1, so that few batches do for many.
+    dense model's answers that is lost; and batches per step. So that few batches do for many, they vary: predicted:
+    share of a batch's positions, such as tokens, that are what the dense model itself foretold, where it does so, when
+    it read the batch last while distilling; mixed: share that comes from other batches, else, and in further batches
+    for all that is measured and solved where those given hold fewer than 65,536 positions, up to four for one; from 0
+    to below 1 both.
     progress: bars on stderr.
     """
 
@@ -66,10 +68,11 @@ class Recipe:
     least_squares_damping: float = 0.1
     allocation: str | None = None
     rounds: int = 2
-    distillation: int | None = None
+    distillation: int = 256
     rate: float = 0.125
     step: int = 1
     mixed: float = 0.2
+    predicted: float = 0.5
     progress: bool = False
 
     def __post_init__(self) -> None:
@@ -77,20 +80,16 @@ class Recipe:
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 < value < float("inf"):
                 raise ScoreError(f"{name}={value!r} is not a factor: give a positive number")
-        if not isinstance(self.mixed, int | float) or not 0 <= self.mixed < 1:
-            raise ScoreError(f"mixed={self.mixed!r} is not a share: give a number from 0 to below 1")
+        for name in ("mixed", "predicted"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 <= value < 1:
+                raise ScoreError(f"{name}={value!r} is not a share: give a number from 0 to below 1")
         if self.allocation not in (None, *ALLOCATIONS):
             raise ScoreError(f"allocation={self.allocation!r} is unknown: use {', '.join(map(repr, ALLOCATIONS))}")
         for name, least in (("distillation", 0), ("step", 1), ("rounds", 1)):
             value = getattr(self, name)
-            if (name, value) != ("distillation", None) and (not isinstance(value, int) or value < least):
+            if not isinstance(value, int) or value < least:
                 raise ScoreError(f"{name}={value!r} is not a count: give a whole number of at least {least}")
-
-    def draws(self, batches: int) -> int:
-        """How many batches to distil on where so many differ; by default none is drawn more than 16 times for more."""
-        if self.distillation is not None:
-            return self.distillation
-        return max(320, min(320 + 2 * (128 - batches), 16 * batches))
 
     def planning(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Options of `plan`, with the allocation that goes with those given."""
@@ -135,12 +134,14 @@ def compress_program(program: ExportedForm, task: Task, ratio: float, recipe: Re
     the program, ScoreError and InputError for data that tells nothing or does not fit.
     """
     from ecospa_fx.passes.lossy.distill import Distill
+    from ecospa_fx.passes.lossy.mix import filled
     from ecospa_fx.passes.lossy.reconstruct import Reconstruct
     from ecospa_fx.passes.shrink_couplings import shrink_program
 
     evaluator = Evaluator(program, task.model, task.args, task.kwargs)
     seen, held = _held(task.batches) if recipe.allocation == "sensitivity" else (task.batches, [])
-    views, curvature = _measured(program, evaluator, replace(task, batches=seen), recipe, planning.get("kinds"))
+    more = filled(seen, recipe.mixed)
+    views, curvature = _measured(program, evaluator, replace(task, batches=more), recipe, planning.get("kinds"))
     couplings = _reached(task.couplings, without_traffic(views, curvature))
     values = {name: tensor.detach() for name, tensor in program.values.items()}
     scores = Scores(SECOND_ORDER, unit_scores(views, curvature, values, recipe.damping))
@@ -158,9 +159,9 @@ def compress_program(program: ExportedForm, task: Task, ratio: float, recipe: Re
     small = Evaluator(program, task.model, task.args, task.kwargs)
     if recipe.least_squares:
         rebuild = Reconstruct(recipe.least_squares_damping)
-        rebuild.run(dense, small, task.batches, lambda stages: recipe.shown(stages, "reconstruct"))
-    if draws := recipe.draws(len(task.batches)):
-        distill = Distill(draws, recipe.rate, recipe.step, mixed=recipe.mixed)
+        rebuild.run(dense, small, more + held, lambda stages: recipe.shown(stages, "reconstruct"))
+    if recipe.distillation:
+        distill = Distill(recipe.distillation, recipe.rate, recipe.step, mixed=recipe.mixed, predicted=recipe.predicted)
         distill.run(dense, small, task.batches, task.loss, lambda order: recipe.shown(order, "distill"))
     return plan
 

@@ -41,14 +41,15 @@ class Distill:
     length: batches to learn from in all, each as often as it takes; rate: of what a parameter is as an operator, how
     much a step may change, times the root of the share of the dense model's answers that is lost, for who lost little
     has not far to go; it falls to zero along a cosine; step: batches per step; held: every how many-th batch is not
-    learnt from but judges whether it helped.
+    learnt from but judges whether it helped; mixed, predicted: shares of positions that vary, as `Mix` takes them.
     """
 
-    length: int = 320
+    length: int = 256
     rate: float = 0.125
     step: int = 1
     held: int = 16
     mixed: float = 0.2
+    predicted: float = 0.5
     name: str = "distill"
 
     def run(
@@ -94,10 +95,14 @@ class Distill:
         epochs = math.ceil(self.length / len(learned))
         drawn = torch.cat([torch.randperm(len(learned), generator=source) for _ in range(epochs)])[: self.length]
         order = [learned[i] for i in drawn.tolist()]
-        steps, mix = math.ceil(len(order) / self.step), Mix(self.mixed)
+        steps, mix = math.ceil(len(order) / self.step), Mix(self.mixed, self.predicted)
+        last = {number: done for done, number in enumerate(order, 1)}
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: (1 + math.cos(math.pi * i / steps)) / 2)
         for done, number in enumerate(watch(order), 1):
-            pair.pull(mix(batches, number))
+            batch = mix(batches, number)
+            told = pair.pull(batch)
+            if done < last[number]:
+                mix.hear(number, batch, told)
             if done % self.step == 0 or done == len(order):
                 optimizer.step()
                 optimizer.zero_grad()
@@ -117,13 +122,17 @@ class _Pair:
 
     def divergence(self, batch: Batch) -> Tensor:
         """How far the smaller one's output is from the dense one's."""
-        return _divergence(*self._outputs(batch), batch, self.loss)
+        output, slopes, _ = self._outputs(batch)
+        return _divergence(output, slopes, batch, self.loss)
 
-    def pull(self, batch: Batch) -> None:
-        """Add the divergence's gradient, which at the output is ∇L(y) - ∇L(y₀), to the leaves."""
+    def pull(self, batch: Batch) -> list[Tensor]:
+        """Add the divergence's gradient, which at the output is ∇L(y) - ∇L(y₀), to the leaves.
+
+        Returns what the loss sees of the dense one's output.
+        """
         # What a graph overwrites may be what a gradient needs.
         with torch.autograd.graph.allow_mutation_on_saved_tensors() if self.small.overwrites else nullcontext():
-            output, slopes = self._outputs(batch)
+            output, slopes, told = self._outputs(batch)
             tensors, gradients = [], []
             for leaf, own, other in zip(
                 pytree.tree_leaves(output), _slopes(output, batch, self.loss), slopes, strict=True
@@ -132,12 +141,15 @@ class _Pair:
                     tensors.append(leaf)
                     gradients.append((own if other is None else own - other).to(leaf.dtype))
             torch.autograd.backward(tensors, gradients)
+            return told
 
-    def _outputs(self, batch: Batch) -> tuple[object, Slopes]:
-        """The smaller one's output, and the loss's slopes at the dense one's."""
+    def _outputs(self, batch: Batch) -> tuple[object, Slopes, list[Tensor]]:
+        """The smaller one's output, the loss's slopes at the dense one's, and the tensors there that have any."""
         own = {node: leaf.to(self.fixed[node].dtype) for node, leaf in self.leaves.items()}
-        slopes = _slopes(_output(self.dense, self.given, batch), batch, self.loss)
-        return _output(self.small, {**self.fixed, **own}, batch), slopes
+        output = _output(self.dense, self.given, batch)
+        slopes = _slopes(output, batch, self.loss)
+        told = [leaf for leaf, s in zip(pytree.tree_leaves(output), slopes, strict=True) if s is not None]
+        return _output(self.small, {**self.fixed, **own}, batch), slopes, told
 
 
 @contextmanager
