@@ -16,6 +16,7 @@ from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.errors import PlanError, ScoreError
 from ecospa_fx.graph.evaluate import Evaluator
 from ecospa_fx.graph.program import ExportedForm
+from ecospa_fx.graph.quick import can_be_quick
 from ecospa_fx.graph.sites import Site, find_sites
 from ecospa_fx.importance.compensated import Compensated
 from ecospa_fx.importance.curvature import Collector, Curvature
@@ -50,13 +51,13 @@ class Recipe:
     the same with as many in all heads of a layer; "uniform"; "sensitivity", by what couplings are measured to cost on
     every fourth batch, which the scores do not see, in so many `rounds`; or None: "ragged" where it is parameters that
     are counted and graph form may do as it likes, else "global". distillation: how many batches the smaller model sees,
-    without their labels, while it learns to answer like the dense one, 0 for none, each as often as it takes; rate,
-    step: how much of each parameter a step may change at first, as an operator, times the root of the share of the
-    dense model's answers that is lost; and batches per step. So that few batches do for many, they vary: predicted:
-    share of a batch's positions, such as tokens, that are what the dense model itself foretold, where it does so, when
-    it read the batch last while distilling; mixed: share that comes from other batches, else, and in further batches
-    for all that is measured and solved where those given hold fewer than 65,536 positions, up to four for one; from 0
-    to below 1 both.
+    without their labels, while it learns to answer like the dense one, 0 for none, each as often as it takes; by
+    default 256, and up to 448 where there are fewer than 128; rate, step: how much of each parameter a step may change
+    at first, as an operator, times the root of the share of the dense model's answers that is lost; and batches per
+    step. So that few batches do for many, they vary: predicted: share of a batch's positions, such as tokens, that are
+    what the dense model itself foretold, where it does so, when it read the batch last while distilling; mixed: share
+    that comes from other batches, else, and in further batches for all that is measured and solved where those given
+    hold fewer than 65,536 positions, up to four for one; both from 0 to below 1.
     progress: bars on stderr.
     """
 
@@ -68,7 +69,7 @@ class Recipe:
     least_squares_damping: float = 0.1
     allocation: str | None = None
     rounds: int = 2
-    distillation: int = 256
+    distillation: int | None = None
     rate: float = 0.125
     step: int = 1
     mixed: float = 0.2
@@ -88,8 +89,14 @@ class Recipe:
             raise ScoreError(f"allocation={self.allocation!r} is unknown: use {', '.join(map(repr, ALLOCATIONS))}")
         for name, least in (("distillation", 0), ("step", 1), ("rounds", 1)):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
+            if (name, value) != ("distillation", None) and (not isinstance(value, int) or value < least):
                 raise ScoreError(f"{name}={value!r} is not a count: give a whole number of at least {least}")
+
+    def draws(self, batches: int) -> int:
+        """How many batches to distil on where so many differ; by default none is drawn more than 16 times for more."""
+        if self.distillation is not None:
+            return self.distillation
+        return max(256, min(256 + 2 * (128 - batches), 16 * batches))
 
     def planning(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Options of `plan`, with the allocation that goes with those given."""
@@ -104,7 +111,10 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Task:
-    """What is to be compressed: a model, how it is called, and the data that says what matters."""
+    """What is to be compressed: a model, how it is called, and the data that says what matters.
+
+    quick: products of passes that measure or learn may be rounded, see `quick_passes`.
+    """
 
     model: nn.Module
     args: Sequence[Any]
@@ -112,6 +122,7 @@ class Task:
     couplings: Couplings
     batches: Sequence[Batch]
     loss: Loss
+    quick: bool = False
 
 
 def checked(batches: Iterable[object], loss: Loss | None) -> tuple[list[Batch], Loss]:
@@ -133,12 +144,11 @@ def compress_program(program: ExportedForm, task: Task, ratio: float, recipe: Re
     planning: further options of `plan`. The model itself is not changed. Raises PlanError where the plan does not fit
     the program, ScoreError and InputError for data that tells nothing or does not fit.
     """
-    from ecospa_fx.passes.lossy.distill import Distill
     from ecospa_fx.passes.lossy.mix import filled
-    from ecospa_fx.passes.lossy.reconstruct import Reconstruct
     from ecospa_fx.passes.shrink_couplings import shrink_program
 
     evaluator = Evaluator(program, task.model, task.args, task.kwargs)
+    task = replace(task, quick=can_be_quick([evaluator], task.batches[0]))
     seen, held = _held(task.batches) if recipe.allocation == "sensitivity" else (task.batches, [])
     more = filled(seen, recipe.mixed)
     views, curvature = _measured(program, evaluator, replace(task, batches=more), recipe, planning.get("kinds"))
@@ -157,13 +167,22 @@ def compress_program(program: ExportedForm, task: Task, ratio: float, recipe: Re
         _rescale(program, views, curvature, plan, recipe.gate_damping)
     shrink_program(program, plan)
     small = Evaluator(program, task.model, task.args, task.kwargs)
+    _make_up(dense, small, task, more + held, recipe)
+    return plan
+
+
+def _make_up(dense: Evaluator, small: Evaluator, task: Task, more: Sequence[Batch], recipe: Recipe) -> None:
+    """Let what stays do what everything did. more: the task's batches and variations of them."""
+    from ecospa_fx.passes.lossy.distill import Distill
+    from ecospa_fx.passes.lossy.reconstruct import Reconstruct
+
     if recipe.least_squares:
         rebuild = Reconstruct(recipe.least_squares_damping)
-        rebuild.run(dense, small, more + held, lambda stages: recipe.shown(stages, "reconstruct"))
-    if recipe.distillation:
-        distill = Distill(recipe.distillation, recipe.rate, recipe.step, mixed=recipe.mixed, predicted=recipe.predicted)
+        rebuild.run(dense, small, more, lambda stages: recipe.shown(stages, "reconstruct"))
+    if draws := recipe.draws(len(task.batches)):
+        rate, step, mixed, predicted = recipe.rate, recipe.step, recipe.mixed, recipe.predicted
+        distill = Distill(draws, rate, step, mixed=mixed, predicted=predicted, quick=task.quick)
         distill.run(dense, small, task.batches, task.loss, lambda order: recipe.shown(order, "distill"))
-    return plan
 
 
 def _held(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
@@ -181,7 +200,8 @@ def _measured(
     from ecospa_fx.passes.lossy.change_basis import turn_factors, turn_values
 
     def measured(views: Views, label: str, results: Sequence[Site] = ()) -> Curvature:
-        return Collector(evaluator, views, results).run(recipe.shown(task.batches, label), task.loss)
+        collector = Collector(evaluator, views, results, quick=task.quick)
+        return collector.run(recipe.shown(task.batches, label), task.loss)
 
     views = views_of(choose(task.couplings, kinds, containers=False), find_sites(program))
     if recipe.basis:

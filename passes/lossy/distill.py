@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from ecospa_fx.errors import ScoreError
 from ecospa_fx.graph.evaluate import Evaluator, Values
+from ecospa_fx.graph.quick import output, quick_products
 from ecospa_fx.graph.sites import find_sites
 from ecospa_fx.importance.score import Batch, Loss
 from ecospa_fx.passes.lossy.mix import Mix
@@ -40,8 +41,9 @@ class Distill:
 
     length: batches to learn from in all, each as often as it takes; rate: of what a parameter is as an operator, how
     much a step may change, times the root of the share of the dense model's answers that is lost, for who lost little
-    has not far to go; it falls to zero along a cosine; step: batches per step; held: every how many-th batch is not
-    learnt from but judges whether it helped; mixed, predicted: shares of positions that vary, as `Mix` takes them.
+    has not far to go; from half of the steps on it falls to zero; step: batches per step; held: every how many-th batch
+    is not learnt from but judges whether it helped; mixed, predicted: shares of positions that vary, as `Mix` takes
+    them; quick: products may be rounded while learning, see `quick_passes`.
     """
 
     length: int = 256
@@ -50,6 +52,7 @@ class Distill:
     held: int = 16
     mixed: float = 0.2
     predicted: float = 0.5
+    quick: bool = False
     name: str = "distill"
 
     def run(
@@ -74,8 +77,8 @@ class Distill:
         before, lost = _judged(dense, small, judges, loss)
         if not math.isfinite(before):
             raise ScoreError("the smaller model's loss is not finite: run it in bfloat16 or float32")
-        with torch.inference_mode(False), torch.enable_grad(), _quick_products():
-            self._descend(pair, self.rate * math.sqrt(lost), batches, watch)
+        with torch.inference_mode(False), torch.enable_grad(), quick_products():
+            self._descend(replace(pair, quick=self.quick), self.rate * math.sqrt(lost), batches, watch)
         after = _mean(pair.divergence, judges)
         if after < before:
             for node, leaf in leaves.items():
@@ -97,7 +100,7 @@ class Distill:
         order = [learned[i] for i in drawn.tolist()]
         steps, mix = math.ceil(len(order) / self.step), Mix(self.mixed, self.predicted)
         last = {number: done for done, number in enumerate(order, 1)}
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: (1 + math.cos(math.pi * i / steps)) / 2)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1.0, 2 - 2 * i / steps))
         for done, number in enumerate(watch(order), 1):
             batch = mix(batches, number)
             told = pair.pull(batch)
@@ -111,7 +114,10 @@ class Distill:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Pair:
-    """A dense and a smaller program, `given` and `fixed` being their weights, in place of some of which are leaves."""
+    """A dense and a smaller program, `given` and `fixed` being their weights, in place of some of which are leaves.
+
+    quick: products may be rounded.
+    """
 
     dense: Evaluator
     small: Evaluator
@@ -119,11 +125,12 @@ class _Pair:
     fixed: Values
     leaves: Mapping[fx.Node, nn.Parameter]
     loss: Loss
+    quick: bool = False
 
     def divergence(self, batch: Batch) -> Tensor:
         """How far the smaller one's output is from the dense one's."""
-        output, slopes, _ = self._outputs(batch)
-        return _divergence(output, slopes, batch, self.loss)
+        answer, slopes, _ = self._outputs(batch)
+        return _divergence(answer, slopes, batch, self.loss)
 
     def pull(self, batch: Batch) -> list[Tensor]:
         """Add the divergence's gradient, which at the output is ∇L(y) - ∇L(y₀), to the leaves.
@@ -132,10 +139,10 @@ class _Pair:
         """
         # What a graph overwrites may be what a gradient needs.
         with torch.autograd.graph.allow_mutation_on_saved_tensors() if self.small.overwrites else nullcontext():
-            output, slopes, told = self._outputs(batch)
+            answer, slopes, told = self._outputs(batch)
             tensors, gradients = [], []
             for leaf, own, other in zip(
-                pytree.tree_leaves(output), _slopes(output, batch, self.loss), slopes, strict=True
+                pytree.tree_leaves(answer), _slopes(answer, batch, self.loss), slopes, strict=True
             ):
                 if own is not None and leaf.requires_grad:
                     tensors.append(leaf)
@@ -146,28 +153,10 @@ class _Pair:
     def _outputs(self, batch: Batch) -> tuple[object, Slopes, list[Tensor]]:
         """The smaller one's output, the loss's slopes at the dense one's, and the tensors there that have any."""
         own = {node: leaf.to(self.fixed[node].dtype) for node, leaf in self.leaves.items()}
-        output = _output(self.dense, self.given, batch)
-        slopes = _slopes(output, batch, self.loss)
-        told = [leaf for leaf, s in zip(pytree.tree_leaves(output), slopes, strict=True) if s is not None]
-        return _output(self.small, {**self.fixed, **own}, batch), slopes, told
-
-
-@contextmanager
-def _quick_products() -> Iterator[None]:
-    """Products of float32 matrices in what is quickest, bfloat16 or TF32, where the caller has not chosen per device.
-
-    What is learnt is judged without: rounding is far below what the choice of batches does.
-    """
-    try:
-        before = torch.get_float32_matmul_precision()
-    except RuntimeError:  # the newer settings, one per device, are in use
-        yield
-        return
-    torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+        answer = output(self.dense, self.given, batch, quick=self.quick)
+        slopes = _slopes(answer, batch, self.loss)
+        told = [leaf for leaf, s in zip(pytree.tree_leaves(answer), slopes, strict=True) if s is not None]
+        return output(self.small, {**self.fixed, **own}, batch, quick=self.quick), slopes, told
 
 
 def _divergence(output: object, slopes: Slopes, batch: Batch, loss: Loss) -> Tensor:
@@ -187,12 +176,12 @@ def _judged(dense: Evaluator, small: Evaluator, batches: Sequence[Batch], loss: 
     """The mean divergence, and what share it is, between 0 and 1, of that of an output that is zero everywhere."""
     found: list[list[float]] = []
     for batch in batches:
-        output = _output(dense, dense.weights(), batch)
-        slopes = _slopes(output, batch, loss)
-        leaves, spec = pytree.tree_flatten(output)
+        answer = output(dense, dense.weights(), batch)
+        slopes = _slopes(answer, batch, loss)
+        leaves, spec = pytree.tree_flatten(answer)
         pairs = zip(leaves, slopes, strict=True)
         nothing = [leaf if slope is None else torch.zeros_like(leaf) for leaf, slope in pairs]
-        outputs = _output(small, small.weights(), batch), output, pytree.tree_unflatten(nothing, spec)
+        outputs = output(small, small.weights(), batch), answer, pytree.tree_unflatten(nothing, spec)
         found.append([float(_divergence(each, slopes, batch, loss)) for each in outputs])
     own, least, most = (sum(column) / len(found) for column in zip(*found, strict=True))
     share = (own - least) / (most - least) if most > least else math.nan
@@ -211,12 +200,6 @@ def _step_size(parameter: Tensor) -> float:
     return size * (1 / math.sqrt(rows) + 1 / math.sqrt(columns))
 
 
-def _output(evaluator: Evaluator, weights: Values, batch: Batch) -> object:
-    values = {**evaluator.start(*batch), **weights}
-    evaluator.run(evaluator.order, values)
-    return evaluator.returned(values, *batch)
-
-
 def _slopes(output: object, batch: Batch, loss: Loss) -> Slopes:
     """The loss's gradient at each leaf of an output."""
     leaves, spec = pytree.tree_flatten(output)
@@ -230,10 +213,10 @@ def _slopes(output: object, batch: Batch, loss: Loss) -> Slopes:
 
 def _is_told(dense: Evaluator, small: Evaluator, batch: Batch, loss: Loss) -> bool:
     """Whether the loss tells the two apart; says so where it never can, having the same slopes everywhere."""
-    outputs = [_output(e, e.weights(), batch) for e in (dense, small)]
-    if _equal(*(pytree.tree_leaves(output) for output in outputs)):
+    answers = [output(e, e.weights(), batch) for e in (dense, small)]
+    if _equal(*(pytree.tree_leaves(answer) for answer in answers)):
         return False
-    if not _equal(*(_slopes(output, batch, loss) for output in outputs)):
+    if not _equal(*(_slopes(answer, batch, loss) for answer in answers)):
         return True
     warnings.warn(
         "the loss is linear in what the model returns, so it does not tell how far two outputs are apart, and "
