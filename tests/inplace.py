@@ -52,6 +52,18 @@ def state(model: nn.Module) -> tuple[Any, ...]:
     return parameters, buffers, numbers, {n: m.training for n, m in model.named_modules()}
 
 
+def assert_loaded(loaded: nn.Module, saved: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Whether a model has another one's weights to the bit, and so its logits, up to rounding.
+
+    Memory that a file is mapped to begins anywhere, and some kernels sum in another order there.
+    """
+    own, want = loaded.state_dict(), saved.state_dict()
+    assert own.keys() == want.keys()
+    assert all(torch.equal(own[name], tensor) for name, tensor in want.items())
+    with torch.no_grad():
+        assert largest(loaded(**kwargs).logits, saved(**kwargs).logits) < 1e-12
+
+
 def assert_same(model: nn.Module, before: tuple[Any, ...]) -> None:
     """Whether a model is exactly as it was."""
     parameters, buffers, numbers, modes = state(model)

@@ -18,7 +18,7 @@ from ecospa_fx.inplace.proof import Bench, varied
 from ecospa_fx.plan import Plan
 from ecospa_fx.verify import masked
 from tests.hugging import tiny
-from tests.inplace import assert_same, half, kept, largest, masked_twin, plan_of, state, uneven
+from tests.inplace import assert_loaded, assert_same, half, kept, largest, masked_twin, plan_of, state, uneven
 from tests.test_beyond import WIDTH as GROUP_WIDTH
 from tests.test_beyond import Cached, noise, write_rows
 
@@ -383,7 +383,7 @@ def test_rotary_head_dimensions_of_a_llama(tmp_path: Path) -> None:
     eco.save(own, tmp_path / "own")
     back: Any = eco.load(tmp_path / "own")
     with torch.no_grad():
-        assert torch.equal(back(**kwargs).logits, own(**kwargs).logits)
+        assert_loaded(back, own, kwargs)
 
 
 def test_other_pairs_in_each_layer_cannot_share_a_table() -> None:
@@ -450,8 +450,8 @@ def test_standard_checkpoints(name: str, tmp_path: Path) -> None:
     loaded: Any = type(own).from_pretrained(tmp_path, dtype=torch.float64).eval()
     assert sum(p.numel() for p in loaded.parameters()) < sum(p.numel() for p in dense.parameters())
     with torch.no_grad():
+        assert_loaded(loaded, own, kwargs)
         got = loaded(**kwargs).logits
-        assert torch.equal(got, own(**kwargs).logits)
         assert largest(got, masked_twin(dense, plan)(**kwargs).logits) < 1e-12
         if name in ("llama", "gpt2"):
             options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}

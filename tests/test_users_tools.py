@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import ecospa_fx as eco
 from tests.hugging import tiny
-from tests.inplace import half, largest, masked_twin, plan_of, uneven
+from tests.inplace import assert_loaded, half, largest, masked_twin, plan_of, uneven
 
 transformers = pytest.importorskip("transformers")
 GREEDY = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -83,8 +83,7 @@ def test_a_trainer_trains_and_what_it_saves_is_a_standard_checkpoint(tmp_path: P
     assert after < 0.7 * before
     own.save_pretrained(tmp_path / "saved")
     loaded = type(own).from_pretrained(tmp_path / "saved", dtype=torch.float64).eval()
-    with torch.no_grad():
-        assert torch.equal(loaded(**kwargs).logits, own.eval()(**kwargs).logits)
+    assert_loaded(loaded, own.eval(), kwargs)
 
 
 def test_other_widths_in_each_layer_train_and_are_saved_by_this_library(tmp_path: Path) -> None:
@@ -93,8 +92,7 @@ def test_other_widths_in_each_layer_train_and_are_saved_by_this_library(tmp_path
     assert after < 0.7 * before
     eco.save(own, tmp_path / "saved")
     loaded = eco.load(tmp_path / "saved")
-    with torch.no_grad():
-        assert torch.equal(loaded(**kwargs).logits, own.eval()(**kwargs).logits)
+    assert_loaded(loaded, own.eval(), kwargs)
 
 
 # -- adapters ----------------------------------------------------------------------------------------------------

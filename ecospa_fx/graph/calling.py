@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import sympy
@@ -120,6 +119,8 @@ class Calling:
         plain = {n: not objects(v) and not any(map(_is_tensor, pytree.tree_leaves(v))) for n, v in given.items()}
         self.constants = {n: v for n, v in given.items() if plain[n]}
         self.stateful = bool(objects((args, kwargs)))
+        empty = pytree.tree_unflatten([None] * self.result.num_leaves, self.result)
+        self._returns_objects = bool(closed(empty, [None] * len(self.leaves))[1])  # any that are no containers
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Calling:
         """Nothing in it changes."""
@@ -186,12 +187,6 @@ class Calling:
         result = self._returned(marks[len(self.leaves) :], given)
         found = pytree.tree_leaves(opened((result, given)))
         return [(known[int(mark)] or ()) if isinstance(mark, Tensor) else () for mark in found]
-
-    @cached_property
-    def _returns_objects(self) -> bool:
-        """Whether the original returns what is no container of tensors."""
-        empty = pytree.tree_unflatten([None] * self.result.num_leaves, self.result)
-        return bool(closed(empty, [None] * len(self.leaves))[1])
 
     def _flat(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """The leaves of the arguments in the order of the graph's inputs."""
