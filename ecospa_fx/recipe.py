@@ -16,7 +16,6 @@ from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.errors import PlanError, ScoreError
 from ecospa_fx.graph.evaluate import Evaluator
 from ecospa_fx.graph.program import ExportedForm
-from ecospa_fx.graph.quick import can_be_quick
 from ecospa_fx.graph.sites import Site, find_sites
 from ecospa_fx.importance.compensated import Compensated
 from ecospa_fx.importance.curvature import Collector, Curvature
@@ -111,10 +110,7 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Task:
-    """What is to be compressed: a model, how it is called, and the data that says what matters.
-
-    quick: products of passes that measure or learn may be rounded, see `quick_passes`.
-    """
+    """What is to be compressed: a model, how it is called, and the data that says what matters."""
 
     model: nn.Module
     args: Sequence[Any]
@@ -122,7 +118,6 @@ class Task:
     couplings: Couplings
     batches: Sequence[Batch]
     loss: Loss
-    quick: bool = False
 
 
 def checked(batches: Iterable[object], loss: Loss | None) -> tuple[list[Batch], Loss]:
@@ -148,7 +143,6 @@ def compress_program(program: ExportedForm, task: Task, ratio: float, recipe: Re
     from ecospa_fx.passes.shrink_couplings import shrink_program
 
     evaluator = Evaluator(program, task.model, task.args, task.kwargs)
-    task = replace(task, quick=can_be_quick([evaluator], task.batches[0]))
     seen, held = _held(task.batches) if recipe.allocation == "sensitivity" else (task.batches, [])
     more = filled(seen, recipe.mixed)
     views, curvature = _measured(program, evaluator, replace(task, batches=more), recipe, planning.get("kinds"))
@@ -181,7 +175,7 @@ def _make_up(dense: Evaluator, small: Evaluator, task: Task, more: Sequence[Batc
         rebuild.run(dense, small, more, lambda stages: recipe.shown(stages, "reconstruct"))
     if draws := recipe.draws(len(task.batches)):
         rate, step, mixed, predicted = recipe.rate, recipe.step, recipe.mixed, recipe.predicted
-        distill = Distill(draws, rate, step, mixed=mixed, predicted=predicted, quick=task.quick)
+        distill = Distill(draws, rate, step, mixed=mixed, predicted=predicted)
         distill.run(dense, small, task.batches, task.loss, lambda order: recipe.shown(order, "distill"))
 
 
@@ -200,8 +194,7 @@ def _measured(
     from ecospa_fx.passes.lossy.change_basis import turn_factors, turn_values
 
     def measured(views: Views, label: str, results: Sequence[Site] = ()) -> Curvature:
-        collector = Collector(evaluator, views, results, quick=task.quick)
-        return collector.run(recipe.shown(task.batches, label), task.loss)
+        return Collector(evaluator, views, results).run(recipe.shown(task.batches, label), task.loss)
 
     views = views_of(choose(task.couplings, kinds, containers=False), find_sites(program))
     if recipe.basis:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from ecospa_fx.errors import ScoreError
 from ecospa_fx.graph.evaluate import Evaluator, Values
-from ecospa_fx.graph.quick import precise, quick_passes
 from ecospa_fx.graph.sites import Site
 from ecospa_fx.importance.methods import GATE_FISHER, GradientStatistic
 from ecospa_fx.importance.reduce import accumulator_dtype
@@ -89,14 +88,11 @@ class Curvature:
 class Collector:
     """Runs batches through a program and folds what it sees of some couplings into a `Curvature`.
 
-    results: sites whose outputs are to be known as well, with the gradients there; quick: the passes' own products
-    may be rounded, see `quick_passes`.
+    results: sites whose outputs are to be known as well, with the gradients there.
     """
 
-    def __init__(
-        self, evaluator: Evaluator, views: Views, results: Sequence[Site] = (), *, quick: bool = False
-    ) -> None:
-        self.evaluator, self.curvature, self._quick = evaluator, Curvature(), quick
+    def __init__(self, evaluator: Evaluator, views: Views, results: Sequence[Site] = ()) -> None:
+        self.evaluator, self.curvature = evaluator, Curvature()
         weights = evaluator.program.values
         for site in views.sites:
             out, width = site.matrix(weights[site.parameter]).shape
@@ -174,12 +170,10 @@ class Collector:
         for node in evaluator.order:
             site = self._watched.get(node)
             source = values[site.input] if site is not None else None
-            with quick_passes(self._quick):
-                evaluator.run([node], values)
+            evaluator.run([node], values)
             if site is not None:
                 values[node] = self._watched_result(site, source, values[node])
-        found = evaluator.returned(values, args, kwargs)
-        return precise(found) if self._quick else found
+        return evaluator.returned(values, args, kwargs)
 
     def _watched_result(self, site: Site, source: Any, result: Tensor) -> Tensor:
         """The result with a hook; what comes after it may overwrite it."""

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
@@ -23,7 +23,6 @@ from torch.utils import _pytree as pytree
 
 from ecospa_fx.errors import ScoreError
 from ecospa_fx.graph.evaluate import Evaluator, Values
-from ecospa_fx.graph.quick import output, quick_products
 from ecospa_fx.graph.sites import find_sites
 from ecospa_fx.importance.score import Batch, Loss
 from ecospa_fx.passes.lossy.mix import Mix
@@ -43,7 +42,7 @@ class Distill:
     much a step may change, times the root of the share of the dense model's answers that is lost, for who lost little
     has not far to go; from half of the steps on it falls to zero; step: batches per step; held: every how many-th batch
     is not learnt from but judges whether it helped; mixed, predicted: shares of positions that vary, as `Mix` takes
-    them; quick: products may be rounded while learning, see `quick_passes`.
+    them.
     """
 
     length: int = 256
@@ -52,7 +51,6 @@ class Distill:
     held: int = 16
     mixed: float = 0.2
     predicted: float = 0.5
-    quick: bool = False
     name: str = "distill"
 
     def run(
@@ -77,8 +75,8 @@ class Distill:
         before, lost = _judged(dense, small, judges, loss)
         if not math.isfinite(before):
             raise ScoreError("the smaller model's loss is not finite: run it in bfloat16 or float32")
-        with torch.inference_mode(False), torch.enable_grad(), quick_products():
-            self._descend(replace(pair, quick=self.quick), self.rate * math.sqrt(lost), batches, watch)
+        with torch.inference_mode(False), torch.enable_grad(), _quick_products():
+            self._descend(pair, self.rate * math.sqrt(lost), batches, watch)
         after = _mean(pair.divergence, judges)
         if after < before:
             for node, leaf in leaves.items():
@@ -114,10 +112,7 @@ class Distill:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Pair:
-    """A dense and a smaller program, `given` and `fixed` being their weights, in place of some of which are leaves.
-
-    quick: products may be rounded.
-    """
+    """A dense and a smaller program, `given` and `fixed` being their weights, in place of some of which are leaves."""
 
     dense: Evaluator
     small: Evaluator
@@ -125,7 +120,6 @@ class _Pair:
     fixed: Values
     leaves: Mapping[fx.Node, nn.Parameter]
     loss: Loss
-    quick: bool = False
 
     def divergence(self, batch: Batch) -> Tensor:
         """How far the smaller one's output is from the dense one's."""
@@ -153,10 +147,28 @@ class _Pair:
     def _outputs(self, batch: Batch) -> tuple[object, Slopes, list[Tensor]]:
         """The smaller one's output, the loss's slopes at the dense one's, and the tensors there that have any."""
         own = {node: leaf.to(self.fixed[node].dtype) for node, leaf in self.leaves.items()}
-        answer = output(self.dense, self.given, batch, quick=self.quick)
+        answer = _output(self.dense, self.given, batch)
         slopes = _slopes(answer, batch, self.loss)
         told = [leaf for leaf, s in zip(pytree.tree_leaves(answer), slopes, strict=True) if s is not None]
-        return output(self.small, {**self.fixed, **own}, batch, quick=self.quick), slopes, told
+        return _output(self.small, {**self.fixed, **own}, batch), slopes, told
+
+
+@contextmanager
+def _quick_products() -> Iterator[None]:
+    """Products of float32 matrices in what is quickest, bfloat16 or TF32, where the caller has not chosen per device.
+
+    What is learnt is judged without: rounding is far below what the choice of batches does.
+    """
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # the newer settings, one per device, are in use
+        yield
+        return
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _divergence(output: object, slopes: Slopes, batch: Batch, loss: Loss) -> Tensor:
@@ -176,12 +188,12 @@ def _judged(dense: Evaluator, small: Evaluator, batches: Sequence[Batch], loss: 
     """The mean divergence, and what share it is, between 0 and 1, of that of an output that is zero everywhere."""
     found: list[list[float]] = []
     for batch in batches:
-        answer = output(dense, dense.weights(), batch)
+        answer = _output(dense, dense.weights(), batch)
         slopes = _slopes(answer, batch, loss)
         leaves, spec = pytree.tree_flatten(answer)
         pairs = zip(leaves, slopes, strict=True)
         nothing = [leaf if slope is None else torch.zeros_like(leaf) for leaf, slope in pairs]
-        outputs = output(small, small.weights(), batch), answer, pytree.tree_unflatten(nothing, spec)
+        outputs = _output(small, small.weights(), batch), answer, pytree.tree_unflatten(nothing, spec)
         found.append([float(_divergence(each, slopes, batch, loss)) for each in outputs])
     own, least, most = (sum(column) / len(found) for column in zip(*found, strict=True))
     share = (own - least) / (most - least) if most > least else math.nan
@@ -200,6 +212,12 @@ def _step_size(parameter: Tensor) -> float:
     return size * (1 / math.sqrt(rows) + 1 / math.sqrt(columns))
 
 
+def _output(evaluator: Evaluator, weights: Values, batch: Batch) -> object:
+    values = {**evaluator.start(*batch), **weights}
+    evaluator.run(evaluator.order, values)
+    return evaluator.returned(values, *batch)
+
+
 def _slopes(output: object, batch: Batch, loss: Loss) -> Slopes:
     """The loss's gradient at each leaf of an output."""
     leaves, spec = pytree.tree_flatten(output)
@@ -213,7 +231,7 @@ def _slopes(output: object, batch: Batch, loss: Loss) -> Slopes:
 
 def _is_told(dense: Evaluator, small: Evaluator, batch: Batch, loss: Loss) -> bool:
     """Whether the loss tells the two apart; says so where it never can, having the same slopes everywhere."""
-    answers = [output(e, e.weights(), batch) for e in (dense, small)]
+    answers = [_output(e, e.weights(), batch) for e in (dense, small)]
     if _equal(*(pytree.tree_leaves(answer) for answer in answers)):
         return False
     if not _equal(*(_slopes(answer, batch, loss) for answer in answers)):
