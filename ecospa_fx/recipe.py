@@ -72,7 +72,7 @@ class Recipe:
     rate: float = 0.125
     step: int = 1
     mixed: float = 0.2
-    predicted: float = 0.5
+    predicted: float = 0.25
     progress: bool = False
 
     def __post_init__(self) -> None:

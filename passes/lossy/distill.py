@@ -50,7 +50,7 @@ class Distill:
     step: int = 1
     held: int = 16
     mixed: float = 0.2
-    predicted: float = 0.5
+    predicted: float = 0.25
     name: str = "distill"
 
     def run(

@@ -36,7 +36,7 @@ class Mix:
     """
 
     share: float = 0.2
-    predicted: float = 0.5
+    predicted: float = 0.25
     source: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
     _foretold: Foretold = field(init=False)
 
