@@ -212,6 +212,7 @@ def constant_loss(output: Tensor, args: Any, kwargs: Any) -> Tensor:
         ({"distillation": -1}, ScoreError, "distillation=-1 is not a count"),
         ({"step": None}, ScoreError, "step=None is not a count"),
         ({"mixed": 1.5}, ScoreError, "mixed=1.5 is not a share"),
+        ({"predicted": -0.5}, ScoreError, "predicted=-0.5 is not a share"),
     ],
 )
 def test_bad_input_is_refused_in_one_sentence(
