@@ -51,7 +51,7 @@ class Recipe:
     every fourth batch, which the scores do not see, in so many `rounds`; or None: "ragged" where it is parameters that
     are counted and graph form may do as it likes, else "global". distillation: how many batches the smaller model sees,
     without their labels, while it learns to answer like the dense one, 0 for none, each as often as it takes; by
-    default 256, and up to 448 where there are fewer than 128; rate, step: how much of each parameter a step may change
+    default 320, and up to 448 where there are fewer than 96; rate, step: how much of each parameter a step may change
     at first, as an operator, times the root of the share of the dense model's answers that is lost; and batches per
     step. So that few batches do for many, they vary: predicted: share of a batch's positions, such as tokens, that are
     what the dense model itself foretold, where it does so, when it read the batch last while distilling; mixed: share
@@ -95,7 +95,7 @@ class Recipe:
         """How many batches to distil on where so many differ; by default none is drawn more than 16 times for more."""
         if self.distillation is not None:
             return self.distillation
-        return max(256, min(256 + 2 * (128 - batches), 16 * batches))
+        return max(320, min(256 + 2 * (128 - batches), 16 * batches))
 
     def planning(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Options of `plan`, with the allocation that goes with those given."""

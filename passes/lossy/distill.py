@@ -45,7 +45,7 @@ class Distill:
     them.
     """
 
-    length: int = 256
+    length: int = 320
     rate: float = 0.125
     step: int = 1
     held: int = 16
