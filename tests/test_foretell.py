@@ -16,9 +16,9 @@ from ecospa_fx.passes.lossy.mix import Mix, filled
 CLASSES = 40
 
 
-def counting(rows: int, positions: int, *, start: int = 0) -> Tensor:
+def counting(rows: int, positions: int) -> Tensor:
     """Ids [rows, positions] each of which is the one before it plus one."""
-    return (torch.arange(positions) + start + 7 * torch.arange(rows)[:, None]) % CLASSES
+    return (torch.arange(positions) + 7 * torch.arange(rows)[:, None]) % CLASSES
 
 
 def one_more(ids: Tensor) -> Tensor:
@@ -43,9 +43,9 @@ def test_a_sequence_that_goes_on_is_foretold_at_the_place_after(rows: int, posit
 
 
 def test_draws_have_the_frequencies_that_the_output_says() -> None:
-    ids, logits = counting(1, 4001), torch.tensor([0.7, 0.2, 0.1]).log().expand(1, 4001, 3)
-    (said,) = {0: Foretold(torch.Generator().manual_seed(0))._said(logits)}.values()
-    shares = torch.bincount(said[0], minlength=3) / ids.numel()
+    logits = torch.tensor([0.7, 0.2, 0.1]).log().expand(1, 4001, 3)
+    said = Foretold(torch.Generator().manual_seed(0))._said(logits)
+    shares = torch.bincount(said[0], minlength=3) / said.numel()
     assert torch.allclose(shares, torch.tensor([0.7, 0.2, 0.1]), atol=0.03)
 
 

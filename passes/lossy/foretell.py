@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -61,7 +62,14 @@ class Foretold:
         return torch.searchsorted(sums, uniform * sums[..., -1:]).squeeze(-1).clamp(max=sums.shape[-1] - 1)
 
 
-def _may_be_foretold(leaf: object, output: Tensor) -> bool:
-    if not isinstance(leaf, Tensor) or leaf.is_floating_point() or leaf.is_complex() or leaf.dtype == torch.bool:
+def _may_be_foretold(leaf: object, output: Tensor) -> TypeGuard[Tensor]:
+    if not has_positions(leaf) or output.dim() != 3:
         return False
-    return output.dim() == 3 and leaf.shape == output.shape[:2] and leaf.shape[1] > 1 and leaf.shape[0] > 0
+    return leaf.shape == output.shape[:2] and leaf.shape[1] > 1
+
+
+def has_positions(value: object) -> TypeGuard[Tensor]:
+    """Whether a leaf of a batch is whole numbers [rows, positions, …], any at all."""
+    if not isinstance(value, Tensor) or value.dim() < 2 or value.numel() == 0:
+        return False
+    return not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)

@@ -9,14 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeGuard
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ecospa_fx.importance.score import Batch
-from ecospa_fx.passes.lossy.foretell import Foretold
+from ecospa_fx.passes.lossy.foretell import Foretold, has_positions
 
 ENOUGH = 65536
 """Positions, such as tokens, from which on data needs no variations beside it."""
@@ -70,7 +69,7 @@ class Mix:
 
     def _mixed(self, own: object, other: object, share: float, drawn: dict[tuple[int, ...], Tensor]) -> object:
         """drawn: by shape, which positions change, so that they are the same ones in all inputs."""
-        if not _has_positions(own) or not _has_positions(other) or own.shape[2:] != other.shape[2:]:
+        if not has_positions(own) or not has_positions(other) or own.shape[2:] != other.shape[2:]:
             return own
         shape = tuple(map(min, own.shape[:2], other.shape[:2]))
         if shape not in drawn:
@@ -97,10 +96,4 @@ def filled(batches: Sequence[Batch], share: float) -> list[Batch]:
 
 
 def _positioned(batch: Batch) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(batch) if _has_positions(leaf)]
-
-
-def _has_positions(value: object) -> TypeGuard[Tensor]:
-    if not isinstance(value, Tensor) or value.dim() < 2 or value.numel() == 0:
-        return False
-    return not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+    return [leaf for leaf in pytree.tree_leaves(batch) if has_positions(leaf)]
