@@ -34,6 +34,8 @@ SECOND_ORDER = "second-order"
 
 HELD, MOST_HELD = 4, 16
 """Every how many-th batch measures sensitivities and is not scored on, and how many at most."""
+JUDGES = 16
+"""Every how many-th batch judges distillation, and nothing is measured, solved or learnt on it."""
 
 
 ALLOCATIONS = "ragged", "global", "uniform", "sensitivity"
@@ -56,7 +58,7 @@ class Recipe:
     step. So that few batches do for many, they vary: predicted: share of a batch's positions, such as tokens, that are
     what the dense model itself foretold, where it does so, when it read the batch last while distilling; mixed: share
     that comes from other batches, else, and in further batches for all that is measured and solved where those given
-    hold fewer than 65,536 positions, up to four for one; both from 0 to below 1.
+    hold fewer than 60,000 positions, up to four for one; both from 0 to below 1.
     progress: bars on stderr.
     """
 
@@ -139,11 +141,15 @@ def compress_program(program: ExportedForm, task: Task, ratio: float, recipe: Re
     planning: further options of `plan`. The model itself is not changed. Raises PlanError where the plan does not fit
     the program, ScoreError and InputError for data that tells nothing or does not fit.
     """
+    from ecospa_fx.passes.lossy.distill import Distill
     from ecospa_fx.passes.lossy.mix import filled
+    from ecospa_fx.passes.lossy.reconstruct import Reconstruct
     from ecospa_fx.passes.shrink_couplings import shrink_program
 
     evaluator = Evaluator(program, task.model, task.args, task.kwargs)
-    seen, held = _held(task.batches) if recipe.allocation == "sensitivity" else (task.batches, [])
+    draws = recipe.draws(len(task.batches))
+    known, judges = _apart(task.batches, JUDGES) if draws else (task.batches, [])
+    seen, held = _held(known) if recipe.allocation == "sensitivity" else (known, [])
     more = filled(seen, recipe.mixed)
     views, curvature = _measured(program, evaluator, replace(task, batches=more), recipe, planning.get("kinds"))
     couplings = _reached(task.couplings, without_traffic(views, curvature))
@@ -161,30 +167,26 @@ def compress_program(program: ExportedForm, task: Task, ratio: float, recipe: Re
         _rescale(program, views, curvature, plan, recipe.gate_damping)
     shrink_program(program, plan)
     small = Evaluator(program, task.model, task.args, task.kwargs)
-    _make_up(dense, small, task, more + held, recipe)
+    if recipe.least_squares:
+        rebuild = Reconstruct(recipe.least_squares_damping)
+        rebuild.run(dense, small, more + held, lambda stages: recipe.shown(stages, "reconstruct"))
+    if draws:
+        distill = Distill(draws, recipe.rate, recipe.step, recipe.mixed, recipe.predicted)
+        distill.run(dense, small, known, task.loss, judges, lambda order: recipe.shown(order, "distill"))
     return plan
 
 
-def _make_up(dense: Evaluator, small: Evaluator, task: Task, more: Sequence[Batch], recipe: Recipe) -> None:
-    """Let what stays do what everything did. more: the task's batches and variations of them."""
-    from ecospa_fx.passes.lossy.distill import Distill
-    from ecospa_fx.passes.lossy.reconstruct import Reconstruct
-
-    if recipe.least_squares:
-        rebuild = Reconstruct(recipe.least_squares_damping)
-        rebuild.run(dense, small, more, lambda stages: recipe.shown(stages, "reconstruct"))
-    if draws := recipe.draws(len(task.batches)):
-        rate, step, mixed, predicted = recipe.rate, recipe.step, recipe.mixed, recipe.predicted
-        distill = Distill(draws, rate, step, mixed=mixed, predicted=predicted)
-        distill.run(dense, small, task.batches, task.loss, lambda order: recipe.shown(order, "distill"))
+def _apart(batches: Sequence[Batch], every: int, most: int | None = None) -> tuple[list[Batch], list[Batch]]:
+    """The batches without every so many-th, and those, of which there are so many at most."""
+    chosen = range(every - 1, len(batches), every)[:most]
+    return [batch for i, batch in enumerate(batches) if i not in chosen], [batches[i] for i in chosen]
 
 
 def _held(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
-    """Batches to score on, and every fourth of them, a few at most, to measure sensitivities on."""
-    chosen = range(HELD - 1, len(batches), HELD)[:MOST_HELD]
-    if not chosen:
+    """Batches to score on, and a few to measure sensitivities on."""
+    if len(batches) < HELD:
         raise ScoreError(f"allocation='sensitivity' holds every {HELD}th batch back: pass at least {HELD}")
-    return [batch for i, batch in enumerate(batches) if i not in chosen], [batches[i] for i in chosen]
+    return _apart(batches, HELD, MOST_HELD)
 
 
 def _measured(

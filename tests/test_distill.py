@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -105,3 +106,42 @@ def test_a_loss_that_the_model_computes_itself_distils_nothing_and_says_so(train
     batches = data()
     with pytest.warns(UserWarning, match="linear in what the model returns.*logits"):
         eco.compress(Judged(), batches[0][0], ratio=0.3, batches=batches, loss=lambda y, args, kwargs: y)
+
+
+@pytest.mark.parametrize(
+    ("costs", "way"),
+    [
+        ((1.0, 0.5, 0.4), 0.9),  # the parabola's lowest point is at 0.875
+        ((1.0, 0.8, 1.2), 0.4),
+        ((1.0, 0.5, 0.1), 1.0),
+        ((1.0, 1.2, 1.5), 0.0),
+        ((1.0, 0.9, math.nan), 0.5),
+        ((1.0, math.nan, math.inf), 0.0),
+    ],
+)
+def test_the_way_that_costs_least_is_gone(costs: tuple[float, float, float], way: float) -> None:
+    first, half, last = costs
+
+    def cost(t: float) -> float:
+        return first + (4 * half - 3 * first - last) * t + 2 * (first - 2 * half + last) * t * t if 0 < t < 1 else last
+
+    found, least = distill._best_way(lambda t: half if t == 0.5 else cost(t), first)
+    assert found == pytest.approx(way, abs=0.04)
+    assert least == pytest.approx(min(c for c in (*costs, cost(found)) if math.isfinite(c)))
+
+
+def test_judges_are_not_learnt_from(trained: nn.Module) -> None:
+    """Each of many batches is read in full by curvature and least squares, or by the judges, by none of them twice."""
+    batches = data(16)
+    read: list[Tensor] = []
+
+    def loss(y: Any, args: Any, kwargs: Any) -> Tensor:
+        if y.requires_grad:
+            read.append(args[0])
+        return loss_of(y, args, kwargs)
+
+    eco.compress(trained, batches[0][0], ratio=0.5, batches=batches, loss=loss, mixed=0.0, predicted=0.0)
+    judged = batches[15][0][0]
+    times = sum(torch.equal(ids, judged) for ids in read)
+    assert sum(torch.equal(ids, batches[0][0][0]) for ids in read) > 16
+    assert times < 8  # as the dense one's slopes at its answers are needed for the judges too

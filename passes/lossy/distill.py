@@ -40,15 +40,13 @@ class Distill:
 
     length: batches to learn from in all, each as often as it takes; rate: of what a parameter is as an operator, how
     much a step may change, times the root of the share of the dense model's answers that is lost, for who lost little
-    has not far to go; from half of the steps on it falls to zero; step: batches per step; held: every how many-th batch
-    is not learnt from but judges whether it helped; mixed, predicted: shares of positions that vary, as `Mix` takes
-    them.
+    has not far to go; from half of the steps on it falls to zero; step: batches per step; mixed, predicted: shares of
+    positions that vary, as `Mix` takes them.
     """
 
     length: int = 320
     rate: float = 0.125
     step: int = 1
-    held: int = 16
     mixed: float = 0.2
     predicted: float = 0.25
     name: str = "distill"
@@ -59,43 +57,45 @@ class Distill:
         small: Evaluator,
         batches: Sequence[Batch],
         loss: Loss,
+        judges: Sequence[Batch] = (),
         watch: Callable[[Sequence[int]], Iterable[int]] = lambda numbers: numbers,
     ) -> tuple[float, float]:
         """Change the smaller program's parameters that lost elements, and the biases beside them, in place.
 
-        watch: wraps the numbers of the batches to come, to show progress. Returns the mean divergence over the batches
-        that judge, before and after; where it did not fall, nothing has changed. Raises ScoreError where it is not
-        finite before.
+        judges: batches by which is judged whether it helped, and how far to go; best such as nothing has been fitted
+        to, and by default those that are learnt from. watch: wraps the numbers of the batches to come, to show
+        progress. Returns the mean divergence over the judges, before and after; where it did not fall, nothing has
+        changed. Raises ScoreError where it is not finite before.
         """
         leaves = _trained(dense, small)
         if not leaves or not _is_told(dense, small, batches[0], loss):
             return 0.0, 0.0
         pair = _Pair(dense, small, dense.weights(), small.weights(), leaves, loss)
-        judges = list(batches[self.held - 1 :: self.held] or batches)
+        judges = list(judges or batches)
         before, lost = _judged(dense, small, judges, loss)
         if not math.isfinite(before):
             raise ScoreError("the smaller model's loss is not finite: run it in bfloat16 or float32")
+        begun = _copies(leaves)
         with torch.inference_mode(False), torch.enable_grad(), _quick_products():
             self._descend(pair, self.rate * math.sqrt(lost), batches, watch)
-        after = _mean(pair.divergence, judges)
+        after = pair.settle(begun, judges, before)
         if after < before:
             for node, leaf in leaves.items():
                 held = leaf.detach().to(pair.fixed[node].dtype)
                 small.program.replace_parameter(small.program.parameters[node], held)
-        return before, min(before, after)
+        return before, after
 
     def _descend(
         self, pair: _Pair, rate: float, batches: Sequence[Batch],
         watch: Callable[[Sequence[int]], Iterable[int]],
     ) -> None:  # fmt: skip
-        learned = [i for i in range(len(batches)) if i % self.held != self.held - 1] or [0]
         groups = [{"params": [leaf], "lr": rate * _step_size(leaf)} for leaf in pair.leaves.values()]
         fused = all(leaf.device.type in ("cpu", "cuda") for leaf in pair.leaves.values())
-        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=fused)
+        optimizer = torch.optim.Adam(groups, betas=(0.8, 0.95), fused=fused)
         source = torch.Generator().manual_seed(0)
-        epochs = math.ceil(self.length / len(learned))
-        drawn = torch.cat([torch.randperm(len(learned), generator=source) for _ in range(epochs)])[: self.length]
-        order = [learned[i] for i in drawn.tolist()]
+        epochs = math.ceil(self.length / len(batches))
+        drawn = torch.cat([torch.randperm(len(batches), generator=source) for _ in range(epochs)])
+        order = drawn[: self.length].tolist()
         steps, mix = math.ceil(len(order) / self.step), Mix(self.mixed, self.predicted)
         last = {number: done for done, number in enumerate(order, 1)}
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1.0, 2 - 2 * i / steps))
@@ -143,6 +143,22 @@ class _Pair:
                     gradients.append((own if other is None else own - other).to(leaf.dtype))
             torch.autograd.backward(tensors, gradients)
             return told
+
+    def settle(self, begun: Mapping[fx.Node, Tensor], judges: Sequence[Batch], before: float) -> float:
+        """Leave the leaves where the judges find it best between `begun` and where they are; returns the cost there."""
+        learned = _copies(self.leaves)
+
+        def go(way: float) -> None:
+            for node, leaf in self.leaves.items():
+                leaf.data.copy_(begun[node].lerp(learned[node], way))
+
+        def cost(way: float) -> float:
+            go(way)
+            return _mean(self.divergence, judges)
+
+        way, least = _best_way(cost, before)
+        go(way)
+        return least
 
     def _outputs(self, batch: Batch) -> tuple[object, Slopes, list[Tensor]]:
         """The smaller one's output, the loss's slopes at the dense one's, and the tensors there that have any."""
@@ -198,6 +214,26 @@ def _judged(dense: Evaluator, small: Evaluator, batches: Sequence[Batch], loss: 
     own, least, most = (sum(column) / len(found) for column in zip(*found, strict=True))
     share = (own - least) / (most - least) if most > least else math.nan
     return own, min(1.0, max(0.0, share)) if math.isfinite(share) else USUAL_LOSS
+
+
+def _copies(leaves: Mapping[fx.Node, nn.Parameter]) -> dict[fx.Node, Tensor]:
+    return {node: leaf.detach().clone() for node, leaf in leaves.items()}
+
+
+def _best_way(cost: Callable[[float], float], start: float) -> tuple[float, float]:
+    """How far to go from 0, where the cost is `start`, to 1, and the cost there.
+
+    The best of both ends, the half, and where the parabola through these three is least. What is learnt from few data
+    goes too far by what they have of their own (Wortsman et al., "Robust fine-tuning of zero-shot models", 2022).
+    """
+    found = {0.0: start, 0.5: cost(0.5), 1.0: cost(1.0)}
+    # d(t) = start + (rise - bend) t + bend t²
+    bend, rise = 2 * (start - 2 * found[0.5] + found[1.0]), found[1.0] - start
+    if math.isfinite(bend) and bend > 0:
+        way = min(1.0, max(0.0, (bend - rise) / (2 * bend)))
+        found[way] = cost(way) if way not in found else found[way]
+    finite = {way: value for way, value in found.items() if math.isfinite(value)}
+    return min(finite.items(), key=lambda pair: pair[1])
 
 
 def _step_size(parameter: Tensor) -> float:

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from ecospa_fx.importance.score import Batch
 from ecospa_fx.passes.lossy.foretell import Foretold, has_positions
 
-ENOUGH = 65536
+ENOUGH = 60000
 """Positions, such as tokens, from which on data needs no variations beside it."""
 MOST = 4
 """As how many batches one may count."""
