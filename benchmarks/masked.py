@@ -132,7 +132,8 @@ class MaskedTraining:
         goal = self.held(now, shapes) - round(self.held(self.couplings, self.shapes) * left)
         current = {c.name: scores[c.name][self.keep[c.name]].view(c.carriers, c.size) for c in now}
         uniform = dense if options.allocation == "uniform" else None
-        kept = allocate(now, shapes, current, limits, goal, round_to=options.round_to, dense=uniform)
+        steps = dict.fromkeys(dense, options.round_to)
+        kept = allocate(now, shapes, current, limits, goal, round_to=steps, dense=uniform)
         found = {}
         for name, before in self.keep.items():
             found[name] = before.clone()

@@ -73,6 +73,24 @@ def test_a_device_that_likes_any_width(monkeypatch: pytest.MonkeyPatch) -> None:
     assert eco.plan(couplings, 0.4, round_to=None) == eco.plan(couplings, 0.4)
 
 
+@pytest.mark.parametrize("allocation", ["global", "uniform"])
+def test_training_keeps_widths_that_the_device_likes(allocation: str) -> None:
+    made, kwargs = model(torch.float32)
+    optimizer = torch.optim.SGD(made.parameters(), lr=1e-3)
+    sparse = eco.SparseTraining(
+        made, (), kwargs, optimizer=optimizer, target=0.45, schedule=eco.Constant(every=1, part=0.5), window=1,
+        allocation=allocation,
+    )  # fmt: skip
+    wanted = {c.name: liked(c, dict(made.named_parameters())) for c in sparse.couplings.offered}
+    for _ in range(2):
+        torch.autograd.backward(sparse.model(**kwargs).logits.square().mean())
+        sparse.step()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert sparse.removed > 0.3
+    assert all(s.kept == s.size or s.kept % wanted[s.name] == 0 for s in sparse.plan)
+
+
 @pytest.mark.parametrize("method", ["magnitude", "gate-fisher", "second-order"])
 def test_compress_keeps_widths_that_the_device_likes(method: str) -> None:
     torch.manual_seed(0)

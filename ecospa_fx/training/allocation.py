@@ -35,15 +35,17 @@ def allocate(
     limits: Mapping[str, Bounds],
     goal: int,
     *,
-    round_to: int = 1,
+    round_to: Mapping[str, int] | None = None,
     dense: Mapping[str, int] | None = None,
 ) -> dict[str, Tensor]:
     """Per coupling BoolTensor [carriers, units], True where a unit stays, so that about `goal` elements go.
 
-    couplings, shapes: as they are now. Of several couplings the least score per parameter goes first; with `dense`,
-    their units before any shrink, the same share of each. Units above a coupling's bounds go whatever the goal.
+    couplings, shapes: as they are now; round_to: what kept units are multiples of, where it is not 1. Of several
+    couplings the least score per parameter goes first; with `dense`, their units before any shrink, the same share of
+    each. Units above a coupling's bounds go whatever the goal.
     """
-    ladders = [_ladder(c, scores[c.name], limits[c.name], round_to) for c in couplings]
+    steps = round_to or {}
+    ladders = [_ladder(c, scores[c.name], limits[c.name], steps.get(c.name, 1)) for c in couplings]
     tracks = _uniform(ladders, dense) if dense is not None else _global(ladders, limits)
     if not ladders or not any(len(t.keys) for t in tracks):
         return {c.name: torch.ones(c.carriers, c.size, dtype=torch.bool) for c in couplings}

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
+from ecospa_fx.budget.alignment import liked
 from ecospa_fx.coupling.couplings import Coupling, Couplings
 from ecospa_fx.errors import TrainingError
 from ecospa_fx.importance.methods import gate_members
@@ -24,20 +25,20 @@ class Settings:
     """Options of `SparseTraining` beyond those that every run has.
 
     total_steps: the length of the run, if known; allocation: "global", by score per parameter, or "uniform"; band:
-    least and most that a coupling keeps, as multiples of what uniform allocation keeps (None: no bounds); round_to,
-    floor, kinds: as in `plan`; allow: as in `detect`; window: steps before each shrink whose gradients are scored, and
-    the memory of their moving average; compensate: after each shrink, solve what consumes the removed units anew, by
-    least squares on `batches`, to do what it did before (None: where scores are second-order); batches, loss:
-    calibration data as in `score`, for that, for second-order scores, and for a schedule that shrinks at the start; of
-    several processes each gives its own part, and holds all parameters during a shrink; wrap: what to put around the
-    model, after every shrink anew (``DistributedDataParallel``); group: the processes that train together, by default
-    all of them.
+    least and most that a coupling keeps, as multiples of what uniform allocation keeps (None: no bounds); round_to: as
+    in `compress`, None for what the device likes; floor, kinds: as in `plan`; allow: as in `detect`; window: steps
+    before each shrink whose gradients are scored, and the memory of their moving average; compensate: after each
+    shrink, solve what consumes the removed units anew, by least squares on `batches`, to do what it did before (None:
+    where scores are second-order); batches, loss: calibration data as in `score`, for that, for second-order scores,
+    and for a schedule that shrinks at the start; of several processes each gives its own part, and holds all parameters
+    during a shrink; wrap: what to put around the model, after every shrink anew (``DistributedDataParallel``); group:
+    the processes that train together, by default all of them.
     """
 
     total_steps: int | None = None
     allocation: Literal["global", "uniform"] = "global"
     band: tuple[float, float] | None = (0.6, 1.6)
-    round_to: int = 1
+    round_to: int | None = None
     floor: float = 0.05
     kinds: Sequence[str] | None = None
     allow: str | Iterable[str] = ()
@@ -55,7 +56,7 @@ class Settings:
             raise TrainingError(f"band={self.band!r} does not hold uniform allocation: give (at most 1, at least 1)")
         for name in ("round_to", "window"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if (name, value) != ("round_to", None) and (not isinstance(value, int) or value < 1):
                 raise TrainingError(f"{name}={value!r} makes no sense: give a whole number of at least 1")
         if not 0 <= self.floor < 1:
             raise TrainingError(f"floor={self.floor!r} is no share of units to keep: give a number from 0 to below 1")
@@ -64,6 +65,10 @@ class Settings:
     def scores(self) -> str:
         """The best scores that can be had: second-order ones need data."""
         return SECOND_ORDER if self.batches is not None and self.loss is not None else "gate-fisher"
+
+    def multiples(self, couplings: Iterable[Coupling], parameters: Mapping[str, Tensor]) -> dict[str, int]:
+        """By coupling, what the units that stay are a multiple of."""
+        return {c.name: liked(c, parameters) if self.round_to is None else self.round_to for c in couplings}
 
     @property
     def limits(self) -> tuple[float, float, float]:

@@ -228,13 +228,14 @@ class SparseTraining:
         """What stays at a share of the target, in terms of the dense model."""
         options, left, shapes = self._settings, 1 - self._target * share, parameter_shapes(self._form.module)
         dense = {c.name: c.size for c in self._chosen}
-        limits = {c.name: bounds(dense[c.name], c.size, left, options.limits, options.round_to) for c in self._now}
+        steps = options.multiples(self._chosen, self._form.parameters)
+        limits = {c.name: bounds(dense[c.name], c.size, left, options.limits, steps[c.name]) for c in self._now}
         for name in [n for n in limits if not scores[n].any()]:
             log.warning("coupling %s keeps its units at step %s: no gradient reached them lately", name, self._step)
             limits[name] = (self._keep[name].shape[1],) * 2
         goal = _held(shapes, self._now) - round(self._held * left)
         uniform = dense if options.allocation == "uniform" else None
-        kept = allocate(self._now, shapes, scores, limits, goal, round_to=options.round_to, dense=uniform)
+        kept = allocate(self._now, shapes, scores, limits, goal, round_to=steps, dense=uniform)
         found = {}
         for name, before in self._keep.items():
             found[name] = before.clone()
@@ -312,10 +313,10 @@ class SparseTraining:
 
     def _check_reach(self) -> None:
         """Raise TrainingError where floors keep more than the target leaves."""
-        options = self._settings
-        gone = []
+        options, gone = self._settings, []
+        steps = options.multiples(self._chosen, self._form.parameters)
         for c in self._chosen:
-            least, _ = bounds(c.size, c.size, 1 - self._target, options.limits, options.round_to)
+            least, _ = bounds(c.size, c.size, 1 - self._target, options.limits, steps[c.name])
             units = torch.zeros(c.carriers, c.size, dtype=torch.bool)
             units[:, least:] = True
             gone.append((c.members, units))
