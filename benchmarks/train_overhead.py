@@ -80,7 +80,7 @@ def measured(arguments: argparse.Namespace, method: str) -> dict[str, object]:
     due = 3 + arguments.steps
     sparse = eco.SparseTraining(
         model, (ids[:, :-1],), {"use_cache": False}, optimizer=optimizer, schedule=OneShot(due), scores=method,
-        window=due,
+        window=due, round_to=arguments.round_to,
     )  # fmt: skip
     times = [one_step(sparse, optimizer, ids) for _ in range(due - 1)][2:]
     whole, gathering = (median(t[i] for t in times) for i in (0, 1))
@@ -106,6 +106,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--round-to", type=int, help="by default what the device likes")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--methods", nargs="+", default=["gate-fisher", "fisher", "taylor"])

@@ -130,8 +130,8 @@ def test_allocation_meets_the_goal_within_bounds(uniform: bool, round_to: int) -
     chosen = list(couplings.offered)
     goal = int(0.5 * sum(c.parameters for c in chosen))
     limits = {c.name: bounds(c.size, c.size, 0.5, (0.05, 0.5, 1.5), round_to) for c in chosen}
-    dense = {c.name: c.size for c in chosen}
-    keep = allocate(chosen, couplings.shapes, scores, limits, goal, round_to=round_to, dense=dense if uniform else None)
+    dense, steps = {c.name: c.size for c in chosen}, dict.fromkeys(scores, round_to)
+    keep = allocate(chosen, couplings.shapes, scores, limits, goal, round_to=steps, dense=dense if uniform else None)
     gone = removed_elements(couplings.shapes, [(c.members, ~keep[c.name]) for c in chosen])
     assert abs(gone - goal) <= 0.12 * goal
     for c in chosen:

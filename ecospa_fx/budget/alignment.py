@@ -14,12 +14,12 @@ LIKED = {"cuda": 16}
 numbers of half precision. Kernels of devices that are not here are about as fast for any width."""
 
 
-def liked(coupling: Coupling, parameters: Mapping[str, Tensor]) -> int:
+def liked(coupling: Coupling, parameters: Mapping[str, Tensor], *, autocast: bool = False) -> int:
     """The units per carrier of which a multiple should stay: the least that make every axis a multiple of `LIKED`.
 
     A unit may be wider than one element: of half-precision numbers on CUDA, multiples of 8 neurons are liked, of 4
     rotary pairs, and any number of whole heads of 64. Each carrier counts by itself, as each head is a matrix of its
-    own.
+    own. autocast: numbers count as of half precision, which products may make of them.
 
     >>> mlp = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.GELU(), torch.nn.Linear(32, 8))
     >>> ffn = ecospa_fx.detect(mlp, (torch.randn(2, 8),)).offered[0]
@@ -29,7 +29,8 @@ def liked(coupling: Coupling, parameters: Mapping[str, Tensor]) -> int:
     steps, pairs = [1], coupling.symmetry == "rotary"  # whose two elements are in one head, wherever they stand there
     for member in coupling.members:
         held = parameters[member.parameter]
-        wanted = max(1, LIKED.get(held.device.type, 1) // held.element_size())
+        bytes_each = min(held.element_size(), 2) if autocast else held.element_size()
+        wanted = max(1, LIKED.get(held.device.type, 1) // bytes_each)
         widths = [2 if pairs else prod(size for size, _ in box.width) for box in member.boxes]
         steps += [wanted // gcd(wanted, width) for width in widths]
     return lcm(*steps)

@@ -67,8 +67,8 @@ class Settings:
         return SECOND_ORDER if self.batches is not None and self.loss is not None else "gate-fisher"
 
     def multiples(self, couplings: Iterable[Coupling], parameters: Mapping[str, Tensor]) -> dict[str, int]:
-        """By coupling, what the units that stay are a multiple of."""
-        return {c.name: liked(c, parameters) if self.round_to is None else self.round_to for c in couplings}
+        """By coupling, what the units that stay are a multiple of. Products may have less precision than weights."""
+        return {c.name: self.round_to or liked(c, parameters, autocast=True) for c in couplings}
 
     @property
     def limits(self) -> tuple[float, float, float]:
