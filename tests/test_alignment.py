@@ -14,7 +14,7 @@ import ecospa_fx as eco
 from ecospa_fx.budget import alignment
 from ecospa_fx.budget.alignment import liked
 from ecospa_fx.coupling.couplings import Box, Coupling, Member
-from ecospa_fx.errors import PlanError
+from ecospa_fx.errors import PlanError, TrainingError
 from ecospa_fx.plan import Plan
 from tests.hugging import tiny
 
@@ -90,6 +90,13 @@ def test_training_keeps_widths_that_the_device_likes(allocation: str) -> None:
         optimizer.zero_grad()
     assert sparse.removed > 0.3
     assert all(s.kept == s.size or s.kept % wanted[s.name] == 0 for s in sparse.plan)
+
+
+def test_training_says_what_the_device_likes_where_that_leaves_nothing_to_remove() -> None:
+    mlp = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
+    optimizer = torch.optim.SGD(mlp.parameters(), lr=1e-3)
+    with pytest.raises(TrainingError, match=r"round_to=None, which is 8 here, leave at most 0.000 to remove"):
+        eco.SparseTraining(mlp, (torch.randn(4, 8),), optimizer=optimizer, target=0.5, total_steps=10)
 
 
 @pytest.mark.parametrize("method", ["magnitude", "gate-fisher", "second-order"])

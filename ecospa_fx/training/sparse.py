@@ -322,9 +322,10 @@ class SparseTraining:
             gone.append((c.members, units))
         most = removed_elements(self._form.shapes, gone) / self._held
         if most < self._target * 0.98:
+            rounding = options.round_to or f"None, which is {max(steps.values())} here,"
             raise TrainingError(
                 f"target={self._target} is out of reach because floor={options.floor}, band={options.band} and "
-                f"round_to={options.round_to} leave at most {most:.3f} to remove: ask for less, or lower them"
+                f"round_to={rounding} leave at most {most:.3f} to remove: ask for less, or lower them"
             )
 
 
