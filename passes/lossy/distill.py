@@ -231,7 +231,8 @@ def _best_way(cost: Callable[[float], float], start: float) -> tuple[float, floa
     bend, rise = 2 * (start - 2 * found[0.5] + found[1.0]), found[1.0] - start
     if math.isfinite(bend) and bend > 0:
         way = min(1.0, max(0.0, (bend - rise) / (2 * bend)))
-        found[way] = cost(way) if way not in found else found[way]
+        if way not in found:
+            found[way] = cost(way)
     finite = {way: value for way, value in found.items() if math.isfinite(value)}
     return min(finite.items(), key=lambda pair: pair[1])
 
