@@ -16,6 +16,7 @@ from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.errors import PlanError, ScoreError
 from ecospa_fx.graph.evaluate import Evaluator
 from ecospa_fx.graph.program import ExportedForm
+from ecospa_fx.graph.quick import quick
 from ecospa_fx.graph.sites import Site, find_sites
 from ecospa_fx.importance.compensated import Compensated
 from ecospa_fx.importance.curvature import Collector, Curvature
@@ -23,7 +24,6 @@ from ecospa_fx.importance.progress import watched
 from ecospa_fx.importance.score import Batch, Loss, arguments
 from ecospa_fx.importance.scores import Scores
 from ecospa_fx.importance.second_order import unit_scores, without_traffic
-from ecospa_fx.importance.surgeon import gate_roots
 from ecospa_fx.importance.views import Views, views_of
 from ecospa_fx.plan import Plan
 
@@ -37,6 +37,8 @@ HELD, MOST_HELD = 4, 16
 JUDGES = 16
 """Every how many-th batch judges distillation, and nothing is measured, solved or learnt on it."""
 
+IN_TURN = "in turn"
+"""Least squares layer by layer, on what the smaller model itself makes."""
 
 ALLOCATIONS = "ragged", "global", "uniform", "sensitivity"
 
@@ -48,17 +50,19 @@ class Recipe:
     basis: turn linear couplings (V with O, Q with K where nothing rotates them) before units are chosen.
     damping: of the surgeon's matrices, in means of their diagonals. gates: rescale the queries and keys that are kept
     for those that go, with gate_damping. least_squares: solve the matrices that lost inputs anew, with
-    least_squares_damping. allocation: "ragged", by score, so that each head keeps its own number of units; "global",
-    the same with as many in all heads of a layer; "uniform"; "sensitivity", by what couplings are measured to cost on
-    every fourth batch, which the scores do not see, in so many `rounds`; or None: "ragged" where it is parameters that
-    are counted and graph form may do as it likes, else "global". distillation: how many batches the smaller model sees,
-    without their labels, while it learns to answer like the dense one, 0 for none, each as often as it takes; by
-    default 320, and up to 448 where there are fewer than 96; rate, step: how much of each parameter a step may change
-    at first, as an operator, times the root of the share of the dense model's answers that is lost; and batches per
-    step. So that few batches do for many, they vary: predicted: share of a batch's positions, such as tokens, that are
-    what the dense model itself foretold, where it does so, when it read the batch last while distilling; mixed: share
-    that comes from other batches, else, and in further batches for all that is measured and solved where those given
-    hold fewer than 60,000 positions, up to four for one; both from 0 to below 1.
+    least_squares_damping, by what was measured of the dense model; "in turn": layer by layer, in a pass of its own on
+    the data, on the inputs that the smaller model makes. allocation: "ragged", by score, so that each head keeps its
+    own number of units; "global", the same with as many in all heads of a layer; "uniform"; "sensitivity", by what
+    couplings are measured to cost on every fourth batch, which the scores do not see, in so many `rounds`; or None:
+    "ragged" where it is parameters that are counted and graph form may do as it likes, else "global". distillation: how
+    many batches the smaller model sees, without their labels, while it learns to answer like the dense one, 0 for none,
+    each as often as it takes; by default 256, and up to 512 where there are fewer than 128; rate, step: how much of
+    each parameter a step may change at first, as an operator, times the root of the share of the dense model's answers
+    that is lost; and batches per step. So that few batches do for many, they vary: predicted: share of a batch's
+    positions, such as tokens, that are what the dense model itself foretold, where it does so, when it read the batch
+    for the first time while distilling, and twice that share once it has read it more often; mixed: share that comes
+    from other batches, else, and in further batches for all that is measured and solved where those given hold fewer
+    than 60,000 positions, up to four for one; both from 0 to below 1.
     progress: bars on stderr.
     """
 
@@ -66,7 +70,7 @@ class Recipe:
     damping: float = 0.01
     gates: bool = True
     gate_damping: float = 0.1
-    least_squares: bool = True
+    least_squares: bool | str = True
     least_squares_damping: float = 0.1
     allocation: str | None = None
     rounds: int = 2
@@ -86,6 +90,8 @@ class Recipe:
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 <= value < 1:
                 raise ScoreError(f"{name}={value!r} is not a share: give a number from 0 to below 1")
+        if self.least_squares not in (True, False, IN_TURN):
+            raise ScoreError(f"least_squares={self.least_squares!r} is unknown: use True, False or {IN_TURN!r}")
         if self.allocation not in (None, *ALLOCATIONS):
             raise ScoreError(f"allocation={self.allocation!r} is unknown: use {', '.join(map(repr, ALLOCATIONS))}")
         for name, least in (("distillation", 0), ("step", 1), ("rounds", 1)):
@@ -97,7 +103,7 @@ class Recipe:
         """How many batches to distil on where so many differ; by default none is drawn more than 16 times for more."""
         if self.distillation is not None:
             return self.distillation
-        return max(320, min(256 + 2 * (128 - batches), 16 * batches))
+        return max(256, min(256 + 3 * (128 - batches), 512, 16 * batches))
 
     def planning(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Options of `plan`, with the allocation that goes with those given."""
@@ -157,17 +163,18 @@ def compress_program(program: ExportedForm, task: Task, ratio: float, recipe: Re
     scores = Scores(SECOND_ORDER, unit_scores(views, curvature, values, recipe.damping))
     planning = recipe.planning(planning)
     plan = make_plan(couplings, ratio, scores, **planning)
+    solves, rescales = recipe.least_squares is True, recipe.gates
+    damping = recipe.least_squares_damping if solves else None, recipe.gate_damping if rescales else None
+    weights = Compensated(couplings.offered, values, views, curvature, *damping)
     if held:
-        damping = recipe.least_squares_damping, recipe.gate_damping
-        weights = Compensated(couplings.offered, values, views, curvature, *damping)
         by = Sensitivity(evaluator, weights, held, task.loss, recipe.rounds, lambda t: recipe.shown(t, "sensitivity"))
         plan = by.plan(couplings, ratio, scores, **planning)
     dense = Evaluator(program.frozen(), task.model, task.args, task.kwargs)
-    if recipe.gates:
-        _rescale(program, views, curvature, plan, recipe.gate_damping)
+    for name, value in weights.made_up({selection.name: selection.removed for selection in plan}):
+        program.replace_parameter(name, value)
     shrink_program(program, plan)
     small = Evaluator(program, task.model, task.args, task.kwargs)
-    if recipe.least_squares:
+    if recipe.least_squares == IN_TURN:
         rebuild = Reconstruct(recipe.least_squares_damping)
         rebuild.run(dense, small, more + held, lambda stages: recipe.shown(stages, "reconstruct"))
     if draws:
@@ -195,10 +202,13 @@ def _measured(
     """Views of the couplings and what the data says of them, in the bases that suit removal."""
     from ecospa_fx.passes.lossy.change_basis import turn_factors, turn_values
 
-    def measured(views: Views, label: str, results: Sequence[Site] = ()) -> Curvature:
-        return Collector(evaluator, views, results).run(recipe.shown(task.batches, label), task.loss)
+    chosen = choose(task.couplings, kinds, containers=False)
+    rounded = quick(evaluator, {member.parameter for coupling in chosen for member in coupling.members})
 
-    views = views_of(choose(task.couplings, kinds, containers=False), find_sites(program))
+    def measured(views: Views, label: str, results: Sequence[Site] = ()) -> Curvature:
+        return Collector(rounded, views, results).run(recipe.shown(task.batches, label), task.loss)
+
+    views = views_of(chosen, find_sites(program))
     if recipe.basis:
         turn_factors(views, lambda sites: measured(Views((), (), ()), "bases", sites), program)
     curvature = measured(views, "curvature")
@@ -222,18 +232,3 @@ def _reached(couplings: Couplings, idle: Sequence[str]) -> Couplings:
     if not left.offered:
         raise PlanError("the calibration data reaches no coupling at all: pass batches that the model reads")
     return left
-
-
-def _rescale(program: ExportedForm, views: Views, curvature: Curvature, plan: Plan, damping: float) -> None:
-    """Multiply both sides of what is kept by the square roots of the best gates."""
-    from ecospa_fx.passes.lossy.change_basis import rotated
-
-    removed = {selection.name: selection.removed for selection in plan}
-    for gate in views.gates:
-        matrix, gone = curvature.gates[gate.coupling.name], removed.get(gate.coupling.name)
-        if gone is None or not gone.any():
-            continue
-        roots = gate_roots(matrix, gone, damping)
-        for member in gate.coupling.members:
-            held = program.tensor(member.parameter).detach()
-            program.replace_parameter(member.parameter, rotated(held, member.axis, member.indices, roots))

@@ -150,7 +150,16 @@ def test_nothing_is_fitted_to_the_judges(trained: nn.Module, monkeypatch: pytest
     spy(Reconstruct, "run", 2)
     spy(Distill, "_descend", 2)
     spy(distill._Pair, "settle", 1)
-    eco.compress(trained, batches[0][0], ratio=0.5, batches=batches, loss=loss_of, mixed=0.0, predicted=0.0)
+    eco.compress(
+        trained,
+        batches[0][0],
+        ratio=0.5,
+        batches=batches,
+        loss=loss_of,
+        mixed=0.0,
+        predicted=0.0,
+        least_squares="in turn",
+    )
     judges = [batches[15], batches[31]]
     known = [batch for i, batch in enumerate(batches) if i not in (15, 31)]
 

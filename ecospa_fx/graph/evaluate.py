@@ -6,7 +6,7 @@ values in place of those that were computed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,8 @@ class Evaluator:
         self._calling = calling(program, model, args, kwargs)
         self.overwrites = any(_overwrites(node) for node in self.order)
         """Whether some node changes a value that another one has computed."""
+        self.instead: Mapping[fx.Node, Callable[[Values], Any]] = {}
+        """What is computed in place of a node's operator, from the values that the node reads."""
         self._arguments = {node: evaluation_arguments(node) for node in self.order}
         self._last: dict[fx.Node, int] = {}
         for place, node in enumerate(self.order):
@@ -85,13 +87,18 @@ class Evaluator:
     def run(self, nodes: Iterable[fx.Node], values: Values) -> None:
         """Compute nodes, given in the order of the graph, into `values`; what nothing reads any more is dropped."""
         for node in nodes:
-            args, kwargs = fx.node.map_arg(self._arguments[node], values.__getitem__)
-            target: Any = node.target
-            values[node] = target(*args, **kwargs)
+            values[node] = self._computed(node, values)
             place = self._place[node]
             for read in {node, *node.all_input_nodes}:
                 if self._last.get(read, -1) <= place:
                     values.pop(read, None)
+
+    def _computed(self, node: fx.Node, values: Values) -> Any:
+        if node in self.instead:
+            return self.instead[node](values)
+        args, kwargs = fx.node.map_arg(self._arguments[node], values.__getitem__)
+        target: Any = node.target
+        return target(*args, **kwargs)
 
     def returned(self, values: Values, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """What the module returns for these arguments, which stay as they are, once all nodes have run."""

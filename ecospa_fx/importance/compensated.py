@@ -1,14 +1,15 @@
-"""What the parameters of a dense program would be with some units gone and what stays making up for them.
+"""What the parameters of a dense program become so that what stays makes up for the units that go.
 
-Shapes stay: what goes is zero. Consumers are solved for the dense output by damped least squares on the dense inputs'
-moments, gates of kept queries and keys rise, both as far as the views know how; everything else is masked. Less than
-the recipe does, at a fraction of its price: enough to compare choices.
+Consumers are solved for the dense output by damped least squares on the dense inputs' moments, and gates of kept
+queries and keys rise, both as far as the views know how. Shapes stay. All that is needed was measured for the scores,
+so that it costs no pass over the data: enough to compare choices, and what the chosen one begins with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -17,9 +18,9 @@ from ecospa_fx.budget import elements
 from ecospa_fx.coupling.couplings import Coupling
 from ecospa_fx.graph.sites import Site
 from ecospa_fx.importance.curvature import Curvature
-from ecospa_fx.importance.matrices import damped
+from ecospa_fx.importance.matrices import least_squares
 from ecospa_fx.importance.surgeon import gate_roots
-from ecospa_fx.importance.views import Views
+from ecospa_fx.importance.views import Inputs, Views
 
 Gone = Mapping[str, Tensor]
 """By coupling BoolTensor [carriers, units], True where a unit goes; a coupling that is not there is whole."""
@@ -30,30 +31,33 @@ class Compensated:
     """Weights with units gone.
 
     couplings: those that may lose units; values: dense parameters by name; views, curvature: what makes up for it,
-    None for masks alone; damping, gate_damping: as in the recipe.
+    None for masks alone; damping: of least squares, gate_damping: of gates, as in the recipe, None for none of it.
     """
 
     couplings: Sequence[Coupling]
     values: Mapping[str, Tensor]
     views: Views | None = None
     curvature: Curvature | None = None
-    damping: float = 0.1
-    gate_damping: float = 0.1
+    damping: float | None = 0.1
+    gate_damping: float | None = 0.1
+
+    @property
+    def _consumers(self) -> tuple[Inputs, ...]:
+        return (*self.views.inputs, *self.views.beside) if self.views else ()
 
     def touched(self, coupling: Coupling) -> set[str]:
         """Parameters that change when a coupling loses units."""
         found = {m.parameter for m in coupling.members}
-        for view in self.views.inputs if self.views else ():
+        for view in self._consumers:
             if view.coupling.name == coupling.name:
                 found |= {site.bias for site in view.positions if site.bias is not None}
         return found
 
     def weights(self, gone: Gone, names: Iterable[str]) -> dict[str, Tensor]:
-        """The named parameters with all these units gone."""
+        """The named parameters with all these units zero, and the rest making up for them."""
         names = set(names)
         found = {name: self.values[name] for name in names}
-        self._rescale(found, gone)
-        self._solve(found, gone)
+        found |= dict(self.made_up(gone, names))
         removals = [(c.members, gone[c.name]) for c in self.couplings if c.name in gone]
         shapes = {name: tuple(value.shape) for name, value in self.values.items()}
         for name, factors in elements.keep_factors(shapes, removals).items():
@@ -62,51 +66,64 @@ class Compensated:
                 found[name] = found[name].masked_fill(~kept, 0)
         return found
 
-    def _rescale(self, found: dict[str, Tensor], gone: Gone) -> None:
+    def made_up(self, gone: Gone, names: Container[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Parameters, of `names` where given, and what they are for the rest to make up for units that go.
+
+        One after the other, with anything where the units are that go. One that comes twice counts as it comes last.
+        """
+        for name, value in chain(self._rescaled(gone, names), self._solved(gone, names)):
+            yield name, value.to(self.values[name]).contiguous()
+
+    def _rescaled(self, gone: Gone, names: Container[str] | None) -> Iterator[tuple[str, Tensor]]:
+        """Both factors multiplied by the square roots of the best gates."""
         from ecospa_fx.passes.lossy.change_basis import rotated
 
-        for gate in self.views.gates if self.views else ():
+        for gate in self.views.gates if self.views and self.gate_damping is not None else ():
             lost = gone.get(gate.coupling.name)
-            if lost is None or not lost.any() or found.keys().isdisjoint(m.parameter for m in gate.coupling.members):
+            members = [m for m in gate.coupling.members if names is None or m.parameter in names]
+            if lost is None or not lost.any() or not members:
                 continue
             assert self.curvature is not None  # views come with it
+            assert self.gate_damping is not None
             roots = gate_roots(self.curvature.gates[gate.coupling.name], lost, self.gate_damping)
-            for member in gate.coupling.members:
-                if member.parameter in found:
-                    held = found[member.parameter]
-                    found[member.parameter] = rotated(held, member.axis, member.indices, roots)
+            held: dict[str, Tensor] = {}
+            for member in members:
+                value = held.get(member.parameter, self.values[member.parameter])
+                held[member.parameter] = rotated(value, member.axis, member.indices, roots)
+            yield from held.items()
 
-    def _solve(self, found: dict[str, Tensor], gone: Gone) -> None:
+    def _solved(self, gone: Gone, names: Container[str] | None) -> Iterator[tuple[str, Tensor]]:
         lost: dict[Site, list[Tensor]] = {}
-        for view in self.views.inputs if self.views else ():
+        for view in self._consumers if self.damping is not None else ():
             units = gone.get(view.coupling.name)
             for site, positions in view.positions.items() if units is not None and units.any() else ():
                 lost.setdefault(site, []).append(positions[units].flatten())
         for site, parts in lost.items():
-            if site.parameter in found or site.bias in found:
-                matrix, bias = self._solved(site, torch.cat(parts))
-                self._put(found, site.parameter, site.matrix(matrix))
-                self._put(found, site.bias, bias)
+            wanted = [name for name in (site.parameter, site.bias) if name is not None]
+            if names is None or any(name in names for name in wanted):
+                matrix, bias = self._solution(site, torch.cat(parts))
+                made = {site.parameter: site.matrix(matrix), site.bias: bias}
+                yield from ((name, v) for name in wanted if (v := made[name]) is not None and _is_in(name, names))
 
-    @staticmethod
-    def _put(found: dict[str, Tensor], name: str | None, value: Tensor | None) -> None:
-        if name in found and value is not None:
-            found[name] = value.to(found[name])
-
-    def _solved(self, site: Site, lost: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _solution(self, site: Site, lost: Tensor) -> tuple[Tensor, Tensor | None]:
         """W_K ← W_K + W_R A_RK (A_KK + λ)⁻¹ over the kept inputs K and those that went, R; and the bias that fits."""
         assert self.curvature is not None  # views come with it
+        assert self.damping is not None
         moments = self.curvature.inputs[site]
         weight = site.matrix(self.values[site.parameter]).to(moments.second)
         stays = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
         stays[lost.to(weight.device)] = False
-        second = self.curvature.second(site)
-        inside = damped(second[stays][:, stays], self.damping)
-        change = torch.linalg.solve(inside, second[stays][:, ~stays] @ weight[:, ~stays].T).T
+        second, square = self.curvature.second(site), float(moments.second.diagonal().mean())
+        cross = weight[:, ~stays] @ second[~stays][:, stays]
         result = torch.zeros_like(weight)
+        change = least_squares(second[stays][:, stays], cross, self.damping, square)
         result[:, stays] = weight[:, stays] + change
         if site.bias is None:
             return result, None
         mean = moments.total / max(moments.rows, 1)
         bias = self.values[site.bias].to(mean) + weight[:, ~stays] @ mean[~stays] - change @ mean[stays]
         return result, bias
+
+
+def _is_in(name: str, names: Container[str] | None) -> bool:
+    return names is None or name in names

@@ -98,6 +98,9 @@ class Collector:
             out, width = site.matrix(weights[site.parameter]).shape
             self.curvature.inputs[site] = Moments(width, weights[site.parameter].device)
             self.curvature.outputs[site] = Moments(out, weights[site.parameter].device)
+        for site in (site for view in views.beside for site in view.positions if site not in self.curvature.inputs):
+            width = site.matrix(weights[site.parameter]).shape[1]
+            self.curvature.inputs[site] = Moments(width, weights[site.parameter].device)
         for site in results:
             out = site.matrix(weights[site.parameter]).shape[0]
             self.curvature.results[site] = Moments(out, weights[site.parameter].device)
@@ -109,7 +112,7 @@ class Collector:
         names = dict.fromkeys(m.parameter for c in views.others for m in c.members)
         self._leaves = {name: nn.Parameter(weights[name].detach()) for name in names}
         self._statistic = GradientStatistic(GATE_FISHER, self._leaves, views.others) if views.others else None
-        self._watched = {site.node: site for site in {**self.curvature.outputs, **self._gates}}
+        self._watched = {site.node: site for site in {**self.curvature.inputs, **self.curvature.outputs, **self._gates}}
         self._begun: list[Tensor] = []
         self._batches = 0
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+NOISE = 1e-7
+"""Variance below this share of the mean square is rounding."""
+
 
 def damped(matrix: Tensor, damping: float) -> Tensor:
     """`matrix` [..., n, n] plus `damping` times the mean of its diagonal; the identity where it is zero."""
@@ -25,3 +28,17 @@ def inverse(matrix: Tensor) -> Tensor:
     """Of `matrix` [..., n, n], positive definite."""
     result: Tensor = torch.cholesky_inverse(torch.linalg.cholesky(matrix))
     return result
+
+
+def least_squares(second: Tensor, cross: Tensor, damping: float, square: float) -> Tensor:
+    """C (A + λ)⁻¹ [m, n] with A = `second` [n, n] and C = `cross` [m, n]; zeros where there is nothing to solve for.
+
+    λ is `damping` times the mean of A's diagonal, and some more, for of what does not vary nothing is to be learnt:
+    `NOISE` times `square`, that mean before anything was centred.
+    """
+    added = damping * float(second.diagonal().mean().clamp(min=0)) + square * NOISE
+    eye = torch.eye(len(second), dtype=second.dtype, device=second.device)
+    factor, failed = torch.linalg.cholesky_ex(second + added * eye)
+    if added == 0 or failed:
+        return torch.zeros_like(cross)
+    return torch.cholesky_solve(cross.T, factor).T

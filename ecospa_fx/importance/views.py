@@ -54,11 +54,15 @@ class Side:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Views:
-    """How each coupling is looked at."""
+    """How each coupling is looked at.
+
+    beside: linear layers that consume units of `others`, which scores do not look at.
+    """
 
     inputs: tuple[Inputs, ...]
     gates: tuple[Gate, ...]
     others: tuple[Coupling, ...]
+    beside: tuple[Inputs, ...] = ()
 
     @property
     def sites(self) -> list[Site]:
@@ -69,7 +73,7 @@ class Views:
 def views_of(couplings: Sequence[Coupling], sites: Sequence[Site]) -> Views:
     """Look at each coupling in the most informed way that its members allow."""
     by_name = {site.parameter: site for site in sites}
-    inputs, gates, others = [], [], []
+    inputs, gates, others, beside = [], [], [], []
     for coupling in couplings:
         consumed = {s: m.indices for m in coupling.members if (s := _met(by_name, m, inside=True)) is not None}
         produced = _rows(by_name, coupling)
@@ -80,7 +84,9 @@ def views_of(couplings: Sequence[Coupling], sites: Sequence[Site]) -> Views:
             gates.append(Gate(coupling, _factors(by_name, coupling) or (produced,)))
         else:
             others.append(coupling)
-    return Views(tuple(inputs), tuple(gates), tuple(others))
+            if consumed:
+                beside.append(Inputs(coupling, consumed))
+    return Views(tuple(inputs), tuple(gates), tuple(others), tuple(beside))
 
 
 def _met(sites: Mapping[str, Site], member: Member, *, inside: bool) -> Site | None:

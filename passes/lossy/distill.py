@@ -15,7 +15,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from ecospa_fx.errors import ScoreError
 from ecospa_fx.graph.evaluate import Evaluator, Values
-from ecospa_fx.graph.sites import find_sites
+from ecospa_fx.graph.quick import quick
 from ecospa_fx.importance.score import Batch, Loss
 from ecospa_fx.passes.lossy.mix import Mix
 
@@ -44,7 +44,7 @@ class Distill:
     positions that vary, as `Mix` takes them.
     """
 
-    length: int = 320
+    length: int = 256
     rate: float = 0.125
     step: int = 1
     mixed: float = 0.2
@@ -60,7 +60,7 @@ class Distill:
         judges: Sequence[Batch] = (),
         watch: Callable[[Sequence[int]], Iterable[int]] = lambda numbers: numbers,
     ) -> tuple[float, float]:
-        """Change the smaller program's parameters that lost elements, and the biases beside them, in place.
+        """Change the smaller program's parameters that lost elements, and its vectors, such as biases, in place.
 
         judges: batches by which is judged whether it helped, and how far to go; best such as nothing has been fitted
         to, and by default those that are learnt from. watch: wraps the numbers of the batches to come, to show
@@ -77,7 +77,7 @@ class Distill:
             raise ScoreError("the smaller model's loss is not finite: run it in bfloat16 or float32")
         begun = _copies(leaves)
         with torch.inference_mode(False), torch.enable_grad(), _quick_products():
-            self._descend(pair, self.rate * math.sqrt(lost), batches, watch)
+            self._descend(pair.quick(), self.rate * math.sqrt(lost), batches, watch)
         after = pair.settle(begun, judges, before)
         if after < before:
             for node, leaf in leaves.items():
@@ -120,6 +120,11 @@ class _Pair:
     fixed: Values
     leaves: Mapping[fx.Node, nn.Parameter]
     loss: Loss
+
+    def quick(self) -> _Pair:
+        """The same two with products rounded where that is quicker; what comes of it is judged without."""
+        names = {self.small.program.parameters[node] for node in self.leaves}
+        return replace(self, dense=quick(self.dense, names), small=quick(self.small, names))
 
     def divergence(self, batch: Batch) -> Tensor:
         """How far the smaller one's output is from the dense one's."""
@@ -171,7 +176,7 @@ class _Pair:
 
 @contextmanager
 def _quick_products() -> Iterator[None]:
-    """Products of float32 matrices in what is quickest, bfloat16 or TF32, where the caller has not chosen per device.
+    """Products of float32 matrices on GPUs in what is quickest, where the caller has not chosen per device.
 
     What is learnt is judged without: rounding is far below what the choice of batches does.
     """
@@ -296,18 +301,24 @@ def _watched(leaf: object) -> object:
 
 
 def _trained(dense: Evaluator, small: Evaluator) -> dict[fx.Node, nn.Parameter]:
-    """Fresh leaves, in at least float32, for the parameters that lost elements, and the biases beside them."""
+    """Fresh leaves, in at least float32, for the parameters that lost elements, and for all vectors.
+
+    Vectors are few numbers, biases and the scales of norms, and say how large everything is that comes after them. None
+    where nothing lost any.
+    """
     program, original = small.program, dense.program
-    lost = {
-        name
-        for name in program.parameters.values()
-        if program.tensor(name).shape != original.tensor(name).shape and program.tensor(name).is_floating_point()
-    }
-    lost |= {site.bias for site in find_sites(original) if site.parameter in lost and site.bias is not None}
-    return {
-        node: nn.Parameter(_precise(program.tensor(name).detach()))
+    floating = {
+        node: tensor
         for node, name in program.parameters.items()
-        if name in lost
+        if (tensor := program.tensor(name)).is_floating_point() and node.users
+    }
+    shapes = {node: original.tensor(program.parameters[node]).shape for node in floating}
+    if all(tensor.shape == shapes[node] for node, tensor in floating.items()):
+        return {}
+    return {
+        node: nn.Parameter(_precise(tensor.detach()))
+        for node, tensor in floating.items()
+        if tensor.shape != shapes[node] or tensor.dim() == 1
     }
 
 

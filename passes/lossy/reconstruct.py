@@ -17,10 +17,8 @@ from ecospa_fx.errors import ScoreError
 from ecospa_fx.graph.evaluate import Evaluator, Values, detached
 from ecospa_fx.graph.sites import Site, find_sites
 from ecospa_fx.importance.curvature import Moments, Total
+from ecospa_fx.importance.matrices import least_squares
 from ecospa_fx.importance.score import Batch
-
-NOISE = 1e-7
-"""Variance below this share of the mean square is rounding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,13 +130,13 @@ class _Segment:
             raise ScoreError(
                 f"the smaller model's values at {self.site.parameter!r} are not finite: run it in bfloat16 or float32"
             )
-        noise = float(moments.second.diagonal().mean()) * NOISE  # of what does not vary, nothing is to be learnt
+        square = float(moments.second.diagonal().mean())
         if bias is None:
-            change = _least_squares(moments.second, cross, damping, noise)
+            change = least_squares(moments.second, cross, damping, square)
         else:
             count = max(moments.rows, 1)
             mean = moments.total / count
-            change = _least_squares(moments.covariance(), cross - torch.outer(sums, mean), damping, noise)
+            change = least_squares(moments.covariance(), cross - torch.outer(sums, mean), damping, square)
             self._set(str(self.site.bias), bias.double() + sums / count - change @ mean)
         self._set(self.site.parameter, self.site.matrix(weight.double() + change))
 
@@ -155,16 +153,6 @@ class _Segment:
         held = self._held(name)
         self.small.program.replace_parameter(name, values.to(held.dtype).contiguous())
         self.weights = self.small.weights()
-
-
-def _least_squares(second: Tensor, cross: Tensor, damping: float, noise: float) -> Tensor:
-    """C (A + λ)⁻¹ with λ = damping · mean of the diagonal + noise; zeros where there is nothing to solve for."""
-    added = damping * float(second.diagonal().mean().clamp(min=0)) + noise
-    eye = torch.eye(len(second), dtype=second.dtype, device=second.device)
-    factor, failed = torch.linalg.cholesky_ex(second + added * eye)
-    if added == 0 or failed:
-        return torch.zeros_like(cross)
-    return torch.cholesky_solve(cross.T, factor).T
 
 
 def _forget(values: Values, weights: Values) -> None:

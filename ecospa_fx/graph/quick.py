@@ -1,0 +1,93 @@
+"""Products of activations by matrices in bfloat16, on CPUs that multiply it faster than float32.
+
+What PyTorch's "medium" precision does on a GPU with the tensor cores: factors are rounded to bfloat16, sums are not. On
+a CPU that setting reaches AMX alone; the bfloat16 instructions of AVX-512 are used for tensors of that type only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from copy import copy
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ecospa_fx.graph.evaluate import Evaluator, Values
+from ecospa_fx.graph.sites import Site, find_sites
+
+
+def quick(evaluator: Evaluator, parameters: Collection[str]) -> Evaluator:
+    """The same evaluator, in which products by these float32 matrices are rounded, if that is quicker.
+
+    Returns it unchanged where nothing is to be gained, or where the caller has chosen a precision per device.
+    """
+    if not (_multiplies_bfloat16() and _may_choose()):
+        return evaluator
+    program, found = evaluator.program, copy(evaluator)
+    by_name = {name: node for node, name in program.parameters.items()}
+    found.instead = {
+        site.node: _product(site, by_name)
+        for site in find_sites(program)
+        if site.parameter in parameters
+        and _is_slow(program.tensor(site.parameter))
+        # Behind a transposition the matrix itself may not be kept for so long.
+        and by_name[site.parameter] in site.node.all_input_nodes
+    }
+    return found
+
+
+@cache
+def _multiplies_bfloat16() -> bool:
+    told = torch.cpu.get_capabilities()
+    return bool(told.get("avx512_bf16") or told.get("amx_bf16"))
+
+
+def _may_choose() -> bool:
+    try:
+        torch.get_float32_matmul_precision()
+    except RuntimeError:  # the newer settings, one per device, are in use
+        return False
+    return True
+
+
+def _is_slow(matrix: Tensor) -> bool:
+    return matrix.device.type == "cpu" and matrix.dtype == torch.float32
+
+
+def _product(site: Site, by_name: dict[str, fx.Node]) -> Callable[[Values], Any]:
+    matrix, bias = by_name[site.parameter], by_name[site.bias] if site.bias is not None else None
+
+    def compute(values: Values) -> Any:
+        added = values[bias] if bias is not None else None
+        return _Rounded.apply(values[site.input], site.matrix(values[matrix]), added)  # type: ignore[no-untyped-call]
+
+    return compute
+
+
+class _Rounded(torch.autograd.Function):
+    """x [..., n], W [m, n], b [m] or None: x Wᵀ + b."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+        rows, rounded = x.reshape(-1, x.shape[-1]).bfloat16(), matrix.bfloat16()
+        ctx.save_for_backward(rows, rounded)
+        ctx.shape = x.shape
+        # No view, for what comes after it may overwrite it.
+        result = (rows @ rounded.T).view(*x.shape[:-1], len(matrix)).to(x.dtype)
+        if bias is not None:
+            result += bias
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        rows, rounded = ctx.saved_tensors
+        exact = gradients[0].reshape(-1, gradients[0].shape[-1])
+        gradient = exact.bfloat16()
+        wanted = ctx.needs_input_grad
+        return (
+            (gradient @ rounded).to(exact.dtype).view(ctx.shape) if wanted[0] else None,
+            (gradient.T @ rows).to(exact.dtype) if wanted[1] else None,
+            exact.sum(0) if wanted[2] else None,
+        )

@@ -1,0 +1,110 @@
+"""Products in bfloat16 on CPUs that are quick at it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from ecospa_fx.graph import quick as module
+from ecospa_fx.graph.capture import capture
+from ecospa_fx.graph.evaluate import Evaluator
+from ecospa_fx.graph.quick import _Rounded, quick
+
+
+@pytest.fixture(autouse=True)
+def any_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let this machine be one that multiplies bfloat16 fast; what cannot, computes the same in its own time."""
+    monkeypatch.setattr(module, "_multiplies_bfloat16", lambda: True)
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+def rounded(tensor: Tensor) -> Tensor:
+    return tensor.bfloat16().double()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lead=st.lists(st.integers(0, 4), max_size=2).map(tuple), n=st.integers(1, 9), m=st.integers(1, 9),
+    bias=st.booleans(), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_factors_are_rounded_and_sums_are_not(lead: tuple[int, ...], n: int, m: int, bias: bool, seed: int) -> None:
+    source = torch.Generator().manual_seed(seed)
+    x, matrix = (torch.randn(*s, generator=source).requires_grad_() for s in ((*lead, n), (m, n)))
+    added = torch.randn(m, generator=source).requires_grad_() if bias else None
+    result: Tensor = _Rounded.apply(x, matrix, added)  # type: ignore[no-untyped-call]
+    gradient = torch.randn(result.shape, generator=source)
+    result.backward(gradient)  # type: ignore[no-untyped-call]
+    want = linear(rounded(x), rounded(matrix)) + (added.double() if added is not None else 0)
+    near = {"rtol": 2**-7, "atol": 2**-7 * n**0.5}
+    torch.testing.assert_close(result.double(), want, **near)
+    assert result.dtype == torch.float32
+    assert x.grad is not None
+    assert matrix.grad is not None
+    torch.testing.assert_close(x.grad.double(), rounded(gradient) @ rounded(matrix), rtol=2**-7, atol=2**-7 * m**0.5)
+    flat = rounded(gradient).reshape(-1, m), rounded(x).reshape(-1, n)
+    torch.testing.assert_close(matrix.grad.double(), flat[0].T @ flat[1], rtol=2**-7, atol=2**-5)
+    if added is not None:
+        torch.testing.assert_close(added.grad, gradient.reshape(-1, m).sum(0))
+
+
+class Mixed(nn.Module):
+    """Linear layers, a transposed matrix, and results that are overwritten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8, bias=False)
+        self.other = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x)
+        h.mul_(2.0)
+        return torch.mm(self.down(h.relu_()), self.other.t())
+
+
+NAMES = ["up.weight", "down.weight", "other"]
+
+
+def evaluator(model: nn.Module, x: Tensor) -> Evaluator:
+    return Evaluator(capture(model, (x,), {}, dynamic=False), model, (x,), {})
+
+
+def result(found: Evaluator, x: Tensor) -> Tensor:
+    values = {**found.start((x,), {}), **found.weights()}
+    found.run(found.order, values)
+    answer: Tensor = found.returned(values, (x,), {})
+    return answer
+
+
+def test_products_by_the_named_matrices_are_rounded_and_no_others() -> None:
+    model, x = Mixed().eval(), torch.randn(4, 8)
+    exact = evaluator(model, x)
+    assert len(quick(exact, NAMES).instead) == 2  # not the one behind a transposition
+    (node,) = quick(exact, ["down.weight"]).instead
+    assert any(read.name.endswith("down_weight") for read in node.all_input_nodes)
+    assert result(quick(exact, []), x).equal(model(x))
+    near, want = result(quick(exact, NAMES), x), model(x)
+    assert not near.equal(want)
+    torch.testing.assert_close(near, want, rtol=0.02, atol=0.05)
+    assert result(exact, x).equal(want)  # what it was made from stays as it was
+
+
+def test_nothing_changes_where_nothing_is_to_be_gained(monkeypatch: pytest.MonkeyPatch) -> None:
+    for dtype in (torch.float64, torch.bfloat16):
+        x = torch.randn(4, 8, dtype=dtype)
+        assert not quick(evaluator(Mixed().to(dtype).eval(), x), NAMES).instead
+    x = torch.randn(4, 8)
+    found = evaluator(Mixed().eval(), x)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_multiplies_bfloat16", lambda: False)
+        assert quick(found, NAMES) is found
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_may_choose", lambda: False)
+        assert quick(found, NAMES) is found
