@@ -10,8 +10,8 @@ MODEL is a Hugging Face folder of a causal language model, DATA a folder with tr
 tokenizer.json; data and protocol are those of `scores.py` (calibration on text of train, one window of 512 tokens per
 batch; widths in single units; perplexity on the first 64 windows of valid; of train with ``--eval-on train``).
 ``--digits`` needs scikit-learn. Every row is one call of `ecospa_fx.compress`, of which seconds and memory are; FLOPs
-are counted per token, latency is the median of a forward pass of four windows. Prints tables, and writes
-``benchmarks/results/quality.json`` with curves beside it as PNG and SVG (matplotlib).
+are counted per token, latency is that of a forward pass of four windows, in turns with the dense model. Prints tables,
+and writes ``benchmarks/results/quality.json`` with curves beside it as PNG and SVG (matplotlib).
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no-mix": {"mixed": 0.0, "predicted": 0.0},
     "sensitivity": {"allocation": "sensitivity"},
     "sensitivity-no-distillation": {"allocation": "sensitivity", "distillation": 0},
+    "in-turn": {"least_squares": "in turn"},
     "no-least-squares": {"distillation": 0, "least_squares": False},
     "no-gates": {"gates": False},
     "no-basis": {"basis": False},
@@ -73,21 +74,28 @@ class Plain(nn.Module):
 
 
 def figures(model: nn.Module, sample: Tensor, tokens: int) -> dict[str, Any]:
-    """Size and speed; `sample` is what one forward pass reads, `tokens` how many there are in it."""
+    """Size and work; `sample` is what one forward pass reads, `tokens` how many there are in it."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(sample)
-    times = []
-    with torch.no_grad():
-        for _ in range(7):
-            begin = time.perf_counter()
-            model(sample)
-            if sample.is_cuda:
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - begin)
+    parameters = sum(p.numel() for p in model.parameters())
+    return {"parameters": parameters, "flops per token": counter.get_total_flops() / tokens}
+
+
+@torch.no_grad()
+def paced(dense: nn.Module, small: nn.Module, sample: Tensor, rounds: int = 11) -> dict[str, float]:
+    """Seconds of a forward pass, and how many of the dense model's: medians of rounds in which each runs once."""
+
+    def seconds(model: nn.Module) -> float:
+        begin = time.perf_counter()
+        model(sample)
+        if sample.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - begin
+
+    pairs = [(seconds(dense), seconds(small)) for _ in range(rounds + 2)][2:]
     return {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "flops per token": counter.get_total_flops() / tokens,
-        "latency": statistics.median(times[2:]),
+        "latency": statistics.median(own for _, own in pairs),
+        "latency over dense": statistics.median(own / other for other, own in pairs),
     }
 
 
@@ -103,6 +111,7 @@ def language(path: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
             if not rows:
                 dense = {
                     **figures(Plain(model), sample, sample.numel()),
+                    **paced(Plain(model), Plain(model), sample),
                     "perplexity": perplexity(Plain(model), evaluate),
                 }
                 rows.append({"model": path.name, "variant": "dense", "ratio": 0.0, **dense})
@@ -147,6 +156,7 @@ def compressed(
         "peak GiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "kept": widths,
         **figures(Plain(small), sample, sample.numel()),
+        **paced(Plain(model), Plain(small), sample),
     }
 
 
@@ -193,6 +203,12 @@ def removal_alone(model: str) -> list[tuple[float, float]]:
     return [(row["ratio"], row["perplexity"]) for row in rows if all(row.get(k) == v for k, v in best.items())]
 
 
+def relative(row: dict[str, Any], dense: dict[str, Any], what: str) -> float:
+    """How much of the dense model's."""
+    share: float = row["latency over dense"] if what == "latency" else row[what] / dense[what]
+    return share
+
+
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Perplexity against parameters, FLOPs and latency, each relative to the dense model."""
     import matplotlib as mpl
@@ -208,7 +224,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
             (dense,) = (row for row in shown if row["model"] == model and row["variant"] == "dense")
             for variant in dict.fromkeys(row["variant"] for row in shown if row["variant"] != "dense"):
                 line = [dense, *(r for r in shown if (r["model"], r["variant"]) == (model, variant))]
-                points = [(row[what] / dense[what], row["perplexity"]) for row in line]
+                points = [(relative(row, dense, what), row["perplexity"]) for row in line]
                 axis.plot(*zip(*points, strict=True), marker="o", label=f"{model}, {variant}")
         axis.set_xlabel(f"{what} / dense")
         axis.grid(alpha=0.3)

@@ -12,7 +12,7 @@ from torch import nn
 from ecospa_fx.budget.allocate import choose
 from ecospa_fx.budget.allocate import plan as make_plan
 from ecospa_fx.budget.measured import Sensitivity
-from ecospa_fx.coupling.couplings import Couplings
+from ecospa_fx.coupling.couplings import Coupling, Couplings
 from ecospa_fx.errors import PlanError, ScoreError
 from ecospa_fx.graph.evaluate import Evaluator
 from ecospa_fx.graph.program import ExportedForm
@@ -37,6 +37,11 @@ HELD, MOST_HELD = 4, 16
 JUDGES = 16
 """Every how many-th batch judges distillation, and nothing is measured, solved or learnt on it."""
 
+FEW, MANY = 32, 128
+"""Batches that are few and many for distillation."""
+DRAWS = 224, 512
+"""How many batches it reads where there are many, and where there are few."""
+
 IN_TURN = "in turn"
 """Least squares layer by layer, on what the smaller model itself makes."""
 
@@ -56,7 +61,7 @@ class Recipe:
     couplings are measured to cost on every fourth batch, which the scores do not see, in so many `rounds`; or None:
     "ragged" where it is parameters that are counted and graph form may do as it likes, else "global". distillation: how
     many batches the smaller model sees, without their labels, while it learns to answer like the dense one, 0 for none,
-    each as often as it takes; by default 256, and up to 512 where there are fewer than 128; rate, step: how much of
+    each as often as it takes; by default 224, and up to 512 where there are fewer than 128; rate, step: how much of
     each parameter a step may change at first, as an operator, times the root of the share of the dense model's answers
     that is lost; and batches per step. So that few batches do for many, they vary: predicted: share of a batch's
     positions, such as tokens, that are what the dense model itself foretold, where it does so, when it read the batch
@@ -103,7 +108,8 @@ class Recipe:
         """How many batches to distil on where so many differ; by default none is drawn more than 16 times for more."""
         if self.distillation is not None:
             return self.distillation
-        return max(256, min(256 + 3 * (128 - batches), 512, 16 * batches))
+        lacking = min(1.0, max(0.0, (MANY - batches) / (MANY - FEW)))
+        return max(DRAWS[0], min(round(DRAWS[0] + lacking * (DRAWS[1] - DRAWS[0])), 16 * batches))
 
     def planning(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Options of `plan`, with the allocation that goes with those given."""
@@ -152,35 +158,46 @@ def compress_program(program: ExportedForm, task: Task, ratio: float, recipe: Re
     from ecospa_fx.passes.lossy.reconstruct import Reconstruct
     from ecospa_fx.passes.shrink_couplings import shrink_program
 
-    evaluator = Evaluator(program, task.model, task.args, task.kwargs)
-    draws = recipe.draws(len(task.batches))
+    draws, in_turn = recipe.draws(len(task.batches)), recipe.least_squares == IN_TURN
     known, judges = _apart(task.batches, JUDGES) if draws else (task.batches, [])
     seen, held = _held(known) if recipe.allocation == "sensitivity" else (known, [])
     more = filled(seen, recipe.mixed)
-    views, curvature = _measured(program, evaluator, replace(task, batches=more), recipe, planning.get("kinds"))
-    couplings = _reached(task.couplings, without_traffic(views, curvature))
-    values = {name: tensor.detach() for name, tensor in program.values.items()}
-    scores = Scores(SECOND_ORDER, unit_scores(views, curvature, values, recipe.damping))
-    planning = recipe.planning(planning)
-    plan = make_plan(couplings, ratio, scores, **planning)
-    solves, rescales = recipe.least_squares is True, recipe.gates
-    damping = recipe.least_squares_damping if solves else None, recipe.gate_damping if rescales else None
-    weights = Compensated(couplings.offered, values, views, curvature, *damping)
-    if held:
-        by = Sensitivity(evaluator, weights, held, task.loss, recipe.rounds, lambda t: recipe.shown(t, "sensitivity"))
-        plan = by.plan(couplings, ratio, scores, **planning)
+    plan, weights = _planned(program, replace(task, batches=more), held, ratio, recipe, planning)
     dense = Evaluator(program.frozen(), task.model, task.args, task.kwargs)
-    for name, value in weights.made_up({selection.name: selection.removed for selection in plan}):
+    gone = {selection.name: selection.removed for selection in plan}
+    for name, value in (replace(weights, damping=None) if in_turn else weights).made_up(gone):
         program.replace_parameter(name, value)
     shrink_program(program, plan)
     small = Evaluator(program, task.model, task.args, task.kwargs)
-    if recipe.least_squares == IN_TURN:
+    if in_turn:
         rebuild = Reconstruct(recipe.least_squares_damping)
         rebuild.run(dense, small, more + held, lambda stages: recipe.shown(stages, "reconstruct"))
     if draws:
         distill = Distill(draws, recipe.rate, recipe.step, recipe.mixed, recipe.predicted)
         distill.run(dense, small, known, task.loss, judges, lambda order: recipe.shown(order, "distill"))
     return plan
+
+
+def _planned(
+    program: ExportedForm, task: Task, held: Sequence[Batch], ratio: float, recipe: Recipe, given: Mapping[str, Any]
+) -> tuple[Plan, Compensated]:
+    """What is to go, and what makes up for it; bases have changed in the program."""
+    evaluator = Evaluator(program, task.model, task.args, task.kwargs)
+    # What a module can carry may be whole heads where it cannot carry what is in them.
+    chosen = choose(task.couplings, given.get("kinds"), containers=given.get("expressible_in") is not None)
+    views, curvature = _measured(program, evaluator, task, recipe, chosen)
+    couplings = _reached(task.couplings, without_traffic(views, curvature))
+    values = {name: tensor.detach() for name, tensor in program.values.items()}
+    scores = Scores(SECOND_ORDER, unit_scores(views, curvature, values, recipe.damping))
+    planning = recipe.planning(given)
+    plan = make_plan(couplings, ratio, scores, **planning)
+    damping = recipe.least_squares_damping if recipe.least_squares else None
+    gate_damping = recipe.gate_damping if recipe.gates else None
+    weights = Compensated(couplings.offered, values, views, curvature, damping, gate_damping)
+    if held:
+        by = Sensitivity(evaluator, weights, held, task.loss, recipe.rounds, lambda t: recipe.shown(t, "sensitivity"))
+        plan = by.plan(couplings, ratio, scores, **planning)
+    return plan, weights
 
 
 def _apart(batches: Sequence[Batch], every: int, most: int | None = None) -> tuple[list[Batch], list[Batch]]:
@@ -197,12 +214,11 @@ def _held(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
 
 
 def _measured(
-    program: ExportedForm, evaluator: Evaluator, task: Task, recipe: Recipe, kinds: Sequence[str] | None
+    program: ExportedForm, evaluator: Evaluator, task: Task, recipe: Recipe, chosen: Sequence[Coupling]
 ) -> tuple[Views, Curvature]:
-    """Views of the couplings and what the data says of them, in the bases that suit removal."""
+    """Views of the chosen couplings and what the data says of them, in the bases that suit removal."""
     from ecospa_fx.passes.lossy.change_basis import turn_factors, turn_values
 
-    chosen = choose(task.couplings, kinds, containers=False)
     rounded = quick(evaluator, {member.parameter for coupling in chosen for member in coupling.members})
 
     def measured(views: Views, label: str, results: Sequence[Site] = ()) -> Curvature:

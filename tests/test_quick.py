@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,11 +16,9 @@ from ecospa_fx.graph.quick import _Rounded, quick
 
 
 @pytest.fixture(autouse=True)
-def any_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def any_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let this machine be one that multiplies bfloat16 fast; what cannot, computes the same in its own time."""
     monkeypatch.setattr(module, "_multiplies_bfloat16", lambda: True)
-    yield
-    torch.set_float32_matmul_precision("highest")
 
 
 def rounded(tensor: Tensor) -> Tensor:

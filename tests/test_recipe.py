@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import ecospa_fx as eco
 from ecospa_fx.errors import EcospaError, InputError, PlanError, ScoreError
 from ecospa_fx.importance.score import Batch
+from ecospa_fx.origin import origin_of
 from tests.counting import VOCABULARY, Tokens, data, learnt, loss_of, mean_loss
 
 
@@ -68,6 +69,35 @@ def test_it_is_deterministic_and_reads_batches_of_other_sizes(trained: nn.Module
     )
     for a, b in zip(first.parameters(), second.parameters(), strict=True):
         assert a.equal(b)
+
+
+def test_what_a_module_can_carry_is_compressed_by_whole_heads() -> None:
+    """KV groups, whose content its code could not narrow, are scored and made up for like what is in them."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 8, "num_key_value_heads": 4}
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(vocab_size=VOCABULARY, num_hidden_layers=2, **shape)
+    ).eval()
+    no_cache = {"use_cache": False}
+    batches: list[Batch] = [(args, no_cache) for args, _ in data(8)]
+
+    def loss(output: Any, args: Any, kwargs: Any) -> Tensor:
+        return loss_of(output.logits, args, kwargs)
+
+    for uniform in (False, True):
+        options: dict[str, Any] = {"ratio": 0.3, "batches": batches, "loss": loss, "distillation": 8}
+        small = eco.compress(
+            model, batches[0][0], no_cache, expressible_in="module", uniform=uniform, round_to=1, **options
+        )
+        plan = origin_of(small).plan
+        assert {"heads", "ffn"} <= {s.kind for s in plan}
+        assert plan.removed_parameters / plan.coupled_parameters == pytest.approx(0.3, abs=0.1)
+        own = deepcopy(model)
+        eco.shrink_(own, plan, batches[0][0], no_cache)
+        own.load_state_dict(small.state_dict())
+        ids = batches[0][0][0]
+        torch.testing.assert_close(own(ids).logits, small(ids, **no_cache).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_bfloat16_and_training_mode_stay_what_they_are() -> None:
@@ -210,6 +240,7 @@ def constant_loss(output: Tensor, args: Any, kwargs: Any) -> Tensor:
         ({"ratio": 1.5}, EcospaError, "ratio=1.5"),
         ({"damping": 0}, ScoreError, "damping=0 is not a factor"),
         ({"distillation": -1}, ScoreError, "distillation=-1 is not a count"),
+        ({"least_squares": "twice"}, ScoreError, "least_squares='twice' is unknown: use True, False or 'in turn'"),
         ({"step": None}, ScoreError, "step=None is not a count"),
         ({"mixed": 1.5}, ScoreError, "mixed=1.5 is not a share"),
         ({"predicted": -0.5}, ScoreError, "predicted=-0.5 is not a share"),

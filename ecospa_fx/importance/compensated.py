@@ -71,11 +71,15 @@ class Compensated:
 
         One after the other, with anything where the units are that go. One that comes twice counts as it comes last.
         """
-        for name, value in chain(self._rescaled(gone, names), self._solved(gone, names)):
-            yield name, value.to(self.values[name]).contiguous()
+        held: dict[str, Tensor] = {}
+        for name, value in chain(self._rescaled(gone, names, held), self._solved(gone, names, held)):
+            held[name] = value.to(self.values[name]).contiguous()
+            yield name, held[name]
 
-    def _rescaled(self, gone: Gone, names: Container[str] | None) -> Iterator[tuple[str, Tensor]]:
-        """Both factors multiplied by the square roots of the best gates."""
+    def _rescaled(
+        self, gone: Gone, names: Container[str] | None, held: Mapping[str, Tensor]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Both factors multiplied by the square roots of the best gates. held: what has changed already."""
         from ecospa_fx.passes.lossy.change_basis import rotated
 
         for gate in self.views.gates if self.views and self.gate_damping is not None else ():
@@ -86,13 +90,13 @@ class Compensated:
             assert self.curvature is not None  # views come with it
             assert self.gate_damping is not None
             roots = gate_roots(self.curvature.gates[gate.coupling.name], lost, self.gate_damping)
-            held: dict[str, Tensor] = {}
             for member in members:
                 value = held.get(member.parameter, self.values[member.parameter])
-                held[member.parameter] = rotated(value, member.axis, member.indices, roots)
-            yield from held.items()
+                yield member.parameter, rotated(value, member.axis, member.indices, roots)
 
-    def _solved(self, gone: Gone, names: Container[str] | None) -> Iterator[tuple[str, Tensor]]:
+    def _solved(
+        self, gone: Gone, names: Container[str] | None, held: Mapping[str, Tensor]
+    ) -> Iterator[tuple[str, Tensor]]:
         lost: dict[Site, list[Tensor]] = {}
         for view in self._consumers if self.damping is not None else ():
             units = gone.get(view.coupling.name)
@@ -101,16 +105,16 @@ class Compensated:
         for site, parts in lost.items():
             wanted = [name for name in (site.parameter, site.bias) if name is not None]
             if names is None or any(name in names for name in wanted):
-                matrix, bias = self._solution(site, torch.cat(parts))
+                matrix, bias = self._solution(site, torch.cat(parts), held.get(site.parameter))
                 made = {site.parameter: site.matrix(matrix), site.bias: bias}
                 yield from ((name, v) for name in wanted if (v := made[name]) is not None and _is_in(name, names))
 
-    def _solution(self, site: Site, lost: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _solution(self, site: Site, lost: Tensor, held: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """W_K ← W_K + W_R A_RK (A_KK + λ)⁻¹ over the kept inputs K and those that went, R; and the bias that fits."""
         assert self.curvature is not None  # views come with it
         assert self.damping is not None
         moments = self.curvature.inputs[site]
-        weight = site.matrix(self.values[site.parameter]).to(moments.second)
+        weight = site.matrix(self.values[site.parameter] if held is None else held).to(moments.second)
         stays = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
         stays[lost.to(weight.device)] = False
         second, square = self.curvature.second(site), float(moments.second.diagonal().mean())

@@ -44,7 +44,7 @@ class Distill:
     positions that vary, as `Mix` takes them.
     """
 
-    length: int = 256
+    length: int = 224
     rate: float = 0.125
     step: int = 1
     mixed: float = 0.2
