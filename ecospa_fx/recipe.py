@@ -158,11 +158,13 @@ def compress_program(program: ExportedForm, task: Task, ratio: float, recipe: Re
     from ecospa_fx.passes.lossy.reconstruct import Reconstruct
     from ecospa_fx.passes.shrink_couplings import shrink_program
 
-    draws, in_turn = recipe.draws(len(task.batches)), recipe.least_squares == IN_TURN
+    draws = recipe.draws(len(task.batches))
     known, judges = _apart(task.batches, JUDGES) if draws else (task.batches, [])
     seen, held = _held(known) if recipe.allocation == "sensitivity" else (known, [])
     more = filled(seen, recipe.mixed)
     plan, weights = _planned(program, replace(task, batches=more), held, ratio, recipe, planning)
+    # Where a norm runs over what is kept, the dense model's inputs are not those of the smaller one.
+    in_turn = recipe.least_squares == IN_TURN or (recipe.least_squares is not False and any(s.inexact for s in plan))
     dense = Evaluator(program.frozen(), task.model, task.args, task.kwargs)
     gone = {selection.name: selection.removed for selection in plan}
     for name, value in (replace(weights, damping=None) if in_turn else weights).made_up(gone):
@@ -225,6 +227,8 @@ def _measured(
         return Collector(rounded, views, results).run(recipe.shown(task.batches, label), task.loss)
 
     views = views_of(chosen, find_sites(program))
+    if recipe.least_squares in (False, IN_TURN) or any(coupling.inexact for coupling in chosen):
+        views = replace(views, beside=())  # nobody solves by what is measured there
     if recipe.basis:
         turn_factors(views, lambda sites: measured(Views((), (), ()), "bases", sites), program)
     curvature = measured(views, "curvature")

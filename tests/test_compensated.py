@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -86,6 +87,50 @@ def test_nothing_is_made_up_for_nothing_and_on_request_for_some() -> None:
     assert not dict(weights.made_up({coupling.name: gone}))
     gone[0, 0] = True
     assert set(dict(weights.made_up({coupling.name: gone}, {"down.bias", "up.weight"}))) == {"down.bias"}
+
+
+class Scored(nn.Module):
+    """Queries whose inputs may lose units as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.q, self.k, self.v = nn.Linear(6, 12), nn.Linear(12, 8), nn.Linear(6, 8), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.q(self.up(x).relu()) @ self.k(x).mT
+        out: Tensor = scores.softmax(-1) @ self.v(x)
+        return out
+
+
+def test_what_is_rescaled_and_solved_is_both_with_its_bias() -> None:
+    weights = compensated(Scored().double().eval(), data())
+    inner, outer = (next(c for c in weights.couplings if c.kind == kind) for kind in ("qk", "ffn"))
+    gone = {c.name: torch.arange(c.size)[None] % 3 == 0 for c in (inner, outer)}
+    scaled = dict(weights.made_up({inner.name: gone[inner.name]}))
+    assert "q.bias" in scaled
+    assert not scaled["q.bias"].equal(weights.values["q.bias"])
+    want = dict(replace(weights, values={**weights.values, **scaled}).made_up({outer.name: gone[outer.name]}))
+    found = dict(weights.made_up(gone))
+    for name in ("q.weight", "q.bias"):
+        torch.testing.assert_close(found[name], want[name])
+    torch.testing.assert_close(found["k.bias"], scaled["k.bias"])
+
+
+def test_where_a_norm_runs_over_what_is_kept_its_real_outputs_count() -> None:
+    """There the dense model's inputs are not those of the smaller one, so that layers are solved in turn."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 24), nn.RMSNorm(24), nn.Linear(24, 5)).eval()
+    batches = data(torch.float32)
+    costs = []
+    for how in (True, "in turn"):
+        small = eco.compress(
+            model, batches[0][0], ratio=0.5, batches=batches, loss=square, allow="renormalise", distillation=0,
+            least_squares=how,
+        )  # fmt: skip
+        with torch.no_grad():
+            costs.append(sum(float((small(*args) - model(*args)).square().mean()) for args, _ in batches))
+    assert costs[0] == costs[1]
 
 
 @pytest.mark.parametrize("side", [False, True])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -38,6 +39,19 @@ def test_distillation_brings_the_predictions_of_unseen_data_nearer(trained: nn.M
     assert last < first
     after = predictions(small, unseen)
     assert (want * after).sum() > (want * before).sum()  # the cross-entropies' part of the divergence
+
+
+def test_vectors_learn_too_but_not_frozen_ones(trained: nn.Module) -> None:
+    model = deepcopy(trained)
+    scale = model.get_parameter("layers.0.norm.weight").requires_grad_(False)
+    dense, small = pair(model, 0.5)
+    before = {name: small.program.tensor(name).clone() for name in small.program.values}
+    first, last = Distill(length=64, rate=0.01).run(dense, small, data(16), loss_of)
+    assert last < first
+    changed = {name for name, value in before.items() if not small.program.tensor(name).equal(value)}
+    assert {"layers.0.norm2.weight", "layers.1.norm.bias", "layers.0.down.weight"} <= changed
+    assert changed.isdisjoint({"layers.0.norm.weight", "embed.weight", "head.weight"})
+    assert small.program.tensor("layers.0.norm.weight").equal(scale)
 
 
 def test_the_unit_of_the_loss_changes_nothing_but_the_divergence(trained: nn.Module) -> None:

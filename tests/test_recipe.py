@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import ecospa_fx as eco
 from ecospa_fx.errors import EcospaError, InputError, PlanError, ScoreError
+from ecospa_fx.graph import quick
 from ecospa_fx.importance.score import Batch
 from ecospa_fx.origin import origin_of
 from tests.counting import VOCABULARY, Tokens, data, learnt, loss_of, mean_loss
@@ -142,7 +143,10 @@ class InPlace(nn.Module):
         return x
 
 
-def test_what_overwrites_is_compressed_like_what_does_not() -> None:
+@pytest.mark.parametrize("rounded", [False, True])
+def test_what_overwrites_is_compressed_like_what_does_not(rounded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quick, "_multiplies_bfloat16", lambda: rounded)
+    monkeypatch.setattr(quick, "FEW_ROWS", 0)
     batches: list[Batch] = [((torch.randn(8, 6),), {}) for _ in range(8)]
     found = [
         eco.compress(

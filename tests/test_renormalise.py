@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 import ecospa_fx as eco
 from ecospa_fx.errors import InputError
+from ecospa_fx.importance.score import Batch
+from ecospa_fx.origin import origin_of
 from ecospa_fx.report import couplings_json, explain
 from ecospa_fx.verify import masked_error
 
@@ -126,3 +128,22 @@ def test_what_is_exact_stays_exact() -> None:
 def test_an_unknown_option_is_refused() -> None:
     with pytest.raises(InputError, match="allow='anything' is unknown: give one of renormalise, cache"):
         eco.detect(made(nn.LayerNorm), ARGS, allow="anything")
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_no_basis_changes_under_a_norm(norm: Any) -> None:
+    """What a norm runs over is no linear coupling, also where nothing else is between its matrices."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(HIDDEN, WIDTH), norm(WIDTH), nn.Linear(WIDTH, HIDDEN)).double().eval()
+    batches: list[Batch] = [((torch.randn(8, HIDDEN, dtype=torch.float64),), {}) for _ in range(4)]
+    (coupling,) = eco.detect(model, batches[0][0], allow="renormalise").offered
+    assert coupling.inexact is not None
+    assert coupling.symmetry == "permutation"
+
+    def loss(y: Tensor, args: Any, kwargs: Any) -> Tensor:
+        return y.square().mean()
+
+    options: dict[str, Any] = {"batches": batches, "loss": loss, "allow": "renormalise", "distillation": 0}
+    small = eco.compress(model, batches[0][0], ratio=0.5, least_squares=False, **options)
+    only_removed = eco.shrink(model, origin_of(small).plan, batches[0][0])
+    torch.testing.assert_close(small(*batches[0][0]), only_removed(*batches[0][0]))

@@ -76,6 +76,8 @@ def find_couplings(flow: Flow, shapes: Mapping[str, tuple[int, ...]]) -> list[Fo
         coupling = _coupling(flow.dims, dim, chosen, members, events.get(dim, ()), refusals.get(dim))
         if dim not in refusals:
             coupling = replace(coupling, inexact=inexact.get(dim), resized=resized.get(dim))
+        if coupling.inexact is not None and coupling.symmetry == "linear":
+            coupling = replace(coupling, symmetry="permutation")  # no other basis has the same norms
         found.append(Found(replace(coupling, path=paths.get(dim, ())), dim, chosen))
     return _finished(found, shapes)
 

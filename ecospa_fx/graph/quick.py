@@ -1,7 +1,7 @@
 """Products of activations by matrices in bfloat16, on CPUs that multiply it faster than float32.
 
-What PyTorch's "medium" precision does on a GPU with the tensor cores: factors are rounded to bfloat16, sums are not. On
-a CPU that setting reaches AMX alone; the bfloat16 instructions of AVX-512 are used for tensors of that type only.
+PyTorch's "medium" precision asks for that, but on a CPU it reaches AMX alone: the bfloat16 instructions of AVX-512 are
+used for tensors of that type only. So factors are rounded here, and with them results, while sums are float32.
 """
 
 from __future__ import annotations
@@ -13,9 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.nn.functional import linear
 
 from ecospa_fx.graph.evaluate import Evaluator, Values
 from ecospa_fx.graph.sites import Site, find_sites
+
+FEW_ROWS = 64
+"""Up to so many rows, rounding the matrix takes what the quicker product saves."""
 
 
 def quick(evaluator: Evaluator, parameters: Collection[str]) -> Evaluator:
@@ -40,6 +44,8 @@ def quick(evaluator: Evaluator, parameters: Collection[str]) -> Evaluator:
 
 @cache
 def _multiplies_bfloat16() -> bool:
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]  # torch has no types here
+        return False
     told = torch.cpu.get_capabilities()
     return bool(told.get("avx512_bf16") or told.get("amx_bf16"))
 
@@ -60,8 +66,11 @@ def _product(site: Site, by_name: dict[str, fx.Node]) -> Callable[[Values], Any]
     matrix, bias = by_name[site.parameter], by_name[site.bias] if site.bias is not None else None
 
     def compute(values: Values) -> Any:
+        x, weight = values[site.input], site.matrix(values[matrix])
         added = values[bias] if bias is not None else None
-        return _Rounded.apply(values[site.input], site.matrix(values[matrix]), added)  # type: ignore[no-untyped-call]
+        if x.shape[:-1].numel() <= FEW_ROWS:
+            return linear(x, weight, added)
+        return _Rounded.apply(x, weight, added)  # type: ignore[no-untyped-call]
 
     return compute
 
@@ -71,23 +80,25 @@ class _Rounded(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
-        rows, rounded = x.reshape(-1, x.shape[-1]).bfloat16(), matrix.bfloat16()
-        ctx.save_for_backward(rows, rounded)
+        rows = x.reshape(-1, x.shape[-1]).bfloat16()
+        wanted = ctx.needs_input_grad
+        # The matrix is there anyway, its rounded twin would have to be kept.
+        ctx.save_for_backward(rows if wanted[1] else None, matrix if wanted[0] else None)
         ctx.shape = x.shape
         # No view, for what comes after it may overwrite it.
-        result = (rows @ rounded.T).view(*x.shape[:-1], len(matrix)).to(x.dtype)
+        result = (rows @ matrix.bfloat16().T).view(*x.shape[:-1], len(matrix)).to(x.dtype)
         if bias is not None:
             result += bias
         return result
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        rows, rounded = ctx.saved_tensors
+        rows, matrix = ctx.saved_tensors
         exact = gradients[0].reshape(-1, gradients[0].shape[-1])
         gradient = exact.bfloat16()
         wanted = ctx.needs_input_grad
         return (
-            (gradient @ rounded).to(exact.dtype).view(ctx.shape) if wanted[0] else None,
+            (gradient @ matrix.bfloat16()).to(exact.dtype).view(ctx.shape) if wanted[0] else None,
             (gradient.T @ rows).to(exact.dtype) if wanted[1] else None,
             exact.sum(0) if wanted[2] else None,
         )

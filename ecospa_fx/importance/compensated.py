@@ -105,16 +105,16 @@ class Compensated:
         for site, parts in lost.items():
             wanted = [name for name in (site.parameter, site.bias) if name is not None]
             if names is None or any(name in names for name in wanted):
-                matrix, bias = self._solution(site, torch.cat(parts), held.get(site.parameter))
+                matrix, bias = self._solution(site, torch.cat(parts), {**self.values, **held})
                 made = {site.parameter: site.matrix(matrix), site.bias: bias}
                 yield from ((name, v) for name in wanted if (v := made[name]) is not None and _is_in(name, names))
 
-    def _solution(self, site: Site, lost: Tensor, held: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _solution(self, site: Site, lost: Tensor, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """W_K ← W_K + W_R A_RK (A_KK + λ)⁻¹ over the kept inputs K and those that went, R; and the bias that fits."""
         assert self.curvature is not None  # views come with it
         assert self.damping is not None
         moments = self.curvature.inputs[site]
-        weight = site.matrix(self.values[site.parameter] if held is None else held).to(moments.second)
+        weight = site.matrix(values[site.parameter]).to(moments.second)
         stays = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
         stays[lost.to(weight.device)] = False
         second, square = self.curvature.second(site), float(moments.second.diagonal().mean())
@@ -125,7 +125,7 @@ class Compensated:
         if site.bias is None:
             return result, None
         mean = moments.total / max(moments.rows, 1)
-        bias = self.values[site.bias].to(mean) + weight[:, ~stays] @ mean[~stays] - change @ mean[stays]
+        bias = values[site.bias].to(mean) + weight[:, ~stays] @ mean[~stays] - change @ mean[stays]
         return result, bias
 
 

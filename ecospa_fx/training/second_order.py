@@ -70,7 +70,7 @@ class SecondOrder:
             held.turn((change.first, change.second), change.basis)
             return change
 
-        views = views_of(couplings, find_sites(program))
+        views = replace(views_of(couplings, find_sites(program)), beside=())
         turn_factors(views, lambda sites: self._measured(evaluator, Views((), (), ()), sites), program, made)
         curvature = self._measured(evaluator, views)
         turn_values(views, curvature, program, made)

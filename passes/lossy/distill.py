@@ -301,25 +301,22 @@ def _watched(leaf: object) -> object:
 
 
 def _trained(dense: Evaluator, small: Evaluator) -> dict[fx.Node, nn.Parameter]:
-    """Fresh leaves, in at least float32, for the parameters that lost elements, and for all vectors.
+    """Fresh leaves, in at least float32, for the parameters that lost elements, and for vectors.
 
-    Vectors are few numbers, biases and the scales of norms, and say how large everything is that comes after them. None
-    where nothing lost any.
+    Vectors are few numbers, biases and the scales of norms, and say how large everything is that comes after them; but
+    not those that are frozen in a model that is not. None where nothing lost any.
     """
     program, original = small.program, dense.program
     floating = {
         node: tensor
         for node, name in program.parameters.items()
-        if (tensor := program.tensor(name)).is_floating_point() and node.users
+        if (tensor := program.tensor(name)).is_floating_point() and tensor.numel() and node.users
     }
-    shapes = {node: original.tensor(program.parameters[node]).shape for node in floating}
-    if all(tensor.shape == shapes[node] for node, tensor in floating.items()):
-        return {}
-    return {
-        node: nn.Parameter(_precise(tensor.detach()))
-        for node, tensor in floating.items()
-        if tensor.shape != shapes[node] or tensor.dim() == 1
-    }
+    lost = [n for n, tensor in floating.items() if tensor.shape != original.tensor(program.parameters[n]).shape]
+    moving = [node for node, tensor in floating.items() if tensor.requires_grad]
+    vectors = [node for node in moving or floating if floating[node].dim() == 1]
+    chosen = dict.fromkeys((*lost, *vectors) if lost else ())
+    return {node: nn.Parameter(_precise(floating[node].detach())) for node in chosen}
 
 
 def _precise(values: Tensor) -> Tensor:
