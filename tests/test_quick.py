@@ -141,5 +141,5 @@ def test_nothing_changes_where_nothing_is_to_be_gained(monkeypatch: pytest.Monke
         patch.setattr(module, "_multiplies_bfloat16", lambda: False)
         assert quick(found, NAMES) is found
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_may_choose", lambda: False)
+        patch.setattr(module, "may_choose_precision", lambda: False)
         assert quick(found, NAMES) is found

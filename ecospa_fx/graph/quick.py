@@ -27,7 +27,7 @@ def quick(evaluator: Evaluator, parameters: Collection[str]) -> Evaluator:
 
     Returns it unchanged where nothing is to be gained, or where the caller has chosen a precision per device.
     """
-    if not (_multiplies_bfloat16() and _may_choose()):
+    if not (_multiplies_bfloat16() and may_choose_precision()):
         return evaluator
     program, found = evaluator.program, copy(evaluator)
     by_name = {name: node for node, name in program.parameters.items()}
@@ -50,7 +50,8 @@ def _multiplies_bfloat16() -> bool:
     return bool(told.get("avx512_bf16") or told.get("amx_bf16"))
 
 
-def _may_choose() -> bool:
+def may_choose_precision() -> bool:
+    """Whether the caller has not chosen one per device for products of float32 matrices."""
     try:
         torch.get_float32_matmul_precision()
     except RuntimeError:  # the newer settings, one per device, are in use

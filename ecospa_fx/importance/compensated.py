@@ -103,11 +103,11 @@ class Compensated:
             for site, positions in view.positions.items() if units is not None and units.any() else ():
                 lost.setdefault(site, []).append(positions[units].flatten())
         for site, parts in lost.items():
-            wanted = [name for name in (site.parameter, site.bias) if name is not None]
-            if names is None or any(name in names for name in wanted):
+            wanted = [name for name in (site.parameter, site.bias) if name and (names is None or name in names)]
+            if wanted:
                 matrix, bias = self._solution(site, torch.cat(parts), {**self.values, **held})
                 made = {site.parameter: site.matrix(matrix), site.bias: bias}
-                yield from ((name, v) for name in wanted if (v := made[name]) is not None and _is_in(name, names))
+                yield from ((name, value) for name in wanted if (value := made[name]) is not None)
 
     def _solution(self, site: Site, lost: Tensor, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """W_K ← W_K + W_R A_RK (A_KK + λ)⁻¹ over the kept inputs K and those that went, R; and the bias that fits."""
@@ -127,7 +127,3 @@ class Compensated:
         mean = moments.total / max(moments.rows, 1)
         bias = values[site.bias].to(mean) + weight[:, ~stays] @ mean[~stays] - change @ mean[stays]
         return result, bias
-
-
-def _is_in(name: str, names: Container[str] | None) -> bool:
-    return names is None or name in names

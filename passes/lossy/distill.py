@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from ecospa_fx.errors import ScoreError
 from ecospa_fx.graph.evaluate import Evaluator, Values
-from ecospa_fx.graph.quick import quick
+from ecospa_fx.graph.quick import may_choose_precision, quick
 from ecospa_fx.importance.score import Batch, Loss
 from ecospa_fx.passes.lossy.mix import Mix
 
@@ -180,11 +180,10 @@ def _quick_products() -> Iterator[None]:
 
     What is learnt is judged without: rounding is far below what the choice of batches does.
     """
-    try:
-        before = torch.get_float32_matmul_precision()
-    except RuntimeError:  # the newer settings, one per device, are in use
+    if not may_choose_precision():
         yield
         return
+    before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
         yield

@@ -31,8 +31,7 @@ class Mix:
     when it was heard last, or else `share` of them are from another batch. Positions are the first two axes, [rows,
     positions], of whole-number inputs, such as token ids, and what further axes hold goes along. Only values between
     the least and the greatest of a batch come in, so that an index stays one. Other inputs, and batches of another
-    structure, are left alone. The same calls in the same
-    order give the same batches.
+    structure, are left alone. The same calls in the same order give the same batches.
     """
 
     share: float = 0.2
