@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 
 import ecospa_fx as eco
 from ecospa_fx.errors import EcospaError
-from tests.parallel_training import main, write
+from tests.parallel_training import DEVICE, main, write
 from tests.test_second_order_training import batches, ids, language, loss_of
 
 STEPS = 7
@@ -44,14 +45,14 @@ def outcome(folder: Path, rank: int, world: int, mode: str) -> str:
     schedule: Any = eco.AtStart() if begins else eco.Linear(start=2, end=4, every=2)
     scores = "gate-fisher" if mode == "start" else None
     sparse = eco.SparseTraining(
-        language(), (ids(0),), target=0.4, schedule=schedule, scores=scores, wrap=wrap,
-        batches=batches()[rank::world], loss=loss,
+        language().to(DEVICE), (ids(0).to(DEVICE),), target=0.4, schedule=schedule, scores=scores, wrap=wrap,
+        batches=tree_map_only(Tensor, lambda t: t.to(DEVICE), batches()[rank::world]), loss=loss,
     )  # fmt: skip
     optimizer = torch.optim.AdamW(sparse.model.parameters(), lr=1e-2)
     sparse.attach(optimizer)
     try:
         for step in range(STEPS):
-            part = ids(step).chunk(world)[rank]
+            part = ids(step).chunk(world)[rank].to(DEVICE)
             torch.autograd.backward(loss_of(sparse.model(part), (part,), {}))
             sparse.step()
             optimizer.step()

@@ -2,8 +2,9 @@
 
     python -m tests.parallel_training FOLDER RANK WORLD [different | sharded]
 
-All see the same global batch, each its own part of it. Writes its weights, its plan and its scores at the end; sharded
-ones write a distributed checkpoint in the middle too, and end with what a new run makes of it.
+On CPUs with gloo, or, with PARALLEL_DEVICE=cuda in the environment, on one GPU each with NCCL. All see the same global
+batch, each its own part of it. Writes its weights, its plan and its scores at the end; sharded ones write a distributed
+checkpoint in the middle too, and end with what a new run makes of it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import ecospa_fx as eco
 from ecospa_fx.errors import TrainingError
 
 STEPS, BATCH = 9, 8
+DEVICE = os.environ.get("PARALLEL_DEVICE", "cpu")
 
 
 def sharded(module: nn.Module) -> nn.Module:
@@ -39,9 +41,9 @@ def sharded(module: nn.Module) -> nn.Module:
 def built(target: float, wrap: Any) -> tuple[eco.SparseTraining, torch.optim.Optimizer]:
     torch.manual_seed(0)
     first = nn.Sequential(nn.Linear(6, 40), nn.GELU(), nn.Linear(40, 6))
-    model = nn.Sequential(first, nn.Linear(6, 32), nn.GELU(), nn.Linear(32, 2)).double()
+    model = nn.Sequential(first, nn.Linear(6, 32), nn.GELU(), nn.Linear(32, 2)).double().to(DEVICE)
     sparse = eco.SparseTraining(
-        model, (torch.randn(4, 6, dtype=torch.float64),), target=target, wrap=wrap,
+        model, (torch.randn(4, 6, dtype=torch.float64, device=DEVICE),), target=target, wrap=wrap,
         schedule=eco.Linear(start=2, end=6, every=2),
     )  # fmt: skip
     optimizer = torch.optim.AdamW(sparse.model.parameters(), lr=1e-2)
@@ -53,7 +55,7 @@ def train(sparse: eco.SparseTraining, optimizer: torch.optim.Optimizer, steps: r
     rank, world = place
     for step in steps:
         source = torch.Generator().manual_seed(step)
-        batch = torch.randn(BATCH, 6, generator=source, dtype=torch.float64)
+        batch = torch.randn(BATCH, 6, generator=source, dtype=torch.float64).to(DEVICE)
         torch.autograd.backward(sparse.model(batch.chunk(world)[rank]).square().mean())
         sparse.step()
         optimizer.step()
@@ -81,7 +83,8 @@ def resumed(folder: Path, sparse: eco.SparseTraining, optimizer: torch.optim.Opt
 
 
 def whole(value: Any) -> Any:
-    return value.full_tensor() if hasattr(value, "full_tensor") else value
+    value = value.full_tensor() if hasattr(value, "full_tensor") else value
+    return value.cpu() if isinstance(value, torch.Tensor) else value
 
 
 def outcome(folder: Path, rank: int, world: int, mode: str) -> str:
@@ -110,8 +113,11 @@ def main(outcome: Callable[[Path, int, int, str], str]) -> None:
     """Ends without the interpreter's teardown: a thread of gloo that wants the GIL during it aborts the process."""
     folder, rank, world = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     torch.set_num_threads(1)
+    if DEVICE == "cuda":
+        torch.cuda.set_device(rank)
     if world > 1:
-        dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=world)
+        backend = "nccl" if DEVICE == "cuda" else "gloo"
+        dist.init_process_group(backend, init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=world)
     error = outcome(folder, rank, world, sys.argv[4] if len(sys.argv) > 4 else "")
     if world > 1:
         dist.barrier()

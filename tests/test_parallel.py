@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,15 +18,24 @@ ROOT = Path(__file__).parents[1]
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
 
+needs_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are fewer than two GPUs")
+on_each_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpus)])
 
-def together(folder: Path, world: int, *arguments: str, script: str = "parallel_training") -> list[tuple[int, str]]:
-    """Run all processes; the exit code and the error output of each."""
+
+def together(
+    folder: Path, world: int, *arguments: str, script: str = "parallel_training", device: str = "cpu"
+) -> list[tuple[int, str]]:
+    """Run all processes; the exit code and the error output of each. On GPUs, the backend is NCCL."""
     folder.mkdir()
     command = [sys.executable, "-W", "ignore", "-m", f"tests.{script}", str(folder)]
+    environment = {**os.environ, "PARALLEL_DEVICE": device}
     running = [
-        subprocess.Popen([*command, str(rank), str(world), *arguments], stderr=subprocess.PIPE, text=True, cwd=ROOT)
+        subprocess.Popen(
+            [*command, str(rank), str(world), *arguments],
+            stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment,
+        )
         for rank in range(world)
-    ]
+    ]  # fmt: skip
     errors = [process.communicate(timeout=300)[1] for process in running]
     return [(process.returncode, error) for process, error in zip(running, errors, strict=True)]
 
@@ -43,10 +53,21 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return result(folder, 0)
 
 
-@pytest.mark.parametrize(("world", "mode"), [(2, "replicated"), (2, "sharded"), (4, "sharded")])
-def test_several_processes_train_as_one(tmp_path: Path, alone: dict[str, Any], world: int, mode: str) -> None:
+@pytest.mark.parametrize(
+    ("world", "mode", "device"),
+    [
+        (2, "replicated", "cpu"),
+        (2, "sharded", "cpu"),
+        (4, "sharded", "cpu"),
+        pytest.param(2, "replicated", "cuda", marks=needs_gpus),
+        pytest.param(2, "sharded", "cuda", marks=needs_gpus),
+    ],
+)
+def test_several_processes_train_as_one(
+    tmp_path: Path, alone: dict[str, Any], world: int, mode: str, device: str
+) -> None:
     """With the same global batch: same plan, same weights and states to rounding; between them no difference at all."""
-    outcomes = together(tmp_path / "folder", world, mode)
+    outcomes = together(tmp_path / "folder", world, mode, device=device)
     assert [code for code, _ in outcomes] == [0] * world, outcomes[0][1]
     found = [result(tmp_path / "folder", rank) for rank in range(world)]
     for other in found[1:]:
@@ -57,8 +78,9 @@ def test_several_processes_train_as_one(tmp_path: Path, alone: dict[str, Any], w
         torch.testing.assert_close(found[0][part], alone[part], rtol=1e-9, atol=1e-12)
 
 
-def test_processes_that_disagree_are_stopped_before_anything_is_removed(tmp_path: Path) -> None:
-    outcomes = together(tmp_path / "apart", 2, "different")
+@on_each_device
+def test_processes_that_disagree_are_stopped_before_anything_is_removed(tmp_path: Path, device: str) -> None:
+    outcomes = together(tmp_path / "apart", 2, "different", device=device)
     for code, error in outcomes:
         assert code == 1
         assert "processes [1] would remove other units than process 0, and nothing was removed" in error
@@ -72,12 +94,13 @@ def measured_alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return result(folder, 0)
 
 
+@on_each_device
 @pytest.mark.parametrize("mode", ["replicated", "sharded"])
 def test_several_processes_measure_and_make_up_as_one(
-    tmp_path: Path, measured_alone: dict[str, Any], mode: str
+    tmp_path: Path, measured_alone: dict[str, Any], mode: str, device: str
 ) -> None:
     """Second-order scores, changed bases and compensation from batches of which each process has its own."""
-    outcomes = together(tmp_path / "folder", 2, mode, script="parallel_measured")
+    outcomes = together(tmp_path / "folder", 2, mode, script="parallel_measured", device=device)
     assert [code for code, _ in outcomes] == [0, 0], outcomes
     first, second = (result(tmp_path / "folder", rank) for rank in range(2))
     for part in ("weights", "optimizer"):
@@ -108,8 +131,9 @@ def test_sharded_parameters_begin_small(tmp_path: Path) -> None:
     assert len(first["sparse"]["history"]) == 1
 
 
-def test_a_process_that_cannot_measure_stops_all(tmp_path: Path) -> None:
-    outcomes = together(tmp_path / "folder", 2, "failing", script="parallel_measured")
+@on_each_device
+def test_a_process_that_cannot_measure_stops_all(tmp_path: Path, device: str) -> None:
+    outcomes = together(tmp_path / "folder", 2, "failing", script="parallel_measured", device=device)
     assert [code for code, _ in outcomes] == [1, 1]
     assert "another process could not measure its batches, and nothing was removed" in outcomes[0][1]
     assert "the loss of batch 0 is nan" in outcomes[1][1]
