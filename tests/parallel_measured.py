@@ -4,7 +4,8 @@
 
 Each has its part of every training batch, and some of the calibration batches. Writes its weights, its optimizer's
 states and its plan at the end; with "failing" one of them has a batch whose loss is not finite; with "start" the model
-shrinks before the first step, by gate Fisher scores unless its parameters are sharded.
+shrinks before the first step, by gate Fisher scores unless its parameters are sharded. Devices as in
+`parallel_training`.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ def outcome(folder: Path, rank: int, world: int, mode: str) -> str:
     scores = "gate-fisher" if mode == "start" else None
     sparse = eco.SparseTraining(
         language().to(DEVICE), (ids(0).to(DEVICE),), target=0.4, schedule=schedule, scores=scores, wrap=wrap,
+        round_to=1,  # by default it is what the device likes
         batches=tree_map_only(Tensor, lambda t: t.to(DEVICE), batches()[rank::world]), loss=loss,
     )  # fmt: skip
     optimizer = torch.optim.AdamW(sparse.model.parameters(), lr=1e-2)

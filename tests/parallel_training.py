@@ -44,6 +44,7 @@ def built(target: float, wrap: Any) -> tuple[eco.SparseTraining, torch.optim.Opt
     model = nn.Sequential(first, nn.Linear(6, 32), nn.GELU(), nn.Linear(32, 2)).double().to(DEVICE)
     sparse = eco.SparseTraining(
         model, (torch.randn(4, 6, dtype=torch.float64, device=DEVICE),), target=target, wrap=wrap,
+        round_to=1,  # by default it is what the device likes
         schedule=eco.Linear(start=2, end=6, every=2),
     )  # fmt: skip
     optimizer = torch.optim.AdamW(sparse.model.parameters(), lr=1e-2)
