@@ -39,7 +39,7 @@ JUDGES = 16
 
 FEW, MANY = 32, 128
 """Batches that are few and many for distillation."""
-DRAWS = 224, 512
+DRAWS = 224, 640
 """How many batches it reads where there are many, and where there are few."""
 
 IN_TURN = "in turn"
@@ -61,13 +61,12 @@ class Recipe:
     couplings are measured to cost on every fourth batch, which the scores do not see, in so many `rounds`; or None:
     "ragged" where it is parameters that are counted and graph form may do as it likes, else "global". distillation: how
     many batches the smaller model sees, without their labels, while it learns to answer like the dense one, 0 for none,
-    each as often as it takes; by default 224, and up to 512 where there are fewer than 128; rate, step: how much of
+    each as often as it takes; by default 224, and up to 640 where there are fewer than 128; rate, step: how much of
     each parameter a step may change at first, as an operator, times the root of the share of the dense model's answers
     that is lost; and batches per step. So that few batches do for many, they vary: predicted: share of a batch's
     positions, such as tokens, that are what the dense model itself foretold, where it does so, when it read the batch
-    for the first time while distilling, and twice that share once it has read it more often; mixed: share that comes
-    from other batches, else, and in further batches for all that is measured and solved where those given hold fewer
-    than 60,000 positions, up to four for one; both from 0 to below 1.
+    last while distilling; mixed: share that comes from other batches, else, and in further batches for all that is
+    measured and solved where those given hold fewer than 60,000 positions, up to four for one; both from 0 to below 1.
     progress: bars on stderr.
     """
 
@@ -105,11 +104,11 @@ class Recipe:
                 raise ScoreError(f"{name}={value!r} is not a count: give a whole number of at least {least}")
 
     def draws(self, batches: int) -> int:
-        """How many batches to distil on where so many differ; by default none is drawn more than 16 times for more."""
+        """How many batches to distil on where so many are given: by default between `DRAWS`."""
         if self.distillation is not None:
             return self.distillation
         lacking = min(1.0, max(0.0, (MANY - batches) / (MANY - FEW)))
-        return max(DRAWS[0], min(round(DRAWS[0] + lacking * (DRAWS[1] - DRAWS[0])), 16 * batches))
+        return max(DRAWS[0], min(round(DRAWS[0] + lacking * (DRAWS[1] - DRAWS[0])), DRAWS[1] // FEW * batches))
 
     def planning(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Options of `plan`, with the allocation that goes with those given."""

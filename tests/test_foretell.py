@@ -83,9 +83,9 @@ def test_the_mix_takes_what_was_foretold_once_it_was_heard_and_another_batch_bef
     mix.hear(0, batches[0], [one_more(torch.cat([ids[:, 1:], ids[:, :1]], 1) - 1)])  # right everywhere
     assert torch.equal(mix(batches, 0)[0][0], ids)
     mix.hear(0, batches[0], [one_more(ids)])  # judged by all that was heard, and wrong by one here
-    ((varied,), _) = mix(batches, 0)  # twice the share, since it was heard twice
+    ((varied,), _) = mix(batches, 0)
     changed = varied != ids
-    assert 0.4 < changed.double().mean() < 0.6
+    assert 0.15 < changed.double().mean() < 0.35
     assert torch.equal(varied[:, 1:][changed[:, 1:]], told[:, :-1][changed[:, 1:]])
 
 

@@ -15,6 +15,7 @@ from ecospa_fx.errors import EcospaError, InputError, PlanError, ScoreError
 from ecospa_fx.graph import quick
 from ecospa_fx.importance.score import Batch
 from ecospa_fx.origin import origin_of
+from ecospa_fx.recipe import Recipe
 from tests.counting import VOCABULARY, Tokens, data, learnt, loss_of, mean_loss
 
 
@@ -230,6 +231,12 @@ def nan_loss(output: Tensor, args: Any, kwargs: Any) -> Tensor:
 
 def constant_loss(output: Tensor, args: Any, kwargs: Any) -> Tensor:
     return torch.zeros(())
+
+
+def test_few_batches_are_read_more_often() -> None:
+    """None of them more than twenty times for more batches than many are read."""
+    assert [Recipe().draws(count) for count in (1, 16, 32, 64, 128, 1000)] == [224, 320, 640, 501, 224, 224]
+    assert Recipe(distillation=7).draws(32) == 7
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,6 @@ class Foretold:
         self._source = source
         self._drawn: dict[int, dict[int, Tensor]] = {}
         self._counts: dict[int, tuple[int, int]] = {}
-        self.heard: dict[int, int] = {}
-        """How often, by number of a batch."""
 
     def hear(self, number: int, batch: Batch, outputs: Sequence[Tensor]) -> None:
         """Take in what the model answers to a batch, or to one like it, that is known as `number`."""
@@ -40,7 +38,6 @@ class Foretold:
                 said = self._said(output)
                 found |= {place: self._judged(place, leaves[place], said) for place in places}
         self._drawn[number] = found
-        self.heard[number] = self.heard.get(number, 0) + 1
 
     def inputs(self, number: int) -> Mapping[int, Tensor]:
         """By place among a batch's leaves, inputs of the model's own making; none where it foretells nothing."""

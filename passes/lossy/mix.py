@@ -27,11 +27,11 @@ MOST = 4
 class Mix:
     """``Mix(share, predicted)(batches, number)``: batch `number`, varied.
 
-    About a share `predicted` of its positions, and twice that once the model was heard more often, is what it foretold
-    when it was heard last, or else `share` of them are from another batch. Positions are the first two axes, [rows,
-    positions], of whole-number inputs, such as token ids, and what further axes hold goes along. Only values between
-    the least and the greatest of a batch come in, so that an index stays one. Other inputs, and batches of another
-    structure, are left alone. The same calls in the same order give the same batches.
+    About a share `predicted` of its positions is what the model foretold when it was heard last, or else `share` of
+    them are from another batch. Positions are the first two axes, [rows, positions], of whole-number inputs, such as
+    token ids, and what further axes hold goes along. Only values between the least and the greatest of a batch come in,
+    so that an index stays one. Other inputs, and batches of another structure, are left alone. The same calls in the
+    same order give the same batches.
     """
 
     share: float = 0.2
@@ -50,8 +50,7 @@ class Mix:
     def __call__(self, batches: Sequence[Batch], number: int) -> Batch:
         told = self._foretold.inputs(number)
         if told:
-            share = min(1.0, self.predicted * min(2, self._foretold.heard[number]))
-            return self._varied(batches[number], told, share)
+            return self._varied(batches[number], told, self.predicted)
         if self.share == 0 or len(batches) < 2:
             return batches[number]
         other = (number + int(torch.randint(1, len(batches), (), generator=self.source))) % len(batches)
