@@ -47,7 +47,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "even": {"allocation": "global"},
     "uniform": {"uniform": True},
     "no-distillation": {"distillation": 0},
-    "longer": {"distillation": 512},
+    "longer": {"distillation": 512},  # than 224, of 128 windows; 32 have 640 anyway
     "no-predictions": {"predicted": 0.0},
     "no-mix": {"mixed": 0.0, "predicted": 0.0},
     "sensitivity": {"allocation": "sensitivity"},
@@ -215,6 +215,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import ScalarFormatter
 
     shown = [row for row in rows if "perplexity" in row]
     panels = [what for what in ("parameters", "flops per token", "latency") if all(what in row for row in shown)]
@@ -236,6 +237,8 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
             axes[0].plot(*zip(*removed, strict=True), "--", alpha=0.5, label=f"{model}, gate Fisher, removal alone")
     axes[0].set_ylabel("perplexity, held-out books")
     axes[0].set_yscale("log")
+    for which in (axes[0].yaxis.set_major_formatter, axes[0].yaxis.set_minor_formatter):
+        which(ScalarFormatter())
     axes[0].legend(fontsize=7)
     figure.tight_layout()
     for suffix in (".png", ".svg"):
