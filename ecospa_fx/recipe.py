@@ -104,7 +104,10 @@ class Recipe:
                 raise ScoreError(f"{name}={value!r} is not a count: give a whole number of at least {least}")
 
     def draws(self, batches: int) -> int:
-        """How many batches to distil on where so many are given: by default between `DRAWS`."""
+        """How many batches to distil on where so many are given.
+
+        By default from `DRAWS` for `MANY` to `DRAWS` for `FEW`; below that each counts as often as when they are few.
+        """
         if self.distillation is not None:
             return self.distillation
         lacking = min(1.0, max(0.0, (MANY - batches) / (MANY - FEW)))

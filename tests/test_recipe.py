@@ -234,7 +234,7 @@ def constant_loss(output: Tensor, args: Any, kwargs: Any) -> Tensor:
 
 
 def test_few_batches_are_read_more_often() -> None:
-    """None of them more than twenty times for more batches than many are read."""
+    """At most twenty times each, but never fewer in all than where there are many."""
     assert [Recipe().draws(count) for count in (1, 16, 32, 64, 128, 1000)] == [224, 320, 640, 501, 224, 224]
     assert Recipe(distillation=7).draws(32) == 7
 
