@@ -35,12 +35,21 @@ class Moments:
         self.second = torch.zeros(width, width, dtype=dtype, device=device)
 
     def add(self, rows: Tensor) -> None:
-        """Fold in rows [..., n], in at least float32."""
+        """Fold in rows [..., n], in at least float32.
+
+        Products are of the deviations from these rows' mean: a mean that is large would leave nothing of what varies
+        in float32. Σ x xᵀ = Σ d dᵀ + m (Σ x)ᵀ + (Σ d) mᵀ with d = x - m, its last two terms in float64.
+        """
         flat = rows.reshape(-1, rows.shape[-1])
         flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
+        mean = flat.sum(0) / max(len(flat), 1)
+        deviations = flat - mean
+        mean, rest = mean.to(self.total), deviations.sum(0).to(self.total)
+        total = rest + len(flat) * mean
         self.rows += len(flat)
-        self.total += flat.sum(0)
-        self.second += flat.T @ flat
+        self.total += total
+        self.second += deviations.T @ deviations
+        self.second.addmm_(torch.stack([mean, rest], 1), torch.stack([total, mean]))
 
     def add_up(self, total: Total) -> None:
         """Fold in the rows of all other processes."""
