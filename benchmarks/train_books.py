@@ -94,7 +94,7 @@ class Run:
             self.loss, self.taught = (torch.compile(f, dynamic=False) for f in (head_loss, taught_loss))
             for model in (self.model, self.teacher):
                 for layer in model.get_submodule("layers").children() if model is not None else ():
-                    layer.compile(dynamic=False)
+                    layer.compile(dynamic=False, mode=options.mode)
         self.shrinks: list[dict[str, float]] = []
 
     def _built(self, shape: Shape) -> nn.Module:
@@ -102,9 +102,15 @@ class Run:
         return made.to(self.device)
 
     def _optimizer(self) -> torch.optim.AdamW:
-        decayed = [p for p in self.model.parameters() if p.dim() == 2]
-        plain = [p for p in self.model.parameters() if p.dim() != 2]
-        groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
+        """Groups have the key `reads`: what the width of their inputs is, where it shrinks."""
+        found: dict[str, list[Tensor]] = {"": [], "heads": [], "ffn": [], "plain": []}
+        for name, parameter in self.model.named_parameters():
+            reads = {"o.weight": "heads", "down.weight": "ffn"}.get(".".join(name.split(".")[-2:]), "")
+            found[reads if parameter.dim() == 2 else "plain"].append(parameter)
+        groups = [
+            {"params": own, "weight_decay": 0.0 if reads == "plain" else 0.1, "reads": reads}
+            for reads, own in found.items()
+        ]
         return torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), fused=self.device.type == "cuda")
 
     def _masked(self, target: float) -> MaskedTraining:
@@ -148,13 +154,21 @@ class Run:
         again = min(1.0, since / r.warm) if r.warm else 1.0
         return float(self.options.lr * r.rate * min(1.0, step / rise) * left * again)
 
+    def fan(self, step: int) -> dict[str, float]:
+        """Factors of the learning rate of consumers, by what they read."""
+        dense, (head_dim, ffn) = SIZES[self.options.size]
+        share = self.recipe.share(step, self.steps)
+        found = {"heads": (dense.head_dim, head_dim), "ffn": (dense.ffn, ffn)}
+        return {k: (b / (a + (b - a) * share)) ** self.recipe.fan for k, (a, b) in found.items()}
+
     def result(self) -> dict[str, Any]:
         """Train; the losses, and what happened on the way."""
         begin, curve, due = time.perf_counter(), [], self.recipe.at(self.steps)
         totals: list[Tensor] = []
         for step, ids in zip(range(1, self.steps + 1), self.windows, strict=False):
+            rate, fan = self.rate(step, list(due)), self.fan(step)
             for group in self.optimizer.param_groups:
-                group["lr"] = self.rate(step, list(due))
+                group["lr"] = rate * fan.get(group["reads"], 1.0)
             totals.append(self.step(step, ids, due))
             if step % max(1, self.steps // 20) == 0:
                 curve.append(round(torch.stack(totals).mean().item(), 4))
@@ -269,7 +283,7 @@ def step_seconds(share: float, options: argparse.Namespace) -> dict[str, float]:
     run.model = run._built(shape)
     run.optimizer = run._optimizer()
     for layer in run.model.get_submodule("layers").children() if options.compile else ():
-        layer.compile(dynamic=False)
+        layer.compile(dynamic=False, mode=options.mode)
     ids = next(iter(run.windows))
     begin = time.perf_counter()
     for _ in range(3):
@@ -355,6 +369,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--held", type=int, default=256, help="windows of each evaluation")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
+    parser.add_argument("--mode", default="default", help="of torch.compile; reduce-overhead replays CUDA graphs")
     parser.add_argument("--graph", action="store_true", help="shrink for real, with SparseTraining")
     parser.add_argument("--time", action="store_true", help="measure step times instead of losses")
     parser.add_argument("--json", type=Path)

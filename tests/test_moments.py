@@ -19,7 +19,7 @@ def test_covariance_does_not_drown_in_the_mean(counts: list[int], width: int, me
     source = torch.Generator().manual_seed(seed)
     rows = torch.randn(sum(counts), width, generator=source) + mean
     moments = Moments(width, torch.device("cpu"))
-    for piece in rows.split(counts):
+    for piece in torch.split(rows, counts):
         moments.add(piece)
     exact = rows.double()
     deviations = exact - exact.sum(0) / max(len(exact), 1)
