@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -21,6 +24,25 @@ def seeded() -> None:
 def trained() -> nn.Module:
     """A language model that has learnt something, so that units differ in what they are worth. No test changes it."""
     return learnt(Tokens())
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For the command line: a Hugging Face folder in bfloat16, its tokenizer and a text. No test changes it."""
+    from tests.cli import written
+
+    return written(tmp_path_factory.mktemp("source"))
+
+
+@pytest.fixture
+def factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A module in the current folder, which is not on the path, with functions for the command line to call."""
+    from tests.cli import FACTORIES
+
+    name = f"factories_{random.Random(str(tmp_path)).getrandbits(32)}"
+    (tmp_path / f"{name}.py").write_text(FACTORIES)
+    monkeypatch.chdir(tmp_path)
+    return name
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

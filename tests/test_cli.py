@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import lzma
 import math
-import random
-import re
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from ecospa_fx import cli, text
 from ecospa_fx.cli import main
-from ecospa_fx.storage import load
+from tests.cli import Capture, prose, refused, tiny_config
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -30,49 +25,6 @@ SURFACE = {
     },
 }
 QK, FFN = "model.layers.0.self_attn.qk", "model.layers.1.mlp.ffn"
-
-Capture = pytest.CaptureFixture[str]
-
-
-def prose(words: int, seed: int) -> str:
-    """Words of a small vocabulary in lines of ten."""
-    chosen = random.Random(seed).choices(["the", "cat", "sat", "on", "a", "mat", "and", "purred", "softly"], k=words)
-    return "\n".join(" ".join(chosen[at : at + 10]) for at in range(0, words, 10))
-
-
-def tiny_config(**changes: Any) -> Any:
-    sizes = {"hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
-    return transformers.LlamaConfig(
-        **{"num_hidden_layers": 2, "vocab_size": 64, "max_position_embeddings": 32, **sizes, **changes}
-    )
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Hugging Face folder in bfloat16, its tokenizer and a text."""
-    root = tmp_path_factory.mktemp("source")
-    (root / "text.txt").write_text(prose(6000, seed=0))
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel()
-    tokenizer.train_from_iterator([prose(200, seed=1)], tokenizers.trainers.BpeTrainer(vocab_size=64))
-    tokenizer.save(str(root / "tokenizer.json"))
-    torch.manual_seed(0)
-    transformers.LlamaForCausalLM(tiny_config()).bfloat16().save_pretrained(root / "model")
-    return root
-
-
-def compress_arguments(folder: Path, output: Path, *more: str) -> list[str]:
-    calibration = ["--calibration", str(folder / "text.txt"), "--output", str(output)]
-    return ["compress", str(folder / "model"), "--ratio", "0.3", *calibration, "--windows", "4", *more]
-
-
-def refused(capsys: Capture, arguments: Sequence[str]) -> str:
-    """The one sentence of a refusal."""
-    assert main(arguments) == 2
-    sentence = capsys.readouterr().err.strip().splitlines()[-1]
-    assert sentence.startswith("ecospa-fx: ")
-    assert "Traceback" not in sentence
-    return sentence
 
 
 # -- surface -----------------------------------------------------------------------------------------------------
@@ -167,52 +119,6 @@ def test_inspect_makes_inputs_for_text_images_and_sound(name: str, tmp_path: Pat
     assert {"ffn", "vo"} <= kinds
 
 
-FACTORIES = """
-import torch
-from torch import nn
-
-class Refuses(nn.Module):
-    def forward(self, x):
-        return x if x.sum() > 0 else -x
-
-class Bytes(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed, self.head = nn.Embedding(256, 16), nn.Linear(16, 256)
-        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
-
-    def forward(self, ids):
-        x = self.embed(ids)
-        return self.head(x + self.down(torch.relu(self.up(x))))
-
-class Normed(Bytes):
-    def __init__(self):
-        super().__init__()
-        self.norm, self.free, self.back = nn.LayerNorm(32), nn.Linear(16, 24), nn.Linear(24, 16)
-
-    def forward(self, ids):
-        x = self.embed(ids)
-        x = x + self.back(torch.relu(self.free(x)))
-        return self.head(x + self.down(self.norm(self.up(x)).relu()))
-
-def good(): return nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4)), (torch.randn(2, 4),), {}
-def lm(): return Bytes(), (torch.zeros(2, 16, dtype=torch.long),), {}
-def normed(): return Normed(), (torch.zeros(2, 16, dtype=torch.long),), {}
-def wrong(): return nn.Linear(4, 4)
-def fails(): raise RuntimeError("no disk")
-def branches(): return Refuses(), (torch.randn(2, 4),), {}
-"""
-
-
-@pytest.fixture
-def factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A module in the current folder, which is not on the path."""
-    name = f"factories_{random.Random(str(tmp_path)).getrandbits(32)}"
-    (tmp_path / f"{name}.py").write_text(FACTORIES)
-    monkeypatch.chdir(tmp_path)
-    return name
-
-
 def test_inspect_takes_a_function(factories: str, capsys: Capture) -> None:
     assert main(["inspect", f"{factories}:good"]) == 0
     assert "8 × 1" in capsys.readouterr().out
@@ -274,175 +180,6 @@ def test_sources_that_are_not_there(tmp_path: Path, capsys: Capture) -> None:
     assert f"there is no {missing!r}: name a Hugging Face folder" in refused(capsys, ["inspect", missing])
     assert "has no config.json" in refused(capsys, ["inspect", str(tmp_path)])
     assert "cannot be imported: ModuleNotFoundError" in refused(capsys, ["inspect", "no.such.module:build"])
-
-
-# -- compress ----------------------------------------------------------------------------------------------------
-
-
-def test_compress_does_what_it_prints(folder: Path, tmp_path: Path, capsys: Capture) -> None:
-    output = tmp_path / "small"
-    tokenizer = str(folder / "tokenizer.json")
-    assert main(compress_arguments(folder, output, "--tokenizer", tokenizer, "--length", "16")) == 0
-    printed = capsys.readouterr()
-    rows = {line.split("  ")[0]: line.split()[-3:] for line in printed.out.splitlines() if line.endswith("%")}
-    assert rows.keys() == {"parameters", "bytes", "FLOPs per token", "perplexity"}
-    assert f'ecospa_fx.load("{output}")' in printed.out
-    assert "compress …" in printed.err
-    assert "perplexity, small [########" in printed.err
-
-    small = load(output, dtype=torch.float32)
-    count = sum(p.numel() for p in small.parameters())
-    assert rows["parameters"][1] == f"{count:,}"
-    assert rows["bytes"][1] == f"{2 * count:,}"
-    reader = text.Reader((), {"input_ids": torch.zeros(1, 2, dtype=torch.long), "use_cache": False})
-    held_out = text.split(text.read_text(folder / "text.txt"))[1]
-    windows = text.first_windows(text.tokens(held_out, text.read_tokenizer(Path(tokenizer))), 16, 64)
-    assert float(rows["perplexity"][1]) == pytest.approx(text.perplexity(small, reader, windows), abs=0.01)
-    assert {p.dtype for p in load(output).parameters()} == {torch.bfloat16}
-
-    assert main(["inspect", str(output), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["parameters"] == count
-    again = [
-        str(output) if argument == str(folder / "model") else argument
-        for argument in compress_arguments(folder, tmp_path / "again")
-    ]
-    assert "was compressed already: compress the original" in refused(capsys, [*again, "--tokenizer", tokenizer])
-
-
-def test_compress_reads_xz_finds_the_tokenizer_and_takes_a_second_text(
-    folder: Path, tmp_path: Path, capsys: Capture
-) -> None:
-    (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
-    (tmp_path / "text.txt.xz").write_bytes(lzma.compress((folder / "text.txt").read_bytes()))
-    texts = ["--calibration", str(tmp_path / "text.txt.xz"), "--eval", str(folder / "text.txt")]
-    more = ["--ratio", "0.4", "--windows", "2", "--method", "magnitude", "--round-to", "4"]
-    assert main(["compress", str(folder / "model"), *texts, *more, "--output", str(tmp_path / "small")]) == 0
-    widths = [p.shape[0] for n, p in load(tmp_path / "small").named_parameters() if "up_proj" in n]
-    assert sum(widths) < 2 * 64
-    assert all(width % 4 == 0 for width in widths)
-    share = re.search(r"([\d.]+)% of what its couplings hold", capsys.readouterr().out)
-    assert share is not None
-    assert 35 < float(share[1]) < 45
-
-
-def test_compress_takes_a_function_that_reads_bytes(
-    folder: Path, tmp_path: Path, factories: str, capsys: Capture
-) -> None:
-    arguments = compress_arguments(folder, tmp_path / "small", "--tokenizer", "bytes", "--length", "32")
-    arguments[1] = f"{factories}:lm"
-    assert main(arguments) == 0
-    assert "largest relative difference" in capsys.readouterr().out
-    assert (tmp_path / "small" / "manifest.json").is_file()
-    assert not (tmp_path / "small" / "config.json").exists()
-
-
-def test_compress_says_what_is_inexact_and_checks_the_rest(
-    folder: Path, tmp_path: Path, factories: str, capsys: Capture
-) -> None:
-    arguments = compress_arguments(folder, tmp_path / "small", "--tokenizer", "bytes", "--length", "32")
-    arguments[1] = f"{factories}:normed"
-    assert main([*arguments, "--allow", "renormalise"]) == 0
-    printed = capsys.readouterr().out
-    assert "ffn (inexact)" in printed
-    assert "inexact: " in printed
-    assert "without 1 inexact couplings (--allow renormalise)" in printed
-
-
-Change = Callable[[list[str], Path], None]
-
-
-def replaced(option: str, value: str) -> Change:
-    """Another value for an option."""
-
-    def change(arguments: list[str], _: Path) -> None:
-        arguments[arguments.index(option) + 1] = value
-
-    return change
-
-
-def added(*more: str) -> Change:
-    return lambda arguments, _: arguments.extend(more)
-
-
-def calibrated_on(content: bytes) -> Change:
-    def change(arguments: list[str], place: Path) -> None:
-        (place / "other.txt").write_bytes(content)
-        replaced("--calibration", str(place / "other.txt"))(arguments, place)
-
-    return change
-
-
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        (replaced("--ratio", "1.0"), "--ratio is 1 and must lie between 0 and 1, both excluded"),
-        (replaced("--ratio", "nan"), "--ratio is nan and must lie"),
-        (replaced("--ratio", "half"), "argument --ratio: invalid float value: 'half'"),
-        (replaced("--ratio", "0.97"), "ratio=0.97 is out of reach"),
-        (replaced("--windows", "0"), "--windows is 0 and must be at least 1"),
-        (replaced("--calibration", "absent.txt"), "there is no text file absent.txt"),
-        (calibrated_on(b" \n"), "other.txt is empty: pass a file with text"),
-        (calibrated_on(b"\xff\xfe"), "other.txt is not a text in UTF-8"),
-        (calibrated_on(b"the cat sat"), "tokens and one window needs"),
-        (added("--method", "wishes"), "no scoring method is called 'wishes': use one of"),
-        (added("--length", "64"), "--length is 64 and this model reads at most 32 tokens"),
-        (added("--round-to", "0"), "--round-to is 0 and must be at least 1"),
-        (added("--tokenizer", "absent.json"), "there is no tokenizer absent.json"),
-        (added("--tokenizer", "bytes"), "and the model knows 64: pass the model's own tokenizer"),
-        (added("--device", "abacus"), "--device abacus cannot be used here"),
-        (added("--speed", "9"), "unrecognized arguments: --speed 9"),
-    ],
-)
-def test_what_compress_refuses(folder: Path, tmp_path: Path, change: Change, sentence: str, capsys: Capture) -> None:
-    arguments = compress_arguments(folder, tmp_path / "small", "--tokenizer", str(folder / "tokenizer.json"))
-    change(arguments, tmp_path)
-    assert sentence in refused(capsys, arguments)
-    assert not [f for f in tmp_path.iterdir() if f.name != "other.txt"]
-
-
-def test_a_tokenizer_that_is_nowhere_is_asked_for(folder: Path, tmp_path: Path, capsys: Capture) -> None:
-    (tmp_path / "text.txt").write_text(prose(50, seed=2))
-    arguments = compress_arguments(folder, tmp_path / "small")
-    replaced("--calibration", str(tmp_path / "text.txt"))(arguments, tmp_path)
-    sentence = refused(capsys, arguments)
-    assert f"there is no tokenizer.json in {folder / 'model'} or {tmp_path}: pass --tokenizer FILE" in sentence
-
-
-def test_an_output_that_exists_is_refused_before_any_work(folder: Path, tmp_path: Path, capsys: Capture) -> None:
-    (tmp_path / "small").mkdir()
-    (tmp_path / "small" / "mine").write_text("kept")
-    assert "exists already: choose a new folder" in refused(capsys, compress_arguments(folder, tmp_path / "small"))
-    assert (tmp_path / "small" / "mine").read_text() == "kept"
-
-
-def test_weights_that_are_not_numbers_are_named(folder: Path, tmp_path: Path, capsys: Capture) -> None:
-    model = transformers.LlamaForCausalLM.from_pretrained(folder / "model")
-    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = math.nan
-    model.save_pretrained(tmp_path / "broken")
-    arguments = compress_arguments(folder, tmp_path / "small", "--tokenizer", str(folder / "tokenizer.json"))
-    arguments[1] = str(tmp_path / "broken")
-    assert "parameter 'model.layers.1.mlp.up_proj.weight' holds values that are not finite" in refused(
-        capsys, arguments
-    )
-
-
-def test_only_causal_language_models_with_weights_are_measured(folder: Path, tmp_path: Path, capsys: Capture) -> None:
-    arguments = compress_arguments(folder, tmp_path / "small", "--tokenizer", str(folder / "tokenizer.json"))
-    arguments[1] = str(folder / "model" / "config.json")
-    assert "describes a model without its weights" in refused(capsys, arguments)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
-    transformers.BertModel(transformers.BertConfig(vocab_size=64, **sizes)).save_pretrained(tmp_path / "bert")
-    arguments[1] = str(tmp_path / "bert")
-    assert "BertModel is no causal language model" in refused(capsys, arguments)
-
-
-def test_an_inexact_result_is_not_saved(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
-    monkeypatch.setattr(cli, "masked_error", lambda *_: math.nan)
-    arguments = compress_arguments(folder, tmp_path / "small", "--tokenizer", str(folder / "tokenizer.json"))
-    assert "removing differs from masking by nan, so nothing was saved" in refused(capsys, arguments)
-    assert not list(tmp_path.iterdir())
 
 
 # -- text --------------------------------------------------------------------------------------------------------
