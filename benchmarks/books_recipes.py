@@ -14,9 +14,9 @@ class Recipe:
     shrinks: how many times, in parts that are "cubic" or "linear"; decay: of the learning rate, "cosine" to a tenth,
     "linear" to zero, or "flat" until `flat` and linear to zero after that; warm: steps over which it rises anew after
     a shrink; distill: share of the loss that a teacher gives from the last shrink on, the weights before the first
-    shrink, or, with average above 0, their moving average; rate: factor of the learning rate; fan: consumers learn at
-    the rate times (inputs at the final widths / inputs now) to this power, 1 in Yang et al., 2022 (arXiv 2203.03466);
-    the rest as in `masked.Options`.
+    shrink, or, with average above 0, their moving average; rate: factor of the learning rate; consumers: of that of
+    o and down alone; fan: they learn at the rate times (inputs at the final widths / inputs now) to this power, 1 in
+    Yang et al., 2022 (arXiv 2203.03466); the rest as in `masked.Options`.
     """
 
     name: str
@@ -38,6 +38,7 @@ class Recipe:
     distill: float = 0.0
     average: float = 0.0
     rate: float = 1.0
+    consumers: float = 1.0
     fan: float = 0.0
 
     def share(self, step: int, steps: int) -> float:

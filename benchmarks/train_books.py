@@ -154,21 +154,21 @@ class Run:
         again = min(1.0, since / r.warm) if r.warm else 1.0
         return float(self.options.lr * r.rate * min(1.0, step / rise) * left * again)
 
-    def fan(self, step: int) -> dict[str, float]:
+    def consumers(self, step: int) -> dict[str, float]:
         """Factors of the learning rate of consumers, by what they read."""
         dense, (head_dim, ffn) = SIZES[self.options.size]
-        share = self.recipe.share(step, self.steps)
+        recipe, share = self.recipe, self.recipe.share(step, self.steps)
         found = {"heads": (dense.head_dim, head_dim), "ffn": (dense.ffn, ffn)}
-        return {k: (b / (a + (b - a) * share)) ** self.recipe.fan for k, (a, b) in found.items()}
+        return {k: recipe.consumers * (b / (a + (b - a) * share)) ** recipe.fan for k, (a, b) in found.items()}
 
     def result(self) -> dict[str, Any]:
         """Train; the losses, and what happened on the way."""
         begin, curve, due = time.perf_counter(), [], self.recipe.at(self.steps)
         totals: list[Tensor] = []
         for step, ids in zip(range(1, self.steps + 1), self.windows, strict=False):
-            rate, fan = self.rate(step, list(due)), self.fan(step)
+            rate, consumers = self.rate(step, list(due)), self.consumers(step)
             for group in self.optimizer.param_groups:
-                group["lr"] = rate * fan.get(group["reads"], 1.0)
+                group["lr"] = rate * consumers.get(group["reads"], 1.0)
             totals.append(self.step(step, ids, due))
             if step % max(1, self.steps // 20) == 0:
                 curve.append(round(torch.stack(totals).mean().item(), 4))

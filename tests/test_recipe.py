@@ -272,6 +272,6 @@ def test_activations_that_overflow_are_told() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
     with torch.no_grad():
         model[2].weight.zero_()  # type: ignore[operator]  # a linear layer
-    batches: list[Batch] = [((torch.full((2, 4), 1e30),), {})]
+    batches: list[Batch] = [((1e30 * torch.randn(2, 4),), {})]
     with pytest.raises(ScoreError, match=r"input of '2.weight' is not finite in the calibration data"):
         eco.compress(model, batches[0][0], ratio=0.5, batches=batches, loss=lambda y, a, k: (y * 1e-30).sum())
