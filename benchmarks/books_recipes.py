@@ -41,12 +41,6 @@ class Recipe:
     consumers: float = 1.0
     fan: float = 0.0
 
-    def share(self, step: int, steps: int) -> float:
-        """Of the target, reached before a step."""
-        if self.kind == "small":
-            return 1.0
-        return max((share for at, share in self.at(steps).items() if at < step), default=0.0)
-
     def at(self, steps: int) -> dict[int, float]:
         """Share of the target by the step that reaches it."""
         if self.kind != "sparse":

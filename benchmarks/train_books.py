@@ -93,13 +93,17 @@ class Run:
         if options.compile:
             self.loss, self.taught = (torch.compile(f, dynamic=False) for f in (head_loss, taught_loss))
             for model in (self.model, self.teacher):
-                for layer in model.get_submodule("layers").children() if model is not None else ():
-                    layer.compile(dynamic=False, mode=options.mode)
+                if model is not None:
+                    self.compile_layers(model)
         self.shrinks: list[dict[str, float]] = []
 
     def _built(self, shape: Shape) -> nn.Module:
         made: nn.Module = (Llama if shape.gated else Gpt)(shape, self.options.length)
         return made.to(self.device)
+
+    def compile_layers(self, model: nn.Module) -> None:
+        for layer in model.get_submodule("layers").children():
+            layer.compile(dynamic=False, mode=self.options.mode)
 
     def _optimizer(self) -> torch.optim.AdamW:
         """Groups have the key `reads`: what the width of their inputs is, where it shrinks."""
@@ -154,19 +158,19 @@ class Run:
         again = min(1.0, since / r.warm) if r.warm else 1.0
         return float(self.options.lr * r.rate * min(1.0, step / rise) * left * again)
 
-    def consumers(self, step: int) -> dict[str, float]:
-        """Factors of the learning rate of consumers, by what they read."""
-        dense, (head_dim, ffn) = SIZES[self.options.size]
-        recipe, share = self.recipe, self.recipe.share(step, self.steps)
-        found = {"heads": (dense.head_dim, head_dim), "ffn": (dense.ffn, ffn)}
+    def consumers(self, share: float) -> dict[str, float]:
+        """Factors of the learning rate of consumers, by what they read, at a share of the target."""
+        recipe, (_, (head_dim, ffn)) = self.recipe, SIZES[self.options.size]
+        found = {"heads": (self.shape.head_dim, head_dim), "ffn": (self.shape.ffn, ffn)}
         return {k: recipe.consumers * (b / (a + (b - a) * share)) ** recipe.fan for k, (a, b) in found.items()}
 
     def result(self) -> dict[str, Any]:
         """Train; the losses, and what happened on the way."""
         begin, curve, due = time.perf_counter(), [], self.recipe.at(self.steps)
+        schedule = Due(tuple(due.items()))
         totals: list[Tensor] = []
         for step, ids in zip(range(1, self.steps + 1), self.windows, strict=False):
-            rate, consumers = self.rate(step, list(due)), self.consumers(step)
+            rate, consumers = self.rate(step, list(due)), self.consumers(schedule.share(step - 1))
             for group in self.optimizer.param_groups:
                 group["lr"] = rate * consumers.get(group["reads"], 1.0)
             totals.append(self.step(step, ids, due))
@@ -282,8 +286,8 @@ def step_seconds(share: float, options: argparse.Namespace) -> dict[str, float]:
     run = Run(Recipe("time", kind="dense"), 0, options)
     run.model = run._built(shape)
     run.optimizer = run._optimizer()
-    for layer in run.model.get_submodule("layers").children() if options.compile else ():
-        layer.compile(dynamic=False, mode=options.mode)
+    if options.compile:
+        run.compile_layers(run.model)
     ids = next(iter(run.windows))
     begin = time.perf_counter()
     for _ in range(3):

@@ -36,3 +36,10 @@ def test_a_covariance_of_few_rows_has_no_negative_variance() -> None:
     moments.add(rows)
     found = torch.linalg.eigvalsh(moments.covariance())
     assert found.min() > -1e-5 * found.max()
+
+
+def test_what_is_large_and_does_not_vary_does_not_overflow() -> None:
+    """Its square has no place in float32."""
+    moments = Moments(3, torch.device("cpu"))
+    moments.add(torch.full((2, 3), 1e30))
+    torch.testing.assert_close(moments.second, torch.full((3, 3), 2e60, dtype=torch.float64), rtol=1e-6, atol=0)
