@@ -80,6 +80,15 @@ class Windows:
             taken, self._order = self._order[: self.batch], self._order[self.batch :]
             yield self.at(taken)
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """Where in the order it is."""
+        return {"source": self._source.get_state(), "order": self._order}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from there."""
+        self._source.set_state(state["source"].cpu())
+        self._order = state["order"].cpu()
+
     def at(self, numbers: Tensor) -> Tensor:
         """LongTensor [n, length + 1]."""
         starts = (numbers * self.length).to(self.data.device)[:, None]

@@ -14,9 +14,10 @@ class Recipe:
     shrinks: how many times, in parts that are "cubic" or "linear"; decay: of the learning rate, "cosine" to a tenth,
     "linear" to zero, or "flat" until `flat` and linear to zero after that; warm: steps over which it rises anew after
     a shrink; distill: share of the loss that a teacher gives from the last shrink on, the weights before the first
-    shrink, or, with average above 0, their moving average; rate: factor of the learning rate; consumers: of that of
-    o and down alone; fan: they learn at the rate times (inputs at the final widths / inputs now) to this power, 1 in
-    Yang et al., 2022 (arXiv 2203.03466); the rest as in `masked.Options`.
+    shrink, or, with average above 0, their moving average; rate: factor of the learning rate; rise: share of the steps
+    over which it rises first; embed: its factor for the embeddings; consumers: that for o and down; fan: they learn at
+    the rate times (inputs at the final widths / inputs now) to this power, 1 in Yang et al., 2022 (arXiv 2203.03466);
+    beta2: AdamW's, of squared gradients; the rest as in `masked.Options`.
     """
 
     name: str
@@ -40,6 +41,9 @@ class Recipe:
     rate: float = 1.0
     consumers: float = 1.0
     fan: float = 0.0
+    beta2: float = 0.95
+    rise: float = 0.04
+    embed: float = 1.0
 
     def at(self, steps: int) -> dict[int, float]:
         """Share of the target by the step that reaches it."""

@@ -77,6 +77,16 @@ class MaskedTraining:
             self.evaluator = Evaluator(self.program, model, (ids[:2],), {})
             self.views = views_of(self.couplings, find_sites(self.program))
 
+    def state_dict(self) -> dict[str, Any]:
+        """What has gone, and what is known of the rest."""
+        return {"keep": self.keep, "scores": self.running.values(), "fading": self.fading, "faded": self.faded}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self.keep, self.fading = ({n: m.cpu() for n, m in state[k].items()} for k in ("keep", "fading"))
+        self.running.follow(self.couplings, self.parameters, state["scores"])
+        self.faded = state["faded"]
+
     @property
     def removed(self) -> float:
         """Share of the couplings' elements that is gone."""
@@ -158,7 +168,7 @@ class MaskedTraining:
         def loss(output: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
             return head_loss(output[:, :-1], weight, args[0][:, 1:])
 
-        given = [((b[:, :-1],), {}) for b in batches]
+        given: list[tuple[tuple[Tensor], dict[str, Any]]] = [((b[:, :-1],), {}) for b in batches]
         return Collector(self.evaluator, views, results).run(given, loss)
 
     def _turned(self, measure: Callable[[Views, Sequence[Site]], Curvature]) -> tuple[dict[str, Tensor], Curvature]:
