@@ -224,7 +224,7 @@ def test_at_the_start_it_needs_no_gradients_of_training() -> None:
 def test_it_is_the_default_where_there_is_data() -> None:
     model = language()
     options: dict[str, Any] = {"scores": None, "schedule": None, "total_steps": 100}
-    assert sparse_language(model, None, **options)._schedule.steps == (45, 55)
+    assert sparse_language(model, None, **options)._schedule.steps == (35, 45)
     assert len(sparse_language(language(), None, **options, batches=None)._schedule.steps) == 11
 
 

@@ -131,12 +131,12 @@ class Constant:
 def default_schedule(total_steps: int | None, compensated: bool = False) -> Cubic:
     """Eleven shrinks between a quarter and three quarters of the run: late ones cost least quality.
 
-    compensated: what stays makes up for what goes; then two, at 45 and 55 %, cost less still. Raises TrainingError
+    compensated: what stays makes up for what goes; then two, at 35 and 45 %, cost less still. Raises TrainingError
     where the length of the run is not known.
     """
     if total_steps is None:
         raise TrainingError("there is no schedule: give one, like eco.Cubic(start=…, end=…, every=…), or total_steps=")
-    first, last, count = (0.45, 0.55, 2) if compensated else (0.25, 0.75, 11)
+    first, last, count = (0.35, 0.45, 2) if compensated else (0.25, 0.75, 11)
     start, end = (max(1, int(total_steps * share)) for share in (first, last))
     return Cubic(start, end, max(1, (end - start) // (count - 1)))
 
