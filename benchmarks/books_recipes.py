@@ -56,6 +56,10 @@ class Recipe:
             found[max(1, round(place * steps))] = part if self.curve == "linear" else 1 - (1 - part) ** 3
         return found
 
+    def schedule(self, steps: int) -> Due:
+        """The same as a schedule of `SparseTraining`."""
+        return Due(tuple(self.at(steps).items()))
+
 
 @dataclass(frozen=True, slots=True)
 class Due:

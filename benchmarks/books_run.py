@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from books import Gpt, Llama, Shape, Windows, evaluate, first_windows, head_loss, spread, taught_loss, tokens
-from books_recipes import Due, Recipe
+from books_recipes import Recipe
 from masked import MaskedTraining, Options
 from torch import Tensor, nn
 
@@ -29,6 +29,10 @@ SIZES = {
 }
 ASIDE = 0.01
 """Share of the training tokens, the last ones, that is kept aside."""
+GROUPS = {"o.weight": "heads", "down.weight": "ffn", "embed.weight": "embed", "place.weight": "embed"}
+"""Matrices that have a learning rate of their own: consumers by what they read, and embeddings."""
+SAME = ("size", "shards", "tokens", "unique", "batch", "length", "lr", "window", "round_to", "measured", "graph")
+"""Options that a run keeps over all its sittings."""
 
 
 class Run:
@@ -39,7 +43,7 @@ class Run:
     """
 
     def __init__(self, recipe: Recipe, seed: int, options: argparse.Namespace, shape: Shape | None = None) -> None:
-        self.begin, self.spent, self.done, self.ready = time.perf_counter(), 0.0, 0, False
+        self.begin, self.spent, self.done, self.ready = 0.0, 0.0, 0, False
         self.curve, self.totals, self.shrinks = list[float](), list[Tensor](), list[dict[str, float]]()
         self.recipe, self.options, self.device = recipe, options, torch.device(options.device)
         train, valid = tokens(options.data, options.cache, options.shards)
@@ -52,7 +56,8 @@ class Run:
         dense, small = SIZES[options.size]
         torch.manual_seed(seed)
         self.shape = shape or (dense.at(*small) if recipe.kind == "small" else dense)
-        self.model: nn.Module = self._built(self.shape)
+        made = (Llama if self.shape.gated else Gpt)(self.shape, options.length)
+        self.model: nn.Module = made.to(self.device)
         self.steps = int(options.tokens * recipe.more / (options.batch * options.length))
         self.optimizer = self._optimizer()
         self.masked: MaskedTraining | None = None
@@ -80,20 +85,15 @@ class Run:
                 for layer in () if model is None else model.get_submodule("layers").children():
                     layer.compile(dynamic=False, mode=self.options.mode)
 
-    def _built(self, shape: Shape) -> nn.Module:
-        made: nn.Module = (Llama if shape.gated else Gpt)(shape, self.options.length)
-        return made.to(self.device)
-
     def _optimizer(self) -> torch.optim.AdamW:
-        """Groups have the key `reads`: what the width of their inputs is, where it shrinks."""
+        """Its groups have the key `group`, one of GROUPS, "" for other matrices, or "plain" for what does not decay."""
         found: dict[str, list[Tensor]] = {"": [], "heads": [], "ffn": [], "embed": [], "plain": []}
         for name, parameter in self.model.named_parameters():
-            kinds = {"o.weight": "heads", "down.weight": "ffn", "embed.weight": "embed", "place.weight": "embed"}
-            reads = kinds.get(".".join(name.split(".")[-2:]), "")
-            found[reads if parameter.dim() == 2 else "plain"].append(parameter)
+            group = GROUPS.get(".".join(name.split(".")[-2:]), "")
+            found[group if parameter.dim() == 2 else "plain"].append(parameter)
         groups = [
-            {"params": own, "weight_decay": 0.0 if reads == "plain" else 0.1, "reads": reads}
-            for reads, own in found.items()
+            {"params": own, "weight_decay": 0.0 if group == "plain" else 0.1, "group": group}
+            for group, own in found.items()
         ]
         return torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, self.recipe.beta2), fused=self.device.type == "cuda")
 
@@ -122,7 +122,7 @@ class Run:
 
         return eco.SparseTraining(
             model, (next(iter(self.windows))[:, :-1],), optimizer=self.optimizer, target=target,
-            schedule=Due(tuple(r.at(self.steps).items())), allocation=r.allocation, band=(low, high),
+            schedule=r.schedule(self.steps), allocation=r.allocation, band=(low, high),
             scores="second-order" if r.compensate == "full" else r.scores, compensate=r.compensate != "none",
             batches=given, loss=loss, round_to=options.round_to, window=options.window,
         )  # fmt: skip
@@ -140,8 +140,8 @@ class Run:
         again = min(1.0, since / r.warm) if r.warm else 1.0
         return float(self.options.lr * r.rate * min(1.0, step / rise) * left * again)
 
-    def consumers(self, share: float) -> dict[str, float]:
-        """Factors of the learning rate of consumers, by what they read, at a share of the target."""
+    def factors(self, share: float) -> dict[str, float]:
+        """Factors of the learning rate by group, where it is not 1, at a share of the target."""
         recipe, (_, (head_dim, ffn)) = self.recipe, SIZES[self.options.size]
         found = {"heads": (self.shape.head_dim, head_dim), "ffn": (self.shape.ffn, ffn)}
         own = {k: recipe.consumers * (b / (a + (b - a) * share)) ** recipe.fan for k, (a, b) in found.items()}
@@ -149,12 +149,12 @@ class Run:
 
     def result(self) -> dict[str, Any]:
         """Train; the losses, and what happened on the way. Paused: how far it is."""
-        self.begin, due = time.perf_counter(), self.recipe.at(self.steps)
-        schedule = Due(tuple(due.items()))
+        self.begin, schedule = time.perf_counter(), self.recipe.schedule(self.steps)
+        due = dict(schedule.shares)
         for step, ids in zip(range(self.done + 1, self.steps + 1), self.windows, strict=False):
-            rate, consumers = self.rate(step, list(due)), self.consumers(schedule.share(step - 1))
+            rate, factors = self.rate(step, list(due)), self.factors(schedule.share(step - 1))
             for group in self.optimizer.param_groups:
-                group["lr"] = rate * consumers.get(group["reads"], 1.0)
+                group["lr"] = rate * factors.get(group["group"], 1.0)
             self.totals.append(self.step(step, ids, due))
             self.done = step
             if step % max(1, self.steps // 20) == 0:
@@ -162,7 +162,7 @@ class Run:
                 self.totals.clear()
             if step % max(1, self.steps // 8) == 0 and step < self.steps:
                 self._tell(step)
-            if self._due_to_pause(step):
+            if 0 < self.options.pause < self.seconds - self.spent and step < self.steps:
                 return self._paused()
         return self._finished()
 
@@ -194,10 +194,6 @@ class Run:
 
     # -- pauses ------------------------------------------------------------------------------------------------
 
-    def _due_to_pause(self, step: int) -> bool:
-        pause = self.options.pause
-        return bool(pause) and self.seconds - self.spent > pause and step < self.steps
-
     def _paused(self) -> dict[str, Any]:
         assert self.kept_at is not None
         self.kept_at.parent.mkdir(parents=True, exist_ok=True)
@@ -211,13 +207,17 @@ class Run:
         parts = {"masked": self.masked, "sparse": self.sparse, "model": self.model, "optimizer": self.optimizer}
         own = {k: part.state_dict() for k, part in parts.items() if part is not None}
         teacher = {} if self.teacher is None else {"teacher": self.teacher.state_dict()}
-        kept = {k: getattr(self, k) for k in ("steps", "done", "curve", "totals", "shrinks", "ready")}
-        return {**own, **teacher, **kept, "spent": self.seconds, "windows": self.windows.state_dict()}
+        kept = {k: getattr(self, k) for k in ("done", "curve", "totals", "shrinks", "ready")}
+        same = {k: getattr(self.options, k) for k in SAME}
+        return {**own, **teacher, **kept, "same": same, "spent": self.seconds, "windows": self.windows.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there. What shrank comes first, for the model and the optimizer to have its widths."""
-        if state["steps"] != self.steps:
-            raise SystemExit(f"{self.kept_at} is of a run of {state['steps']} steps, not {self.steps}: remove it")
+        for name, before in state["same"].items():
+            if before != getattr(self.options, name):
+                raise SystemExit(
+                    f"{self.kept_at} is of a run with {name} {before}, not {getattr(self.options, name)}: remove it"
+                )
         for name in ("masked", "sparse", "model", "optimizer", "teacher", "windows"):
             part = getattr(self, name)
             if part is not None:

@@ -71,11 +71,10 @@ def timed(options: argparse.Namespace) -> dict[str, Any]:
     steps, found = int(options.tokens / (options.batch * options.length)), {}
     for text in options.runs:
         recipe = recipe_of(text)
-        own, due = int(steps * recipe.more), recipe.at(int(steps * recipe.more))
-        share, total = (1.0 if recipe.kind == "small" else 0.0), 0.0
-        for step in range(own):
-            share = due.get(step, share)
-            total += _between(points, share)
+        own = int(steps * recipe.more)
+        schedule = recipe.schedule(own)
+        shares = (1.0 if recipe.kind == "small" else schedule.share(step) for step in range(own))
+        total = sum(_between(points, share) for share in shares)
         found[text] = {"seconds": total, "over_small": total / (steps * points[1.0]["seconds"])}
     return {"steps": steps, "points": points, "runs": found}
 
