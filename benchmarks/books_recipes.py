@@ -15,8 +15,9 @@ class Recipe:
     "linear" to zero, or "flat" until `flat` and linear to zero after that; warm: steps over which it rises anew after
     a shrink; distill: share of the loss that a teacher gives from the last shrink on, the weights before the first
     shrink, or, with average above 0, their moving average; rate: factor of the learning rate; rise: share of the steps
-    over which it rises first; embed: its factor for the embeddings; consumers: that for o and down; fan: they learn at
-    the rate times (inputs at the final widths / inputs now) to this power, 1 in Yang et al., 2022 (arXiv 2203.03466);
+    over which it rises first; after: a further factor at the final widths, before that by the share of the target
+    reached; embed: one for the embeddings; consumers: one for o and down; fan: they learn at the rate times (inputs at
+    the final widths / inputs now) to this power, 1 in Yang et al., 2022 (arXiv 2203.03466);
     beta2: AdamW's, of squared gradients; the rest as in `masked.Options`.
     """
 
@@ -39,6 +40,7 @@ class Recipe:
     distill: float = 0.0
     average: float = 0.0
     rate: float = 1.0
+    after: float = 1.0
     consumers: float = 1.0
     fan: float = 0.0
     beta2: float = 0.95

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from books import Gpt, Llama, Shape, Windows, evaluate, first_windows, head_loss, spread, taught_loss, tokens
-from books_recipes import Recipe
+from books_recipes import Due, Recipe
 from masked import MaskedTraining, Options
 from torch import Tensor, nn
 
@@ -127,7 +127,7 @@ class Run:
             batches=given, loss=loss, round_to=options.round_to, window=options.window,
         )  # fmt: skip
 
-    def rate(self, step: int, shrinks: Sequence[int]) -> float:
+    def rate(self, step: int, schedule: Due) -> float:
         """Learning rate of a step, counted from 1."""
         r, rise = self.recipe, max(1, round(self.recipe.rise * self.steps))
         place = (step - 1) / self.steps
@@ -136,9 +136,10 @@ class Run:
             "cosine": 0.55 + 0.45 * torch.cos(torch.tensor(torch.pi * place)).item(),
             "flat": min(1.0, (1 - place) / (1 - r.flat)),
         }[r.decay]
-        since = min((step - s for s in shrinks if s < step), default=self.steps)
+        since = min((step - s for s in schedule.steps if s < step), default=self.steps)
         again = min(1.0, since / r.warm) if r.warm else 1.0
-        return float(self.options.lr * r.rate * min(1.0, step / rise) * left * again)
+        size = 1 + (r.after - 1) * schedule.share(step - 1)
+        return float(self.options.lr * r.rate * size * min(1.0, step / rise) * left * again)
 
     def factors(self, share: float) -> dict[str, float]:
         """Factors of the learning rate by group, where it is not 1, at a share of the target."""
@@ -152,7 +153,7 @@ class Run:
         self.begin, schedule = time.perf_counter(), self.recipe.schedule(self.steps)
         due = dict(schedule.shares)
         for step, ids in zip(range(self.done + 1, self.steps + 1), self.windows, strict=False):
-            rate, factors = self.rate(step, list(due)), self.factors(schedule.share(step - 1))
+            rate, factors = self.rate(step, schedule), self.factors(schedule.share(step - 1))
             for group in self.optimizer.param_groups:
                 group["lr"] = rate * factors.get(group["group"], 1.0)
             self.totals.append(self.step(step, ids, due))
