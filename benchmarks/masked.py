@@ -23,6 +23,7 @@ from ecospa_fx.coupling.couplings import Coupling
 from ecospa_fx.graph.capture import captures
 from ecospa_fx.graph.evaluate import Evaluator
 from ecospa_fx.graph.sites import Site, find_sites
+from ecospa_fx.importance.compensated import Compensated
 from ecospa_fx.importance.curvature import Collector, Curvature
 from ecospa_fx.importance.second_order import unit_scores
 from ecospa_fx.importance.views import Views, views_of
@@ -113,7 +114,7 @@ class MaskedTraining:
         if self.options.compensate == "none":
             self._mask(self.units(self.running.scores(), share))
             return
-        scores, keep = self.running.scores(), dict(self.keep)
+        scores, keep, views = self.running.scores(), dict(self.keep), self.views
         self.program.values = {n: nn.Parameter(p.detach().clone()) for n, p in self.parameters.items()}
         measure = partial(self._measured, batches)
         if self.options.compensate == "full":
@@ -122,10 +123,11 @@ class MaskedTraining:
             values = {n: t.detach() for n, t in self.program.values.items()}
             scores = unit_scores(self.views, curvature, values, 0.01, LOOKS)
         else:
-            curvature = measure(Views(self.views.inputs, (), ()), ())
+            views = Views(self.views.inputs, (), ())
+            curvature = measure(views, ())
         self.keep = keep
         kept = self.units(scores, share)
-        self._solve(curvature, kept)
+        self._solve(views, curvature, kept)
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(self.program.tensor(name))
@@ -193,23 +195,12 @@ class MaskedTraining:
         turn_values(self.views, curvature, self.program, made)
         return keep, curvature
 
-    def _solve(self, curvature: Curvature, keep: Mapping[str, Tensor]) -> None:
-        """Let the columns that stay do what those that go did, by damped least squares."""
-        for view in self.views.inputs:
-            gone = ~keep[view.coupling.name]
-            for site, at in view.positions.items():
-                weight = self.program.tensor(site.parameter).detach()
-                second = curvature.inputs[site].second
-                removed = torch.zeros(len(second), dtype=torch.bool)
-                removed[at[gone].flatten()] = True
-                removed = removed.to(second.device)
-                own = second[~removed][:, ~removed]
-                own = own + self.options.damping * own.diagonal().mean() * torch.eye(len(own)).to(own)
-                columns = site.matrix(weight).to(second)
-                change = torch.linalg.solve(own, second[~removed][:, removed] @ columns[:, removed].T)
-                solved = columns.clone()
-                solved[:, ~removed] += change.T
-                self.program.replace_parameter(site.parameter, site.matrix(solved).to(weight))
+    def _solve(self, views: Views, curvature: Curvature, keep: Mapping[str, Tensor]) -> None:
+        """Let the units that stay do what those that go did."""
+        values = {name: tensor.detach() for name, tensor in self.program.values.items()}
+        made = Compensated(self.couplings, values, views, curvature, self.options.damping)
+        for name, value in made.made_up({name: ~kept for name, kept in keep.items()}):
+            self.program.replace_parameter(name, value)
 
     # -- fading ------------------------------------------------------------------------------------------------
 

@@ -14,9 +14,11 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 import ecospa_fx as eco
 from ecospa_fx.errors import TrainingError
+from ecospa_fx.importance.compensated import Compensated
 from ecospa_fx.importance.score import Batch
 from ecospa_fx.importance.surgeon import remove_all
 from ecospa_fx.importance.views import sides_of
+from ecospa_fx.passes.lossy.reconstruct import Reconstruct
 
 VOCABULARY, WIDTH, HEADS, LENGTH = 13, 16, 2, 10
 
@@ -140,13 +142,73 @@ def test_measuring_turns_bases_and_changes_no_output() -> None:
     for step in range(20):
         one_step(sparse, optimizer, step)
     before, weights = sparse.model(ids(99)).detach(), {n: p.detach().clone() for n, p in model.named_parameters()}
-    scores = sparse._measured()
+    measured = sparse._measured()
+    assert measured is not None
+    scores = measured.scores()
     assert torch.allclose(sparse.model(ids(99)), before, rtol=1e-9, atol=1e-9)
     turned = {n.split(".", 2)[-1] for n, p in model.named_parameters() if not torch.equal(p, weights[n])}
     assert turned == {"q.weight", "q.bias", "k.weight", "k.bias", "v.weight", "v.bias", "o.weight"}
     assert set(scores) == {c.name for c in sparse._now}
     v, o = (model.blocks[0].get_submodule(n).get_parameter("weight").detach() for n in ("v", "o"))
     assert torch.allclose(o.norm(dim=0) ** 2, v.square().sum(1) + weights_bias(model).square(), rtol=1e-6)
+
+
+def test_a_shrink_equals_masking_what_makes_up_for_it() -> None:
+    """Twice: the second time, of units that are left. Copies follow."""
+    model = language()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    sparse = sparse_language(model, optimizer, schedule=eco.OneShot(100), compensate=True)
+    for step in range(20):
+        one_step(sparse, optimizer, step)
+    average = copy.deepcopy(sparse.model)
+    sparse.follow(average)
+    for share in (0.5, 1.0):
+        measured = sparse._measured()
+        assert measured is not None
+        keep = sparse._units(measured.scores(), share)
+        gone = {c.name: ~keep[c.name][sparse._keep[c.name]].view(c.carriers, c.size) for c in sparse._now}
+        weights = Compensated(sparse._now, measured.values, measured.views, measured.curvature)
+        masked = copy.deepcopy(sparse.model)
+        masked.load_state_dict(weights.weights(gone, measured.values))
+        sparse._compensated(keep, measured)
+        for small in (sparse.model, average):
+            assert torch.allclose(small(ids(99)), masked(ids(99)), rtol=1e-9, atol=1e-9)
+    assert sparse.removed > 0.35
+
+
+def test_queries_and_keys_that_stay_rise_for_those_that_go() -> None:
+    model = language()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    sparse = sparse_language(model, optimizer, kinds=["qk"], compensate=True)
+    measured = sparse._measured()
+    assert measured is not None
+    keep = sparse._units(measured.scores(), 1.0)
+    changed = set(measured.making_up({name: ~kept for name, kept in keep.items()}))
+    assert changed == {f"blocks.{i}.{side}.{kind}" for i in (0, 1) for side in "qk" for kind in ("weight", "bias")}
+
+
+def test_where_a_norm_runs_over_what_is_kept_the_smaller_model_is_solved_on_its_own_activations(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x = torch.randn(6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 16), nn.LayerNorm(16), nn.Linear(16, 3)).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    solve, runs = Reconstruct.run, list[int]()
+
+    def counted(*args: Any, **given: Any) -> int:
+        runs.append(solve(*args, **given))
+        return runs[-1]
+
+    monkeypatch.setattr(Reconstruct, "run", counted)
+    sparse = eco.SparseTraining(
+        model, (x,), optimizer=optimizer, schedule=eco.OneShot(1), target=0.5, allow="renormalise",
+        batches=[((x,), {})], loss=lambda output, args, kwargs: output.square().mean(),
+    )  # fmt: skip
+    torch.autograd.backward(sparse.model(x).square().mean())
+    sparse.step()
+    assert sparse.removed > 0.4
+    assert runs == [1]
 
 
 def weights_bias(model: Language) -> Tensor:

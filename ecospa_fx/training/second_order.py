@@ -1,4 +1,4 @@
-"""Second-order scores at a shrink, measured on batches: which units go, and in which bases.
+"""What batches say at a shrink, to second order: which units go, in which bases, and what makes up for them.
 
 Training itself shows gradients summed over tokens. What one removal costs once the others have made up for it needs
 more: moments of what consumers read, and of the loss's gradients there (`ecospa_fx.importance.curvature`), from a pass
@@ -12,7 +12,7 @@ and all turn and judge by the same ones. Where parameters are sharded, each proc
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -24,6 +24,7 @@ from ecospa_fx.coupling.couplings import Coupling
 from ecospa_fx.errors import EcospaError, TrainingError
 from ecospa_fx.graph.evaluate import Evaluator
 from ecospa_fx.graph.sites import Site, find_sites
+from ecospa_fx.importance.compensated import Compensated, Gone
 from ecospa_fx.importance.curvature import Collector, Curvature
 from ecospa_fx.importance.score import Batch, Loss
 from ecospa_fx.importance.second_order import unit_scores, without_traffic
@@ -40,19 +41,20 @@ LOOKS = 128
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SecondOrder:
-    """batches, loss: as `eco.score` takes them; group: the processes that measure together; damping: of the surgeon's
-    matrices, in means of their diagonals."""
+    """batches, loss: as `eco.score` takes them; group: the processes that measure together; solves: whether it is to be
+    known too what makes up for the units that scores look at less closely; damping: of the surgeon's matrices, in means
+    of their diagonals."""
 
     batches: Sequence[Batch]
     loss: Loss
     group: Any = None
+    solves: bool = True
     damping: float = 0.01
 
-    def scores(self, evaluator: Evaluator, couplings: Sequence[Coupling], held: Held) -> dict[str, Tensor]:
-        """Per coupling [carriers, units] as they are now. held: who turns when a basis changes.
+    def measured(self, evaluator: Evaluator, couplings: Sequence[Coupling], held: Held) -> Measured:
+        """Of couplings as they are now. held: who turns when a basis changes.
 
-        A coupling stays in its basis where an optimizer keeps what cannot be turned. A coupling that the batches never
-        reach scores zero throughout.
+        A coupling stays in its basis where an optimizer keeps what cannot be turned.
         """
         from ecospa_fx.passes.lossy.change_basis import ChangeBasis, balanced, turn_factors, turn_values
 
@@ -70,17 +72,15 @@ class SecondOrder:
             held.turn((change.first, change.second), change.basis)
             return change
 
-        views = replace(views_of(couplings, find_sites(program)), beside=())
-        turn_factors(views, lambda sites: self._measured(evaluator, Views((), (), ()), sites), program, made)
-        curvature = self._measured(evaluator, views)
+        views = views_of(couplings, find_sites(program))
+        views = views if self.solves else replace(views, beside=())
+        turn_factors(views, lambda sites: self._curvature(evaluator, Views((), (), ()), sites), program, made)
+        curvature = self._curvature(evaluator, views)
         turn_values(views, curvature, program, made)
-        weights = {name: tensor.detach() for name, tensor in program.values.items()}
-        found = unit_scores(views, curvature, weights, self.damping, LOOKS)
-        for name in without_traffic(views, curvature):
-            found[name].zero_()
-        return found
+        values = {name: tensor.detach() for name, tensor in program.values.items()}
+        return Measured(couplings, values, views, curvature, self.damping, self.group)
 
-    def _measured(self, evaluator: Evaluator, views: Views, results: Sequence[Site] = ()) -> Curvature:
+    def _curvature(self, evaluator: Evaluator, views: Views, results: Sequence[Site] = ()) -> Curvature:
         collector, error = Collector(evaluator, views, results), None
         try:
             collector.watch(self.batches, self.loss)
@@ -91,8 +91,32 @@ class SecondOrder:
         return collector.result(partial(add_up, group=self.group))
 
 
-def second_order(batches: Sequence[Batch], loss: Loss | None, group: Any = None) -> SecondOrder:
+@dataclass(frozen=True, slots=True, eq=False)
+class Measured:
+    """What batches said of couplings, in the bases that these have now. values: parameters by name, none in parts."""
+
+    couplings: Sequence[Coupling]
+    values: Mapping[str, Tensor]
+    views: Views
+    curvature: Curvature
+    damping: float
+    group: Any
+
+    def scores(self) -> dict[str, Tensor]:
+        """Per coupling [carriers, units]; zero throughout where the batches never reach it."""
+        found = unit_scores(self.views, self.curvature, self.values, self.damping, LOOKS)
+        for name in without_traffic(self.views, self.curvature):
+            found[name].zero_()
+        return found
+
+    def making_up(self, gone: Gone) -> dict[str, Tensor]:
+        """What to add to parameters, by name, for the rest to make up for units that go: see `Compensated`."""
+        made = dict(Compensated(self.couplings, self.values, self.views, self.curvature).made_up(gone))
+        return {name: of_first(value - self.values[name], self.group) for name, value in made.items()}
+
+
+def second_order(batches: Sequence[Batch], loss: Loss | None, group: Any = None, *, solves: bool = True) -> SecondOrder:
     """Raises TrainingError for no data to measure on, or no loss."""
     if not batches or loss is None:
         raise TrainingError(f"scores={SECOND_ORDER!r} needs data: give batches= and loss=, as eco.score takes them")
-    return SecondOrder(batches, loss, group)
+    return SecondOrder(batches, loss, group, solves)

@@ -28,11 +28,12 @@ class Settings:
     least and most that a coupling keeps, as multiples of what uniform allocation keeps (None: no bounds); round_to: as
     in `compress`, None for what the device likes of half precision, which autocast makes of float32; floor, kinds: as
     in `plan`; allow: as in `detect`; window: steps before each shrink whose gradients are scored, and the memory of
-    their moving average; compensate: after each shrink, solve what consumes the removed units anew, by least squares on
-    `batches`, to do what it did before (None: where scores are second-order); batches, loss: calibration data as in
-    `score`, for that, for second-order scores, and for a schedule that shrinks at the start; of several processes each
-    gives its own part, and holds all parameters during a shrink; wrap: what to put around the model, after every shrink
-    anew (``DistributedDataParallel``); group: the processes that train together, by default all of them.
+    their moving average; compensate: at each shrink, let what stays make up for what goes, by what second-order scores
+    measured, or else by least squares on `batches`, layer by layer (None: where scores are second-order); batches,
+    loss: calibration data as in `score`, for that, for second-order scores, and for a schedule that shrinks at the
+    start; of several processes each gives its own part, and holds all parameters during a shrink; wrap: what to put
+    around the model, after every shrink anew (``DistributedDataParallel``); group: the processes that train together,
+    by default all of them.
     """
 
     total_steps: int | None = None

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from ecospa_fx.training.held import Held
 from ecospa_fx.training.narrow import narrowed
 from ecospa_fx.training.running import RunningScores
 from ecospa_fx.training.schedule import AtStart, Schedule, check_schedule, default_schedule
-from ecospa_fx.training.second_order import SecondOrder, second_order
+from ecospa_fx.training.second_order import Measured, SecondOrder, second_order
 from ecospa_fx.training.settings import SECOND_ORDER, Settings, check_unshared, chosen, other_owners
 from ecospa_fx.training.sharded import whole
 from ecospa_fx.training.surgery import held_bytes
@@ -94,7 +95,8 @@ class SparseTraining:
         """What happened, one record per shrink."""
         self._check_reach()
         self._model, self._batches = Held(self._form, self._settings.wrap), read(self._settings.batches)
-        self._compensation, self._second_order = self._compensating(), self._measuring()
+        self._compensation = self._compensating()
+        self._second_order = self._measuring()
         self._running.follow(self._chosen, self._form.parameters, {})
         self._model.count_backwards(self._running.names)
         if optimizer is not None:
@@ -211,18 +213,20 @@ class SparseTraining:
         begin = time.perf_counter()
         if not self._model.optimizers and not isinstance(self._schedule, AtStart):
             raise TrainingError("a shrink is due and no optimizer is known, whose state would not follow: attach() it")
-        keep = self._units(self._measured() if self._second_order is not None else scores, share)
+        measured = self._measured()
+        keep = self._units(scores if measured is None else measured.scores(), share)
         check_same(keep, self._running.flat().device, self._settings.group)
         same = all(torch.equal(keep[name], before) for name, before in self._keep.items())
-        modules = 0 if same else self._compensated(keep)
+        modules = 0 if same else self._compensated(keep, measured)
         self._record(modules, time.perf_counter() - begin)
 
-    def _measured(self) -> dict[str, Tensor]:
-        """Second-order scores of the units that are there. Linear couplings have been turned then."""
-        assert self._second_order is not None
+    def _measured(self) -> Measured | None:
+        """What second-order scores need of the units that are there. Linear couplings have been turned then."""
+        if self._second_order is None:
+            return None
         values = {name: whole(p) for name, p in self._form.parameters.items()}
         evaluator = self._form.evaluator(self.plan, values)
-        return self._second_order.scores(evaluator, self._now, self._model)
+        return self._second_order.measured(evaluator, self._now, self._model)
 
     def _units(self, scores: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
         """What stays at a share of the target, in terms of the dense model."""
@@ -242,10 +246,14 @@ class SparseTraining:
             found[name][before] = kept[name].flatten()
         return found
 
-    def _compensated(self, keep: Mapping[str, Tensor]) -> int:
+    def _compensated(self, keep: Mapping[str, Tensor], measured: Measured | None) -> int:
         """`_apply`, and what stays makes up for what goes if that is wanted."""
         if self._compensation is None:
             return self._apply(keep)
+        # Where a norm runs over what is kept, its inputs before the shrink are not those after it.
+        if measured is not None and not any(c.inexact for c in self._now):
+            gone = {c.name: ~keep[c.name][self._keep[c.name]].view(c.carriers, c.size) for c in self._now}
+            return self._apply(keep, measured.making_up(gone))
         before = self.plan, {name: whole(p) for name, p in self._form.parameters.items()}  # cutting makes new memory
         modules = self._apply(keep)
         after = self.plan, {name: whole(p) for name, p in self._form.parameters.items()}
@@ -262,16 +270,21 @@ class SparseTraining:
         options = self._settings
         if not self._measures:
             return None
-        return second_order(self._batches, options.loss, options.group)
+        solves = self._compensation is not None
+        return second_order(self._batches, options.loss, options.group, solves=solves)
 
-    def _apply(self, keep: Mapping[str, Tensor]) -> int:
-        """Cut down to what stays. Everything that can fail comes first. Returns how many modules got other code."""
+    def _apply(self, keep: Mapping[str, Tensor], changes: Mapping[str, Tensor] = MappingProxyType({})) -> int:
+        """Cut down to what stays. Everything that can fail comes first. Returns how many modules got other code.
+
+        changes: what to add to parameters, by name, of which what goes is left out.
+        """
         plan, form = self._plan(keep), self._form
         factors = plan.factors()
         cuts, programs = cuts_between(form.shapes, self._factors, factors), form.rewrite(plan)
         values = self._running.values()
         kept = {n: v[keep[n][self._keep[n]].view(v.shape)].view(len(v), -1) for n, v in values.items()}
         modules = self._model.cut(programs, cuts)
+        self._model.add({name: cuts[name](change) if name in cuts else change for name, change in changes.items()})
         self._keep, self._factors = dict(keep), factors
         self._now = narrowed(self._chosen, self._keep, factors, parameter_shapes(form.module))
         self._running.follow(self._now, form.parameters, kept)
