@@ -7,6 +7,7 @@ MODEL is a Hugging Face folder of a causal language model. Each variant trains f
     dense          the model itself, nothing removed
     compressed     `compress` with its defaults first, then training
     removed        `compress(method="gate-fisher")` first, then training
+    start          `SparseTraining` with data before the first step, then training
     gradual        `SparseTraining` over the first half of the steps
     gradual+solve  the same with compensate=True
     gradual+second the same with scores="second-order" and compensate=True
@@ -34,7 +35,7 @@ from torch.nn.functional import cross_entropy
 
 import ecospa_fx as eco
 
-VARIANTS = ("dense", "compressed", "removed", "gradual", "gradual+solve", "gradual+second")
+VARIANTS = ("dense", "compressed", "removed", "start", "gradual", "gradual+solve", "gradual+second")
 PLAIN = {"use_cache": False}
 
 
@@ -98,6 +99,9 @@ class FineTuning:
         }  # fmt: skip
 
     def _compress(self) -> None:
+        if self.variant == "start":
+            self.sparse = self._sparse(None, eco.AtStart(), solve=True, second=True)
+            self.model = self.sparse.model
         if self.variant not in ("compressed", "removed"):
             return
         method = {"method": "gate-fisher"} if self.variant == "removed" else {}
@@ -107,18 +111,25 @@ class FineTuning:
         ).train()  # fmt: skip
 
     def _attach(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.sparse is not None:
+            self.sparse.attach(optimizer)
         if not self.variant.startswith("gradual"):
             return
+        first, last = max(1, self.steps // 20), max(2, self.steps // 2)
+        schedule = eco.Linear(first, last, max(1, (last - first) // (self.options.shrinks - 1)))
         solve, second = self.variant != "gradual", self.variant.endswith("second")
-        ids, last = next(iter(self.windows))[:, :-1], max(2, self.steps // 2)
-        first = max(1, self.steps // 20)
-        self.sparse = eco.SparseTraining(
+        self.sparse = self._sparse(optimizer, schedule, solve=solve, second=second)
+        self.model = self.sparse.model
+
+    def _sparse(
+        self, optimizer: torch.optim.Optimizer | None, schedule: Any, *, solve: bool, second: bool
+    ) -> eco.SparseTraining:
+        ids = next(iter(self.windows))[:, :-1]
+        return eco.SparseTraining(
             self.model, (ids,), PLAIN, optimizer=optimizer, target=self.options.ratio, compensate=solve,
-            schedule=eco.Linear(first, last, max(1, (last - first) // (self.options.shrinks - 1))),
-            batches=self.grouped if solve else None, loss=calibration_loss,
+            schedule=schedule, batches=self.grouped if solve else None, loss=calibration_loss,
             scores="second-order" if second else "gate-fisher",
         )  # fmt: skip
-        self.model = self.sparse.model
 
     def _train(self, optimizer: torch.optim.Optimizer) -> None:
         rise = max(1, self.steps // 50)
