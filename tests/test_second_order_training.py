@@ -170,7 +170,7 @@ def test_a_shrink_equals_masking_what_makes_up_for_it() -> None:
         weights = Compensated(sparse._now, measured.values, measured.views, measured.curvature)
         masked = copy.deepcopy(sparse.model)
         masked.load_state_dict(weights.weights(gone, measured.values))
-        sparse._compensated(keep, measured)
+        sparse._compensated(keep, measured.making_up(gone))
         for small in (sparse.model, average):
             assert torch.allclose(small(ids(99)), masked(ids(99)), rtol=1e-9, atol=1e-9)
     assert sparse.removed > 0.35

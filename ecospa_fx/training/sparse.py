@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -95,8 +94,7 @@ class SparseTraining:
         """What happened, one record per shrink."""
         self._check_reach()
         self._model, self._batches = Held(self._form, self._settings.wrap), read(self._settings.batches)
-        self._compensation = self._compensating()
-        self._second_order = self._measuring()
+        self._compensation, self._second_order = self._compensating(), self._measuring()
         self._running.follow(self._chosen, self._form.parameters, {})
         self._model.count_backwards(self._running.names)
         if optimizer is not None:
@@ -177,7 +175,7 @@ class SparseTraining:
         another model, and where this model is smaller than that one was; nothing has changed then.
         """
         step, pending, keep, values, records = unpacked(state, self._form.shapes, self._keep)
-        self._apply(keep)
+        self._apply(keep, {})
         self._running.follow(self._now, self._form.parameters, values)
         self._step, self._pending, self.history = step, pending, records
 
@@ -213,12 +211,23 @@ class SparseTraining:
         begin = time.perf_counter()
         if not self._model.optimizers and not isinstance(self._schedule, AtStart):
             raise TrainingError("a shrink is due and no optimizer is known, whose state would not follow: attach() it")
+        keep, changes = self._decided(scores, share)
+        same = all(torch.equal(keep[name], before) for name, before in self._keep.items())
+        modules = 0 if same else self._compensated(keep, changes)
+        self._record(modules, time.perf_counter() - begin)
+
+    def _decided(
+        self, scores: Mapping[str, Tensor], share: float
+    ) -> tuple[dict[str, Tensor], Mapping[str, Tensor] | None]:
+        """What stays, the same in all processes, and what to add to parameters to make up for the rest, if known."""
         measured = self._measured()
         keep = self._units(scores if measured is None else measured.scores(), share)
         check_same(keep, self._running.flat().device, self._settings.group)
-        same = all(torch.equal(keep[name], before) for name, before in self._keep.items())
-        modules = 0 if same else self._compensated(keep, measured)
-        self._record(modules, time.perf_counter() - begin)
+        # Where a norm runs over what is kept, its inputs before the shrink are not those after it.
+        if measured is None or not self._compensates or any(c.inexact for c in self._now):
+            return keep, None
+        gone = {c.name: ~keep[c.name][self._keep[c.name]].view(c.carriers, c.size) for c in self._now}
+        return keep, measured.making_up(gone)
 
     def _measured(self) -> Measured | None:
         """What second-order scores need of the units that are there. Linear couplings have been turned then."""
@@ -246,34 +255,30 @@ class SparseTraining:
             found[name][before] = kept[name].flatten()
         return found
 
-    def _compensated(self, keep: Mapping[str, Tensor], measured: Measured | None) -> int:
-        """`_apply`, and what stays makes up for what goes if that is wanted."""
-        if self._compensation is None:
-            return self._apply(keep)
-        # Where a norm runs over what is kept, its inputs before the shrink are not those after it.
-        if measured is not None and not any(c.inexact for c in self._now):
-            gone = {c.name: ~keep[c.name][self._keep[c.name]].view(c.carriers, c.size) for c in self._now}
-            return self._apply(keep, measured.making_up(gone))
+    def _compensated(self, keep: Mapping[str, Tensor], changes: Mapping[str, Tensor] | None) -> int:
+        """`_apply`, and what stays makes up for what goes if that is wanted: by the changes, if known."""
+        if self._compensation is None or changes is not None:
+            return self._apply(keep, changes or {})
         before = self.plan, {name: whole(p) for name, p in self._form.parameters.items()}  # cutting makes new memory
-        modules = self._apply(keep)
+        modules = self._apply(keep, {})
         after = self.plan, {name: whole(p) for name, p in self._form.parameters.items()}
         self._model.add(self._compensation.changes(self._form.evaluator, before, after))
         return modules
 
+    @property
+    def _compensates(self) -> bool:
+        wanted = self._settings.compensate
+        return self._measures if wanted is None else wanted
+
     def _compensating(self) -> Compensation | None:
-        options = self._settings
-        if not (self._measures if options.compensate is None else options.compensate):
-            return None
-        return Compensation(self._batches, options.group)
+        return Compensation(self._batches, self._settings.group) if self._compensates else None
 
     def _measuring(self) -> SecondOrder | None:
-        options = self._settings
         if not self._measures:
             return None
-        solves = self._compensation is not None
-        return second_order(self._batches, options.loss, options.group, solves=solves)
+        return second_order(self._batches, self._settings.loss, self._settings.group, solves=self._compensates)
 
-    def _apply(self, keep: Mapping[str, Tensor], changes: Mapping[str, Tensor] = MappingProxyType({})) -> int:
+    def _apply(self, keep: Mapping[str, Tensor], changes: Mapping[str, Tensor]) -> int:
         """Cut down to what stays. Everything that can fail comes first. Returns how many modules got other code.
 
         changes: what to add to parameters, by name, of which what goes is left out.
