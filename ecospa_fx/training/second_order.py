@@ -47,8 +47,8 @@ class SecondOrder:
 
     batches: Sequence[Batch]
     loss: Loss
-    group: Any = None
-    solves: bool = True
+    group: Any
+    solves: bool
     damping: float = 0.01
 
     def measured(self, evaluator: Evaluator, couplings: Sequence[Coupling], held: Held) -> Measured:
@@ -73,7 +73,8 @@ class SecondOrder:
             return change
 
         views = views_of(couplings, find_sites(program))
-        views = views if self.solves else replace(views, beside=())
+        if not self.solves:
+            views = replace(views, beside=())
         turn_factors(views, lambda sites: self._curvature(evaluator, Views((), (), ()), sites), program, made)
         curvature = self._curvature(evaluator, views)
         turn_values(views, curvature, program, made)
@@ -115,7 +116,7 @@ class Measured:
         return {name: of_first(value - self.values[name], self.group) for name, value in made.items()}
 
 
-def second_order(batches: Sequence[Batch], loss: Loss | None, group: Any = None, *, solves: bool = True) -> SecondOrder:
+def second_order(batches: Sequence[Batch], loss: Loss | None, group: Any, *, solves: bool) -> SecondOrder:
     """Raises TrainingError for no data to measure on, or no loss."""
     if not batches or loss is None:
         raise TrainingError(f"scores={SECOND_ORDER!r} needs data: give batches= and loss=, as eco.score takes them")

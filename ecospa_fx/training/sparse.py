@@ -224,7 +224,7 @@ class SparseTraining:
         keep = self._units(scores if measured is None else measured.scores(), share)
         check_same(keep, self._running.flat().device, self._settings.group)
         # Where a norm runs over what is kept, its inputs before the shrink are not those after it.
-        if measured is None or not self._compensates or any(c.inexact for c in self._now):
+        if measured is None or self._compensation is None or any(c.inexact for c in self._now):
             return keep, None
         gone = {c.name: ~keep[c.name][self._keep[c.name]].view(c.carriers, c.size) for c in self._now}
         return keep, measured.making_up(gone)
