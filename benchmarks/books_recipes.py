@@ -85,7 +85,8 @@ RECIPES = {
         Recipe("ecospa", scores="fisher", start=0.05, end=0.25, allocation="uniform"),
         Recipe("ecospa-late", scores="fisher", allocation="uniform"),
         Recipe("late", allocation="global"),
-        Recipe("own", shrinks=2, start=0.45, end=0.55, compensate="full", decay="flat", flat=0.6),
+        Recipe("own", shrinks=2, start=0.35, end=0.45, compensate="full", decay="flat"),
+        Recipe("own-late", shrinks=2, start=0.45, end=0.55, compensate="full", decay="flat", flat=0.6),
     )
 }
 

@@ -7,7 +7,7 @@
 A LLaMA with hidden 512, 8 layers, 8 heads, FFN 1,408 (25.7 M parameters in its layers), brought to 36.7 % of them, the
 widths of the variant `small`: head dimension 24, FFN 512. All variants of a seed see the same windows in the same
 order; `small*1.3` gets 1.3 times the tokens. The dense and the small model hold their learning rate until 70 % of the
-steps, as ours does until 60 %: a rate that only falls would be a weaker opponent. A run is a name from RECIPES and
+steps, as ours does: a rate that only falls would be a weaker opponent. A run is a name from RECIPES and
 settings that differ, as above. Losses in nats on the first 64 windows of valid (float32), on 256 windows of valid, and
 on 256 of training text kept aside.
 
