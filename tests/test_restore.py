@@ -172,3 +172,45 @@ def test_export_of_a_shrunk_model_saves_and_loads(small: Any, tmp_path: Any) -> 
     loaded = torch.export.load(tmp_path / "small.pt2").module()
     for size in ((2, 5), (3, 7)):
         assert torch.equal(loaded(data(*size))["out"], small(data(*size))["out"])
+
+
+class Skipping(nn.Module):
+    """Dropout on the way, and another argument in its second call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(HIDDEN, FFN), nn.Linear(FFN, HIDDEN)
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        y: Tensor = self.down(nn.functional.dropout(self.up(x).relu(), 0.5, self.training))
+        return y if skip is None else y + skip
+
+
+class CalledTwice(nn.Module):
+    """One module whose two calls are two graphs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = Skipping()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(self.layer(x), x)
+        return y
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_all_calls_of_a_module_follow_its_mode(mode: bool) -> None:
+    model, x = CalledTwice().double().train(mode), torch.randn(2, 5, HIDDEN, dtype=torch.float64)
+    small = eco.shrink(model, eco.plan(eco.detect(model, (x,)), ratio=0.4), (x,))
+    for tree in (small, copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
+        tree.eval()
+        assert torch.equal(tree(x), tree(x))
+        tree.train()
+        assert not torch.equal(tree(x), tree(x))
+        seen = []
+        for layer in tree.modules():
+            if "up" in dict(layer.named_children()):
+                layer.eval()
+                seen.append(layer)
+        assert len(seen) == 1
+        assert torch.equal(tree(x), tree(x))

@@ -139,7 +139,7 @@ class Layers:
     def _class(
         self, module: nn.Module, graph: fx.Graph, inside: Mapping[str, nn.Module], base: type[GraphLayer]
     ) -> type[GraphLayer]:
-        code = _renamed(graph).python_code("self")
+        code = _renamed(graph, FIRST_CALL if FIRST_CALL in module.__dict__ else "").python_code("self")
         held = {**module._parameters, **module._buffers}
         shapes = tuple((n, tuple(t.shape), t.dtype, t.requires_grad) for n, t in held.items() if isinstance(t, Tensor))
         parts = [(n, getattr(m, "_graph_key", type(m).__name__)) for n, m in inside.items()]
@@ -166,8 +166,11 @@ def _is_beside(name: str, held: Any) -> bool:
     return isinstance(held, nn.Module) and ("@" in name or name == FIRST_CALL)
 
 
-def _renamed(graph: fx.Graph) -> fx.Graph:
-    """The same graph with names that depend on nothing outside it, so that equal layers have equal code."""
+def _renamed(graph: fx.Graph, mode_of: str) -> fx.Graph:
+    """The same graph with names that depend on nothing outside it, so that equal layers have equal code.
+
+    mode_of: see `follow_notes`.
+    """
     fresh = fx.Graph()
     known: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
@@ -178,5 +181,5 @@ def _renamed(graph: fx.Graph) -> fx.Graph:
             name = f"from_{node.target}" if node.op == "call_module" else None  # a module may well be called self
             known[node] = fresh.create_node(node.op, node.target, args, kwargs, name)
         known[node].meta = dict(node.meta)
-    follow_notes(fresh)
+    follow_notes(fresh, mode_of)
     return fresh

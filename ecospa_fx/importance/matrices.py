@@ -9,10 +9,14 @@ NOISE = 1e-7
 """Variance below this share of the mean square is rounding."""
 
 
-def damped(matrix: Tensor, damping: float) -> Tensor:
-    """`matrix` [..., n, n] plus `damping` times the mean of its diagonal; the identity where it is zero."""
-    mean = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)
-    added = torch.where(mean > 0, damping * mean, torch.ones_like(mean))
+def damped(matrix: Tensor, damping: float, square: Tensor | float = 0.0) -> Tensor:
+    """`matrix` [..., n, n] plus `damping` times the mean of its diagonal; the identity where it is zero.
+
+    square: that mean before anything was centred, where what is left may be rounding; `NOISE` times it is added too.
+    """
+    mean = matrix.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=0)
+    added = damping * mean + NOISE * square
+    added = torch.where(added > 0, added, torch.ones_like(added))
     return matrix + added[..., None, None] * torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
 
 

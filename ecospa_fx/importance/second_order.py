@@ -58,7 +58,8 @@ def _input_scores(
     """Carrier by carrier: what is left of a carrier makes up for what goes from it."""
     moments, gradients = curvature.inputs[site], curvature.outputs[site]
     at = positions.flatten(1).to(moments.second.device)
-    hessian = damped(curvature.second(site)[at[:, :, None], at[:, None, :]], damping)
+    square = moments.second.diagonal()[at].mean(-1)
+    hessian = damped(curvature.second(site)[at[:, :, None], at[:, None, :]], damping, square)
     metric = power(gradients.second / max(gradients.rows, 1), 0.5)
     matrix = metric @ site.matrix(weights[site.parameter]).to(metric)
     weight = matrix[:, at].movedim(1, 0)

@@ -7,7 +7,8 @@
 batch: a dictionary as the collator makes it, labels included, so that the graph computes the loss. The trainer sees a
 module whose ``forward`` takes anything: tell it ``remove_unused_columns=False`` and, for evaluation,
 ``label_names=["labels"]`` in its arguments. To resume, call `load_checkpoint` before
-``trainer.train(resume_from_checkpoint=folder)``.
+``trainer.train(resume_from_checkpoint=folder)``. Of ``load_best_model_at_end``, checkpoints from before the last shrink
+do not count: they are of a larger model. Tied parameters are in checkpoints once, as in those of transformers.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback
 
@@ -34,12 +36,24 @@ class SparseCallback(TrainerCallback):
         # The graph takes the arguments of its example and no others, such as the number of labels in all micro-batches.
         model: Any = sparse.model
         model.accepts_loss_kwargs = False
+        _save_once(model)
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if args.gradient_checkpointing:
+            raise TrainingError(
+                "gradient_checkpointing needs a model of transformers, and this is a graph: put checkpoint_wrapper of "
+                "torch.distributed around the layers of sparse.model"
+            )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
         inner = getattr(optimizer, "optimizer", optimizer)
         if not isinstance(inner, Optimizer):
             raise TrainingError(f"the trainer has an optimizer of type {type(inner).__name__}, which cannot be cut")
         self.sparse.attach(inner)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not self.sparse.finished:
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.sparse.step()
@@ -48,6 +62,27 @@ class SparseCallback(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
             torch.save(self.sparse.state_dict(), folder / FILE)
+
+
+def _save_once(model: Any) -> None:
+    """Leave further names of tied parameters out of a model's state, and read states without them."""
+    first: dict[int, str] = {}
+    tied: dict[str, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        tied[name] = first.setdefault(id(tensor), name)
+    tied = {name: known for name, known in tied.items() if name != known}
+
+    def saved(_: nn.Module, state: dict[str, Any], prefix: str, __: Any) -> None:
+        for name in tied:
+            state.pop(prefix + name, None)
+
+    def loaded(_: nn.Module, state: dict[str, Any], prefix: str, *__: Any) -> None:
+        for name, known in tied.items():
+            if prefix + known in state:
+                state.setdefault(prefix + name, state[prefix + known])
+
+    model.register_state_dict_post_hook(saved)
+    model.register_load_state_dict_pre_hook(loaded)
 
 
 def load_checkpoint(sparse: SparseTraining, folder: str | Path) -> None:

@@ -60,7 +60,7 @@ def unpacked(state: Mapping[str, Any], shapes: Shapes, keep: Mapping[str, Tensor
         if (units & ~keep[name]).any():
             raise TrainingError(
                 f"the state has units of coupling {name!r} that this model has already lost: "
-                "load it into a model that was just built"
+                "load it into a model that was just built; where the schedule shrinks at the start, give it as state="
             )
     history = [Shrink(**record) for record in state["history"]]
     return state["step"], state["pending"], kept, dict(state["scores"]), history

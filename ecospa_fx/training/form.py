@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+from torch.nn.modules.batchnorm import _NormBase
 
 from ecospa_fx.axes.kept import Cut, take_more
 from ecospa_fx.budget.allocate import plan as make_plan
@@ -29,7 +30,7 @@ from ecospa_fx.graph.passes import run_passes
 from ecospa_fx.graph.program import ExportedForm
 from ecospa_fx.graph.restore import restore
 from ecospa_fx.plan import Plan
-from ecospa_fx.training.tree import TwoModes, add_eval_mode, copy_modes, share, transplant
+from ecospa_fx.training.tree import TwoModes, add_eval_mode, by_path, copy_modes, named, share, transplant
 from ecospa_fx.verify import masked_error
 
 log = logging.getLogger(__name__)
@@ -62,6 +63,11 @@ class GraphForm:
         copy_modes(model, self.module)
         if self._eval_difference() > self._rounding:
             self._add_eval()
+
+    @property
+    def sizes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the parameters as they are now."""
+        return {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
 
     def rewrite(self, plan: Plan) -> list[ExportedForm]:
         """The captured graphs with a plan applied, cleaned up, for `adopt`. Nothing else changes; raises PlanError."""
@@ -114,7 +120,7 @@ class GraphForm:
         """Cut what a tree has in buffers that the graph writes into, as they are now."""
         for name, cut in program.cut_buffers.items():
             path, _, attribute = name.rpartition(".")
-            owner = tree.get_submodule(path)
+            owner = by_path(tree)[path]
             dense = self._model.get_buffer(name).shape
             owner._buffers[attribute] = take_more(owner.get_buffer(attribute), self._cut.get(name, ()), cut, dense)
         if isinstance(tree, TwoModes):
@@ -141,12 +147,17 @@ class GraphForm:
         if any(p.is_meta for p in self.parameters.values()):
             return 0.0
         modes = [(m, m.training) for tree in (self._model, self.module) for m in tree.modules()]
+        statistics = [
+            (b, b.clone()) for b in self.module.buffers() if not b.is_meta
+        ]  # traced in training mode, it writes
         try:
             trees = self._model.eval(), self.module.eval()
             return masked_error(*trees, Plan((), tuple(self.shapes.items())), self._args, self._kwargs)
         finally:
             for module, training in modes:
                 module.training = training
+            for buffer, before in statistics:
+                buffer.copy_(before)
 
     def _add_eval(self) -> None:
         """Trace the model in eval mode too, where its own code asks for the mode; say so where that does not help."""
@@ -184,7 +195,11 @@ class GraphForm:
     @contextmanager
     def _mode(self, training: bool) -> Iterator[None]:
         modes = {module: module.training for module in self._model.modules()}
+        whole = self._model.training
         self._model.train(training)
+        for module in modes if training and whole else ():
+            if isinstance(module, _NormBase) and not modes[module]:  # the user froze its statistics
+                module.eval()
         try:
             yield
         finally:
@@ -211,7 +226,7 @@ class GraphForm:
 
     def _restored(self, program: ExportedForm, values: dict[str, nn.Parameter] | None = None) -> nn.Module:
         program.values = dict(self.parameters) if values is None else values
-        return restore(program, self._model, self._args, self._kwargs)
+        return named(restore(program, self._model, self._args, self._kwargs))
 
 
 def _cleaned(program: ExportedForm) -> ExportedForm:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,11 +15,12 @@ from torch.optim import Optimizer
 from ecospa_fx.errors import TrainingError
 from ecospa_fx.graph.program import ExportedForm
 from ecospa_fx.importance.views import Side
+from ecospa_fx.origin import Origin, remember
 from ecospa_fx.training.cut import Cut
 from ecospa_fx.training.form import GraphForm
 from ecospa_fx.training.sharded import fill, is_sharded, put, release, replace_in, whole
 from ecospa_fx.training.surgery import check_optimizers, check_states, cut_all
-from ecospa_fx.training.tree import TwoModes
+from ecospa_fx.training.tree import TwoModes, tensors_by_path
 from ecospa_fx.training.turning import turn_gradient, unknown
 
 Wrap = Callable[[nn.Module], nn.Module]
@@ -50,10 +52,17 @@ class Held:
         self.optimizers = tuple(optimizers)
 
     def follow(self, copy: nn.Module | Mapping[str, Tensor]) -> None:
-        """Name a copy of the parameters. Raises TrainingError where a tensor has another shape than its parameter."""
+        """Name a copy of the parameters. Raises TrainingError for other names, or other shapes, than they have."""
         if self.sharded:
             raise TrainingError("copies cannot follow where parameters are sharded: make them after the last shrink")
-        named = dict(copy.named_parameters()) if isinstance(copy, nn.Module) else dict(copy)
+        copy = self._inner(copy) if isinstance(copy, nn.Module) else copy
+        named = tensors_by_path(copy) if isinstance(copy, nn.Module) else dict(copy)
+        strange = sorted(named.keys() - tensors_by_path(self.form.module).keys())
+        if strange or not named:
+            told = f"{strange[0]!r} is not the name of one" if strange else "there is nothing in it"
+            raise TrainingError(
+                f"this is no copy of the model's parameters because {told}: give tensors by their names"
+            )
         tensors = {name: tensor for name, tensor in named.items() if name in self.form.parameters}
         for name, tensor in tensors.items():
             if tensor.shape != self.form.parameters[name].shape:
@@ -64,6 +73,18 @@ class Held:
         self._copies.append(tensors)
         if isinstance(copy, type(self.form.module)):
             self._trees.append(copy)
+
+    def remember(self, known: Origin) -> None:
+        """Note on the model and its copies where they come from, for `save`: of two graphs, that of eval mode."""
+        if isinstance(self.form.module, TwoModes):
+            known = replace(known, training=False)
+        for tree in (self.form.module, *self._trees):
+            remember(tree, known)
+
+    def _inner(self, copy: nn.Module) -> nn.Module:
+        """The copy inside of what is around it, such as `AveragedModel`; itself where there is none."""
+        names = self.form.parameters.keys()
+        return next((m for m in copy.modules() if names <= tensors_by_path(m).keys()), copy)
 
     def count_backwards(self, names: Sequence[str]) -> None:
         """Notice every backward pass that reaches one of these parameters; gradients are not looked at."""
@@ -142,7 +163,14 @@ class Held:
             raise TrainingError(
                 "a model whose own code asks for its mode cannot be sharded here: its eval graph would not be"
             )
-        self.form.parameters = dict(self.form.module.named_parameters())
+        parameters = dict(self.form.module.named_parameters())
+        if parameters.keys() != self.form.parameters.keys():
+            strange = min(parameters.keys() ^ self.form.parameters.keys())
+            raise TrainingError(
+                f"wrap= gives sharded parameters other names ({strange!r}): shard the layers themselves, and put "
+                "nothing else around them"
+            )
+        self.form.parameters = parameters
         self.form.forget()
         release(self.form.module)
         self._count_forwards()

@@ -142,7 +142,9 @@ def default_schedule(total_steps: int | None, compensated: bool = False) -> Cubi
 
 
 def check_schedule(schedule: Schedule, total_steps: int | None) -> None:
-    """Raise TrainingError where a schedule goes on after the last step."""
+    """Raise TrainingError for what is no schedule, and for one that goes on after the last step."""
+    if not isinstance(getattr(schedule, "steps", None), tuple):
+        raise TrainingError(f"schedule={schedule!r} is none: give one with its steps, such as eco.OneShot(100)")
     last = max(schedule.steps, default=0)
     if total_steps is not None and last > total_steps:
         raise TrainingError(

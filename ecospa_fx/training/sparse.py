@@ -6,6 +6,7 @@ import logging
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ecospa_fx.budget.elements import Factors, removed_elements
-from ecospa_fx.coupling.couplings import Coupling, Couplings, parameter_shapes
+from ecospa_fx.coupling.couplings import Coupling, Couplings
 from ecospa_fx.errors import TrainingError
 from ecospa_fx.importance.score import score
+from ecospa_fx.origin import origin
 from ecospa_fx.plan import Plan, Selection
 from ecospa_fx.training import history
 from ecospa_fx.training.allocation import allocate, bounds
@@ -48,7 +50,8 @@ class SparseTraining:
     have made up for them, in bases of linear couplings (V with O, Q with K) that suit removal: see
     `ecospa_fx.training.second_order`, and `ecospa_fx.training.turning` for what becomes of the optimizer's states. Or
     "gate-fisher", "fisher" or "taylor", taken from the gradients of training. By default the first where batches and a
-    loss are given, "gate-fisher" elsewhere. options: see `Settings`.
+    loss are given, "gate-fisher" elsewhere. state: to resume from, as for `load_state_dict`; of a schedule that shrinks
+    at the start it must be given here. options: see `Settings`.
 
     Raises TrainingError for an optimizer of another model, a schedule that outlasts training, a target that floors put
     out of reach, parameters that another model holds too; and what `detect` raises.
@@ -71,6 +74,7 @@ class SparseTraining:
         target: float = 0.5,
         schedule: Schedule | None = None,
         scores: str | None = None,
+        state: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
         if not isinstance(target, int | float) or not 0 < target < 1:
@@ -94,12 +98,16 @@ class SparseTraining:
         """What happened, one record per shrink."""
         self._check_reach()
         self._model, self._batches = Held(self._form, self._settings.wrap), read(self._settings.batches)
-        self._compensation, self._second_order = self._compensating(), self._measuring()
+        self._second_order, self._compensation = self._measuring(), self._compensating()
         self._running.follow(self._chosen, self._form.parameters, {})
+        self._origin = origin(model, self.plan, args, kwargs)
+        self._model.remember(self._origin)
         self._model.count_backwards(self._running.names)
         if optimizer is not None:
             self.attach(optimizer)
-        if isinstance(self._schedule, AtStart):
+        if state is not None:
+            self.load_state_dict(state)
+        elif isinstance(self._schedule, AtStart):
             self._shrink_at_start()
 
     # -- what the loop uses ------------------------------------------------------------------------------------
@@ -122,7 +130,12 @@ class SparseTraining:
     @property
     def removed(self) -> float:
         """The share of the couplings' dense parameters that is gone."""
-        return 1 - _held(parameter_shapes(self._form.module), self._now) / self._held
+        return 1 - _held(self._form.sizes, self._now) / self._held
+
+    @property
+    def finished(self) -> bool:
+        """Whether no shrink is to come: the sizes are final."""
+        return not self._pending and self._step >= max(self._steps, default=0)
 
     def attach(self, optimizer: Optimizer | Sequence[Optimizer]) -> None:
         """Name the optimizers whose states are to be cut. Raises TrainingError for parameters of another model."""
@@ -239,7 +252,7 @@ class SparseTraining:
 
     def _units(self, scores: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
         """What stays at a share of the target, in terms of the dense model."""
-        options, left, shapes = self._settings, 1 - self._target * share, parameter_shapes(self._form.module)
+        options, left, shapes = self._settings, 1 - self._target * share, self._form.sizes
         dense = {c.name: c.size for c in self._chosen}
         steps = options.multiples(self._chosen, self._form.parameters)
         limits = {c.name: bounds(dense[c.name], c.size, left, options.limits, steps[c.name]) for c in self._now}
@@ -290,8 +303,9 @@ class SparseTraining:
         kept = {n: v[keep[n][self._keep[n]].view(v.shape)].view(len(v), -1) for n, v in values.items()}
         modules = self._model.cut(programs, cuts)
         self._model.add({name: cuts[name](change) if name in cuts else change for name, change in changes.items()})
+        self._model.remember(replace(self._origin, plan=plan))
         self._keep, self._factors = dict(keep), factors
-        self._now = narrowed(self._chosen, self._keep, factors, parameter_shapes(form.module))
+        self._now = narrowed(self._chosen, self._keep, factors, form.sizes)
         self._running.follow(self._now, form.parameters, kept)
         return modules
 

@@ -21,6 +21,8 @@ def check_optimizers(optimizers: Sequence[Optimizer], known: Iterable[Tensor]) -
     """Raise TrainingError where an optimizer holds parameters that are not known, or none at all."""
     known_ids = {id(tensor) for tensor in known}
     for optimizer in optimizers:
+        if not isinstance(optimizer, Optimizer):
+            raise TrainingError(f"{optimizer!r} is no optimizer: give a torch.optim.Optimizer, or a list of them")
         kind, held = type(optimizer).__name__, list(_held(optimizer))
         foreign = sum(id(p) not in known_ids for p in held)
         if foreign:

@@ -44,10 +44,39 @@ def add_eval_mode(tree: nn.Module, in_eval: nn.Module) -> None:
     share(tree, in_eval, "_parameters", "_buffers")
 
 
+def named(tree: nn.Module) -> nn.Module:
+    """Note on every module of a fresh tree which one it is, whatever others will put around it. Returns the tree."""
+    for path, module in tree.named_modules():
+        module.__dict__[_PATH] = path
+    return tree
+
+
+def by_path(tree: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a tree that was `named`, or of a copy; wrappers around some of them are passed over."""
+    return {module.__dict__[_PATH]: module for module in tree.modules() if _PATH in module.__dict__}
+
+
+def tensors_by_path(tree: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of a tree that was `named`, under all their names; of another module, as it calls them."""
+    return {
+        f"{path}.{name}" if path else name: tensor
+        for path, module in _modules(tree).items()
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None
+    }
+
+
+def _modules(tree: nn.Module) -> dict[str, nn.Module]:
+    return by_path(tree) if _PATH in tree.__dict__ else dict(tree.named_modules())
+
+
+_PATH = "ecospa_path"
+
+
 def share(tree: nn.Module, other: nn.Module, *kinds: str) -> None:
     """Give another tree the very tensors of a tree, those that both have. kinds: "_parameters", "_buffers"."""
-    modules = dict(tree.named_modules())
-    for path, module in other.named_modules():
+    modules = by_path(tree)
+    for path, module in by_path(other).items():
         for kind in kinds if path in modules else ():
             known, held = modules[path].__dict__[kind], module.__dict__[kind]
             held.update({name: known[name] for name in held if name in known and not name.startswith(KEPT)})
@@ -59,7 +88,7 @@ KEPT = "kept_positions_"
 
 def copy_modes(model: nn.Module, tree: nn.Module) -> None:
     """Give every module of a tree the mode of its namesake, or of the nearest one above."""
-    modes = {path: module.training for path, module in model.named_modules()}
+    modes = {path: module.training for path, module in _modules(model).items()}
     for path, module in tree.named_modules():
         known = path
         while known not in modes:
@@ -69,12 +98,13 @@ def copy_modes(model: nn.Module, tree: nn.Module) -> None:
 
 def transplant(fresh: nn.Module, tree: nn.Module, made: Mapping[str, Tensor]) -> int:
     """Give the modules of a tree the graphs of a fresh one. made: buffers that came with these graphs, by name."""
-    modules, changed = dict(tree.named_modules()), 0
-    for path, new in fresh.named_modules():
+    modules, changed = by_path(tree), 0
+    for path, new in by_path(fresh).items():
         old = modules.get(path)
         if old is None:
             parent, _, name = path.rpartition(".")
-            tree.get_submodule(parent).add_module(name, new)
+            modules[parent].add_module(name, new)
+            modules[path] = new
             continue
         prefix = f"{path}." if path else ""
         for name in [n for n in old._buffers if n.startswith(KEPT)]:
