@@ -96,3 +96,87 @@ def test_sharded_parameters_are_refused_by_name() -> None:
             eco.detect(model, args)
     finally:
         dist.destroy_process_group()
+
+
+class PerSample(Mlp):
+    """A loop over the batch, whose size therefore is fixed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([super(PerSample, self).forward(row) for row in x])
+
+
+def test_a_batch_of_one_that_is_looped_over_stays_one() -> None:
+    model, x = PerSample().double(), torch.randn(1, 3, 8).double()
+    plan = eco.plan(eco.detect(model, (x,)), 0.5)
+    small = eco.shrink(model, plan, (x,))
+    for call in (x, torch.randn(1, 7, 8).double()):
+        assert masked_error(model, small, plan, (call,)) < 1e-9
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_lengths_stay_free_where_batches_are_the_same_by_use_alone(batch: int) -> None:
+    """torch gives the two batches a symbol each, and does not see that their products are the same."""
+    model = nn.TransformerDecoder(nn.TransformerDecoderLayer(16, 2, 24, batch_first=True), 1).double().eval()
+
+    def call(batch: int, own: int, memory: int) -> tuple[Tensor, Tensor]:
+        return torch.randn(batch, own, 16).double(), torch.randn(batch, memory, 16).double()
+
+    plan = eco.plan(eco.detect(model, call(batch, 6, 5)), 0.4)
+    assert {s.kind for s in plan if s.kept < s.size} > {"ffn"}
+    small = eco.shrink(model, plan, call(batch, 6, 5))
+    for other in (call(batch, 6, 5), call(3, 4, 8)):
+        assert masked_error(model, small, plan, other) < 1e-9
+
+
+def test_padding_is_compared_as_it_is_traced() -> None:
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 24, batch_first=True), 1).double().eval()
+    padding = torch.zeros(2, 6, dtype=torch.bool)
+    padding[0, 4:] = True
+    given = (torch.randn(2, 6, 16).double(),), {"src_key_padding_mask": padding}
+    plan = eco.plan(eco.detect(model, *given), 0.4, kinds=["ffn"])
+    assert masked_error(model, eco.shrink(model, plan, *given), plan, *given) < 1e-9
+    assert torch.backends.mha.get_fastpath_enabled()
+    eco.shrink_(model, plan, *given)
+    layer: nn.Module = model.layers[0]
+    assert layer.get_parameter("linear1.weight").shape[0] < 24
+
+
+class Writing(Mlp):
+    """Code that changes a parameter when it is called, once or every time."""
+
+    def __init__(self, factor: float, once: bool = False) -> None:
+        super().__init__()
+        self.factor, self.once, self.done = factor, once, False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.once and self.done):
+            with torch.no_grad():
+                self.up.weight[1:].div_(self.factor)
+            self.done = True
+        return super().forward(x)
+
+
+def test_code_that_writes_into_parameters_is_refused_with_its_line() -> None:
+    x = torch.randn(3, 8)
+    for model in (Writing(2.0), Writing(2.0, once=True)):
+        before = model.up.weight.clone()
+        with pytest.raises(CaptureError, match=r"parameter 'up\.weight' is written into .*test_capture\.py:\d+"):
+            eco.detect(model, (x,))
+        assert torch.equal(before, model.up.weight)
+        assert not model.done
+
+
+def test_code_that_writes_no_more_or_nothing_else_is_taken() -> None:
+    x = torch.randn(3, 8).double()
+    for model in (Writing(2.0, once=True), Writing(1.0)):
+        model.double()(x)
+        plan = eco.plan(eco.detect(model, (x,)), 0.5)
+        small = eco.shrink(model, plan, (x,))
+        assert masked_error(model, small, plan, (x,)) < 1e-9
+        assert torch.equal(small(x), small(x))
+
+
+def test_nothing_finite_is_no_proof() -> None:
+    model, x = Mlp(), torch.full((3, 8), torch.nan)
+    plan = eco.plan(eco.detect(model, (x,)), 0.5)
+    assert masked_error(model, eco.shrink(model, plan, (x,)), plan, (x,)) == torch.inf

@@ -67,8 +67,9 @@ class Leaf:
                 "call to call is narrower too, so cut yours with ecospa_fx.verify.narrowed(small, args, kwargs)"
             )
         return (
-            f"the smaller model takes an input of shape [{wanted}], not {given}: the original's code or torch.export "
-            "fixes these sizes, so shrink it again with example inputs of the new shape"
+            f"the smaller model takes an input of shape [{wanted}], not {given}: its graph fixes these sizes, as "
+            "the original's code or torch.export does, and of images all but the batch: shrink it again with example "
+            "inputs of the new shape"
         )
 
 

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -24,6 +24,7 @@ from ecospa_fx.graph.hoist import hoist_selections
 from ecospa_fx.graph.inline import inline_regions
 from ecospa_fx.graph.modes import align, note_dropout
 from ecospa_fx.graph.objects import Opened, opened
+from ecospa_fx.graph.parameter_writes import refuse_parameter_writes
 from ecospa_fx.graph.program import ExportedForm
 from ecospa_fx.graph.seen import seen
 from ecospa_fx.graph.sink import sink_concatenations
@@ -52,11 +53,13 @@ def captures(
     _refuse_sharded(model)
     _bound(model, args, kwargs)
     view, failure, made = seen(model, kwargs), None, False
-    for attempt in _attempts(view, args, kwargs) if dynamic else [(args, kwargs, None)]:
+    for attempt in _attempts(view, args, kwargs) if dynamic else [Attempt(args, kwargs, None)]:
         try:
             program = _export(view, attempt)
         except Exception as error:
             failure = error
+            continue
+        if attempt.doubled and not _takes_one(program):
             continue
         made = True
         program = _in_both_modes(model, view, program, attempt) if dynamic else program
@@ -91,6 +94,7 @@ def _normalised(program: ExportedProgram) -> ExportedProgram:
     for node, value in constants.items():
         node.meta["constant"] = value
     inline_regions(module)
+    refuse_parameter_writes(program)
     drop_whole_slices(module)
     write_out_shapes(module)
     slice_constant_indices(module, constants)
@@ -100,13 +104,18 @@ def _normalised(program: ExportedProgram) -> ExportedProgram:
     return program
 
 
-Attempt = tuple[tuple[Any, ...], dict[str, Any], dict[str, Any] | None]
-"""Example arguments, and which of their sizes become symbols."""
+class Attempt(NamedTuple):
+    """Example arguments, which of their sizes become symbols, and whether the batch is twice the user's."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    shapes: dict[str, Any] | None
+    doubled: bool = False
 
 
 def _export(model: nn.Module, attempt: Attempt) -> ExportedProgram:
-    args, kwargs, shapes = attempt
-    with _quiet():
+    args, kwargs, shapes, _ = attempt
+    with _quiet(), _attributes_kept(model):
         return write_out_transforms(torch.export.export(model, args, kwargs, strict=False, dynamic_shapes=shapes))
 
 
@@ -142,20 +151,41 @@ def _in_both_modes(model: nn.Module, view: nn.Module, program: ExportedProgram, 
 
 
 def _attempts(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Attempt]:
-    """From most to least that becomes a symbol: every axis, the batch, none.
+    """From most to least that becomes a symbol: every axis, every axis with one symbol for the batch, the batch, none.
 
     A size of 1 never becomes a symbol, so a batch of one is doubled for the example. Of a model of images alone only
     the batch does: symbolic heights and widths make torch prove divisibility window by window, which takes minutes.
     """
     tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim()]
-    plain: list[Attempt] = [(args, kwargs, _dynamic_shapes(model, args, kwargs, 1)), (args, kwargs, None)]
-    leading = 1 if tensors and all(t.dim() > 3 for t in tensors) else None
+    images = bool(tensors) and all(t.dim() > 3 for t in tensors)
+    found = []
     if tensors and all(t.shape[0] == 1 for t in tensors):
         more, named = pytree.tree_map(_twice, (args, kwargs))
-        plain.insert(0, (more, named, _dynamic_shapes(model, more, named, leading)))
-    if leading is None:
-        plain.insert(len(plain) - 2, (args, kwargs, _dynamic_shapes(model, args, kwargs, None)))
-    return plain
+        kinds = _kinds_of_shapes(model, more, named, tensors)
+        found += [Attempt(more, named, shapes, True) for shapes in (kinds[-1:] if images else kinds[:-1])]
+    kinds = _kinds_of_shapes(model, args, kwargs, tensors)
+    return [
+        *found,
+        *(Attempt(args, kwargs, shapes) for shapes in (kinds[-1:] if images else kinds)),
+        Attempt(args, kwargs, None),
+    ]
+
+
+def _kinds_of_shapes(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: Sequence[Tensor]
+) -> list[dict[str, Any]]:
+    """Symbols for every axis, the same with one for all batches if there are several, symbols for the batches alone."""
+    same = len(tensors) > 1 and len({t.shape[0] for t in tensors}) == 1
+    shared = [_dynamic_shapes(model, args, kwargs, None, Dim("batch"))] if same else []
+    return [_dynamic_shapes(model, args, kwargs, None), *shared, _dynamic_shapes(model, args, kwargs, 1)]
+
+
+def _takes_one(program: ExportedProgram) -> bool:
+    """Whether a program that was made for twice the user's batch of one takes that batch."""
+    inputs = set(program.graph_signature.user_inputs)
+    values = [n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder" and n.name in inputs]
+    batches: list[Any] = [v.shape[0] for v in values if isinstance(v, Tensor) and v.dim()]
+    return not any(isinstance(size, int) or size.node.expr.is_number for size in batches)
 
 
 def _twice(leaf: Any) -> Any:
@@ -171,14 +201,16 @@ def _constants(program: ExportedProgram) -> dict[fx.Node, Tensor]:
 
 
 def _dynamic_shapes(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], leading: int | None
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], leading: int | None, first: Any = Dim.AUTO
 ) -> dict[str, Any]:
-    """The leading axes of every tensor (None: all of them) left to torch to decide."""
+    """The leading axes of every tensor (None: all of them) left to torch to decide. first: what the first ones are."""
 
     def axes(leaf: Any) -> Any:
         if isinstance(leaf, Opened):
             return [axes(part) for part in leaf.leaves]
-        return dict.fromkeys(range(leaf.dim())[:leading], Dim.AUTO) if isinstance(leaf, Tensor) else None
+        if not isinstance(leaf, Tensor):
+            return None
+        return {axis: Dim.AUTO if axis else first for axis in range(leaf.dim())[:leading]}
 
     bound = _bound(model, args, kwargs)
     found: dict[str, Any] = pytree.tree_map(axes, bound, is_leaf=lambda leaf: isinstance(leaf, Opened))
@@ -209,6 +241,19 @@ def _quiet() -> Iterator[None]:
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
+
+
+@contextmanager
+def _attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Attributes of all parts as they were afterwards: what traced code noted there did not really happen."""
+    before = {part: dict(part.__dict__) for part in model.modules()}
+    try:
+        yield
+    finally:
+        for part, attributes in before.items():
+            for name in part.__dict__.keys() - attributes.keys():
+                del part.__dict__[name]
+            part.__dict__.update(attributes)
 
 
 def _failure(model: nn.Module, error: Exception) -> str:

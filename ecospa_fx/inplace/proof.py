@@ -22,7 +22,7 @@ from ecospa_fx.graph.objects import copied, opened
 from ecospa_fx.graph.program import ExportedForm
 from ecospa_fx.graph.restore import restore
 from ecospa_fx.plan import Plan
-from ecospa_fx.verify import masked, narrowed
+from ecospa_fx.verify import masked, narrowed, without_fast_path
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 LARGEST = 300_000_000
@@ -183,7 +183,7 @@ def unwritten(model: nn.Module) -> Iterator[None]:
 def numbers(model: nn.Module, call: Call) -> list[Tensor]:
     """The tensors of numbers that a model returns, those in objects such as caches left out."""
     args, kwargs = copied((call.args, call.kwargs))
-    with torch.no_grad():
+    with torch.no_grad(), without_fast_path():
         result = model(*args, **kwargs)
     leaves = pytree.tree_leaves(result)
     return [t for t in leaves if isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex())]
