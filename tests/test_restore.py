@@ -214,3 +214,40 @@ def test_all_calls_of_a_module_follow_its_mode(mode: bool) -> None:
                 seen.append(layer)
         assert len(seen) == 1
         assert torch.equal(tree(x), tree(x))
+
+
+class Positions(nn.Module):
+    """What the code makes is on the device of its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(HIDDEN, FFN), nn.Linear(FFN, HIDDEN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + torch.arange(x.shape[1], device=x.device, dtype=x.dtype)[:, None]
+        y: Tensor = self.down(self.up(x).relu())
+        return y
+
+
+class Deep(nn.Module):
+    """Called twice, with and without, so that it is two graphs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = Positions()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(self.layer(x)[:, :3])
+        return y
+
+
+@pytest.mark.parametrize("kind", [Positions, Deep])
+def test_what_the_code_makes_moves_with_the_module(kind: type[nn.Module]) -> None:
+    model, x = kind().double().eval(), torch.randn(2, 5, HIDDEN, dtype=torch.float64)
+    small = eco.shrink(model, eco.plan(eco.detect(model, (x,)), ratio=0.4), (x,))
+    expected = small(x)
+    for tree in (copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
+        assert torch.equal(tree(x), expected)
+        assert tree.to("meta")(x.to("meta")).device.type == "meta"
+    compiled: Any = torch.compile(small, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), expected)

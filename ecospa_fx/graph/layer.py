@@ -17,8 +17,10 @@ from itertools import count
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
+from ecospa_fx.graph.devices import ATTRIBUTE, follow_device, moved
 from ecospa_fx.graph.modes import follow_notes
 from ecospa_fx.graph.repeated import FIRST_CALL
 
@@ -77,6 +79,15 @@ class GraphLayer(nn.Module):
     _graph_key: str
     """Equal where the code and the shapes and types of the parameters are, of this module and of all inside it."""
 
+    _graph_device: torch.device
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """What moves parameters moves what the code makes, too."""
+        own: Any = super()._apply
+        own(fn, recurse)
+        self._graph_device = moved(self._graph_device, fn)
+        return self
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickled as its source, because its class exists in this process only."""
         return _unpickled, (type(self).__bases__[0], type(self).__name__, self._graph_code), self.__dict__
@@ -110,6 +121,7 @@ class Layers:
 
     def __init__(self, original: nn.Module) -> None:
         self.original = original
+        self.device = next((p.device for p in original.parameters()), torch.get_default_device())
         self.classes: dict[str, type[GraphLayer]] = {}
         self.made: dict[int, nn.Module] = {}
 
@@ -125,6 +137,7 @@ class Layers:
         graph = module.__dict__.get("graph")
         if isinstance(graph, fx.Graph) and any(n.op == "output" for n in graph.nodes):
             made: nn.Module = self._class(module, graph, {**inside, **beside}, base)()
+            made.__dict__[ATTRIBUTE] = self.device
         else:
             made = self._container(path, inside)
         made._parameters, made._buffers, made._modules = module._parameters, module._buffers, dict(inside)
@@ -139,7 +152,10 @@ class Layers:
     def _class(
         self, module: nn.Module, graph: fx.Graph, inside: Mapping[str, nn.Module], base: type[GraphLayer]
     ) -> type[GraphLayer]:
-        code = _renamed(graph, FIRST_CALL if FIRST_CALL in module.__dict__ else "").python_code("self")
+        renamed, of = _renamed(graph), FIRST_CALL if FIRST_CALL in module.__dict__ else ""
+        follow_notes(renamed, of)
+        follow_device(renamed, self.device, of)
+        code = renamed.python_code("self")
         held = {**module._parameters, **module._buffers}
         shapes = tuple((n, tuple(t.shape), t.dtype, t.requires_grad) for n, t in held.items() if isinstance(t, Tensor))
         parts = [(n, getattr(m, "_graph_key", type(m).__name__)) for n, m in inside.items()]
@@ -166,11 +182,8 @@ def _is_beside(name: str, held: Any) -> bool:
     return isinstance(held, nn.Module) and ("@" in name or name == FIRST_CALL)
 
 
-def _renamed(graph: fx.Graph, mode_of: str) -> fx.Graph:
-    """The same graph with names that depend on nothing outside it, so that equal layers have equal code.
-
-    mode_of: see `follow_notes`.
-    """
+def _renamed(graph: fx.Graph) -> fx.Graph:
+    """The same graph with names that depend on nothing outside it, so that equal layers have equal code."""
     fresh = fx.Graph()
     known: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
@@ -181,5 +194,4 @@ def _renamed(graph: fx.Graph, mode_of: str) -> fx.Graph:
             name = f"from_{node.target}" if node.op == "call_module" else None  # a module may well be called self
             known[node] = fresh.create_node(node.op, node.target, args, kwargs, name)
         known[node].meta = dict(node.meta)
-    follow_notes(fresh, mode_of)
     return fresh

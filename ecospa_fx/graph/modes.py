@@ -146,16 +146,16 @@ def note_dropout(graph: fx.Graph) -> None:
             node.meta.setdefault(KEY, {"dropout_p": (given["dropout_p"], 0.0)})
 
 
-def follow_notes(graph: fx.Graph, mode_of: str = "") -> int:
+def follow_notes(graph: fx.Graph, of: str = "") -> int:
     """Make noted arguments depend on ``self.training`` of the module that runs the graph. Returns how many nodes do.
 
-    mode_of: the attribute of that module whose ``training`` is meant instead.
+    of: the attribute of that module whose ``training`` is meant instead.
     """
     noted = [node for node in graph.nodes if node.op == "call_function" and node.meta.get(KEY)]
     if not noted:
         return 0
     with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
-        mode = graph.create_node("get_attr", f"{mode_of}.training" if mode_of else "training")
+        mode = graph.create_node("get_attr", f"{of}.training" if of else "training")
         mode.meta["val"] = True
     for node in noted:
         with graph.inserting_before(node):

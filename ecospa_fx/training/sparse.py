@@ -101,6 +101,9 @@ class SparseTraining:
         self._second_order, self._compensation = self._measuring(), self._compensating()
         self._running.follow(self._chosen, self._form.parameters, {})
         self._origin = origin(model, self.plan, args, kwargs)
+        self._begin(optimizer, state)
+
+    def _begin(self, optimizer: Optimizer | Sequence[Optimizer] | None, state: Mapping[str, Any] | None) -> None:
         self._model.remember(self._origin)
         self._model.count_backwards(self._running.names)
         if optimizer is not None:
