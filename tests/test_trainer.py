@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ def test_a_trainer_shrinks_its_model_and_resumes(tmp_path: Path, tied: bool) -> 
     assert len(again.history) == 1
     second.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
     assert again.plan == sparse.plan
+    assert len(pickle.dumps(first.model)) > 0
     for name, weight in sparse.model.state_dict().items():
         assert torch.equal(weight, again.model.state_dict()[name]), name
     with pytest.raises(TrainingError, match=r"there is no sparse_training\.pt"):

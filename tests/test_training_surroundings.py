@@ -85,6 +85,25 @@ def test_an_averaged_model_follows() -> None:
     assert average(X).shape == X.shape
 
 
+class Spare(Blocks):
+    """With a buffer that nothing reads, which no graph has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("spare", torch.zeros(3))
+
+
+@pytest.mark.parametrize("states", [True, False])
+def test_a_copy_of_the_dense_model_follows(states: bool) -> None:
+    model = Spare().double()
+    average = copy.deepcopy(model)
+    optimizer = torch.optim.AdamW(model.parameters())
+    sparse = eco.SparseTraining(model, (X,), optimizer=optimizer, schedule=eco.OneShot(1))
+    sparse.follow(average.state_dict(keep_vars=True) if states else average)
+    train(sparse, optimizer, 2)
+    assert [p.shape for p in average.parameters()] == [p.shape for p in sparse.model.parameters()]
+
+
 @pytest.mark.parametrize(("strange", "told"), [({"other": X}, "'other'"), ({}, "nothing in it")])
 def test_a_copy_of_something_else_is_refused(strange: dict[str, Tensor], told: str) -> None:
     sparse, _ = started(schedule=eco.OneShot(2))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
-from ecospa_fx.graph.edit import insert
+from ecospa_fx.errors import CaptureError
+from ecospa_fx.graph.edit import evaluate, insert
+from ecospa_fx.graph.where import source_of
 
 _WRAPPERS = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
 """Higher-order operators that call a sub-graph, and at which argument it stands."""
@@ -16,8 +20,8 @@ _WRAPPERS = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
 def inline_regions(module: fx.GraphModule) -> bool:
     """Inline every wrapped region, in place. Returns whether there was any.
 
-    A region without gradients keeps that: its floating-point outputs are detached. An autocast region has its casts
-    written out by the exporter already.
+    A region without gradients keeps that: its floating-point outputs are detached. Of an autocast region the casts are
+    written out. Raises CaptureError where they cannot be told.
     """
     changed = False
     while regions := [n for n in module.graph.nodes if n.op == "call_function" and str(n.target) in _WRAPPERS]:
@@ -40,6 +44,11 @@ def _inline(module: fx.GraphModule, node: fx.Node) -> None:
     frozen = str(node.target) == "wrap_with_set_grad_enabled" and node.args[0] is False
     with module.graph.inserting_before(node):
         results = module.graph.graph_copy(body.graph, known)
+        for inner in (n for n in body.graph.nodes if n.op == "get_attr"):  # regions within the region, above all
+            known[inner].target = f"{region.target}_{inner.target}"
+            setattr(module, known[inner].target, getattr(body, str(inner.target)))
+        if str(node.target) == "wrap_with_autocast" and node.args[2]:
+            _write_out_casts([known[n] for n in body.graph.nodes if n.op == "call_function"], str(node.args[0]))
         outputs = [_detached(module.graph, r, like=node) if frozen else r for r in _several(results)]
     for user in list(node.users):
         position: Any = user.args[1]
@@ -49,6 +58,40 @@ def _inline(module: fx.GraphModule, node: fx.Node) -> None:
     if not region.users:
         module.graph.erase_node(region)
         module.delete_submodule(str(region.target))
+
+
+def _write_out_casts(nodes: Sequence[fx.Node], device: str) -> None:
+    """Let nodes compute in the types that they were traced in under autocast, without it."""
+    for node in nodes:
+        if not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        wanted = _types(node.meta.get("val"))
+        if not wanted or _computed(node, device) == wanted:
+            continue
+        for read in node.all_input_nodes:
+            if _types(read.meta.get("val")) not in ([], wanted[:1]):
+                with node.graph.inserting_before(node):
+                    cast = insert(node.graph, torch.ops.aten.to.dtype, (read, wanted[0]), like=node)
+                node.replace_input_with(read, cast)
+        if _computed(node, device) != wanted:
+            raise CaptureError(
+                f"{node.target} under autocast{f' at {place}' if (place := source_of(node)) else ''} computes in "
+                f"{wanted[0]}, and by which casts cannot be told: write them yourself, or convert the model"
+            )
+
+
+def _computed(node: fx.Node, device: str) -> list[torch.dtype]:
+    """The floating-point types of a node's results without autocast; none where it does not compute."""
+    try:
+        with torch.autocast(device, enabled=False):
+            return _types(evaluate(node))
+    except (RuntimeError, TypeError):  # its inputs have types that do not go together
+        return []
+
+
+def _types(value: Any) -> list[torch.dtype]:
+    leaves = pytree.tree_leaves(value)
+    return [t.dtype for t in leaves if isinstance(t, torch.Tensor) and t.is_floating_point()]
 
 
 def _several(results: Any) -> list[Any]:

@@ -64,25 +64,34 @@ class SparseCallback(TrainerCallback):
             torch.save(self.sparse.state_dict(), folder / FILE)
 
 
-def _save_once(model: Any) -> None:
-    """Leave further names of tied parameters out of a model's state, and read states without them."""
-    first: dict[int, str] = {}
-    tied: dict[str, str] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        tied[name] = first.setdefault(id(tensor), name)
-    tied = {name: known for name, known in tied.items() if name != known}
+class _SavedOnce:
+    """Leaves further names of tied parameters out of a model's state. tied: these names, and those that stay."""
 
-    def saved(_: nn.Module, state: dict[str, Any], prefix: str, __: Any) -> None:
-        for name in tied:
+    def __init__(self, tied: dict[str, str]) -> None:
+        self.tied = tied
+
+    def __call__(self, _: nn.Module, state: dict[str, Any], prefix: str, *__: Any) -> None:
+        for name in self.tied:
             state.pop(prefix + name, None)
 
-    def loaded(_: nn.Module, state: dict[str, Any], prefix: str, *__: Any) -> None:
-        for name, known in tied.items():
+
+class _LoadedTwice(_SavedOnce):
+    """Reads states without these names."""
+
+    def __call__(self, _: nn.Module, state: dict[str, Any], prefix: str, *__: Any) -> None:
+        for name, known in self.tied.items():
             if prefix + known in state:
                 state.setdefault(prefix + name, state[prefix + known])
 
-    model.register_state_dict_post_hook(saved)
-    model.register_load_state_dict_pre_hook(loaded)
+
+def _save_once(model: Any) -> None:
+    """Let tied parameters be in a model's state once, as safetensors wants it."""
+    first: dict[int, str] = {}
+    names = {name: first.setdefault(id(t), name) for name, t in model.state_dict(keep_vars=True).items()}
+    tied = {name: known for name, known in names.items() if name != known}
+    if tied:
+        model.register_state_dict_post_hook(_SavedOnce(tied))
+        model.register_load_state_dict_pre_hook(_LoadedTwice(tied))
 
 
 def load_checkpoint(sparse: SparseTraining, folder: str | Path) -> None:

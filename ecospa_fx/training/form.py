@@ -30,7 +30,16 @@ from ecospa_fx.graph.passes import run_passes
 from ecospa_fx.graph.program import ExportedForm
 from ecospa_fx.graph.restore import restore
 from ecospa_fx.plan import Plan
-from ecospa_fx.training.tree import TwoModes, add_eval_mode, by_path, copy_modes, named, share, transplant
+from ecospa_fx.training.tree import (
+    TwoModes,
+    add_eval_mode,
+    by_path,
+    copy_modes,
+    named,
+    share,
+    tensors_by_path,
+    transplant,
+)
 from ecospa_fx.verify import masked_error
 
 log = logging.getLogger(__name__)
@@ -50,6 +59,7 @@ class GraphForm:
         self._model, self._args, self._kwargs = model, tuple(args), dict(kwargs)
         self.shapes = parameter_shapes(model)
         self.parameters = dict(model.named_parameters())
+        self.names = tensors_by_path(model).keys()
         training = True  # where probabilities of dropout are known
         try:
             self.couplings = self._detected(allow, training)
@@ -147,9 +157,8 @@ class GraphForm:
         if any(p.is_meta for p in self.parameters.values()):
             return 0.0
         modes = [(m, m.training) for tree in (self._model, self.module) for m in tree.modules()]
-        statistics = [
-            (b, b.clone()) for b in self.module.buffers() if not b.is_meta
-        ]  # traced in training mode, it writes
+        # What is traced in training mode writes statistics.
+        statistics = [(b, b.clone()) for b in self.module.buffers() if not b.is_meta]
         try:
             trees = self._model.eval(), self.module.eval()
             return masked_error(*trees, Plan((), tuple(self.shapes.items())), self._args, self._kwargs)

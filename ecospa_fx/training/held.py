@@ -57,7 +57,7 @@ class Held:
             raise TrainingError("copies cannot follow where parameters are sharded: make them after the last shrink")
         copy = self._inner(copy) if isinstance(copy, nn.Module) else copy
         named = tensors_by_path(copy) if isinstance(copy, nn.Module) else dict(copy)
-        strange = sorted(named.keys() - tensors_by_path(self.form.module).keys())
+        strange = sorted(named.keys() - self.form.names - tensors_by_path(self.form.module).keys())
         if strange or not named:
             told = f"{strange[0]!r} is not the name of one" if strange else "there is nothing in it"
             raise TrainingError(

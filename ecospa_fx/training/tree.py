@@ -57,7 +57,7 @@ def by_path(tree: nn.Module) -> dict[str, nn.Module]:
 
 
 def tensors_by_path(tree: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers of a tree that was `named`, under all their names; of another module, as it calls them."""
+    """Parameters and buffers of a tree that was `named`, by their names; of another module, as it calls them."""
     return {
         f"{path}.{name}" if path else name: tensor
         for path, module in _modules(tree).items()
