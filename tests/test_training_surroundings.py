@@ -178,3 +178,24 @@ def test_what_is_no_schedule_and_no_optimizer_is_named() -> None:
     optimizer: Any = "adam"
     with pytest.raises(TrainingError, match="no optimizer"):
         eco.SparseTraining(Blocks().double(), (X,), optimizer=optimizer, schedule=eco.OneShot(2))
+
+
+def test_compress_with_fewer_samples_than_units() -> None:
+    """The mean over tokens leaves four rows for sixteen units, in a basis that stretches what does not vary."""
+
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
+            self.head = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.head((x + self.body(x)).mean(1))
+            return y
+
+    for seed in range(5):
+        torch.manual_seed(seed)
+        model, x = Pooled(), torch.randn(4, 6, 16)
+        for rows in (x, torch.zeros_like(x), x[:1]):
+            small = eco.compress(model, (x,), ratio=0.5, batches=[((rows,), {})], loss=square)
+            assert small(x).isfinite().all()

@@ -29,8 +29,15 @@ def power(matrix: Tensor, exponent: float, floor: float = 1e-10) -> Tensor:
 
 
 def inverse(matrix: Tensor) -> Tensor:
-    """Of `matrix` [..., n, n], positive definite."""
-    result: Tensor = torch.cholesky_inverse(torch.linalg.cholesky(matrix))
+    """Of `matrix` [..., n, n], positive definite but for rounding: what that left below zero is lifted."""
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if failed.any():
+        values = torch.linalg.eigvalsh(matrix)
+        least = matrix.shape[-1] * torch.finfo(matrix.dtype).eps * values[..., -1].abs()
+        added = torch.where(failed > 0, 2 * values[..., 0].clamp(max=0).abs() + least, 0)
+        eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+        factor = torch.linalg.cholesky(matrix + added[..., None, None] * eye)
+    result: Tensor = torch.cholesky_inverse(factor)
     return result
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ecospa_fx.graph.program import Program
 from ecospa_fx.graph.sites import Site
 from ecospa_fx.importance.curvature import Curvature
-from ecospa_fx.importance.matrices import power
+from ecospa_fx.importance.matrices import NOISE, power
 from ecospa_fx.importance.views import Gate, Inputs, Side, Views, sides_of
 
 FLOOR = 1e-6
@@ -66,7 +66,8 @@ def value_basis(view: Inputs, site: Site, curvature: Curvature, weight: Tensor) 
     at = view.positions[site].to(second.device)
     columns = site.matrix(weight).to(metric)[:, at]  # [out, carriers, units, width]
     pulled = torch.einsum("ocuw,op,pcvw->cuv", columns, metric, columns)
-    return _joint(_averaged(second, at) / max(moments.rows, 1), pulled)[0]
+    first, whole = (_averaged(s, at) / max(moments.rows, 1) for s in (second, moments.second))
+    return _joint(_or_identity(first, whole), pulled)[0]
 
 
 def factor_basis(site: Site, positions: Tensor, curvature: Curvature) -> tuple[Tensor, Tensor]:
@@ -78,13 +79,20 @@ def factor_basis(site: Site, positions: Tensor, curvature: Curvature) -> tuple[T
     values, gradients = curvature.results[site], curvature.outputs[site]
     at = positions.to(values.second.device)
     first, second = (_averaged(m.second, at) / max(m.rows, 1) for m in (values, gradients))
-    return _joint(first, second)
+    return _joint(_or_identity(first, first), second)
 
 
 def _averaged(second: Tensor, at: Tensor) -> Tensor:
     """[carriers, units, units] from [n, n], the mean over the width of positions."""
     blocks = second[at[:, :, None, :], at[:, None, :, :]]
     return blocks.mean(-1)
+
+
+def _or_identity(first: Tensor, whole: Tensor) -> Tensor:
+    """The identity in place of a moment of what does not vary. whole: the moment before anything was centred."""
+    size, square = (m.diagonal(dim1=-2, dim2=-1).mean(-1) for m in (first, whole))
+    still = (size <= NOISE * square)[..., None, None]
+    return torch.where(still, torch.eye(first.shape[-1], dtype=first.dtype, device=first.device), first)
 
 
 def _joint(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
