@@ -230,7 +230,7 @@ class Positions(nn.Module):
 
 
 class Deep(nn.Module):
-    """Called twice, with and without, so that it is two graphs."""
+    """One module called on two lengths, so that it is two graphs."""
 
     def __init__(self) -> None:
         super().__init__()

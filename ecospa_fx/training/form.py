@@ -59,7 +59,7 @@ class GraphForm:
         self._model, self._args, self._kwargs = model, tuple(args), dict(kwargs)
         self.shapes = parameter_shapes(model)
         self.parameters = dict(model.named_parameters())
-        self.names = tensors_by_path(model).keys()
+        self.names = frozenset(tensors_by_path(model))  # a view of keys would keep the tensors alive
         training = True  # where probabilities of dropout are known
         try:
             self.couplings = self._detected(allow, training)
