@@ -68,6 +68,15 @@ def test_passes_cannot_be_imported_by_another_name() -> None:
     assert "ImportError" in done.stderr
 
 
+def test_a_checkout_on_the_path_holds_the_passes(tmp_path: Path) -> None:
+    """A checkout finds its passes without an installation, as after a plain install of another copy."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import ecospa_fx.passes as p, ecospa_fx; print(p.__file__)"
+    no_editable = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'Editable' not in repr(f)]; "
+    isolated = [sys.executable, "-c", no_editable + code]
+    done = subprocess.run(isolated, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert Path(done.stdout.strip()).resolve() == ROOT / "passes" / "__init__.py"
+
+
 def imports(tree: ast.AST) -> set[str]:
     """Modules that a tree imports."""
     found = set()
