@@ -117,7 +117,7 @@ def power(call: Call) -> Value:
         if isinstance(base, Value):
             _refuse_zero(call, base)
         return call.pointwise(call.values, "lost")
-    if exponent <= 0:
+    if exponent < 0:
         _refuse_zero(call, base)
     return call.passes(base, zero="all" if exponent > 0 else "lost")
 

@@ -156,7 +156,9 @@ def batch_norm(call: Call) -> Value | list[Value]:
     for operand in operands:
         call.gathered([operand], [channel])
     call.gathered([value], [value.axes[0], channel, *value.axes[2:]])
-    if call.get("training", False) and isinstance(call.get("running_mean"), Value):
+    # Instance norm names the same switch differently, and one variant of batch norm has none: it always updates.
+    moves = call.get("training", call.get("use_input_stats", call.operator == "aten._batch_norm_with_update"))
+    if moves and isinstance(call.get("running_mean"), Value):
         call.block(channel, f"{call.operator} would update its running statistics in a copy", EVAL)
     learnt = [v for v in operands if v.weights]
     zero = len(learnt) == 2 and all(v.zero[0] for v in learnt)
