@@ -168,3 +168,62 @@ def test_heads_inside_the_width_are_exact(seed: int) -> None:
             return result
 
     assert shrunk(Inner().double(), (torch.randn(2, 5, 16).double(),), ["qk", "vo"], seed) <= 1e-9
+
+
+class WrittenLater(nn.Module):
+    """Selects from a copy of what is changed in place afterwards; `late` says what is changed."""
+
+    def __init__(self, late: Callable[[Tensor, Tensor], object]) -> None:
+        super().__init__()
+        self.up, self.late = nn.Linear(6, 24), late
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(x)
+        copy = h.unflatten(-1, (8, 3)).clone()
+        self.late(h, copy)
+        return copy[..., 0] + h.sum(-1, keepdim=True)
+
+
+def doubles_the_source(source: Tensor, copy: Tensor) -> None:
+    source.mul_(2)
+
+
+def doubles_a_view_of_the_source(source: Tensor, copy: Tensor) -> None:
+    source[..., :5].mul_(2)
+
+
+def doubles_the_copy(source: Tensor, copy: Tensor) -> None:
+    copy.mul_(2)
+
+
+@pytest.mark.parametrize("late", [doubles_the_source, doubles_a_view_of_the_source, doubles_the_copy])
+def test_selections_from_what_is_written_into_stay(late: Callable[[Tensor, Tensor], object]) -> None:
+    model, x = WrittenLater(late), torch.randn(2, 5, 6)
+    graph = torch.export.export(model, (x,)).module()
+    assert isinstance(graph, torch.fx.GraphModule)
+    hoist_selections(graph)
+    graph.recompile()
+    assert torch.equal(graph(x), model(x))
+
+
+class OneOfThree(nn.Module):
+    """Reads one of three values of each hidden unit; two rows of three are computed in vain."""
+
+    def __init__(self, chosen: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.up, self.down, self.chosen = nn.Linear(6, 24), nn.Linear(8, 5), chosen
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.down(self.chosen(self.up(x)).relu())
+        return result
+
+
+@pytest.mark.parametrize(
+    "chosen", [lambda h: h.unflatten(-1, (8, 3))[..., 0], lambda h: h.unflatten(-1, (8, 3)).select(-1, 2)]
+)
+def test_a_single_selection_takes_the_rows_beside_it_along(chosen: Callable[[Tensor], Tensor]) -> None:
+    model, args = OneOfThree(chosen).double(), (torch.randn(2, 5, 6).double(),)
+    plan = eco.plan(eco.detect(model, args), ratio=0.5, scores="random")
+    small = eco.shrink(model, plan, args)
+    assert masked_error(model, small, plan, args) <= 1e-12
+    assert small.get_parameter("up.weight").shape == (12, 6)

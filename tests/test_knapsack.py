@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from math import inf
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,7 +17,7 @@ from torch import Tensor
 from ecospa_fx.budget import knapsack
 from ecospa_fx.budget.ladders import Bounds
 from ecospa_fx.budget.spending import Parameters
-from ecospa_fx.coupling.couplings import Coupling
+from ecospa_fx.coupling.couplings import Box, Coupling
 from tests.tiny import tiny, tiny_couplings
 
 DIMS = tiny_couplings(tiny(), heads=False)
@@ -97,6 +99,25 @@ def test_widths_are_nearly_those_of_trying_everything(values: Any, ratio: float)
 
     found = sum(float(lost(c, [kept[c.name]])) for c in three)
     assert least(ratio) - 1e-9 <= found <= least(ratio + 4 / knapsack.STEPS) + 1e-9
+
+
+@pytest.mark.parametrize("ratio", [0.1, 1 / 3, 0.5, 0.7071])
+def test_at_least_the_ratio_goes_also_between_two_steps(ratio: float) -> None:
+    """Widths that differ by less than a step in which what is freed is counted: one that misses is not taken."""
+    size = 2 * knapsack.STEPS + 3
+    member = replace(CHOSEN[0].members[0], units=size, carriers=1, boxes=(Box(0, (), 1, ()),), carrier_axis=None)
+    coupling = replace(CHOSEN[0], size=size, carriers=1, members=(member,), parameters=size)
+    spending = Parameters({member.parameter: tuple(size if i == member.axis else 1 for i in range(2))})
+    kept = knapsack.widths(
+        spending,
+        [coupling],
+        lambda c, widths: torch.tensor([float(c.size - k) for k in widths], dtype=torch.float64),
+        {coupling.name: [size - int(ratio * size) - more for more in (0, 1, 2, 4)]},
+        ratio,
+    )
+    assert isinstance(kept, dict)
+    gone = size - kept[coupling.name]
+    assert ratio * size <= gone
 
 
 def test_a_hundred_layers_take_seconds() -> None:

@@ -121,3 +121,23 @@ def test_models_whose_modes_differ_in_more_keep_theirs() -> None:
     model = Switching().eval()
     small = eco.shrink(model, nothing(model), (data(),))
     assert torch.equal(small.train()(data()), data().cos())
+
+
+class Factors(nn.Module):
+    """Literals that differ by the mode, neither of them 0."""
+
+    def __init__(self, training: float, evaluation: float) -> None:
+        super().__init__()
+        self.up, self.down, self.factors = nn.Linear(8, 16), nn.Linear(16, 8), (training, evaluation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.down(self.up(x).relu() * self.factors[0 if self.training else 1])
+        return result
+
+
+@pytest.mark.parametrize("factors", [(3.0, 2.0), (1.0, 0.25), (0.0, 2.0), (2.0, 0.0)])
+def test_literals_follow_the_mode_whatever_they_are(factors: tuple[float, float]) -> None:
+    model = Factors(*factors)
+    small = eco.shrink(model, nothing(model), (data(),))
+    for training in (True, False):
+        assert torch.equal(small.train(training)(data()), model.train(training)(data()))

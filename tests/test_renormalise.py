@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ecospa_fx as eco
-from ecospa_fx.errors import InputError
+from ecospa_fx.errors import InputError, PlanError
 from ecospa_fx.importance.score import Batch
 from ecospa_fx.origin import origin_of
 from ecospa_fx.report import couplings_json, explain
@@ -123,6 +124,17 @@ def test_what_is_exact_stays_exact() -> None:
     plan = eco.plan(couplings, ratio=0.4, scores="random", kinds=[exact.kind])
     only = eco.Plan(tuple(s for s in plan if s.name == exact.name), plan.shapes)
     assert masked_error(model, eco.shrink(model, only, ARGS), only, ARGS) <= 1e-9
+
+
+@pytest.mark.parametrize("kind", [nn.LayerNorm, nn.RMSNorm])
+def test_a_plan_that_lost_its_mark_is_refused(kind: Any) -> None:
+    """Without the mark the graph offers no such coupling, whatever the plan says."""
+    model = made(kind)
+    plan = eco.plan(eco.detect(model, ARGS, allow="renormalise"), ratio=0.5, scores="random")
+    assert any(selection.inexact for selection in plan)
+    unmarked = replace(plan, selections=tuple(replace(selection, inexact="") for selection in plan))
+    with pytest.raises(PlanError, match=r"cannot be shrunk in this graph: .*norm"):
+        eco.shrink(model, unmarked, ARGS)
 
 
 def test_an_unknown_option_is_refused() -> None:

@@ -264,6 +264,18 @@ def test_couplings_that_meet_in_one_kernel_are_chosen_together() -> None:
     assert sorted(map(sorted, groups)) == [["ffn"], ["qk", "vo"]]
 
 
+@pytest.mark.parametrize("kinds", [["heads", "vo"], ["heads", "vo", "qk"], ["heads", "qk", "ffn"]])
+@pytest.mark.parametrize("ratio", [0.2, 0.35, 0.6])
+def test_couplings_that_overlap_free_at_least_the_ratio(kinds: list[str], ratio: float) -> None:
+    """A head and its dimensions free less together than each by itself, so that more has to go than prices say."""
+    _, _, couplings = found("fused, masked")
+    unit = Stairs(couplings, 1)
+    made = eco.plan(couplings, ratio, "magnitude", budget=unit, kinds=kinds)
+    unit.ready([couplings[s.name] for s in made])
+    freed = unit.removed({s.name: s.removed for s in made}, {s.name: s.kept for s in made})
+    assert freed >= ratio * unit.held([couplings[s.name] for s in made]) * (1 - 1e-9)
+
+
 def table_of(folder: Path) -> Table:
     return Table(torch.device("cpu"), folder)
 
