@@ -181,7 +181,8 @@ class WrittenLater(nn.Module):
         h = self.up(x)
         copy = h.unflatten(-1, (8, 3)).clone()
         self.late(h, copy)
-        return copy[..., 0] + h.sum(-1, keepdim=True)
+        first, second, third = copy.unbind(-1)
+        return first - second * third + h.sum(-1, keepdim=True)
 
 
 def doubles_the_source(source: Tensor, copy: Tensor) -> None:
