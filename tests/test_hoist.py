@@ -182,7 +182,8 @@ class WrittenLater(nn.Module):
         copy = h.unflatten(-1, (8, 3)).clone()
         self.late(h, copy)
         first, second, third = copy.unbind(-1)
-        return first - second * third + h.sum(-1, keepdim=True)
+        result: Tensor = first - second * third + h.sum(-1, keepdim=True)
+        return result
 
 
 def doubles_the_source(source: Tensor, copy: Tensor) -> None:

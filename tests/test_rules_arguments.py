@@ -7,6 +7,8 @@ which it tells: bounds that hold 0 and bounds that do not, written keywords and 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,16 +37,16 @@ def bounded() -> list[Any]:
     """Every pair of bounds, in every spelling of a clamp."""
     both = [(low, high) for low in BOUNDS for high in BOUNDS if (low, high) != (None, None)]
     ordered = [(low, high) for low, high in both if low is None or high is None or low <= high]
-    calls: list[tuple[str, Callable[[Tensor], Tensor]]] = []
+    calls: dict[str, Callable[[Tensor], Tensor]] = {}
     for low, high in ordered:
-        calls.append((f"clamp({low}, {high})", lambda h, a=low, b=high: h.clamp(min=a, max=b)))
+        calls[f"clamp({low}, {high})"] = partial(torch.clamp, min=low, max=high)
         if low is not None and high is not None:
-            calls.append((f"hardtanh({low}, {high})", lambda h, a=low, b=high: F.hardtanh(h, a, b)))
-        if high is None:
-            calls.append((f"clamp_min({low})", lambda h, a=low: torch.clamp_min(h, a)))
-        if low is None:
-            calls.append((f"clamp_max({high})", lambda h, b=high: torch.clamp_max(h, b)))
-    return [pytest.param(call, id=name) for name, call in calls]
+            calls[f"hardtanh({low}, {high})"] = partial(F.hardtanh, min_val=low, max_val=high)
+        if low is not None and high is None:
+            calls[f"clamp_min({low})"] = partial(torch.clamp_min, min=low)
+        if high is not None and low is None:
+            calls[f"clamp_max({high})"] = partial(torch.clamp_max, max=high)
+    return [pytest.param(call, id=name) for name, call in calls.items()]
 
 
 def claims_zero(function: Callable[..., Tensor]) -> bool:
@@ -238,10 +240,8 @@ def test_the_operators_that_have_a_rule_are_these() -> None:
     assert sorted(o for o in registry.operators() if not o.startswith("ecospatest.")) == listed
 
 
-def registry_file() -> Any:
+def registry_file() -> Path:
     """The list, one operator a line; `python -m tests.test_rules_arguments` writes it anew."""
-    from pathlib import Path
-
     return Path(__file__).with_name("golden") / "operators.txt"
 
 

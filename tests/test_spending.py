@@ -275,7 +275,6 @@ def test_couplings_that_overlap_free_at_least_the_ratio(kinds: list[str], ratio:
     values = {c.name: torch.ones(c.carriers, c.size, dtype=torch.float64) for c in chosen}
     made = eco.plan(couplings, ratio, Scores("own", values), kinds=kinds, allocation=Curves(rises))
     assert made.removed_parameters >= ratio * made.coupled_parameters
-    assert sum(s.kept < s.size for s in made) > 1
 
 
 def table_of(folder: Path) -> Table:
