@@ -1,0 +1,228 @@
+"""How strong the tests are: small wrong changes are put into the code one at a time, and tests run until one fails.
+
+    pip install cosmic-ray
+    python benchmarks/mutation.py --sample 200 --seed 0 --jobs 2
+
+Cosmic Ray lists and makes the changes: comparisons turned or moved by one, conditions negated, `and` for `or`, numbers
+off by one, `True` for `False`, sums for differences, loops that do not run. Annotations, docstrings and messages are
+left out. A sample of all changes is drawn, the same for the same code and seed. Each job works in a copy of the
+checkout. A change survives that no test of its package notices (`TESTS` says which these are); one whose tests take
+more than ``--limit`` seconds counts as noticed, and is counted apart. Writes ``benchmarks/results/mutation.json`` and
+prints a table and the survivors, each of which needs a test or a reason why it changes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import os
+import platform
+import queue
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+ROOT = Path(__file__).resolve().parent.parent
+
+TESTS: dict[str, Sequence[str]] = {
+    "ecospa_fx/axes/rules": ("rules_*", "registry", "architectures", "programs", "random_graphs_found", "beyond"),
+    "ecospa_fx/axes": ("algebra", "rules_*", "registry", "programs", "random_graphs_found", "pass_shrink_couplings",
+                       "ragged", "caches", "renormalise", "hoist", "architectures", "beyond"),
+    "ecospa_fx/coupling": ("report", "architectures", "programs", "registry", "rules_*", "random_graphs_found", "plan",
+                           "beyond"),
+    "ecospa_fx/budget": ("budget", "knapsack", "spending", "alignment", "ragged", "plan", "sensitivity"),
+    "ecospa_fx/importance": ("importance", "moments", "compensated", "second_order", "sensitivity", "recipe", "quick"),
+    "ecospa_fx/inplace": ("inplace", "storage_edited", "inplace_transformers", "users_tools"),
+    "ecospa_fx/training/cut.py": ("surgery", "sparse", "training_surroundings"),
+    "ecospa_fx/storage.py": ("storage", "storage_edited", "resume"),
+    "ecospa_fx/folder.py": ("storage", "storage_edited", "resume"),
+    "passes/lossy": ("distill", "mix", "foretell", "recipe", "second_order"),
+    "passes": ("pass_*", "passes", "ragged", "restore", "caches", "renormalise", "programs", "random_graphs_found",
+               "architectures"),
+}  # fmt: skip
+"""By folder or file, the first that fits: the test files whose business it is, quick ones first."""
+
+OPERATORS = (
+    "AddNot", "ReplaceAndWithOr", "ReplaceOrWithAnd", "ReplaceTrueWithFalse", "ReplaceFalseWithTrue", "NumberReplacer",
+    "ZeroIterationForLoop", "ReplaceUnaryOperator_Delete_Not", "ReplaceUnaryOperator_Delete_USub",
+    "ReplaceComparisonOperator_Eq_NotEq", "ReplaceComparisonOperator_NotEq_Eq", "ReplaceComparisonOperator_Is_IsNot",
+    "ReplaceComparisonOperator_IsNot_Is", "ReplaceComparisonOperator_Lt_LtE", "ReplaceComparisonOperator_LtE_Lt",
+    "ReplaceComparisonOperator_Gt_GtE", "ReplaceComparisonOperator_GtE_Gt", "ReplaceComparisonOperator_Lt_Gt",
+    "ReplaceBinaryOperator_Add_Sub", "ReplaceBinaryOperator_Sub_Add", "ReplaceBinaryOperator_Mul_Div",
+    "ReplaceBinaryOperator_Div_Mul", "ReplaceBinaryOperator_FloorDiv_Mul", "ReplaceBinaryOperator_Mod_Mul",
+    "ReplaceBinaryOperator_BitOr_BitAnd", "ReplaceBinaryOperator_BitAnd_BitOr", "ReplaceBinaryOperator_Pow_Mul",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One small wrong change, and what became of it."""
+
+    path: str
+    operator: str
+    occurrence: int
+    line: int
+    arguments: tuple[tuple[str, Any], ...] = ()
+    outcome: str = ""
+    seconds: float = 0.0
+    diff: str = ""
+
+
+def folder_of(path: str) -> str:
+    """The entry of `TESTS` that a file belongs to."""
+    return next((name for name in TESTS if path == name or path.startswith(f"{name}/")), "")
+
+
+def not_code(path: Path) -> set[int]:
+    """Lines of annotations, raised messages and ``__repr__``, where a change says nothing about the tests."""
+    tree, lines = ast.parse(path.read_text(encoding="utf-8")), set()
+    for node in ast.walk(tree):
+        parts: list[ast.AST] = []
+        if isinstance(node, ast.arg | ast.AnnAssign) and node.annotation is not None:
+            parts.append(node.annotation)
+        if isinstance(node, ast.FunctionDef):
+            parts += [node.returns] if node.returns is not None else []
+            parts += [node] if node.name in ("__repr__", "__str__") else []
+        if isinstance(node, ast.Raise | ast.JoinedStr) or (isinstance(node, ast.If) and _type_checking(node)):
+            parts.append(node)
+        if isinstance(node, ast.Assign) and len(node.targets) == 1 and _is_type_alias(node):
+            parts.append(node)
+        for part in parts:
+            first, last = getattr(part, "lineno", 0), getattr(part, "end_lineno", 0) or 0
+            lines |= set(range(first, last + 1))
+    return lines
+
+
+def _type_checking(node: ast.If) -> bool:
+    return isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def _is_type_alias(node: ast.Assign) -> bool:
+    target, value = node.targets[0], node.value
+    return isinstance(target, ast.Name) and target.id[:1].isupper() and isinstance(value, ast.BinOp | ast.Subscript)
+
+
+def changes() -> list[Change]:
+    """Every change that the operators can make."""
+    from cosmic_ray.commands.init import _all_work_items
+
+    paths = [p for name in TESTS for p in ([ROOT / name] if name.endswith(".py") else (ROOT / name).rglob("*.py"))]
+    unique = sorted({p.relative_to(ROOT) for p in paths})
+    os.chdir(ROOT)
+    found, skipped = [], {path: not_code(path) for path in unique}
+    for item in _all_work_items(unique, {}):
+        (spec,) = item.mutations
+        name, line = spec.operator_name.removeprefix("core/"), spec.start_pos[0]
+        if name in OPERATORS and line not in skipped[spec.module_path]:
+            arguments = tuple(spec.operator_args.items())
+            found.append(Change(str(spec.module_path), name, spec.occurrence, line, arguments))
+    return found
+
+
+def sampled(found: Sequence[Change], size: int, seed: int) -> list[Change]:
+    """A sample of all changes, in random order, so that a run that ends early is a sample too."""
+    return random.Random(seed).sample(list(found), min(size, len(found)))
+
+
+def tried(task: tuple[Change, str, float, int]) -> Change:
+    """What becomes of one change in a copy of the checkout."""
+    from cosmic_ray.mutating import mutate_and_test
+    from cosmic_ray.work_item import MutationSpec
+
+    change, copy, limit, _ = task
+    os.chdir(copy)
+    os.environ.update(PYTHONPATH=copy, OMP_NUM_THREADS="1")
+    files = [f for stem in TESTS[folder_of(change.path)] for f in sorted(Path("tests").glob(f"test_{stem}.py"))]
+    names = " ".join(dict.fromkeys(map(str, files)))
+    command = f"{sys.executable} -m pytest -q -x -p no:cacheprovider {names}"
+    spec = MutationSpec(
+        Path(change.path), f"core/{change.operator}", change.occurrence, (1, 0), (1, 1), dict(change.arguments)
+    )
+    start = time.monotonic()
+    result = mutate_and_test([spec], command, limit)
+    told = "timeout" if result.output == "timeout" else str(getattr(result.test_outcome, "value", "none"))
+    return Change(
+        **{**asdict(change), "arguments": change.arguments, "outcome": told, "diff": result.diff or "",
+           "seconds": round(time.monotonic() - start, 1)}
+    )  # fmt: skip
+
+
+def run(chosen: Sequence[Change], jobs: int, limit: float, total: float) -> Iterator[Change]:
+    """The outcome of each change, as they come. total: seconds after which no more are begun."""
+    copies: queue.SimpleQueue[str] = queue.SimpleQueue()
+    end = time.monotonic() + total
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(jobs):
+            copy = Path(folder) / str(i)
+            shutil.copytree(
+                ROOT, copy, symlinks=True, ignore=shutil.ignore_patterns(".git", "results", "*.xz", ".*cache")
+            )
+            (copy / "benchmarks" / "results").mkdir(parents=True, exist_ok=True)
+            copies.put(str(copy))
+
+        def one(change: Change) -> Change | None:
+            if time.monotonic() > end:
+                return None
+            copy = copies.get()
+            try:
+                with get_context("spawn").Pool(1) as pool:
+                    return pool.apply(tried, ((change, copy, limit, 0),))
+            finally:
+                copies.put(copy)
+
+        with ThreadPoolExecutor(jobs) as pool:
+            for result in pool.map(one, chosen):
+                if result is not None:
+                    yield result
+
+
+def table(results: Sequence[Change]) -> str:
+    """Per package how many changes were tried and how many noticed."""
+    rows = []
+    for name in [*TESTS, ""]:
+        own = [c for c in results if not name or folder_of(c.path) == name]
+        noticed = sum(c.outcome != "survived" for c in own)
+        if own:
+            rows.append([name or "all", len(own), noticed, f"{noticed / len(own):.0%}"])
+    return tabulate(rows, headers=["package", "changes", "noticed", "share"])
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--sample", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--limit", type=float, default=400.0, help="seconds of tests for one change")
+    parser.add_argument("--total", type=float, default=1e9, help="seconds after which no further change is begun")
+    parser.add_argument("--only", default="", help="a folder or file of the table, for a part of the code")
+    options = parser.parse_args()
+    found = [c for c in changes() if c.path.startswith(options.only)]
+    results: list[Change] = []
+    for change in run(sampled(found, options.sample, options.seed), options.jobs, options.limit, options.total):
+        results.append(change)
+        where = f"{change.path}:{change.line} {change.operator}"
+        print(f"{len(results)} {change.outcome} {where} {change.seconds} s", flush=True)
+    survivors = [c for c in results if c.outcome == "survived"]
+    record = {
+        "sample": len(results), "of": len(found), "seed": options.seed, "only": options.only,
+        "python": platform.python_version(), "noticed": len(results) - len(survivors),
+        "timeouts": sum(c.outcome == "timeout" for c in results), "survivors": [asdict(c) for c in survivors],
+    }  # fmt: skip
+    (ROOT / "benchmarks" / "results" / "mutation.json").write_text(json.dumps(record, indent=1) + "\n")
+    print(*(c.diff for c in survivors), table(results), sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()
