@@ -18,6 +18,7 @@ from ecospa_fx.errors import PlanError
 from ecospa_fx.fitted import shrunk
 from ecospa_fx.graph.owned import owned
 from ecospa_fx.graph.program import ExportedForm
+from ecospa_fx.graph.wrappers import unwrapped
 from ecospa_fx.inplace.edits import cut
 from ecospa_fx.plan import Plan
 
@@ -44,9 +45,11 @@ def backend(
         torch.Size([2, 8])
     """
 
+    whole = None if model is None else unwrapped(model)
+
     def compile_graph(graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
         twin = fx.GraphModule(graph, copy.deepcopy(graph.graph))  # the tracer calls what it made by the graph it made
-        own = _within(plan, _names(graph, twin, inputs, model), inputs)
+        own = _within(plan, _names(graph, twin, inputs, whole), inputs)
         if not own.selections:
             found: Compiled = torch._dynamo.lookup_backend(compiler)(graph, list(inputs))
             return found

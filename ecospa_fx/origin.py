@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ecospa_fx.errors import PlanError
+from ecospa_fx.graph.wrappers import unwrapped
 from ecospa_fx.inputs import described
 from ecospa_fx.plan import Plan
 
@@ -37,6 +38,7 @@ class Origin:
 
 def origin(model: nn.Module, plan: Plan, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Origin:
     """The origin of what ``shrink(model, plan, args, kwargs)`` returns."""
+    model = unwrapped(model)
     kind, config = type(model), getattr(model, "config", None)
     known = kind.__module__.startswith("transformers.models.") and hasattr(config, "to_json_string")
     try:
@@ -62,7 +64,7 @@ def remember(small: nn.Module, origin: Origin) -> nn.Module:
 
 def origin_of(small: nn.Module) -> Origin:
     """Where a model that `shrink` or `compress` returned came from. Raises PlanError for any other."""
-    found = getattr(small, ATTRIBUTE, None)
+    found = getattr(unwrapped(small), ATTRIBUTE, None)
     if not isinstance(found, Origin):
         raise PlanError(f"{type(small).__name__} does not come from ecospa_fx.shrink or ecospa_fx.compress")
     return found

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ecospa_fx.budget import elements
 from ecospa_fx.coupling.couplings import Box, Coupling, Member, Role, parameter_shapes
 from ecospa_fx.errors import PlanError
+from ecospa_fx.graph.wrappers import unwrapped
 
 FORMAT = "ecospa-fx-plan"
 VERSION = 1
@@ -134,7 +135,7 @@ class Plan:
 
     def check(self, model: nn.Module) -> None:
         """Raise PlanError unless the model has the parameters that the plan was made for."""
-        want, have = dict(self.shapes), parameter_shapes(model)
+        want, have = dict(self.shapes), parameter_shapes(unwrapped(model))
         for name in [*want, *have]:
             if want.get(name) != have.get(name):
                 raise PlanError(
@@ -149,10 +150,11 @@ class Plan:
     def masks(self, model: nn.Module) -> dict[str, Tensor]:
         """BoolTensor of the dense shape, True where an element stays, for every parameter that loses elements.
 
-        On the parameter's own device, or on the CPU for a model on ``meta``. Raises PlanError for another model.
+        Names are those in the module inside of compiling or parallel wrappers. Each is on the parameter's own device,
+        or on the CPU for a model on ``meta``. Raises PlanError for another model.
         """
         self.check(model)
-        parameters = dict(model.named_parameters())
+        parameters = dict(unwrapped(model).named_parameters())
         found = {}
         for name, factors in self.factors().items():
             weight = parameters[name]

@@ -33,6 +33,7 @@ from ecospa_fx.folder import (
     refuse_existing,
     write_weights,
 )
+from ecospa_fx.graph.wrappers import unwrapped
 from ecospa_fx.huggingface import build, import_transformers
 from ecospa_fx.inplace.written import rewritten
 from ecospa_fx.inputs import blank
@@ -59,7 +60,7 @@ def save(
     >>> save(small, "smaller")  # doctest: +SKIP
     >>> small = load("smaller")  # doctest: +SKIP
     """
-    target = Path(path)
+    target, small = Path(path), unwrapped(small)
     refuse_existing(target)
     found = origin or getattr(small, ATTRIBUTE, None)
     if not isinstance(found, Origin):
@@ -178,6 +179,7 @@ def _dense(folder: Path, manifest: Mapping[str, Any], model: Callable[[], Any] |
     args, kwargs = _example(folder, manifest)
     if isinstance(made, tuple | list) and len(made) == 3:
         made, args, kwargs = made
+    made = unwrapped(made)
     if not isinstance(made, nn.Module):
         raise StorageError(f"model() returned {type(made).__name__}: it must return an nn.Module")
     if args is None:

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from ecospa_fx.axes.kept import take
 from ecospa_fx.graph.objects import copied, objects, opened
 from ecospa_fx.graph.owned import owned
+from ecospa_fx.graph.wrappers import unwrapped
 from ecospa_fx.plan import Plan
 
 
@@ -22,7 +23,7 @@ def masked(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
 
     Raises PlanError where the plan was made for another model.
     """
-    parameters = dict(model.named_parameters())
+    parameters = dict(unwrapped(model).named_parameters())
     masks = plan.masks(model)
     saved = {name: parameters[name].detach().clone() for name in masks}
     try:
@@ -56,7 +57,7 @@ def masked_error(
     infinities and NaN differ, and where there is nothing else in the outputs, which would prove nothing.
     """
     model, args, kwargs = owned(model, args, kwargs)
-    calling = getattr(small, "_graph_calling", None)
+    calling = getattr(unwrapped(small), "_graph_calling", None)
     with torch.no_grad():
         got = _called(small, *narrowed(small, args, kwargs))
         with masked(model, plan):
@@ -79,7 +80,7 @@ def narrowed(
 
     >>> args, kwargs = narrowed(small, (ids,), {"past_key_values": cache})  # doctest: +SKIP
     """
-    calling = getattr(small, "_graph_calling", None)
+    calling = getattr(unwrapped(small), "_graph_calling", None)
     if calling is None or not any(leaf.cut for leaf in calling.leaves):
         return tuple(args), dict(kwargs or {})
     found: tuple[tuple[Any, ...], dict[str, Any]] = calling.narrowed(tuple(args), dict(kwargs or {}))

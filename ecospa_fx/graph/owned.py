@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ecospa_fx.errors import CaptureError
+from ecospa_fx.graph.wrappers import unwrapped
 
 
 def owned(
@@ -21,13 +22,14 @@ def owned(
 
     The module has everything that `model` has; what were arguments are parameters by their names, those in containers
     by the way to them. Sizes that are symbols of another tracer become numbers. Without a Parameter among the
-    arguments the model is returned as it is. Raises CaptureError for what is no module or tuple of arguments, and for
+    arguments the model is returned as it is, without compiling or parallel wrappers around it. Raises CaptureError for what is no module or tuple of arguments, and for
     an argument that holds Parameters beside other tensors.
     """
     if not isinstance(model, nn.Module):
         raise CaptureError(f"{type(model).__name__} is not an nn.Module: pass the model itself")
     if not isinstance(args, tuple | list):
         raise CaptureError(f"args must be a tuple of positional arguments, not {type(args).__name__}: write (x,)")
+    model = unwrapped(model)
     args, kwargs = _numbered(tuple(args), dict(kwargs or {}))
     given: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}  # type: ignore[dict-item]
     lifted = {place: value for place, value in given.items() if _holds_parameters(value)}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.errors import ScoreError
+from ecospa_fx.graph.wrappers import unwrapped
 from ecospa_fx.importance.methods import Method, Statistic, method_named
 from ecospa_fx.importance.progress import watched
 from ecospa_fx.importance.scores import Scores
@@ -48,7 +49,7 @@ def score(
     >>> scores[couplings[0].name].shape == (couplings[0].carriers, couplings[0].size)  # doctest: +SKIP
     True
     """
-    chosen = method_named(method)
+    chosen, model = method_named(method), unwrapped(model)
     weights = _coupled_weights(model, couplings)
     if chosen.from_weights is not None:
         return Scores(method, chosen.from_weights(weights, couplings.offered))

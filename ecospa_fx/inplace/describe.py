@@ -2,81 +2,103 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from math import prod
-from typing import Any
 
-import torch
 from torch import nn
 
-from ecospa_fx.inplace.attributes import Found, integers
-from ecospa_fx.inplace.follow import alike, rules_of
+from ecospa_fx.inplace.attributes import Found, Place, integers
+from ecospa_fx.inplace.constructor import Constructed, Shapes, constructed, shapes_of
+from ecospa_fx.inplace.follow import Values, alike, rules_of
 from ecospa_fx.inplace.groups import Group, narrowed_axes, scaled, under
+from ecospa_fx.inplace.inputs import following_inputs
 from ecospa_fx.inplace.proof import Bench
-from ecospa_fx.inplace.tables import Spot
+from ecospa_fx.inplace.tables import Cut
 from ecospa_fx.plan import Plan, Selection
 
 Axes = Mapping[tuple[str, int], tuple[int, int]]
 
 
-def described(bench: Bench, plan: Plan, groups: Sequence[Group]) -> dict[Spot, int]:
-    """What running the model does not read and what counts something that gets narrower, with its new value."""
+@dataclass(frozen=True, slots=True)
+class Described:
+    """Integers that follow, by place: those that running the model does not read, and those that it reads."""
+
+    unread: dict[Place, int]
+    read: dict[Place, int]
+
+
+def described(bench: Bench, plan: Plan, groups: Sequence[Group], values: Values) -> Described:
+    """What counts something that gets narrower, with its new value. values: what follows for certain."""
     model, axes = bench.model, narrowed_axes(plan, bench.model)
-    read = {place for rule in rules_of(bench, plan, groups) if rule.read for values in rule.options for place in values}
+    read = {place for rule in rules_of(bench, plan, groups) if rule.read for way in rule.options for place in way}
+    following, known = _constructed(model, axes, values)
+    following.update(following_inputs(bench, plan, values))
     owners = {name.rpartition(".")[0] for name, _ in axes}
     around = {path for path, _ in model.named_modules() if path and any(under(name, path) for name, _ in axes)}
-    found: dict[Spot, int] = {}
-    for own in alike([one for one in integers(model, around) if not one.place.steps], model):
-        if any(one.place in read or one.place.index is not None for one in own):
+    for own in alike([one for one in integers(model, around | owners) if not one.place.steps], model):
+        if any(one.place in read | known or one.place.index is not None for one in own):
             continue
-        new = {
-            one.place: _of_parameters(model, one, axes)
-            if one.place.module in owners
-            else _of_units(model, one, groups, axes)
-            for one in own
-        }
-        if all(value is not None for value in new.values()):
-            found.update({place: value for place, value in new.items() if value is not None})
-    return found
+        new = _by_axis(own, axes) if all(one.place.module in owners for one in own) else None
+        if new is None and not any(one.place.module in owners for one in own):
+            new = {one.place: value for one in own if (value := _of_units(model, one, groups, axes)) is not None}
+            new = new if len(new) == len(own) else None
+        following.update(new or {})
+    return Described(
+        {place: value for place, value in following.items() if place not in read},
+        {place: value for place, value in following.items() if place in read},
+    )
 
 
 # -- of the module that holds a parameter ------------------------------------------------------------------------
 
 
-def _of_parameters(model: nn.Module, one: Found, axes: Axes) -> int | None:
-    """The new size of an axis of a module's own parameter, if that is what an integer says."""
-    owner, path = one.owner, one.place.module
-    new, rest = set(), False
-    for name, parameter in owner.named_parameters(recurse=False):
-        full = f"{path}.{name}" if path else name
-        for axis, size in enumerate(parameter.shape):
-            old, cut = axes.get((full, axis), (size, size))
-            new |= {cut} if old == one.value and cut != old else set()
-            rest |= old == one.value and cut == old
-    if len(new) != 1 or not rest:
-        return new.pop() if len(new) == 1 else None
-    have = dict(owner.named_parameters(recurse=False))
-    told = [at for at in _built_by(owner, one.place.name) if at[0] in have]
-    driven = {axes.get((f"{path}.{name}" if path else name, axis), (0, 0)) for name, axis in told}
-    return driven.pop()[1] if len(driven) == 1 and next(iter(driven))[0] == one.value else None
+def _constructed(model: nn.Module, axes: Axes, values: Values) -> tuple[dict[Place, int], set[Place]]:
+    """What follows by what constructors say of the modules that hold something narrower, and all that they know."""
+    new = _shapes_after(model, axes, values)
+    answers: dict[str, Constructed | None] = {}
+    following: dict[Place, int] = {}
+    known: set[Place] = set()
+    for path, module in model.named_modules():
+        old = shapes_of(module)
+        wanted = {name: new.get(f"{path}.{name}" if path else name, shape) for name, shape in old.items()}
+        if wanted == old:
+            continue
+        numbers = sorted((n, v) for n, v in vars(module).items() if isinstance(v, int | str))
+        key = f"{type(module).__module__}.{type(module).__qualname__} {numbers} {old} {wanted}"
+        answer = answers.get(key) if key in answers else constructed(module, wanted)
+        answers[key] = answer
+        if answer is not None:
+            known |= {Place(path, (), *name) for name in answer.known}
+            following.update({Place(path, (), *name): value for name, value in answer.values.items()})
+    return following, known
 
 
-def _built_by(module: nn.Module, name: str) -> set[tuple[str, int]]:
-    """The parameter axes that are as long as an argument of the constructor of that name says, by building two."""
-    try:
-        parameters = inspect.signature(type(module)).parameters
-        given: dict[str, Any] = {n: getattr(module, n) for n in parameters if type(getattr(module, n, None)) is int}
-        shapes = []
-        for value in (given[name], 2 * given[name]):
-            with torch.device("meta"):
-                built = type(module)(**{**given, name: value})
-            shapes.append({n: tuple(p.shape) for n, p in built.named_parameters(recurse=False)})
-    except Exception:  # a constructor that wants something else says nothing
-        return set()
-    before, after = shapes
-    return {(n, i) for n in before for i, size in enumerate(before[n]) if after[n][i] != size}
+def _shapes_after(model: nn.Module, axes: Axes, values: Values) -> Shapes:
+    """The new shapes of the parameters and buffers that get narrower, by all their names."""
+    narrow: dict[tuple[str, int], int] = {at: new for at, (_, new) in axes.items()}
+    narrow.update({(f"{c.module}.{c.name}" if c.module else c.name, c.axis): n for c, n in values.items() if isinstance(c, Cut)})
+    result: Shapes = {}
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    for name, tensor in tensors:
+        result[name] = tuple(narrow.get((name, axis), size) for axis, size in enumerate(tensor.shape))
+    return result
+
+
+def _by_axis(own: Sequence[Found], axes: Axes) -> dict[Place, int] | None:
+    """An attribute of modules that are alike and hold parameters, if it is the size of one axis in all of them."""
+    sizes: dict[tuple[str, int], list[tuple[int, int]]] = {}
+    for one in own:
+        for name, parameter in one.owner.named_parameters(recurse=False):
+            full = f"{one.place.module}.{name}" if one.place.module else name
+            for axis, size in enumerate(parameter.shape):
+                sizes.setdefault((name, axis), []).append(axes.get((full, axis), (size, size)))
+    dense = [one.value for one in own]
+    told = {tuple(new for _, new in pairs) for pairs in sizes.values() if [old for old, _ in pairs] == dense}
+    if len(told) != 1:
+        return None
+    return {one.place: new for one, new in zip(own, told.pop(), strict=True) if new != one.value}
 
 
 # -- of the modules around it ------------------------------------------------------------------------------------

@@ -71,14 +71,14 @@ def part(plan: Plan, groups: Iterable[Group]) -> Plan:
 
 
 def narrowed_axes(plan: Plan, model: nn.Module) -> dict[tuple[str, int], tuple[int, int]]:
-    """Old and new size of every parameter axis that gets smaller."""
-    masks = plan.masks(model)
+    """Old and new size of every parameter axis that gets smaller, by all names of the parameter."""
+    masks, first = plan.masks(model), {id(p): name for name, p in model.named_parameters()}
     found = {}
-    for name, mask in masks.items():
-        for axis, old in enumerate(mask.shape):
-            new = int(mask.sum(axis).max())
-            if new < old:
-                found[name, axis] = (int(old), new)
+    kept = {n: [int(mask.sum(axis).max()) for axis in range(mask.dim())] for n, mask in masks.items()}
+    for alias, parameter in model.named_parameters(remove_duplicate=False):
+        for axis, new in enumerate(kept.get(first[id(parameter)], ())):
+            if new < parameter.shape[axis]:
+                found[alias, axis] = (int(parameter.shape[axis]), new)
     return found
 
 

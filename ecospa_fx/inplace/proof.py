@@ -10,6 +10,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,24 +19,15 @@ from torch.utils import _pytree as pytree
 
 from ecospa_fx.errors import PlanError
 from ecospa_fx.graph.capture import capture
-from ecospa_fx.graph.objects import copied, opened
-from ecospa_fx.graph.program import ExportedForm
+from ecospa_fx.graph.objects import closed, copied, opened
 from ecospa_fx.graph.restore import restore
+from ecospa_fx.inplace.calls import Call, constant, flipped, others, shuffled, varied
 from ecospa_fx.plan import Plan
 from ecospa_fx.verify import masked, narrowed, without_fast_path
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 LARGEST = 300_000_000
 """Parameters up to which the copy computes in float64."""
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """Arguments, and whether everything in the result must agree: where not, only what has the same shape."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    strict: bool = True
 
 
 class Bench:
@@ -58,8 +50,9 @@ class Bench:
         self.program = capture(self.model, example.args, example.kwargs, dynamic=True)
         more = [*others(self.program, example), *flipped(example)]
         self.calls = [example, *(call for call in more if self.attempt(call) is not None)]
-        if not any(varied(call) for call in self.calls):
-            self.calls += [found for call in self.calls if (found := self._varied(call)) is not None]
+        if constant(example):
+            same = self.calls if not varied(example) else [example]
+            self.calls += [other for call in same if (other := self._varied(call)) is not None]
             self._check_varied()
 
     def _runs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
@@ -67,17 +60,17 @@ class Bench:
         return self.attempt(Call(*self._typed(tuple(args), dict(kwargs)))) is not None
 
     def _typed(self, args: Any, kwargs: Any) -> Any:
-        return pytree.tree_map(
-            lambda t: t.to(self.dtype) if isinstance(t, Tensor) and t.is_floating_point() else t, (args, kwargs)
+        parts = pytree.tree_map(
+            lambda t: t.to(self.dtype) if isinstance(t, Tensor) and t.is_floating_point() else t, opened((args, kwargs))
         )
+        return closed(parts)[0]
 
     def _varied(self, call: Call) -> Call | None:
-        """The call with other numbers in all its tensors or in one, None where the model takes no such call."""
-        return next((found for found in shuffled(call) if self.attempt(found) is not None), None)
+        """The call with other numbers in tensors that hold one everywhere, None where the model takes no such call."""
+        return next((other for other in shuffled(call) if self.attempt(other) is not None), None)
 
     def _check_varied(self) -> None:
-        tensors = [t for call in self.calls for t in pytree.tree_leaves((call.args, call.kwargs)) if _told_apart(t)]
-        if tensors and not any(varied(call) for call in self.calls):
+        if not any(varied(call) for call in self.calls):
             raise PlanError(
                 "the tensors of the example hold the same number everywhere, which hides wrong edits of attention: "
                 "pass inputs that differ, such as random tokens"
@@ -104,17 +97,38 @@ class Bench:
         if not plan.allow and not self.program.state:
             with masked(self.model, plan):
                 return Reference(tuple((call, self.run(call)) for call in self.calls), {})
-        return self.graph_reference(plan)
+        return self.graph_reference(plan, self.traced())
 
-    def graph_reference(self, plan: Plan) -> Reference:
-        """What the rewritten graph does with the calls that it takes, and the buffers that got narrower in it."""
-        small = self._shrunk(plan)
-        calls = [Call(*narrowed(small, call.args, call.kwargs)) for call in self.calls if call.strict]
+    def graph_reference(self, plan: Plan, calls: Sequence[Call] | None = None) -> Reference:
+        """What the rewritten graph does with some calls, or all strict ones, and the buffers that got narrower in it.
+
+        Calls that it does not take are left out, but for the example: what was traced may hold for fewer than the model.
+        """
+        small, results = self._shrunk(plan), []
         with unwritten(small):
-            results = tuple((call, numbers(small, call)) for call in calls)
+            for call in (c for c in (self.calls if calls is None else calls) if c.strict):
+                narrow = Call(*narrowed(small, call.args, call.kwargs))
+                try:
+                    results.append((narrow, numbers(small, narrow)))
+                except Exception as error:  # whatever the graph's operators raise says that it takes no such call
+                    if call is self.calls[0]:
+                        raise PlanError(f"the rewritten graph does not take the example: {error}") from error
         dense = dict(self.model.named_buffers())
         cut = {n: t for n, t in small.named_buffers() if n in dense and t.shape != dense[n].shape}
-        return Reference(results, cut)
+        return Reference(tuple(results), cut)
+
+    def traced(self) -> list[Call]:
+        """The example, and the strict calls for which the graph does what the model does."""
+        example, *rest = self.calls
+        graph = restore(self.program.frozen(), self.model, example.args, example.kwargs)
+        strict, own = [call for call in rest if call.strict], self.model
+        wanted = Reference(tuple((call, self.run(call)) for call in strict), {})
+        try:
+            self.model = graph
+            wrong = self.differing(wanted)
+        finally:
+            self.model = own
+        return [example, *(call for call in strict if all(call is not other for other in wrong))]
 
     def _shrunk(self, plan: Plan) -> nn.Module:
         """The rewritten graph of the copy, from the capture that is there unless another one is needed."""
@@ -130,11 +144,17 @@ class Bench:
 
     def equals(self, reference: Reference) -> bool:
         """Whether the model, as it is now, does what the reference does."""
+        return next(self._differing(reference), None) is None
+
+    def differing(self, reference: Reference) -> list[Call]:
+        """The calls for which the model, as it is now, does something else than the reference."""
+        return list(self._differing(reference))
+
+    def _differing(self, reference: Reference) -> Iterator[Call]:
         for call, want in reference.results:
             got = self.attempt(call)
             if got is None or not equal(got, want, self.tolerance, strict=call.strict):
-                return False
-        return True
+                yield call
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -181,12 +201,42 @@ def unwritten(model: nn.Module) -> Iterator[None]:
 
 
 def numbers(model: nn.Module, call: Call) -> list[Tensor]:
-    """The tensors of numbers that a model returns, those in objects such as caches left out."""
+    """The tensors of numbers in what a model returns, however it is structured, as the model's own code makes them."""
     args, kwargs = copied((call.args, call.kwargs))
-    with torch.no_grad(), without_fast_path():
+    with torch.no_grad(), without_fast_path(), torch.compiler.set_stance("force_eager"):
         result = model(*args, **kwargs)
-    leaves = pytree.tree_leaves(result)
-    return [t for t in leaves if isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex())]
+    return [t for t in tensors_in(result) if t.is_floating_point() or t.is_complex()]
+
+
+def tensors_in(result: Any, around: tuple[int, ...] = ()) -> list[Tensor]:
+    """The tensors in containers and objects of any kind, in order. around: identities of the objects that hold it."""
+    found: list[Tensor] = []
+    for leaf in pytree.tree_leaves(result):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif id(leaf) not in around:
+            for part in _parts(leaf):
+                found += tensors_in(part, (*around, id(leaf)))
+    return found
+
+
+def _parts(value: Any) -> list[Any]:
+    """What a container that the tree library does not know, or an object, holds: its entries, then its attributes."""
+    if callable(value) or isinstance(value, str | bytes | ModuleType):
+        return []
+    entries: list[Any] = []
+    if isinstance(value, Mapping):
+        entries = list(value.values())
+    elif isinstance(value, Sequence):
+        entries = list(value)
+    slots = {name for kind in type(value).__mro__ for name in _slots(kind) if hasattr(value, name)} - {"__dict__"}
+    own = {**getattr(value, "__dict__", {}), **{name: getattr(value, name) for name in slots}}
+    return entries + [part for _, part in sorted(own.items())]
+
+
+def _slots(kind: type) -> tuple[str, ...]:
+    names = vars(kind).get("__slots__", ())
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def equal(got: Sequence[Tensor], want: Sequence[Tensor], tolerance: float, *, strict: bool = True) -> bool:
@@ -205,81 +255,3 @@ def _equal(got: Tensor, want: Tensor, tolerance: float) -> bool:
         return False
     scale = want[finite].abs().max().item() if finite.any() else 0.0
     return bool((got[finite] - want[finite]).abs().le(tolerance * max(scale, 1e-12)).all())
-
-
-# -- other calls -------------------------------------------------------------------------------------------------
-
-
-def others(program: ExportedForm, example: Call) -> list[Call]:
-    """The example with other numbers for the sizes that a graph keeps open: each alone, and all of them."""
-    leaves, spec = pytree.tree_flatten(opened((example.args, example.kwargs)))
-    shapes = [_expressions(node, leaf) for node, leaf in zip(program.inputs, leaves, strict=True)]
-    symbols = sorted({s for shape in shapes for size in shape for s in getattr(size, "free_symbols", ())}, key=str)
-    sizes: dict[Any, int] = {}
-    for shape, leaf in zip(shapes, leaves, strict=True):
-        sizes.update({size: leaf.shape[axis] for axis, size in enumerate(shape) if size in symbols})
-    changed = [[s] for s in symbols] + ([symbols] if len(symbols) > 1 else [])
-    found = []
-    for chosen in changed:
-        new = {s: n + (1 + symbols.index(s)) * (s in chosen) for s, n in sizes.items()}
-        made = [_resized(leaf, shape, new) for leaf, shape in zip(leaves, shapes, strict=True)]
-        args, kwargs = pytree.tree_unflatten(made, spec)
-        if not any(type(leaf).__name__ == "Opened" for leaf in pytree.tree_leaves((args, kwargs))):
-            found.append(Call(args, kwargs))
-    return found
-
-
-def varied(call: Call) -> bool:
-    """Whether any tensor of numbers in a call holds different ones: positions that are all equal tell no attention."""
-    leaves = pytree.tree_leaves((call.args, call.kwargs))
-    return any(_told_apart(t) and bool((t != t.flatten()[0]).any()) for t in leaves)
-
-
-def _told_apart(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.dtype is not torch.bool and leaf.numel() > 1
-
-
-def shuffled(call: Call) -> Iterator[Call]:
-    """A call with other numbers in all its tensors, then in one at a time.
-
-    Whole numbers become 0 or 1, on the CPU alone: elsewhere an index that is out of range ends the process.
-    """
-    leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
-    source = torch.Generator().manual_seed(0)
-    new = {i: _other(t, source) for i, t in enumerate(leaves) if _told_apart(t)}
-    found = {i: t for i, t in new.items() if t is not None}
-    for chosen in (list(found), *([i] for i in found)):
-        made = [found[i] if i in chosen else leaf for i, leaf in enumerate(leaves)]
-        args, kwargs = pytree.tree_unflatten(made, spec)
-        if chosen:
-            yield Call(args, kwargs, call.strict)
-
-
-def _other(tensor: Tensor, source: torch.Generator) -> Tensor | None:
-    if tensor.is_floating_point():
-        return tensor + torch.randn(tensor.shape, generator=source, dtype=torch.float32).to(tensor)
-    if tensor.is_complex() or tensor.device.type != "cpu":
-        return None
-    return torch.randint(0, 2, tensor.shape, generator=source).to(tensor)
-
-
-def _expressions(node: fx.Node, leaf: Any) -> list[Any]:
-    value = node.meta.get("val")
-    if not isinstance(value, Tensor) or not isinstance(leaf, Tensor):
-        return []
-    return [size.node.expr if isinstance(size, torch.SymInt) else size for size in value.shape]
-
-
-def _resized(leaf: Any, shape: Sequence[Any], sizes: Mapping[Any, int]) -> Any:
-    for axis, size in enumerate(shape):
-        if hasattr(size, "free_symbols") and size.free_symbols:
-            wanted = int(size.subs(sizes))
-            positions = torch.arange(wanted, device=leaf.device) % leaf.shape[axis]
-            leaf = leaf.index_select(axis, positions)
-    return leaf
-
-
-def flipped(example: Call) -> list[Call]:
-    """The example with each of its flags the other way round: use_cache, for one."""
-    flags = [name for name, value in example.kwargs.items() if isinstance(value, bool)]
-    return [Call(example.args, {**example.kwargs, name: not example.kwargs[name]}, strict=False) for name in flags]

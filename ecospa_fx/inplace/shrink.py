@@ -11,12 +11,14 @@ import torch
 from torch import nn
 
 from ecospa_fx.errors import PlanError
+from ecospa_fx.graph.wrappers import unwrapped
 from ecospa_fx.inplace.configuration import builders, configured, told_by
 from ecospa_fx.inplace.describe import described
 from ecospa_fx.inplace.edits import Edits
 from ecospa_fx.inplace.follow import apply, counted, edited, solve
 from ecospa_fx.inplace.groups import Group, components, grouped
-from ecospa_fx.inplace.proof import Bench, Call, equal, numbers, unwritten
+from ecospa_fx.inplace.calls import Call
+from ecospa_fx.inplace.proof import Bench, equal, numbers, unwritten
 from ecospa_fx.inplace.tables import Spot
 from ecospa_fx.inplace.written import told
 from ecospa_fx.origin import ATTRIBUTE, origin, remember
@@ -46,16 +48,16 @@ def shrink_(model: Model, plan: Plan, args: Sequence[Any] = (), kwargs: Mapping[
         >>> eco.shrink_(mlp, eco.plan(eco.detect(mlp, (x,)), ratio=0.5), (x,))[0]
         Linear(in_features=8, out_features=16, bias=True)
     """
-    kwargs = dict(kwargs or {})
-    plan.check(model)
-    bench = Bench(model, args, kwargs)
+    kwargs, inside = dict(kwargs or {}), unwrapped(model, resizing=PlanError)
+    plan.check(inside)
+    bench = Bench(inside, args, kwargs)
     values = proven(bench, plan)
-    known, again = replace(origin(model, plan, args, kwargs), integers=told(values)), hasattr(model, ATTRIBUTE)
-    _write(model, plan, values, Call(tuple(args), kwargs), bench)
+    known, again = replace(origin(inside, plan, args, kwargs), integers=told(values)), hasattr(inside, ATTRIBUTE)
+    _write(inside, plan, values, Call(tuple(args), kwargs), bench)
     if again:
-        delattr(model, ATTRIBUTE)  # it is no longer what one plan makes of the original
+        delattr(inside, ATTRIBUTE)  # it is no longer what one plan makes of the original
         return model
-    remember(model, known)
+    remember(inside, known)
     return model
 
 
@@ -69,14 +71,26 @@ def proven(bench: Bench, plan: Plan) -> dict[Spot, int]:
         )
     groups = grouped([s for s in plan if s.kept < s.size], bench.model)
     values = solved(bench, plan, groups)
-    values = {**described(bench, plan, groups), **values}
+    told = described(bench, plan, groups, values)
+    values = {**told.unread, **values}
+    more = {**told.read, **values}
+    if more != values and _equals(bench, plan, more, bench.reference(plan)):
+        values = more
     values = _with_configuration(bench, plan, groups, values) or values
-    if not _equals(bench, plan, values, bench.graph_reference(plan)):
+    _check_against_graph(bench, plan, values)
+    return values
+
+
+def _check_against_graph(bench: Bench, plan: Plan, values: Mapping[Spot, int]) -> None:
+    """Raise PlanError where the edited module and the rewritten graph differ in a call that the graph is right for."""
+    reference = bench.graph_reference(plan)
+    if _equals(bench, plan, values, reference):
+        return
+    if not _equals(bench, plan, values, bench.graph_reference(plan, bench.traced())):
         raise PlanError(
             "the module with narrower weights and the rewritten graph differ, so nothing is written back: use "
             "ecospa_fx.shrink"
         )
-    return values
 
 
 def solved(bench: Bench, plan: Plan, groups: Sequence[Group]) -> dict[Spot, int]:

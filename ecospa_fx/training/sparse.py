@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from ecospa_fx.budget.elements import Factors, removed_elements
 from ecospa_fx.coupling.couplings import Coupling, Couplings
 from ecospa_fx.errors import TrainingError
+from ecospa_fx.graph.wrappers import unwrapped
 from ecospa_fx.importance.score import score
 from ecospa_fx.origin import origin
 from ecospa_fx.plan import Plan, Selection
@@ -86,6 +87,7 @@ class SparseTraining:
         check_schedule(self._schedule, self._settings.total_steps)
         self._steps = frozenset(self._schedule.steps)
         self._running = RunningScores("gate-fisher" if self._measures else scores, self._settings.window)
+        model = unwrapped(model, resizing=TrainingError)
         owners = other_owners(model)
         self._form = GraphForm(model, args, dict(kwargs or {}), self._settings.allow, self._settings.kinds)
         self._chosen = chosen(self._form.couplings, self._settings, scores, model)
