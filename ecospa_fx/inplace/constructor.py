@@ -35,19 +35,21 @@ class Constructed:
     values: Mapping[Attribute, int]
 
 
-def constructed(module: nn.Module, new: Shapes) -> Constructed | None:
+def constructed(module: nn.Module, new: Shapes, fixed: Mapping[Attribute, int] | None = None) -> Constructed | None:
     """What follows tensors of other shapes; None where no class of the module builds it from its attributes.
 
-    new: shape of every tensor in the module by its name there, of which some differ from what they are.
+    new: shape of every tensor in the module by its name there, of which some differ from what they are. fixed: new
+    values of attributes that are known already.
     """
     old = shapes_of(module)
     for kind in (k for k in type(module).__mro__ if issubclass(k, nn.Module) and k is not nn.Module):
         given = _arguments(kind, module)
         slots = dict(_slots(given, _ratios(old, new)))
+        sure = {slot: value for slot, value in (fixed or {}).items() if slot in slots}
         for chosen in _with_flags(kind, given) if slots else ():
             before = _built(kind, chosen)
             if before is not None and _describes(shapes_of(before), old, new):
-                after = _narrower(kind, chosen, new, slots)
+                after = _narrower(kind, _changed(chosen, sure), new, {s: o for s, o in slots.items() if s not in sure})
                 return None if after is None else _compared(module, before, after)
     return None
 
@@ -105,13 +107,11 @@ def _built(kind: type, given: Mapping[str, Any]) -> nn.Module | None:
     return found if isinstance(found, nn.Module) else None
 
 
-def _narrower(
-    kind: type, given: dict[str, Any], new: Shapes, slots: Mapping[Attribute, list[int]]
-) -> nn.Module | None:
+def _narrower(kind: type, given: dict[str, Any], new: Shapes, slots: Mapping[Attribute, list[int]]) -> nn.Module | None:
     """The module built with the fewest numbers changed that give the new shapes."""
     changes = (
         dict(zip(chosen, values, strict=True))
-        for count in range(1, len(slots) + 1)
+        for count in range(len(slots) + 1)
         for chosen in combinations(slots, count)
         for values in product(*(slots[slot] for slot in chosen))
     )

@@ -10,12 +10,11 @@ from math import prod
 from torch import nn
 
 from ecospa_fx.inplace.attributes import Found, Place, integers
-from ecospa_fx.inplace.constructor import Constructed, Shapes, constructed, shapes_of
-from ecospa_fx.inplace.follow import Values, alike, rules_of
+from ecospa_fx.inplace.evidence import evidence
+from ecospa_fx.inplace.follow import alike, is_read
 from ecospa_fx.inplace.groups import Group, narrowed_axes, scaled, under
-from ecospa_fx.inplace.inputs import following_inputs
 from ecospa_fx.inplace.proof import Bench
-from ecospa_fx.inplace.tables import Cut
+from ecospa_fx.inplace.trial import Values
 from ecospa_fx.plan import Plan, Selection
 
 Axes = Mapping[tuple[str, int], tuple[int, int]]
@@ -23,67 +22,35 @@ Axes = Mapping[tuple[str, int], tuple[int, int]]
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """Integers that follow, by place: those that running the model does not read, and those that it reads."""
+    """Integers that follow, by place.
+
+    unread: what running the model does not read, and shapes of parameters tell; other: what has to be tried.
+    """
 
     unread: dict[Place, int]
-    read: dict[Place, int]
+    other: dict[Place, int]
 
 
 def described(bench: Bench, plan: Plan, groups: Sequence[Group], values: Values) -> Described:
     """What counts something that gets narrower, with its new value. values: what follows for certain."""
     model, axes = bench.model, narrowed_axes(plan, bench.model)
-    read = {place for rule in rules_of(bench, plan, groups) if rule.read for way in rule.options for place in way}
-    following, known = _constructed(model, axes, values)
-    following.update(following_inputs(bench, plan, values))
+    told = evidence(bench, plan, values)
+    following = dict(told.constructed)
     owners = {name.rpartition(".")[0] for name, _ in axes}
     around = {path for path, _ in model.named_modules() if path and any(under(name, path) for name, _ in axes)}
     for own in alike([one for one in integers(model, around | owners) if not one.place.steps], model):
-        if any(one.place in read | known or one.place.index is not None for one in own):
+        if any(one.place in told.known or one.place in values or one.place.index is not None for one in own):
             continue
         new = _by_axis(own, axes) if all(one.place.module in owners for one in own) else None
-        if new is None and not any(one.place.module in owners for one in own):
-            new = {one.place: value for one in own if (value := _of_units(model, one, groups, axes)) is not None}
-            new = new if len(new) == len(own) else None
+        if new is None and not any(one.place.module in owners or is_read(one.place, bench) for one in own):
+            new = _by_units(model, own, groups, axes)
         following.update(new or {})
-    return Described(
-        {place: value for place, value in following.items() if place not in read},
-        {place: value for place, value in following.items() if place in read},
-    )
+    other = {place: value for place, value in following.items() if is_read(place, bench)}
+    unread = {place: value for place, value in following.items() if place not in other}
+    return Described(unread, {**told.given, **other})
 
 
 # -- of the module that holds a parameter ------------------------------------------------------------------------
-
-
-def _constructed(model: nn.Module, axes: Axes, values: Values) -> tuple[dict[Place, int], set[Place]]:
-    """What follows by what constructors say of the modules that hold something narrower, and all that they know."""
-    new = _shapes_after(model, axes, values)
-    answers: dict[str, Constructed | None] = {}
-    following: dict[Place, int] = {}
-    known: set[Place] = set()
-    for path, module in model.named_modules():
-        old = shapes_of(module)
-        wanted = {name: new.get(f"{path}.{name}" if path else name, shape) for name, shape in old.items()}
-        if wanted == old:
-            continue
-        numbers = sorted((n, v) for n, v in vars(module).items() if isinstance(v, int | str))
-        key = f"{type(module).__module__}.{type(module).__qualname__} {numbers} {old} {wanted}"
-        answer = answers.get(key) if key in answers else constructed(module, wanted)
-        answers[key] = answer
-        if answer is not None:
-            known |= {Place(path, (), *name) for name in answer.known}
-            following.update({Place(path, (), *name): value for name, value in answer.values.items()})
-    return following, known
-
-
-def _shapes_after(model: nn.Module, axes: Axes, values: Values) -> Shapes:
-    """The new shapes of the parameters and buffers that get narrower, by all their names."""
-    narrow: dict[tuple[str, int], int] = {at: new for at, (_, new) in axes.items()}
-    narrow.update({(f"{c.module}.{c.name}" if c.module else c.name, c.axis): n for c, n in values.items() if isinstance(c, Cut)})
-    result: Shapes = {}
-    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    for name, tensor in tensors:
-        result[name] = tuple(narrow.get((name, axis), size) for axis, size in enumerate(tensor.shape))
-    return result
 
 
 def _by_axis(own: Sequence[Found], axes: Axes) -> dict[Place, int] | None:
@@ -102,6 +69,12 @@ def _by_axis(own: Sequence[Found], axes: Axes) -> dict[Place, int] | None:
 
 
 # -- of the modules around it ------------------------------------------------------------------------------------
+
+
+def _by_units(model: nn.Module, own: Sequence[Found], groups: Sequence[Group], axes: Axes) -> dict[Place, int] | None:
+    """An attribute of modules that are alike, if it counts units of one coupling in each of them."""
+    new = {one.place: value for one in own if (value := _of_units(model, one, groups, axes)) is not None}
+    return new if len(new) == len(own) else None
 
 
 def _of_units(model: nn.Module, one: Found, groups: Sequence[Group], axes: Axes) -> int | None:

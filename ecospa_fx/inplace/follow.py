@@ -8,25 +8,22 @@ these refer to, if running the model reads it. Attributes of one name in modules
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, combinations, islice, product
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ecospa_fx.errors import PlanError
-from ecospa_fx.inplace.attributes import Found, integers, reading
-from ecospa_fx.inplace.edits import Edits
+from ecospa_fx.inplace.attributes import Found, Place, integers, reading
+from ecospa_fx.inplace.evidence import evidence
 from ecospa_fx.inplace.groups import Group, narrowed_axes, part, role_of, scaled, under
 from ecospa_fx.inplace.proof import Bench
 from ecospa_fx.inplace.tables import Spot, tables
+from ecospa_fx.inplace.trial import Values, edited
 from ecospa_fx.plan import Plan
 
 TRIALS = 3000
-
-Values = Mapping[Spot, int]
-"""New integers by place, and what stays of buffers."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,10 +43,13 @@ def solve(bench: Bench, plan: Plan, groups: Sequence[Group]) -> dict[Spot, int]:
     own = part(plan, groups)
     reference = bench.reference(own)
     rules = [rule for rule in rules_of(bench, own, groups) if rule.read]
-    for values in islice(edits_of(rules), TRIALS):
-        with edited(bench.model, own, values, reference.buffers):
-            if bench.equals(reference):
-                return values
+    told = evidence(bench, own, {})
+    start = {p: value for p, value in (told.constructed | told.given).items() if is_read(p, bench)}
+    for before in [start, {}] if start else [{}]:
+        for values in islice(edits_of(rules), TRIALS):
+            with edited(bench.model, own, {**before, **values}, reference.buffers):
+                if bench.equals(reference):
+                    return {**before, **values}
     raise PlanError(_refusal(groups, rules))
 
 
@@ -62,26 +62,6 @@ def _refusal(groups: Sequence[Group], rules: Sequence[Rule]) -> str:
         f"coupling {first.name!r}{more} cannot be written back into the module: no edit of its integers ({tried}) "
         "gives what masking gives; use ecospa_fx.shrink, or ask for a plan with expressible_in='module'"
     )
-
-
-@contextmanager
-def edited(model: nn.Module, plan: Plan, values: Values, buffers: Mapping[str, Tensor]) -> Iterator[None]:
-    """A model with a plan's parameters cut, and some integers and buffers replaced, inside, and as it was outside."""
-    edits = Edits()
-    try:
-        apply(model, plan, values, buffers, edits)
-        yield
-    finally:
-        edits.undo()
-
-
-def apply(model: nn.Module, plan: Plan, values: Values, buffers: Mapping[str, Tensor], edits: Edits) -> None:
-    """Cut a plan's parameters, put buffers in their places and write integers, noted in `edits`."""
-    edits.parameters(model, plan.masks(model))
-    for name, tensor in buffers.items():
-        edits.buffer(model, name, tensor)
-    for place, value in values.items():
-        place.write(model, value, edits)
 
 
 def edits_of(rules: Sequence[Rule]) -> Iterator[dict[Spot, int]]:
@@ -100,15 +80,12 @@ def rules_of(bench: Bench, plan: Plan, groups: Sequence[Group]) -> list[Rule]:
     model, axes = bench.model, narrowed_axes(plan, bench.model)
     paths = {path for path, _ in model.named_modules() if any(under(name, path) for name, _ in axes)}
     found = integers(model, paths)
-    with reading([f.owner for f in found if not isinstance(f.owner, dict)]) as read:
-        for call in bench.calls:
-            bench.run(call)
     rules = []
     for own in alike(found, model):
         options = options_of(model, own, groups, axes)
         if options:
             told = f"{type(own[0].owner).__name__}.{own[0].place.name}"
-            rules.append(Rule(told, tuple(options), any(_is_read(one, read) for one in own)))
+            rules.append(Rule(told, tuple(options), any(is_read(one.place, bench) for one in own)))
     return rules + [Rule(told, options, True) for told, options in tables(model, groups)]
 
 
@@ -128,8 +105,16 @@ def counted(bench: Bench, plan: Plan, groups: Sequence[Group]) -> set[Spot]:
     return {place for rule in rules if rule.read for values in rule.options for place in values}
 
 
-def _is_read(found: Found, read: set[tuple[int, Any]]) -> bool:
-    return isinstance(found.owner, dict) or (id(found.owner), found.place.name) in read
+def is_read(place: Place, bench: Bench) -> bool:
+    """Whether running the dense model reads an integer, as far as can be seen."""
+    if bench.read is None:
+        everything = integers(bench.model, {path for path, _ in bench.model.named_modules()})
+        with reading([one.owner for one in everything if not isinstance(one.owner, dict)]) as read:
+            for call in bench.calls:
+                bench.run(call)
+        bench.read = read
+    owner = place.owner(bench.model)
+    return isinstance(owner, dict) or (id(owner), place.name) in bench.read
 
 
 def options_of(
@@ -142,12 +127,12 @@ def options_of(
         for chosen in combinations(groups, count)
     ]
     ways.append(lambda one: _as_axis(one, axes))
+    new = [{one.place: way(one) for one in places} for way in ways]
     options: list[Values] = []
-    for way in ways:
-        new = {one.place: way(one) for one in places}
-        if any(value is None for value in new.values()):
-            continue
-        values: Values = {one.place: new[one.place] or 0 for one in places if new[one.place] != one.value}
+    # those first that say something of all places; modules may be alike only because they are numbered
+    for told in sorted(new, key=lambda values: None in values.values()):
+        following = {one.place: told[one.place] or one.value for one in places}
+        values: Values = {one.place: following[one.place] for one in places if following[one.place] != one.value}
         if values and values not in options:
             options.append(values)
     return options

@@ -7,6 +7,7 @@ where its code does, and in evaluation mode, as dropout would differ by chance.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ecospa_fx.errors import PlanError
@@ -44,6 +45,8 @@ class Bench:
         if sum(p.numel() for p in model.parameters()) > LARGEST or not self._runs(args, kwargs):
             self.model, self.dtype = _shaken(_copied(model).float()), torch.float32
         self.tolerance = TOLERANCE[self.dtype]
+        self.read: set[tuple[int, Any]] | None = None
+        """Attributes that running the model reads, by identity of their owner and name; None: not known yet."""
         example = Call(*self._typed(tuple(args), dict(kwargs)))
         with torch.no_grad():
             self.run(example)
@@ -203,7 +206,8 @@ def unwritten(model: nn.Module) -> Iterator[None]:
 def numbers(model: nn.Module, call: Call) -> list[Tensor]:
     """The tensors of numbers in what a model returns, however it is structured, as the model's own code makes them."""
     args, kwargs = copied((call.args, call.kwargs))
-    with torch.no_grad(), without_fast_path(), torch.compiler.set_stance("force_eager"):
+    with torch.no_grad(), without_fast_path(), torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of edits that are only tried
         result = model(*args, **kwargs)
     return [t for t in tensors_in(result) if t.is_floating_point() or t.is_complex()]
 

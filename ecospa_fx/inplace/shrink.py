@@ -12,14 +12,15 @@ from torch import nn
 
 from ecospa_fx.errors import PlanError
 from ecospa_fx.graph.wrappers import unwrapped
+from ecospa_fx.inplace.calls import Call
 from ecospa_fx.inplace.configuration import builders, configured, told_by
 from ecospa_fx.inplace.describe import described
 from ecospa_fx.inplace.edits import Edits
-from ecospa_fx.inplace.follow import apply, counted, edited, solve
+from ecospa_fx.inplace.follow import counted, solve
 from ecospa_fx.inplace.groups import Group, components, grouped
-from ecospa_fx.inplace.calls import Call
 from ecospa_fx.inplace.proof import Bench, equal, numbers, unwritten
 from ecospa_fx.inplace.tables import Spot
+from ecospa_fx.inplace.trial import apply, edited
 from ecospa_fx.inplace.written import told
 from ecospa_fx.origin import ATTRIBUTE, origin, remember
 from ecospa_fx.plan import Plan
@@ -71,9 +72,9 @@ def proven(bench: Bench, plan: Plan) -> dict[Spot, int]:
         )
     groups = grouped([s for s in plan if s.kept < s.size], bench.model)
     values = solved(bench, plan, groups)
-    told = described(bench, plan, groups, values)
-    values = {**told.unread, **values}
-    more = {**told.read, **values}
+    following = described(bench, plan, groups, values)
+    values = {**following.unread, **values}
+    more = {**following.other, **values}
     if more != values and _equals(bench, plan, more, bench.reference(plan)):
         values = more
     values = _with_configuration(bench, plan, groups, values) or values

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ecospa_fx.errors import StorageError
 from ecospa_fx.inplace.attributes import Place
 from ecospa_fx.inplace.edits import Edits
-from ecospa_fx.inplace.follow import apply
 from ecospa_fx.inplace.tables import Spot
+from ecospa_fx.inplace.trial import apply
 from ecospa_fx.plan import Plan
 
 

@@ -1,0 +1,35 @@
+"""A model with an edit, while it is tried: parameters cut, integers and buffers replaced, and all of it taken back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from ecospa_fx.inplace.edits import Edits
+from ecospa_fx.inplace.tables import Spot
+from ecospa_fx.plan import Plan
+
+Values = Mapping[Spot, int]
+"""New integers by place, and what stays of buffers."""
+
+
+@contextmanager
+def edited(model: nn.Module, plan: Plan, values: Values, buffers: Mapping[str, Tensor]) -> Iterator[None]:
+    """A model with a plan's parameters cut, and some integers and buffers replaced, inside, and as it was outside."""
+    edits = Edits()
+    try:
+        apply(model, plan, values, buffers, edits)
+        yield
+    finally:
+        edits.undo()
+
+
+def apply(model: nn.Module, plan: Plan, values: Values, buffers: Mapping[str, Tensor], edits: Edits) -> None:
+    """Cut a plan's parameters, put buffers in their places and write integers, noted in `edits`."""
+    edits.parameters(model, plan.masks(model))
+    for name, tensor in buffers.items():
+        edits.buffer(model, name, tensor)
+    for place, value in values.items():
+        place.write(model, value, edits)
