@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ from ecospa_fx.graph.objects import copied, objects, opened
 from ecospa_fx.graph.owned import owned
 from ecospa_fx.graph.wrappers import unwrapped
 from ecospa_fx.plan import Plan
+from ecospa_fx.relative_error import RelativeError, relative_error
 
 
 @contextmanager
@@ -50,11 +52,14 @@ def without_fast_path() -> Iterator[None]:
 
 def masked_error(
     model: nn.Module, small: nn.Module, plan: Plan, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None
-) -> float:
-    """Largest difference between ``small`` and the masked ``model``, relative to the largest output.
+) -> RelativeError:
+    """Largest error of ``small`` against the masked ``model``, relative to what numbers in each output usually are.
 
-    Both run in the type they have: below 1e-9 in float64 is what exact means. Infinite where shapes or the places of
-    infinities and NaN differ, and where there is nothing else in the outputs, which would prove nothing.
+    Both run in the type they have: below 1e-9 in float64 is what exact means. A float, whose ``left_out`` says what it
+    does not cover: where the dense model gives NaN there is nothing to compare, and a warning says so. What is filled
+    into masked places, and infinities, hide nothing beside them; see `ecospa_fx.relative_error`. Infinite where shapes
+    or the places of infinities differ, where ``small`` gives NaN and ``model`` does not, and where there is nothing
+    to compare.
     """
     model, args, kwargs = owned(model, args, kwargs)
     calling = getattr(unwrapped(small), "_graph_calling", None)
@@ -64,10 +69,10 @@ def masked_error(
             want = _called(model, args, kwargs)
     if calling is not None and len(want) == len(cuts := calling.cuts_of_results()):
         want = [take(leaf, cut) if cut else leaf for leaf, cut in zip(want, cuts, strict=True)]
-    got, want = _floats(got), _floats(want)
-    if len(got) != len(want) or (want and not any(torch.isfinite(leaf).any() for leaf in want)):
-        return float("inf")
-    return max((_difference(a, b) for a, b in zip(got, want, strict=True)), default=0.0)
+    error = relative_error(got, want)
+    for sentence in error.left_out:
+        warnings.warn(sentence, stacklevel=2)
+    return error
 
 
 def narrowed(
@@ -93,20 +98,3 @@ def _called(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     with without_fast_path():
         result = model(*own_args, **own_kwargs)
     return pytree.tree_leaves(opened((result, objects((own_args, own_kwargs)))))
-
-
-def _floats(leaves: Sequence[Any]) -> list[Tensor]:
-    return [t for t in leaves if isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex())]
-
-
-def _difference(got: Tensor, want: Tensor) -> float:
-    if got.shape != want.shape:
-        return float("inf")
-    finite = torch.isfinite(want)
-    if not torch.equal(finite, torch.isfinite(got)):
-        return float("inf")
-    if not finite.any():
-        return 0.0
-    # picking the finite ones by index would take eight bytes per axis of each, and logits are large
-    scale = max(torch.where(finite, want, 0).abs().max().item(), 1e-12)
-    return float(torch.where(finite, got - want, 0).abs().max().item() / scale)

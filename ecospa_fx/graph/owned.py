@@ -22,8 +22,8 @@ def owned(
 
     The module has everything that `model` has; what were arguments are parameters by their names, those in containers
     by the way to them. Sizes that are symbols of another tracer become numbers. Without a Parameter among the
-    arguments the model is returned as it is, without compiling or parallel wrappers around it. Raises CaptureError for what is no module or tuple of arguments, and for
-    an argument that holds Parameters beside other tensors.
+    arguments the model is returned as it is, without compiling or parallel wrappers around it. Raises CaptureError for
+    what is no module or tuple of arguments, and for an argument that holds Parameters beside other tensors.
     """
     if not isinstance(model, nn.Module):
         raise CaptureError(f"{type(model).__name__} is not an nn.Module: pass the model itself")

@@ -105,7 +105,7 @@ class Bench:
     def graph_reference(self, plan: Plan, calls: Sequence[Call] | None = None) -> Reference:
         """What the rewritten graph does with some calls, or all strict ones, and the buffers that got narrower in it.
 
-        Calls that it does not take are left out, but for the example: what was traced may hold for fewer than the model.
+        Calls that it does not take are left out, but for the example: what was traced may hold for fewer.
         """
         small, results = self._shrunk(plan), []
         with unwritten(small):
