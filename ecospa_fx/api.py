@@ -23,6 +23,7 @@ from ecospa_fx.importance.scores import Scores
 from ecospa_fx.origin import origin, remember
 from ecospa_fx.plan import Plan
 from ecospa_fx.recipe import SECOND_ORDER, Recipe, Task, checked, compress_program
+from ecospa_fx.trace_check import compared
 from ecospa_fx.verify import masked
 
 
@@ -68,7 +69,8 @@ def shrink(
     Parameters are among these, the smaller model has its own and takes the other arguments. Parameters
     that lose nothing are shared with `model`, which stays untouched; ``copy.deepcopy`` the result to train both.
     passes: what cleans the graph up afterwards; ``ecospa_fx.passes.CLEANUP`` by default, ``()`` for nothing.
-    Raises PlanError where the plan was made for another model, CaptureError where it cannot be traced.
+    Warns where what was traced is not what the model computes on the example. Raises PlanError where the plan was made
+    for another model, CaptureError where it cannot be traced.
 
     Example:
         >>> import torch, ecospa_fx as eco
@@ -78,8 +80,21 @@ def shrink(
         >>> tuple(small.get_parameter("0.weight").shape)
         (16, 8)
     """
+    return smaller(model, plan, args, kwargs, passes, compare=True)
+
+
+def smaller(
+    model: nn.Module,
+    plan: Plan,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    passes: Sequence[Pass] | None = None,
+    *,
+    compare: bool = False,
+) -> nn.Module:
+    """What `shrink` returns. compare: warn where what was traced is not what the model computes on the example."""
     model, args, kwargs = owned(model, args, kwargs)
-    program = shrunk(model, plan, args, kwargs, passes)
+    program = shrunk(model, plan, args, kwargs, passes, compare=compare)
     return remember(restore(program, model, args, kwargs), origin(model, plan, args, kwargs))
 
 
@@ -143,7 +158,7 @@ def _rebuilt(task: Task, ratio: float, options: Mapping[str, Any]) -> nn.Module:
     # What cannot be reached, or is not of this model, is refused before anything slow.
     make_plan(task.couplings, ratio, **recipe.planning(planning)).check(model)
     with torch.inference_mode(False):  # what is fitted needs gradients, whatever the caller's mode
-        programs = captures(model, args, kwargs, dynamic=True)
+        programs = compared(captures(model, args, kwargs, dynamic=True), model, args, kwargs)
         program, plan = first_fit(programs, lambda p: compress_program(p, task, ratio, recipe, **planning))
     run_passes(program.exported.graph_module, CLEANUP)
     return remember(restore(program, model, args, kwargs), origin(model, plan, args, kwargs))

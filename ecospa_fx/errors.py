@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+
 
 class EcospaError(Exception):
     """Base class: catch this to catch everything that the library refuses."""
@@ -33,3 +36,11 @@ class StorageError(EcospaError):
 
 class PassError(EcospaError):
     """A pass left a graph that it should not have left."""
+
+
+def warn_caller(message: str) -> None:
+    """Warn once, at the line outside of this library that called it."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)

@@ -12,6 +12,7 @@ from ecospa_fx.graph.capture import captures
 from ecospa_fx.graph.passes import Pass, run_passes
 from ecospa_fx.graph.program import ExportedForm, Program
 from ecospa_fx.plan import Plan
+from ecospa_fx.trace_check import compared
 
 Form = TypeVar("Form", bound=Program)
 Result = TypeVar("Result")
@@ -23,15 +24,19 @@ def shrunk(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     passes: Sequence[Pass] | None = None,
+    *,
+    compare: bool = False,
 ) -> ExportedForm:
     """A model's program without what a plan removes, cleaned up by some passes, by default all exact ones.
 
+    compare: warn where what was traced is not what the model computes on the example.
     Raises PlanError where the plan was made for another model, CaptureError where that cannot be traced.
     """
     from ecospa_fx.passes import CLEANUP
 
     plan.check(model)
-    program = fitted(captures(model, args, kwargs, dynamic=True), plan)
+    programs = captures(model, args, kwargs, dynamic=True)
+    program = fitted(compared(programs, model, args, kwargs) if compare else programs, plan)
     run_passes(program.exported.graph_module, CLEANUP if passes is None else passes)
     return program
 

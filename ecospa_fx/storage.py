@@ -141,13 +141,13 @@ def load_with_inputs(
     if dtype is not None:
         weights = {name for name, _ in plan.shapes}
         tensors = {n: t.to(dtype) if n in weights and t.is_floating_point() else t for n, t in tensors.items()}
-    from ecospa_fx.api import shrink  # which imports this module
+    from ecospa_fx.api import smaller  # which imports this module
 
     dense, args, kwargs = _dense(folder, manifest, model)
     dense = _typed(dense, tensors)
     known = replace(origin(dense, plan, args, kwargs), integers=manifest.get("integers"))
     if known.integers is None:
-        small = shrink(dense, plan, args, kwargs)
+        small = smaller(dense, plan, args, kwargs)
     else:
         small = rewritten(dense, plan, known.integers, tensors)
     _fill(small, tensors, known.buffers)

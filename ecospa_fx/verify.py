@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils import _pytree as pytree
 
 from ecospa_fx.axes.kept import take
+from ecospa_fx.errors import warn_caller
 from ecospa_fx.graph.objects import copied, objects, opened
 from ecospa_fx.graph.owned import owned
 from ecospa_fx.graph.wrappers import unwrapped
@@ -37,6 +37,21 @@ def masked(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
         with torch.no_grad():
             for name, values in saved.items():
                 parameters[name].copy_(values)
+
+
+@contextmanager
+def unwritten(model: nn.Module) -> Iterator[None]:
+    """Buffers as they were afterwards, whatever the model writes into them."""
+    places = [(module._buffers, name, value) for module in model.modules() for name, value in module._buffers.items()]
+    saved = [None if value is None else value.clone() for _, _, value in places]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for (held, name, value), values in zip(places, saved, strict=True):
+                held[name] = value
+                if value is not None and values is not None and not torch.equal(value, values):
+                    value.copy_(values)
 
 
 @contextmanager
@@ -71,7 +86,7 @@ def masked_error(
         want = [take(leaf, cut) if cut else leaf for leaf, cut in zip(want, cuts, strict=True)]
     error = relative_error(got, want)
     for sentence in error.left_out:
-        warnings.warn(sentence, stacklevel=2)
+        warn_caller(sentence)
     return error
 
 

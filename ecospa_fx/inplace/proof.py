@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -24,7 +23,7 @@ from ecospa_fx.graph.objects import closed, copied, opened
 from ecospa_fx.graph.restore import restore
 from ecospa_fx.inplace.calls import Call, constant, flipped, others, shuffled, varied
 from ecospa_fx.plan import Plan
-from ecospa_fx.verify import masked, narrowed, without_fast_path
+from ecospa_fx.verify import masked, narrowed, unwritten, without_fast_path
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 LARGEST = 300_000_000
@@ -135,14 +134,14 @@ class Bench:
 
     def _shrunk(self, plan: Plan) -> nn.Module:
         """The rewritten graph of the copy, from the capture that is there unless another one is needed."""
-        from ecospa_fx.api import shrink  # which imports this module
+        from ecospa_fx.api import smaller  # which imports this module
         from ecospa_fx.passes.shrink_couplings import shrink_program
 
         example, program = self.calls[0], self.program.frozen()
         try:
             shrink_program(program, plan)
         except PlanError:
-            return shrink(self.model, plan, example.args, example.kwargs)
+            return smaller(self.model, plan, example.args, example.kwargs)
         return restore(program, self.model, example.args, example.kwargs)
 
     def equals(self, reference: Reference) -> bool:
@@ -186,21 +185,6 @@ def _shaken(model: nn.Module) -> nn.Module:
                 noise = torch.randn(parameter.shape, generator=source, dtype=torch.float32)
                 parameter.add_((0.5 * size * noise).to(parameter))
     return model
-
-
-@contextmanager
-def unwritten(model: nn.Module) -> Iterator[None]:
-    """Buffers as they were afterwards, whatever the model writes into them."""
-    places = [(module._buffers, name, value) for module in model.modules() for name, value in module._buffers.items()]
-    saved = [None if value is None else value.clone() for _, _, value in places]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for (held, name, value), values in zip(places, saved, strict=True):
-                held[name] = value
-                if value is not None and values is not None and not torch.equal(value, values):
-                    value.copy_(values)
 
 
 def numbers(model: nn.Module, call: Call) -> list[Tensor]:

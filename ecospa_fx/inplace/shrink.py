@@ -18,13 +18,13 @@ from ecospa_fx.inplace.describe import described
 from ecospa_fx.inplace.edits import Edits
 from ecospa_fx.inplace.follow import counted, solve
 from ecospa_fx.inplace.groups import Group, components, grouped
-from ecospa_fx.inplace.proof import Bench, equal, numbers, unwritten
+from ecospa_fx.inplace.proof import Bench, equal, numbers
 from ecospa_fx.inplace.tables import Spot
 from ecospa_fx.inplace.trial import apply, edited
 from ecospa_fx.inplace.written import told
 from ecospa_fx.origin import ATTRIBUTE, origin, remember
 from ecospa_fx.plan import Plan
-from ecospa_fx.verify import masked
+from ecospa_fx.verify import masked, unwritten
 
 Model = TypeVar("Model", bound=nn.Module)
 OWN_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
@@ -172,10 +172,10 @@ def _buffers(model: nn.Module, plan: Plan, bench: Bench) -> dict[str, torch.Tens
     """The buffers that got narrower, with what the user's own model has in them."""
     if not bench.program.state:
         return {}
-    from ecospa_fx.api import shrink  # which imports this module
+    from ecospa_fx.api import smaller  # which imports this module
 
     example = bench.calls[0]
-    small, dense = shrink(model, plan, example.args, example.kwargs), dict(model.named_buffers())
+    small, dense = smaller(model, plan, example.args, example.kwargs), dict(model.named_buffers())
     return {n: t for n, t in small.named_buffers() if n in dense and t.shape != dense[n].shape}
 
 

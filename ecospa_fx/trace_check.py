@@ -1,0 +1,114 @@
+"""Whether what was traced computes what the model computes, on the example: code may ask whether it is being traced."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
+
+from ecospa_fx.errors import warn_caller
+from ecospa_fx.graph.evaluate import Evaluator
+from ecospa_fx.graph.objects import copied, opened
+from ecospa_fx.graph.program import ExportedForm
+from ecospa_fx.relative_error import relative_error
+from ecospa_fx.verify import unwritten, without_fast_path
+
+log = logging.getLogger(__name__)
+
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
+"""Relative errors that other kernels may make; in shorter types 0.5. What is meant is another function."""
+
+
+def compared(
+    programs: Iterable[ExportedForm], model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Iterator[ExportedForm]:
+    """The programs as they come; before the first one, a warning where it does not do what the model does.
+
+    Both run once, on the example and in evaluation mode. Nothing is compared, and nothing said, of models without
+    values (``meta``), of those that are random, and where either cannot be run. The model stays as it is.
+    """
+    for number, program in enumerate(programs):
+        if number == 0 and _has_values(model, args, kwargs):
+            _compare(program, model, args, kwargs)
+        yield program
+
+
+def _has_values(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    given = [t for t in pytree.tree_leaves(opened((args, kwargs))) if isinstance(t, Tensor)]
+    return not any(t.is_meta or isinstance(t, FakeTensor) for t in (*model.parameters(), *model.buffers(), *given))
+
+
+def _compare(program: ExportedForm, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    try:
+        with _untouched(model):
+            want = _leaves(lambda: model(*(given := copied((tuple(args), dict(kwargs))))[0], **given[1]))
+            got = _leaves(lambda: _traced(program, model, args, kwargs))
+            error = relative_error(got, want)
+            if not error > _tolerance(want) or not any(t.isfinite().any() for t in _floats(want)):
+                return
+            again = _leaves(lambda: model(*(given := copied((tuple(args), dict(kwargs))))[0], **given[1]), seed=1)
+            random = relative_error(again, want) > _tolerance(want)
+    except Exception as reason:  # whatever the model or an operator raises says that there is nothing to compare
+        log.debug("what was traced is not compared with the model: %s", reason)
+        return
+    if random or model.training:  # in training mode the graph may hold statistics of the batch
+        log.debug("what was traced differs from the model by %.1e in evaluation mode", error)
+        return
+    warn_caller(
+        f"what was traced of {type(model).__name__} is not what it computes on the example (relative error "
+        f"{error:.1e}), as where code asks whether it is being traced: the smaller model does what was traced, so "
+        "compare it with ecospa_fx.verify.masked_error, or choose another implementation of that code"
+    )
+
+
+def _traced(program: ExportedForm, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    evaluator = Evaluator(program, model, args, kwargs)
+    values = {**evaluator.start(args, kwargs), **evaluator.weights()}
+    evaluator.run(evaluator.order, values)
+    return evaluator.returned(values, args, kwargs)
+
+
+def _leaves(run: Any, seed: int = 0) -> list[Any]:
+    torch.manual_seed(seed)
+    return pytree.tree_leaves(opened(run()))
+
+
+def _floats(leaves: Sequence[Any]) -> list[Tensor]:
+    return [t for t in leaves if isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex())]
+
+
+def _tolerance(leaves: Sequence[Any]) -> float:
+    dtype = min((t.dtype for t in _floats(leaves)), key=lambda d: d.itemsize, default=torch.float64)
+    return TOLERANCE.get(dtype, 0.5)
+
+
+@contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; modes, attributes, buffers and random numbers as they were outside."""
+    before = [(part, dict(part.__dict__)) for part in model.modules()]
+    devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.device.type == "cuda"}
+    modes = [(part, part.training) for part, _ in before]
+    try:
+        for part, _ in modes:
+            part.training = False
+        with torch.random.fork_rng(devices=list(devices)), unwritten(model), _quietly():
+            yield
+    finally:
+        for part, attributes in before:
+            part.__dict__.clear()
+            part.__dict__.update(attributes)
+        for part, mode in modes:
+            part.training = mode
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without gradients, compilers, and kernels that only inference has."""
+    with torch.no_grad(), without_fast_path(), torch.compiler.set_stance("force_eager"):
+        yield
