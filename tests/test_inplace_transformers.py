@@ -254,3 +254,26 @@ def test_a_configuration_of_ones_own_follows() -> None:
     model, args = Configured(Sizes()), (torch.randn(3, 8),)
     eco.shrink_(model, eco.plan(eco.detect(model, args), expressible_in="module", uniform=True), args)
     assert (model.sizes.hidden, model.sizes.inner) == (8, 10)
+
+
+# -- configurations that cannot follow ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "field"), [("ffn", "intermediate_size = 32"), ("heads", "num_attention_heads = 4")])
+def test_a_configuration_that_cannot_follow_is_named(kind: str, field: str) -> None:
+    model, kwargs = tiny("llama")
+    if kind == "ffn":
+        field = f"intermediate_size = {model.config.intermediate_size}"
+    plan = plan_of(eco.detect(model, (), kwargs), [kind], lambda c, i: c.size // 2 if i else c.size)
+    with pytest.warns(
+        UserWarning, match=rf"^config\.{field}\b.* cannot say .*LlamaForCausalLM .*ecospa_fx\.save"
+    ) as told:
+        eco.shrink_(model, plan, (), kwargs)
+    assert [one.filename for one in told if "cannot say" in str(one.message)] == [__file__]
+    assert "vocab_size" not in str(told[0].message)
+
+
+def test_a_configuration_that_follows_is_not_named(recwarn: pytest.WarningsRecorder) -> None:
+    model, kwargs = tiny("llama")
+    eco.shrink_(model, plan_of(eco.detect(model, (), kwargs), ["ffn"], half), (), kwargs)
+    assert not [one for one in recwarn if "cannot say" in str(one.message)]

@@ -19,6 +19,7 @@ from ecospa_fx.inplace.edits import Edits
 from ecospa_fx.inplace.follow import counted, solve
 from ecospa_fx.inplace.groups import Group, components, grouped
 from ecospa_fx.inplace.proof import Bench, equal, numbers
+from ecospa_fx.inplace.stale_configuration import warn_of_stale
 from ecospa_fx.inplace.tables import Spot
 from ecospa_fx.inplace.trial import apply, edited
 from ecospa_fx.inplace.written import told
@@ -39,8 +40,8 @@ def shrink_(model: Model, plan: Plan, args: Sequence[Any] = (), kwargs: Mapping[
     Which attributes follow is found by trying and proven on a copy, in float64 where the model runs in it: the edited
     module equals the masked one and the rewritten graph for the example, for other sizes and with its flags the other
     way round. Where all layers got equal widths and the model's configuration can say so, the configuration follows,
-    and a model built from it with these weights is equal too. Returns the model.
-    Raises PlanError, and leaves the model exactly as it was, where that cannot be proven.
+    and a model built from it with these weights is equal too; where it cannot, a warning names its fields. A model in
+    torch.compile is edited inside it. Returns the model. Raises PlanError, and leaves the model exactly as it was, where that cannot be proven.
 
     Example:
         >>> import torch, ecospa_fx as eco
@@ -55,6 +56,7 @@ def shrink_(model: Model, plan: Plan, args: Sequence[Any] = (), kwargs: Mapping[
     values = proven(bench, plan)
     known, again = replace(origin(inside, plan, args, kwargs), integers=told(values)), hasattr(inside, ATTRIBUTE)
     _write(inside, plan, values, Call(tuple(args), kwargs), bench)
+    warn_of_stale(inside, bench.model, plan, builders(bench.model))
     if again:
         delattr(inside, ATTRIBUTE)  # it is no longer what one plan makes of the original
         return model
