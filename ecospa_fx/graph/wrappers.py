@@ -26,6 +26,8 @@ def unwrapped(model: Model, *, resizing: type[EcospaError] | None = None) -> Mod
     of the shapes that they have. Raises CaptureError for TorchScript, and for parameters in one flat tensor.
     """
     inside: object = model
+    if isinstance(model, nn.Module) and not isinstance(model, torch.jit.ScriptModule):
+        _refuse_flat(model)
     while isinstance(inside, nn.Module):
         _refuse_scripted(inside)
         if not _wraps(inside):
@@ -36,8 +38,6 @@ def unwrapped(model: Model, *, resizing: type[EcospaError] | None = None) -> Mod
                 "it, and wrap the result anew"
             )
         (inside,) = (m for m in inside._modules.values() if m is not None)
-    if isinstance(inside, nn.Module):
-        _refuse_flat(inside)
     return inside  # type: ignore[return-value]  # a Module for a Module, and anything else as it is
 
 

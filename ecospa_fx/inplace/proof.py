@@ -169,9 +169,22 @@ class Reference:
 
 def _copied(model: nn.Module) -> nn.Module:
     try:
-        return copy.deepcopy(model).eval()
+        twin = copy.deepcopy(model).eval()
     except Exception as error:
         raise PlanError(f"{type(model).__name__} cannot be copied, so no edit of it can be tried: {error}") from error
+    for module, other in zip(model.modules(), twin.modules(), strict=True):
+        forward = vars(module).get("forward")
+        if forward is not None and forward is vars(other).get("forward") and _refers_to_modules(forward):
+            raise PlanError(
+                f"{type(module).__name__}.forward was replaced by a function that calls the original in every copy, so "
+                "no edit can be tried: take it away while shrinking, or put it there with functools.partial"
+            )
+    return twin
+
+
+def _refers_to_modules(function: Any) -> bool:
+    held = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    return any(isinstance(getattr(one, "__self__", one), nn.Module) for one in held)
 
 
 def _shaken(model: nn.Module) -> nn.Module:

@@ -41,7 +41,8 @@ def shrink_(model: Model, plan: Plan, args: Sequence[Any] = (), kwargs: Mapping[
     module equals the masked one and the rewritten graph for the example, for other sizes and with its flags the other
     way round. Where all layers got equal widths and the model's configuration can say so, the configuration follows,
     and a model built from it with these weights is equal too; where it cannot, a warning names its fields. A model in
-    torch.compile is edited inside it. Returns the model. Raises PlanError, and leaves the model exactly as it was, where that cannot be proven.
+    torch.compile is edited inside it. Returns the model.
+    Raises PlanError, and leaves the model exactly as it was, where that cannot be proven.
 
     Example:
         >>> import torch, ecospa_fx as eco

@@ -27,8 +27,8 @@ def warn_of_stale(model: nn.Module, dense: nn.Module, plan: Plan, names: Iterabl
         told = ", ".join(f"{name}.{field} = {value:,}" for field, value in fields.items()) or f"{name}"
         warn_caller(
             f"{told} cannot say how wide the layers of this {type(model).__name__} are now, so that a model built from "
-            f"its {name}, as from_pretrained does, does not take its weights: save it with ecospa_fx.save, or plan with "
-            "expressible_in='module' and uniform=True"
+            f"its {name}, as from_pretrained does, does not take its weights: save it with ecospa_fx.save, or plan "
+            "with expressible_in='module' and uniform=True"
         )
 
 
