@@ -17,7 +17,7 @@ from torch import nn
 
 from ecospa_fx.coupling.couplings import parameter_shapes
 from ecospa_fx.graph.objects import is_object
-from ecospa_fx.inplace.attributes import integers, integers_of
+from ecospa_fx.inplace.attributes import INTERNAL, integers, integers_of
 from ecospa_fx.inplace.edits import Edits
 from ecospa_fx.inplace.follow import Rule, edits_of, options_of
 from ecospa_fx.inplace.groups import Group, components, narrowed_axes, part
@@ -34,7 +34,8 @@ Shapes = dict[str, tuple[int, ...]]
 def builders(model: nn.Module) -> list[str]:
     """The attributes of a model that hold what its class builds one like it from."""
     dense = parameter_shapes(model)
-    return [n for n, held in vars(model).items() if is_object(held) and built_shapes(model, held) == dense]
+    own = {n: held for n, held in vars(model).items() if n not in INTERNAL and is_object(held)}
+    return [n for n, held in own.items() if built_shapes(model, held) == dense]
 
 
 def read_again(config: Any) -> Any:

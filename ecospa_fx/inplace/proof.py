@@ -222,17 +222,14 @@ def tensors_in(result: Any, around: tuple[int, ...] = ()) -> list[Tensor]:
 
 
 def _parts(value: Any) -> list[Any]:
-    """What a container that the tree library does not know, or an object, holds: its entries, then its attributes."""
+    """The entries of a container that the tree library does not know, or what an object has in its attributes."""
     if callable(value) or isinstance(value, str | bytes | ModuleType):
         return []
-    entries: list[Any] = []
-    if isinstance(value, Mapping):
-        entries = list(value.values())
-    elif isinstance(value, Sequence):
-        entries = list(value)
+    if isinstance(value, Mapping | Sequence):
+        return list(value.values() if isinstance(value, Mapping) else value)
     slots = {name for kind in type(value).__mro__ for name in _slots(kind) if hasattr(value, name)} - {"__dict__"}
     own = {**getattr(value, "__dict__", {}), **{name: getattr(value, name) for name in slots}}
-    return entries + [part for _, part in sorted(own.items())]
+    return [part for _, part in sorted(own.items())]
 
 
 def _slots(kind: type) -> tuple[str, ...]:

@@ -24,7 +24,9 @@ def warn_of_stale(model: nn.Module, dense: nn.Module, plan: Plan, names: Iterabl
         if built_shapes(model, vars(model)[name]) == parameter_shapes(model):
             continue
         fields = stale_fields(dense, plan, name)
-        told = ", ".join(f"{name}.{field} = {value:,}" for field, value in fields.items()) or f"{name}"
+        if not fields:  # what the class takes and reads no width from is no configuration
+            continue
+        told = ", ".join(f"{name}.{field} = {value}" for field, value in fields.items())
         warn_caller(
             f"{told} cannot say how wide the layers of this {type(model).__name__} are now, so that a model built from "
             f"its {name}, as from_pretrained does, does not take its weights: save it with ecospa_fx.save, or plan "
