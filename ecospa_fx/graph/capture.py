@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import Dim, ExportedProgram
-from torch.utils import _pytree as pytree
+from torch.export import ExportedProgram
 
 from ecospa_fx.errors import CaptureError
+from ecospa_fx.graph.attempts import Attempt, attempts, bound_arguments, takes_one
 from ecospa_fx.graph.constant_index import slice_constant_indices
 from ecospa_fx.graph.edit import allow_other_strides
 from ecospa_fx.graph.explicit_shape import write_out_shapes
 from ecospa_fx.graph.hoist import hoist_selections
 from ecospa_fx.graph.inline import inline_regions
 from ecospa_fx.graph.modes import align, note_dropout
-from ecospa_fx.graph.objects import Opened, opened
+from ecospa_fx.graph.objects import opened
 from ecospa_fx.graph.parameter_writes import refuse_parameter_writes
 from ecospa_fx.graph.program import ExportedForm
 from ecospa_fx.graph.seen import seen
@@ -51,15 +50,15 @@ def captures(
     args, kwargs = parts
     _refuse_quantised(model)
     _refuse_sharded(model)
-    _bound(model, args, kwargs)
+    bound_arguments(model, args, kwargs)
     view, failure, made = seen(model, kwargs), None, False
-    for attempt in _attempts(view, args, kwargs) if dynamic else [Attempt(args, kwargs, None)]:
+    for attempt in attempts(view, args, kwargs) if dynamic else [Attempt(args, kwargs, None)]:
         try:
             program = _export(view, attempt)
         except Exception as error:
             failure = error
             continue
-        if attempt.doubled and not _takes_one(program):
+        if attempt.doubled and not takes_one(program):
             continue
         made = True
         program = _in_both_modes(model, view, program, attempt) if dynamic else program
@@ -104,15 +103,6 @@ def _normalised(program: ExportedProgram) -> ExportedProgram:
     return program
 
 
-class Attempt(NamedTuple):
-    """Example arguments, which of their sizes become symbols, and whether the batch is twice the user's."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    shapes: dict[str, Any] | None
-    doubled: bool = False
-
-
 def _export(model: nn.Module, attempt: Attempt) -> ExportedProgram:
     args, kwargs, shapes, _ = attempt
     with _quiet(), _attributes_kept(model):
@@ -150,79 +140,12 @@ def _in_both_modes(model: nn.Module, view: nn.Module, program: ExportedProgram, 
     return chosen
 
 
-def _attempts(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Attempt]:
-    """From most to least that becomes a symbol: every axis, every axis with one symbol for the batch, the batch, none.
-
-    A size of 1 never becomes a symbol, so a batch of one is doubled for the example. Of a model of images alone only
-    the batch does: symbolic heights and widths make torch prove divisibility window by window, which takes minutes.
-    """
-    tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim()]
-    images = bool(tensors) and all(t.dim() > 3 for t in tensors)
-    found = []
-    if tensors and all(t.shape[0] == 1 for t in tensors):
-        more, named = pytree.tree_map(_twice, (args, kwargs))
-        kinds = _kinds_of_shapes(model, more, named, tensors)
-        found += [Attempt(more, named, shapes, True) for shapes in (kinds[-1:] if images else kinds[:-1])]
-    kinds = _kinds_of_shapes(model, args, kwargs, tensors)
-    return [
-        *found,
-        *(Attempt(args, kwargs, shapes) for shapes in (kinds[-1:] if images else kinds)),
-        Attempt(args, kwargs, None),
-    ]
-
-
-def _kinds_of_shapes(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: Sequence[Tensor]
-) -> list[dict[str, Any]]:
-    """Symbols for every axis, the same with one for all batches if there are several, symbols for the batches alone."""
-    same = len(tensors) > 1 and len({t.shape[0] for t in tensors}) == 1
-    shared = [_dynamic_shapes(model, args, kwargs, None, Dim("batch"))] if same else []
-    return [_dynamic_shapes(model, args, kwargs, None), *shared, _dynamic_shapes(model, args, kwargs, 1)]
-
-
-def _takes_one(program: ExportedProgram) -> bool:
-    """Whether a program that was made for twice the user's batch of one takes that batch."""
-    inputs = set(program.graph_signature.user_inputs)
-    values = [n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder" and n.name in inputs]
-    batches: list[Any] = [v.shape[0] for v in values if isinstance(v, Tensor) and v.dim()]
-    return not any(isinstance(size, int) or size.node.expr.is_number for size in batches)
-
-
-def _twice(leaf: Any) -> Any:
-    return torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) and leaf.dim() else leaf
-
-
 def _constants(program: ExportedProgram) -> dict[fx.Node, Tensor]:
     """Placeholders of tensors that the model's code holds literally, such as ``torch.tensor([-2])``."""
     literal = program.graph_signature.inputs_to_lifted_tensor_constants
     placeholders = [n for n in program.graph_module.graph.nodes if n.op == "placeholder" and n.name in literal]
     values = {n: program.constants[literal[n.name]] for n in placeholders}
     return {n: v for n, v in values.items() if isinstance(v, Tensor) and not v.is_meta}
-
-
-def _dynamic_shapes(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], leading: int | None, first: Any = Dim.AUTO
-) -> dict[str, Any]:
-    """The leading axes of every tensor (None: all of them) left to torch to decide. first: what the first ones are."""
-
-    def axes(leaf: Any) -> Any:
-        if isinstance(leaf, Opened):
-            return [axes(part) for part in leaf.leaves]
-        if not isinstance(leaf, Tensor):
-            return None
-        return {axis: Dim.AUTO if axis else first for axis in range(leaf.dim())[:leading]}
-
-    bound = _bound(model, args, kwargs)
-    found: dict[str, Any] = pytree.tree_map(axes, bound, is_leaf=lambda leaf: isinstance(leaf, Opened))
-    return found
-
-
-def _bound(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments by the names that ``forward`` gives them."""
-    try:
-        return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
-    except TypeError as error:
-        raise CaptureError(f"{type(model).__name__} does not take these arguments: {error}") from error
 
 
 @contextmanager
