@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from ecospa_fx.elements.call import shape_of
-from ecospa_fx.elements.evaluate import evaluate_elements
+from ecospa_fx.elements.evaluate import Elements
 from ecospa_fx.elements.values import Condition, Value, Values, at_least_zero, position, settled
 from ecospa_fx.graph.edit import allow_other_strides
 from ecospa_fx.graph.passes import PassResult
@@ -37,7 +37,7 @@ class CausalAttention:
         masked = [n for n in graph_module.graph.nodes if n.target is ATTENTION and _mask(n) is not None]
         if not masked:
             return PassResult(graph_module, 0)
-        values, changes, reasons = evaluate_elements(graph_module.graph), 0, []
+        values, changes, reasons = Elements(graph_module.graph), 0, []
         for node in masked:
             mask = _mask(node)
             shown = _shown(mask, values[mask])

@@ -16,7 +16,7 @@ from torch import fx
 
 from ecospa_fx.axes.flow import named_arguments
 from ecospa_fx.elements.call import shape_of
-from ecospa_fx.elements.evaluate import evaluate_elements, storage_of, written_storages
+from ecospa_fx.elements.evaluate import Elements, storage_of, written_storages
 from ecospa_fx.elements.values import Value, position
 from ecospa_fx.graph.edit import allow_other_strides
 from ecospa_fx.graph.passes import PassResult
@@ -40,7 +40,7 @@ class GroupedAttention:
         nodes = [n for n in graph.nodes if n.target is ATTENTION and _candidate(n)]
         if not nodes:
             return PassResult(graph_module, 0)
-        values, written = evaluate_elements(graph), written_storages(graph)
+        values, written = Elements(graph), written_storages(graph)
         changes, reasons = 0, []
         for node in nodes:
             sources = [_unrepeated(n, node, values) for n in node.args[1:3]]

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
 from ecospa_fx.axes.flow import named_arguments
-from ecospa_fx.elements.call import itself
-from ecospa_fx.elements.evaluate import evaluate_elements, writes
-from ecospa_fx.elements.values import Value
+from ecospa_fx.elements.evaluate import shows_all, writes
 from ecospa_fx.graph.modes import drops_nothing
 from ecospa_fx.graph.passes import PassResult
 
@@ -42,16 +39,15 @@ class RemoveInert:
         for node in list(graph.nodes):
             if node.target in _ASSERTIONS:
                 graph.erase_node(node)
-        elements = evaluate_elements(graph)
         for node in list(graph.nodes):
-            if node.op == "call_function" and (self.casts or node.target not in _CASTS) and _inert(node, elements):
+            if node.op == "call_function" and (self.casts or node.target not in _CASTS) and _inert(node):
                 node.replace_all_uses_with(node.args[0])
                 graph.erase_node(node)
         graph.eliminate_dead_code(_effective)
         return PassResult(graph_module, before - len(graph.nodes))
 
 
-def _inert(node: fx.Node, elements: Mapping[fx.Node, Value]) -> bool:
+def _inert(node: fx.Node) -> bool:
     source = node.args[0] if node.args else None
     if not isinstance(source, fx.Node) or not _alike(node, source):
         return False
@@ -60,7 +56,7 @@ def _inert(node: fx.Node, elements: Mapping[fx.Node, Value]) -> bool:
     if node.target in _CASTS:
         # what a caller passes may be of another type than the example
         return source.op != "placeholder" and not named_arguments(node).get("copy", False)
-    return node.target in _VIEWS and elements[node] == elements[source] != itself(node)
+    return node.target in _VIEWS and shows_all(node, source)
 
 
 def _alike(node: fx.Node, source: fx.Node) -> bool:

@@ -14,7 +14,8 @@ from ecospa_fx.elements.values import Element, Value, Values, as_number, combine
 
 Known = dict[fx.Node, Value]
 Rule = Callable[["Call"], Value | None]
-RULES: dict[Any, Callable[[fx.Node, Known], Value | None]] = {}
+NodeRule = Callable[[fx.Node, Known], Value | None]
+RULES: dict[Any, NodeRule] = {}
 
 
 class Call:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from itertools import product
+from math import prod
 from typing import Any, TypeAlias
 
 import sympy
@@ -18,6 +19,15 @@ Number: TypeAlias = Any
 Condition: TypeAlias = Any
 """A sympy truth value."""
 TRUE, FALSE = sympy.true, sympy.false
+LARGEST = 512
+"""How many parts an expression may have: masks of many regions need more, and no flag says what they hide."""
+
+COMBINATIONS = 32
+"""How many combinations of cases a function is worked out for."""
+
+
+class TooLarge(Exception):
+    """An expression would have more than LARGEST parts, or come from more than COMBINATIONS cases."""
 
 
 @cache
@@ -62,12 +72,27 @@ class Element:
 Value = Values | Element
 
 
+@lru_cache(maxsize=1 << 16)
+def _parts(expression: Any) -> int:
+    return 1 + sum(_parts(part) for part in expression.args)
+
+
+def small_enough(expressions: Iterable[Any]) -> None:
+    """Raises TooLarge where expressions have more than LARGEST parts together."""
+    size = 0
+    for expression in expressions:
+        size += _parts(expression)
+        if size > LARGEST:
+            raise TooLarge
+
+
 def merged(cases: Any) -> Values:
-    """Cases without the impossible ones; equal numbers under one condition."""
+    """Cases without the impossible ones; equal numbers under one condition. Raises TooLarge for too many."""
     found: dict[Number, Condition] = {}
     for condition, number in cases:
         if condition is not FALSE and condition != FALSE:
             found[number] = sympy.Or(found.get(number, FALSE), condition)
+            small_enough(found.values())
     if len(found) == 1:
         return Values(((TRUE, next(iter(found))),))
     return Values(tuple((c, n) for n, c in found.items()))
@@ -95,15 +120,17 @@ def truth(condition: Condition) -> Values:
 def combined(function: Callable[..., Any], *values: Values) -> Values | None:
     """A function of numbers case by case; it returns a number, a condition, or None where it does not know."""
     cases: list[tuple[Condition, Number]] = []
+    if prod(len(v.cases) for v in values) > COMBINATIONS:
+        raise TooLarge
     for chosen in product(*(v.cases for v in values)):
-        condition = sympy.And(*(c for c, _ in chosen))
+        condition = all_of(*(c for c, _ in chosen))
         if condition == FALSE:
             continue
         result = function(*(n for _, n in chosen))
         if result is None or result is sympy.nan:
             return None
         for inner, number in truth(result).cases if is_condition(result) else [(TRUE, result)]:
-            cases.append((sympy.And(condition, inner), number))
+            cases.append((all_of(condition, inner), number))
     return merged(cases)
 
 
@@ -119,6 +146,25 @@ def at_least_zero(number: Number) -> Condition:
     """``number >= 0`` for a whole number, in the one form that is used throughout."""
     number = sympy.expand(number)
     return sympy.Ge(number, 0) if number.is_number or number.is_integer else None
+
+
+def all_of(*conditions: Condition) -> Condition:
+    """And; false where two comparisons exclude each other, and without those that others make superfluous."""
+    condition = sympy.And(*conditions)
+    if not isinstance(condition, sympy.And):
+        return condition
+    least: dict[Number, Number] = {}
+    """By expression without its constant, the least value that the comparisons leave it."""
+    rest = []
+    for part in condition.args:
+        if isinstance(part, sympy.Ge):
+            offset, varying = (part.lhs - part.rhs).as_coeff_Add()
+            least[varying] = max(least.get(varying, -offset), -offset)
+        else:
+            rest.append(part)
+    if any(low > -least[-varying] for varying, low in least.items() if -varying in least):
+        return FALSE
+    return sympy.And(*(at_least_zero(varying - low) for varying, low in least.items()), *rest)
 
 
 def negated(condition: Condition) -> Condition:
