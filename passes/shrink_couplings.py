@@ -23,6 +23,7 @@ from ecospa_fx.coupling.couplings import Member
 from ecospa_fx.coupling.find import Found, find_couplings
 from ecospa_fx.errors import PlanError
 from ecospa_fx.graph.edit import evaluate, inherit, layout
+from ecospa_fx.graph.example_values import ExampleValues
 from ecospa_fx.graph.passes import PassResult
 from ecospa_fx.graph.program import AttributeForm, Program
 from ecospa_fx.graph.ragged import store_ragged
@@ -336,6 +337,7 @@ def _stored(program: Program, node: fx.Node, argument: Any) -> Any:
 
 def _propagate(program: Program, walked: Flow, kept: Kept, stale: set[fx.Node]) -> None:
     """New example values for every node that a change reaches, checked against what the axes predict."""
+    examples = ExampleValues(program.sizes)
     for node in program.graph.nodes:
         known = walked.values.get(node)
         touched = "val" not in node.meta or any(n in stale for n in node.all_input_nodes)
@@ -345,7 +347,7 @@ def _propagate(program: Program, walked: Flow, kept: Kept, stale: set[fx.Node]) 
         before = layout(node.meta.get("val"))
         _free_of_strides(program, node)
         try:
-            node.meta["val"] = evaluate(node)
+            examples.renew(node)
         except Exception as error:
             raise PlanError(
                 f"the smaller graph does not compute at node {node.name} ({node.target}): {error}"

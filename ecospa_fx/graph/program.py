@@ -247,13 +247,17 @@ def concrete_sizes() -> Sizes:
     a size that the data decides counts as a large prime.
     """
     numbers = _Numbers()
+    known: dict[Any, int] = {}
 
     def size(value: Any) -> int:
         if isinstance(value, int):
             return value
         expression = value.node.expr
-        symbols = sorted(expression.free_symbols, key=str)
-        return int(expression.subs({symbol: numbers.of(symbol, value.node.shape_env) for symbol in symbols}))
+        if expression not in known:
+            symbols = sorted(expression.free_symbols, key=str)
+            chosen = {symbol: numbers.of(symbol, value.node.shape_env) for symbol in symbols}
+            known[expression] = int(expression.subs(chosen))
+        return known[expression]
 
     return size
 
