@@ -6,22 +6,23 @@ import logging
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from io import StringIO
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
 
 from ecospa_fx.errors import CaptureError
-from ecospa_fx.graph.attempts import Attempt, attempts, bound_arguments, takes_one
+from ecospa_fx.graph.attempts import Attempt, TimeLimit, attempts, bound_arguments, takes_one
 from ecospa_fx.graph.constant_index import slice_constant_indices
 from ecospa_fx.graph.edit import allow_other_strides
 from ecospa_fx.graph.explicit_shape import write_out_shapes
 from ecospa_fx.graph.hoist import hoist_selections
 from ecospa_fx.graph.inline import inline_regions
-from ecospa_fx.graph.modes import align, note_dropout
+from ecospa_fx.graph.modes import Aligned, align, note_dropout
 from ecospa_fx.graph.objects import opened
 from ecospa_fx.graph.parameter_writes import refuse_parameter_writes
 from ecospa_fx.graph.program import ExportedForm
@@ -30,6 +31,8 @@ from ecospa_fx.graph.sink import sink_concatenations
 from ecospa_fx.graph.sizes import read_sizes_off_inputs
 from ecospa_fx.graph.transforms import write_out_transforms
 from ecospa_fx.graph.whole_slice import drop_whole_slices
+
+log = logging.getLogger(__name__)
 
 
 def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, *, dynamic: bool) -> ExportedForm:
@@ -56,6 +59,7 @@ def captures(
         try:
             program = _export(view, attempt)
         except Exception as error:
+            log.debug("an attempt at exporting %s failed: %s", type(model).__name__, error)
             failure = error
             continue
         if attempt.doubled and not takes_one(program):
@@ -105,39 +109,66 @@ def _normalised(program: ExportedProgram) -> ExportedProgram:
 
 def _export(model: nn.Module, attempt: Attempt) -> ExportedProgram:
     args, kwargs, shapes, _ = attempt
-    with _quiet(), _attributes_kept(model):
+    with (
+        _quiet(),
+        _attributes_kept(model),
+        _marks_kept((args, kwargs)),
+        nullcontext() if shapes is None else TimeLimit(),
+    ):
         return write_out_transforms(torch.export.export(model, args, kwargs, strict=False, dynamic_shapes=shapes))
 
 
 def _in_both_modes(model: nn.Module, view: nn.Module, program: ExportedProgram, attempt: Attempt) -> ExportedProgram:
     """A program that notes what depends on the mode, from a second export in the other one.
 
-    Where that fails, or the modes differ in more than literals, the program holds for the mode of the model, but for
-    dropouts that are in it.
+    The second one is of the example's sizes, which takes a third of the time, unless it has to stand for the first or
+    is not like it. Where that fails, or the modes differ in more than literals, the program holds for the mode of the
+    model, but for dropouts that are in it.
     """
+    if attempt.shapes is not None:
+        fixed = _in_other_mode(model, view, attempt._replace(shapes=None))
+        aligned = _aligned(model, program, fixed, numbers=True)
+        if aligned is not None and (aligned.complete or model.training):
+            aligned.note(training=model.training)
+            allow_other_strides(program.graph)
+            return program
+    other = _in_other_mode(model, view, attempt)
+    aligned = _aligned(model, program, other)
+    if other is None or aligned is None:
+        note_dropout(program.graph)
+        return program
+    own = aligned.complete or model.training
+    aligned.note(training=model.training or not own)
+    chosen = program if own else other
+    allow_other_strides(chosen.graph)
+    return chosen
+
+
+def _aligned(
+    model: nn.Module, program: ExportedProgram, other: ExportedProgram | None, numbers: bool = False
+) -> Aligned | None:
+    """How the programs of the model's own and of the other mode correspond; None where they do not."""
+    if other is None:
+        return None
+    training, evaluation = (program, other) if model.training else (other, program)
+    aligned = align(training.graph, evaluation.graph, numbers)
+    return None if isinstance(aligned, str) else aligned
+
+
+def _in_other_mode(model: nn.Module, view: nn.Module, attempt: Attempt) -> ExportedProgram | None:
+    """The export of the model in the mode in which it is not; None where there is none."""
     modes, opposite = [(part, part.training) for part in model.modules()], not model.training
     try:
         for part, _ in modes:
             part.training = opposite
         view.training = opposite
-        other = _export(view, attempt)
+        return _export(view, attempt)
     except Exception:
-        note_dropout(program.graph)
-        return program
+        return None
     finally:
         for part, mode in modes:
             part.training = mode
         view.training = model.training
-    training, evaluation = (program, other) if model.training else (other, program)
-    aligned = align(training.graph, evaluation.graph)
-    if isinstance(aligned, str):
-        note_dropout(program.graph)
-        return program
-    own = aligned.complete or model.training
-    aligned.note(training=model.training or not own)
-    chosen = program if own else training
-    allow_other_strides(chosen.graph)
-    return chosen
 
 
 def _constants(program: ExportedProgram) -> dict[fx.Node, Tensor]:
@@ -177,6 +208,19 @@ def _attributes_kept(model: nn.Module) -> Iterator[None]:
             for name in part.__dict__.keys() - attributes.keys():
                 del part.__dict__[name]
             part.__dict__.update(attributes)
+
+
+@contextmanager
+def _marks_kept(inputs: Any) -> Iterator[None]:
+    """Attributes of the example's tensors: an export that fails leaves on them which axes it took for symbols."""
+    tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
+    before = [dict(t.__dict__) for t in tensors]
+    try:
+        yield
+    finally:
+        for tensor, attributes in zip(tensors, before, strict=True):
+            tensor.__dict__.clear()
+            tensor.__dict__.update(attributes)
 
 
 def _failure(model: nn.Module, error: Exception) -> str:

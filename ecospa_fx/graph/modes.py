@@ -52,15 +52,27 @@ class Aligned:
                 target.meta[KEY] = differing
 
 
-def align(training: fx.Graph, evaluation: fx.Graph) -> Aligned | str:
-    """Match the graphs of the two modes node by node; where they differ in more than literals, the reason."""
+def align(training: fx.Graph, evaluation: fx.Graph, numbers: bool = False) -> Aligned | str:
+    """Match the graphs of the two modes node by node; where they differ in more than literals, the reason.
+
+    numbers: one graph has the example's sizes where the other has symbols. Then a whole number that differs is a
+    reason, too, because it may come from either.
+    """
     known: dict[fx.Node, fx.Node] = {}
     """Nodes of both graphs by the node of `evaluation` that has their value."""
     pairs: list[tuple[fx.Node, fx.Node | None]] = []
     mine, its = list(training.nodes), list(evaluation.nodes)
     while mine or its:
         node, other = mine[0] if mine else None, its[0] if its else None
-        if node is not None and other is not None and _corresponds(node, other, known):
+        if numbers and node is not None and _is_size(node):
+            mine.pop(0)
+        elif numbers and other is not None and _is_size(other):
+            its.pop(0)
+        elif numbers and node is not None and _shows_whole(node, known):
+            known[node] = known[_first(mine.pop(0))]
+        elif numbers and other is not None and _shows_whole(other, known):
+            known[other] = known[_first(its.pop(0))]
+        elif node is not None and other is not None and _corresponds(node, other, known, numbers):
             known[node] = known[other] = other
             pairs.append((mine.pop(0), its.pop(0)))
         elif node is not None and _passes(node, known, _LAYOUT):
@@ -85,14 +97,50 @@ def _passes(node: fx.Node, known: dict[fx.Node, fx.Node], operators: Sequence[An
     return node.op == "call_function" and node.target in operators and node.args[0] in known
 
 
-def _corresponds(node: fx.Node, other: fx.Node, known: dict[fx.Node, fx.Node]) -> bool:
+def _is_size(node: fx.Node) -> bool:
+    """Whether a node computes a size, or only checks one."""
+    if node.op != "call_function":
+        return False
+    value = node.meta.get("val")
+    return isinstance(value, torch.SymInt | torch.SymBool | torch.SymFloat) or (value is None and not node.users)
+
+
+def _shows_whole(node: fx.Node, known: dict[fx.Node, fx.Node]) -> bool:
+    """Whether a node is a slice of all that there is, for the example's sizes; with numbers torch leaves it out."""
+    if not _passes(node, known, (torch.ops.aten.slice.Tensor,)):
+        return False
+    shapes = [[_hint(size) for size in n.meta["val"].shape] for n in (node, _first(node))]
+    return None not in shapes[0] and shapes[0] == shapes[1]
+
+
+def _hint(size: Any) -> int | None:
+    """The number of a size in the example; None for one that depends on data."""
+    if isinstance(size, torch.SymInt):
+        return size.node.hint if size.node.has_hint() else None
+    return int(size)
+
+
+def _corresponds(node: fx.Node, other: fx.Node, known: dict[fx.Node, fx.Node], numbers: bool) -> bool:
     if (node.op, node.op != "placeholder" and node.target) != (other.op, other.op != "placeholder" and other.target):
         return False
     mine, structure = pytree.tree_flatten(_arguments(node))
     its, its_structure = pytree.tree_flatten(_arguments(other))
     if structure != its_structure:
         return False
-    return all(_matches(a, b, known) for a, b in zip(mine, its, strict=True))
+    matches = _matches_in_numbers if numbers else _matches
+    return all(matches(a, b, known) for a, b in zip(mine, its, strict=True))
+
+
+def _matches_in_numbers(a: Any, b: Any, known: dict[fx.Node, fx.Node]) -> bool:
+    a, b = _example(a), _example(b)
+    return _matches(a, b, known) and (not isinstance(a, int) or isinstance(a, bool) or a == b)
+
+
+def _example(value: Any) -> Any:
+    """The number of a size in the example; anything else as it is."""
+    size = value.meta.get("val") if isinstance(value, fx.Node) else value
+    number = _hint(size) if isinstance(size, torch.SymInt) else None
+    return value if number is None else number
 
 
 def _matches(a: Any, b: Any, known: dict[fx.Node, fx.Node]) -> bool:
