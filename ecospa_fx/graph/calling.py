@@ -15,7 +15,17 @@ from torch.utils import _pytree as pytree
 from ecospa_fx.axes.kept import Cut, take
 from ecospa_fx.errors import InputError
 from ecospa_fx.graph.memory import written
-from ecospa_fx.graph.objects import closed, containers, difference, objects, opened, skeletons, unchanged, update
+from ecospa_fx.graph.objects import (
+    closed,
+    containers,
+    difference,
+    objects,
+    opened,
+    put_together,
+    skeletons,
+    unchanged,
+    update,
+)
 from ecospa_fx.graph.program import ExportedForm
 
 
@@ -120,8 +130,7 @@ class Calling:
         plain = {n: not objects(v) and not any(map(_is_tensor, pytree.tree_leaves(v))) for n, v in given.items()}
         self.constants = {n: v for n, v in given.items() if plain[n]}
         self.stateful = bool(objects((args, kwargs)))
-        empty = pytree.tree_unflatten([None] * self.result.num_leaves, self.result)
-        self._returns_objects = bool(closed(empty, [None] * len(self.leaves))[1])  # any that are no containers
+        self._returns_objects = bool(skeletons(self.result))  # any that are no containers
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Calling:
         """Nothing in it changes."""
@@ -147,7 +156,10 @@ class Calling:
 
     def _returned(self, leaves: Sequence[Any], given: list[Any]) -> Any:
         """What the original returns, from the graph's outputs; given: objects among the arguments."""
-        result = pytree.tree_unflatten(leaves, self.result)
+        return self._finished(pytree.tree_unflatten(leaves, self.result), given)
+
+    def _finished(self, result: Any, given: list[Any]) -> Any:
+        """The result with objects in place of their parts, after those among the arguments have changed."""
         if self.stateful:
             result, states = result
             for target, state in zip(given, states, strict=True):
@@ -183,9 +195,8 @@ class Calling:
         """How every leaf of (result, objects given) is narrowed. Numbers go the way of the tensors."""
         known = [*(leaf.cut for leaf in self.leaves), *self.cuts]
         marks = [None if cut is None else torch.tensor(i) for i, cut in enumerate(known)]
-        tree = pytree.tree_unflatten(marks[: len(self.leaves)], self.spec)
-        given = closed(tree)[1]
-        result = self._returned(marks[len(self.leaves) :], given)
+        given = closed(put_together(self.spec, marks[: len(self.leaves)]))[1]
+        result = self._finished(put_together(self.result, marks[len(self.leaves) :]), given)
         found = pytree.tree_leaves(opened((result, given)))
         return [(known[int(mark)] or ()) if isinstance(mark, Tensor) else () for mark in found]
 

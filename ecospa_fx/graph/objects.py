@@ -6,6 +6,7 @@ however deep; what remains, the skeleton, is part of how the arguments are struc
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -17,8 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ecospa_fx.graph.bare import bare, contents, refill
+
 _PLAIN = (int, float, complex, bool, str, bytes, type(None))
 _CLOSED = (type, nn.Module, Enum, ModuleType, FunctionType, MethodType, BuiltinFunctionType, partial)
+_SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +48,19 @@ class Argument:
 
 @dataclass(frozen=True, slots=True)
 class Shell:
-    """An object without its tensors."""
+    """An object without its tensors. items: what it holds as the container that its class derives from, if any."""
 
     kind: type
     attributes: Mapping[str, Any]
+    items: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """A container inside an object that the exporter knows how to put together."""
+
+    spec: Any
+    parts: list[Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +100,14 @@ pytree.register_pytree_node(Opened, _flattened, _unflattened, flatten_with_keys_
 
 
 def is_object(value: Any) -> bool:
-    """Whether something that is no container holds its parts in attributes."""
-    if isinstance(value, (Tensor, *_PLAIN, *_CLOSED)) or type(value).__module__ in {"builtins", "torch"}:
+    """Whether something that is no container to the exporter holds its parts in attributes, or as items of its own."""
+    kind = type(value)
+    if isinstance(value, (Tensor, *_PLAIN, *_CLOSED)) or kind.__module__ in {"builtins", "torch"}:
         return False
-    return hasattr(value, "__dict__")
+    if hasattr(value, "__dict__") or contents(value) is not None:
+        return True
+    # slots of the standard library's classes are caches and numbers, as those of paths
+    return kind.__module__.partition(".")[0] not in sys.stdlib_module_names and bool(_attributes(value))
 
 
 def opened(tree: Any, arguments: Mapping[int, int] | None = None) -> Any:
@@ -100,9 +117,30 @@ def opened(tree: Any, arguments: Mapping[int, int] | None = None) -> Any:
     def one(leaf: Any) -> Any:
         if id(leaf) in known:
             return Opened([], Skeleton(Argument(known[id(leaf)])))
-        return _open(leaf) if is_object(leaf) else leaf
+        return _open(leaf) if is_object(leaf) or _is_delicate(leaf) else leaf
 
-    return pytree.tree_map(one, tree)
+    return pytree.tree_map(one, tree, is_leaf=_is_delicate)
+
+
+def is_of_user(value: Any) -> bool:
+    """Whether something is a container whose class was made known to the exporter by code outside torch."""
+    kind = type(value)
+    known = kind in pytree.SUPPORTED_NODES and kind is not Opened
+    return known and kind.__module__.partition(".")[0] not in {"torch", *sys.stdlib_module_names}
+
+
+def _is_delicate(value: Any) -> bool:
+    """Whether a container is better treated as an object: it holds objects, or its class refuses what it holds."""
+    if not is_of_user(value):
+        return False
+    leaves, spec = pytree.tree_flatten(value)
+    if any(map(is_object, leaves)):
+        return True
+    try:
+        pytree.tree_unflatten(leaves, spec)
+    except Exception:  # whatever the class of the user raises
+        return True
+    return False
 
 
 def closed(tree: Any, arguments: Sequence[Any] = (), given: Sequence[Any] | None = None) -> tuple[Any, list[Any]]:
@@ -136,7 +174,21 @@ def _is_opened(value: Any) -> bool:
 
 def objects(tree: Any) -> list[Any]:
     """The objects in a tree, in order."""
-    return [leaf for leaf in pytree.tree_leaves(tree) if is_object(leaf)]
+    leaves = pytree.tree_leaves(tree, is_leaf=_is_delicate)
+    return [leaf for leaf in leaves if is_object(leaf) or _is_delicate(leaf)]
+
+
+def put_together(spec: Any, leaves: Sequence[Any]) -> Any:
+    """A tree of lists and of objects in parts, in the structure of `spec`: nothing of the user's is made for it."""
+    remaining = iter(leaves)
+
+    def build(spec: Any) -> Any:
+        if spec.is_leaf():
+            return next(remaining)
+        children = [build(child) for child in spec.children()]
+        return Opened(children, spec.context) if spec.type is Opened else children
+
+    return build(spec)
 
 
 def skeletons(spec: Any) -> list[Skeleton]:
@@ -179,38 +231,50 @@ class _Opening:
     held: list[Any] = field(default_factory=list)
 
     def part(self, value: Any) -> Any:
-        if isinstance(value, Tensor | torch.SymInt):
+        if isinstance(value, (Tensor, *_SYMBOLS)):
             if id(value) not in self.slots:
                 self.slots[id(value)] = len(self.leaves)
                 self.leaves.append(value)
             return Slot(self.slots[id(value)])
-        if type(value) in (list, tuple, set):
+        if isinstance(value, _PLAIN):
+            return value
+        if type(value) in (list, tuple, set, frozenset):
             return type(value)(self.part(v) for v in value)
         if type(value) is dict:
             return {key: self.part(v) for key, v in value.items()}
-        return self._shell(value) if is_object(value) else value
+        children, spec = pytree.tree_flatten(value, is_leaf=lambda inner: inner is not value)
+        if not spec.is_leaf() and not _is_delicate(value):
+            return Branch(spec, [self.part(child) for child in children])
+        return self._shell(value) if not spec.is_leaf() or is_object(value) else value
 
     def _shell(self, value: Any) -> Shell | Again:
         if id(value) in self.shells:
             return Again(self.shells[id(value)])
         self.shells[id(value)] = len(self.shells)
         self.held.append(value)
-        return Shell(type(value), {name: self.part(v) for name, v in _attributes(value).items()})
+        attributes = {name: self.part(v) for name, v in _attributes(value).items()}
+        return Shell(type(value), attributes, self.part(contents(value)))
 
 
 def _open(value: Any) -> Opened:
     opening = _Opening()
-    root = opening.part(value)
+    root = opening._shell(value)
     return Opened(opening.leaves, Skeleton(root))
 
 
 def _attributes(value: Any) -> dict[str, Any]:
-    slots = (name for kind in type(value).__mro__ for name in _names(kind.__dict__.get("__slots__", ())))
-    return {**{n: getattr(value, n) for n in slots if n != "__dict__" and hasattr(value, n)}, **vars(value)}
+    slots = [_mangled(kind, n) for kind in type(value).__mro__ for n in _names(kind.__dict__.get("__slots__", ()))]
+    found = {n: getattr(value, n) for n in slots if n not in {"__dict__", "__weakref__"} and hasattr(value, n)}
+    return {**found, **getattr(value, "__dict__", {})}
 
 
 def _names(slots: Any) -> Iterator[str]:
     yield from (slots,) if isinstance(slots, str) else slots
+
+
+def _mangled(kind: type, name: str) -> str:
+    private = name.startswith("__") and not name.endswith("__")
+    return f"_{kind.__name__.lstrip('_')}{name}" if private else name
 
 
 def _close(one: Opened, into: Any = None) -> Any:
@@ -222,20 +286,35 @@ def _close(one: Opened, into: Any = None) -> Any:
             return one.leaves[value.index]
         if isinstance(value, Again):
             return shells[value.number]
-        if type(value) in (list, tuple, set):
+        if type(value) in (list, tuple, set, frozenset):
             return type(value)(part(v) for v in value)
         if type(value) is dict:
             return {key: part(v) for key, v in value.items()}
+        if isinstance(value, Branch):
+            return pytree.tree_unflatten([part(v) for v in value.parts], value.spec)
         return shell(value) if isinstance(value, Shell) else value
 
     def shell(value: Shell) -> Any:
-        made: Any = object.__new__(value.kind) if shells or into is None else into
-        shells.append(made)
+        number = len(shells)
+        shells.append(into if into is not None and not number else None)
+        if shells[number] is None:
+            shells[number] = bare(value.kind, part(value.items) if issubclass(value.kind, (tuple, frozenset)) else None)
+        made = shells[number]
         for name, inner in value.attributes.items():
-            object.__setattr__(made, name, part(inner))
+            _set(made, name, part(inner))
+        if value.items is not None:
+            refill(made, part(value.items))
         return made
 
     return part(one.skeleton.root)
+
+
+def _set(made: Any, name: str, value: Any) -> None:
+    """Give an object an attribute, past whatever its class does when one is set."""
+    if isinstance(getattr(type(made), name, None), property):
+        made.__dict__[name] = value
+    else:
+        object.__setattr__(made, name, value)
 
 
 # -- comparing ---------------------------------------------------------------------------------------------------
@@ -248,12 +327,15 @@ def difference(found: Skeleton, wanted: Skeleton) -> str | None:
 
 def _difference(found: Any, wanted: Any, path: str) -> str | None:
     if isinstance(found, Shell) and isinstance(wanted, Shell) and found.kind is wanted.kind:
-        return _between(found.attributes, wanted.attributes, path, lambda key: f".{key}")
+        inner = _between(found.attributes, wanted.attributes, path, lambda key: f".{key}")
+        return _difference(found.items, wanted.items, path) if inner is None else inner
+    if isinstance(found, Branch) and isinstance(wanted, Branch) and found.spec == wanted.spec:
+        return _difference(found.parts, wanted.parts, path)
     if type(found) is type(wanted) and isinstance(found, list | tuple):
         return _between(dict(enumerate(found)), dict(enumerate(wanted)), path, lambda key: f"[{key}]")
     if type(found) is type(wanted) is dict:
         return _between(found, wanted, path, lambda key: f"[{key!r}]")
-    plain = (*_PLAIN, Slot, Again, Argument)
+    plain = (*_PLAIN, Slot, Again, Argument, Branch)
     if type(found) is type(wanted) and (found == wanted or not isinstance(found, plain)):
         return None
     return f"{path} is {_told(found)} instead of {_told(wanted)}".strip()
@@ -272,4 +354,6 @@ def _between(found: Mapping[Any, Any], wanted: Mapping[Any, Any], path: str, tol
 def _told(value: Any) -> str:
     if isinstance(value, Slot):
         return "a tensor"
+    if isinstance(value, Branch):
+        return f"a {value.spec.type.__name__} of {len(value.parts)}"
     return f"a {value.kind.__name__}" if isinstance(value, Shell) else f"{value!r:.60}"

@@ -10,7 +10,6 @@ import copy
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -206,35 +205,8 @@ def numbers(model: nn.Module, call: Call) -> list[Tensor]:
     with torch.no_grad(), without_fast_path(), torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of edits that are only tried
         result = model(*args, **kwargs)
-    return [t for t in tensors_in(result) if t.is_floating_point() or t.is_complex()]
-
-
-def tensors_in(result: Any, around: tuple[int, ...] = ()) -> list[Tensor]:
-    """The tensors in containers and objects of any kind, in order. around: identities of the objects that hold it."""
-    found: list[Tensor] = []
-    for leaf in pytree.tree_leaves(result):
-        if isinstance(leaf, Tensor):
-            found.append(leaf)
-        elif id(leaf) not in around:
-            for part in _parts(leaf):
-                found += tensors_in(part, (*around, id(leaf)))
-    return found
-
-
-def _parts(value: Any) -> list[Any]:
-    """The entries of a container that the tree library does not know, or what an object has in its attributes."""
-    if callable(value) or isinstance(value, str | bytes | ModuleType):
-        return []
-    if isinstance(value, Mapping | Sequence):
-        return list(value.values() if isinstance(value, Mapping) else value)
-    slots = {name for kind in type(value).__mro__ for name in _slots(kind) if hasattr(value, name)} - {"__dict__"}
-    own = {**getattr(value, "__dict__", {}), **{name: getattr(value, name) for name in slots}}
-    return [part for _, part in sorted(own.items())]
-
-
-def _slots(kind: type) -> tuple[str, ...]:
-    names = vars(kind).get("__slots__", ())
-    return (names,) if isinstance(names, str) else tuple(names)
+    leaves = pytree.tree_leaves(opened(result))
+    return [t for t in leaves if isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex())]
 
 
 def equal(got: Sequence[Tensor], want: Sequence[Tensor], tolerance: float, *, strict: bool = True) -> bool:

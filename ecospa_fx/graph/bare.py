@@ -1,0 +1,50 @@
+"""Objects made without the code of their classes, and what those hold that derive from Python's own containers."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+_HEAP = 1 << 9
+"""The flag of classes that Python code has made (Py_TPFLAGS_HEAPTYPE)."""
+
+
+def bare(kind: type, items: Any = None) -> Any:
+    """An object of a class whose own code has not run. items: what a tuple or a frozen set holds."""
+    known = () if items is None else (items,)
+    try:
+        return _native(kind).__new__(kind, *known)
+    except TypeError:  # a class written in C, which only its own constructor can make
+        return kind.__new__(kind, *known)
+
+
+def contents(value: Any) -> Any:
+    """The items of an instance of a class derived from a container, as a dict or a list; None for any other."""
+    native: Any = _native(type(value))
+    if isinstance(value, dict):
+        return dict(native.items(value))
+    if isinstance(value, (list, tuple, set, frozenset, deque)):
+        return list(native.__iter__(value))
+    return None
+
+
+def refill(made: Any, items: Any) -> None:
+    """Give an instance of a class derived from a container other items; one that is fixed keeps its own."""
+    native: Any = _native(type(made))
+    if isinstance(made, (tuple, frozenset)):
+        return
+    native.clear(made)
+    if isinstance(made, dict):
+        for key, value in items.items():
+            native.__setitem__(made, key, value)
+    elif isinstance(made, set):
+        native.update(made, items)
+    else:
+        native.extend(made, items)
+
+
+def _native(kind: type) -> type:
+    """The first class in the order of inheritance that is not written in Python."""
+    if issubclass(kind, deque):
+        return deque  # which newer versions of Python make as if it were written in Python
+    return next(one for one in kind.__mro__ if not one.__flags__ & _HEAP)
