@@ -64,3 +64,27 @@ def allow_other_strides(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.target is torch.ops.aten.view.default:
             node.target = torch.ops.aten.reshape.default
+
+
+def sync_users(graph: fx.Graph) -> bool:
+    """Let the users of every node be the nodes that read it. Returns whether any were not."""
+    wrong = [node for node in graph.nodes if _read(node) != set(node.all_input_nodes) or not _is_known(node)]
+    for node in wrong:
+        for source in node.all_input_nodes:
+            source.users.setdefault(node)
+        node.args, node.kwargs = node.args, node.kwargs  # which counts inputs and users anew
+    stale = [(node, user) for node in graph.nodes for user in node.users if node not in user.all_input_nodes]
+    for node, user in stale:
+        del node.users[user]
+    return bool(wrong or stale)
+
+
+def _is_known(node: fx.Node) -> bool:
+    """Whether a node is among the users of everything that it reads."""
+    return all(node in source.users for source in node.all_input_nodes)
+
+
+def _read(node: fx.Node) -> set[fx.Node]:
+    found: list[fx.Node] = []
+    fx.node.map_arg((node.args, node.kwargs), found.append)
+    return set(found)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from ecospa_fx.errors import CaptureError
 from ecospa_fx.graph.edit import evaluate, insert
+from ecospa_fx.graph.module_stacks import KEY, stack_between
 from ecospa_fx.graph.where import source_of
 
 _WRAPPERS = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
@@ -49,6 +50,9 @@ def _inline(module: fx.GraphModule, node: fx.Node) -> None:
             setattr(module, known[inner].target, getattr(body, str(inner.target)))
         if str(node.target) == "wrap_with_autocast" and node.args[2]:
             _write_out_casts([known[n] for n in body.graph.nodes if n.op == "call_function"], str(node.args[0]))
+        readers = set(node.users)
+        after = next((n for n in _following(node) if n not in readers), None)
+        node.meta[KEY] = stack_between(node.prev, after, node.meta.get(KEY) or {})
         outputs = [_detached(module.graph, r, like=node) if frozen else r for r in _several(results)]
     for user in list(node.users):
         position: Any = user.args[1]
@@ -92,6 +96,12 @@ def _computed(node: fx.Node, device: str) -> list[torch.dtype]:
 def _types(value: Any) -> list[torch.dtype]:
     leaves = pytree.tree_leaves(value)
     return [t.dtype for t in leaves if isinstance(t, torch.Tensor) and t.is_floating_point()]
+
+
+def _following(node: fx.Node) -> Iterator[fx.Node]:
+    while node.next.op != "root":
+        node = node.next
+        yield node
 
 
 def _several(results: Any) -> list[Any]:

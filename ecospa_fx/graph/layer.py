@@ -69,7 +69,19 @@ def _code(source: str, names: Mapping[str, Any]) -> Code:
     return Code(source, found)
 
 
-class GraphLayer(nn.Module):
+class Constants(nn.Module):
+    """A module that keeps tensors as plain attributes, as the module that it stands for does: they move with it."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        applied: Any = super()._apply
+        applied(fn, recurse)
+        for name, value in self.__dict__.items():
+            if isinstance(value, Tensor):
+                self.__dict__[name] = value.to(moved(value.device, fn))
+        return self
+
+
+class GraphLayer(Constants):
     """A module whose ``forward`` is code made from a graph.
 
     Its own attributes begin with ``_graph_``, because any other name may be that of one of the user's submodules.
@@ -83,8 +95,7 @@ class GraphLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """What moves parameters moves what the code makes, too."""
-        own: Any = super()._apply
-        own(fn, recurse)
+        super()._apply(fn, recurse)
         self._graph_device = moved(self._graph_device, fn)
         return self
 
@@ -139,10 +150,11 @@ class Layers:
             made: nn.Module = self._class(module, graph, {**inside, **beside}, base)()
             made.__dict__[ATTRIBUTE] = self.device
         else:
-            made = self._container(path, inside)
+            made = self._container(path, inside, any(_is_constant(held) for held in module.__dict__.values()))
         made._parameters, made._buffers, made._modules = module._parameters, module._buffers, dict(inside)
         made.__dict__.update(beside)
         made._non_persistent_buffers_set = module._non_persistent_buffers_set
+        made.__dict__.update({n: held for n, held in module.__dict__.items() if _is_constant(held)})
         for node in graph.nodes if isinstance(graph, fx.Graph) else ():
             if node.op == "get_attr" and str(node.target) in module.__dict__:  # constants that are no tensors
                 made.__dict__[str(node.target)] = module.__dict__[str(node.target)]
@@ -166,20 +178,27 @@ class Layers:
             self.classes[key]._graph_key = key
         return self.classes[key]
 
-    def _container(self, path: str, inside: Mapping[str, nn.Module]) -> nn.Module:
-        """What is never called keeps the type that lets people walk over it."""
+    def _container(self, path: str, inside: Mapping[str, nn.Module], constants: bool) -> nn.Module:
+        """What is never called keeps the type that lets people walk over it. constants: whether it keeps tensors."""
         try:
             kind = type(self.original.get_submodule(path))
         except AttributeError:
-            return nn.Module()
+            return Constants() if constants else nn.Module()
         in_order = list(inside) == [str(i) for i in range(len(inside))]
         if kind is nn.ModuleList and in_order:
             return nn.ModuleList()
-        return nn.ModuleDict() if kind is nn.ModuleDict else nn.Module()
+        if kind is nn.ModuleDict:
+            return nn.ModuleDict()
+        return Constants() if constants else nn.Module()
 
 
 def _is_beside(name: str, held: Any) -> bool:
     return isinstance(held, nn.Module) and ("@" in name or name == FIRST_CALL)
+
+
+def _is_constant(held: Any) -> bool:
+    """Whether an attribute is a tensor, or an object of a class that torch's operators know."""
+    return isinstance(held, (Tensor, torch.ScriptObject))
 
 
 def _renamed(graph: fx.Graph) -> fx.Graph:

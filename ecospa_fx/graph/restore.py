@@ -11,12 +11,13 @@ from types import FunctionType
 from typing import Any, cast
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from ecospa_fx.graph.calling import Calling, calling
 from ecospa_fx.graph.layer import Code, GraphLayer, Layers, own_copy
+from ecospa_fx.graph.module_stacks import arrange_stacks
 from ecospa_fx.graph.program import ExportedForm
-from ecospa_fx.graph.repeated import share_repeated
+from ecospa_fx.graph.repeated import calls_compared_in_depth, share_repeated
 
 
 def restore(
@@ -33,9 +34,10 @@ def restore(
     for name in list(exported.state_dict):
         if name in names:
             exported.state_dict[name] = stand_ins[names[name]]
-    _complete_stacks(program.graph, {path for path, _ in model.named_modules(remove_duplicate=False)})
+    arrange_stacks(program.graph, {path for path, _ in model.named_modules(remove_duplicate=False)})
     exported.graph_module.recompile()
-    with redirect_stdout(StringIO()), warnings.catch_warnings():  # torch 2.13 prints a line per node for some graphs
+    # torch 2.13 prints a line per node for some graphs
+    with calls_compared_in_depth(), redirect_stdout(StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         module: nn.Module = torch.export.unflatten(exported)
     for alias, name in names.items():
@@ -94,25 +96,6 @@ def _with_modes(module: nn.Module, model: nn.Module) -> nn.Module:
     for path, part in module.named_modules(remove_duplicate=False):
         part.training = modes.get(path.partition("@")[0], part.training)
     return module
-
-
-def _complete_stacks(graph: fx.Graph, known: set[str]) -> None:
-    """Give every node the modules from the root down; traced graph modules come without the outer ones.
-
-    Sizes of the inputs come with a module that does not exist; they are the root's.
-    """
-    for node in graph.nodes:
-        stack = node.meta.get("nn_module_stack")
-        if not stack or next(iter(stack.values()))[0] == "":
-            continue
-        path, kind = next(reversed(stack.values()))
-        if path.partition("@")[0] not in known:
-            path, kind = "", "torch.nn.modules.module.Module"
-        parts = path.split(".")
-        outer = {
-            p: (p, "torch.nn.modules.module.Module") for p in ("", *(".".join(parts[:i]) for i in range(1, len(parts))))
-        }
-        node.meta["nn_module_stack"] = {**outer, path: (path, kind)}
 
 
 def _stand_in(value: nn.Parameter) -> nn.Parameter:
