@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ecospa_fx.errors import CaptureError
-from ecospa_fx.graph.objects import Opened
+from ecospa_fx.graph.objects import Opened, is_of_user
 
 
 class Attempt(NamedTuple):
@@ -120,12 +120,19 @@ def _dynamic_shapes(
     def axes(leaf: Any) -> Any:
         if isinstance(leaf, Opened):
             return [axes(part) for part in leaf.leaves]
+        if is_of_user(leaf):  # put together anew, its class might refuse what stands for a tensor
+            return [axes(part) for part in pytree.tree_flatten(leaf, is_leaf=lambda inner: inner is not leaf)[0]]
+        if not pytree.tree_structure(leaf).is_leaf():
+            return pytree.tree_map(axes, leaf, is_leaf=apart)
         if not isinstance(leaf, Tensor):
             return None
         return {axis: Dim.AUTO if axis else first for axis in range(leaf.dim() - fixed.get(id(leaf), 0))}
 
+    def apart(leaf: Any) -> bool:
+        return isinstance(leaf, Opened) or is_of_user(leaf)
+
     bound = bound_arguments(model, args, kwargs)
-    found: dict[str, Any] = pytree.tree_map(axes, bound, is_leaf=lambda leaf: isinstance(leaf, Opened))
+    found: dict[str, Any] = pytree.tree_map(axes, bound, is_leaf=apart)
     return found
 
 

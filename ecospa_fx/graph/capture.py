@@ -18,8 +18,9 @@ from torch.utils import _pytree as pytree
 from ecospa_fx.errors import CaptureError
 from ecospa_fx.graph.attempts import Attempt, TimeLimit, attempts, bound_arguments, takes_one
 from ecospa_fx.graph.constant_index import slice_constant_indices
-from ecospa_fx.graph.edit import allow_other_strides
+from ecospa_fx.graph.edit import allow_other_strides, sync_users
 from ecospa_fx.graph.explicit_shape import write_out_shapes
+from ecospa_fx.graph.gradient_modes import gradient_modes_recorded, warn_of_custom_functions
 from ecospa_fx.graph.hoist import hoist_selections
 from ecospa_fx.graph.inline import inline_regions
 from ecospa_fx.graph.modes import Aligned, align, note_dropout
@@ -54,16 +55,18 @@ def captures(
     _refuse_quantised(model)
     _refuse_sharded(model)
     bound_arguments(model, args, kwargs)
-    view, failure, made = seen(model, kwargs), None, False
+    view, failure, made, functions = seen(model, kwargs), None, False, dict[str, None]()
     for attempt in attempts(view, args, kwargs) if dynamic else [Attempt(args, kwargs, None)]:
         try:
-            program = _export(view, attempt)
+            program = _export(view, attempt, functions)
         except Exception as error:
             log.debug("an attempt at exporting %s failed: %s", type(model).__name__, error)
             failure = error
             continue
         if attempt.doubled and not takes_one(program):
             continue
+        if dynamic and not made:
+            warn_of_custom_functions(functions)
         made = True
         program = _in_both_modes(model, view, program, attempt) if dynamic else program
         yield ExportedForm(_normalised(program), model)
@@ -94,6 +97,7 @@ def _refuse_quantised(model: nn.Module) -> None:
 def _normalised(program: ExportedProgram) -> ExportedProgram:
     """The program with what the exporter wraps unwrapped, and views in the order in which they say most."""
     module, constants = program.graph_module, _constants(program)
+    sync_users(module.graph)  # the exporter's own passes leave some behind
     for node, value in constants.items():
         node.meta["constant"] = value
     inline_regions(module)
@@ -107,12 +111,14 @@ def _normalised(program: ExportedProgram) -> ExportedProgram:
     return program
 
 
-def _export(model: nn.Module, attempt: Attempt) -> ExportedProgram:
+def _export(model: nn.Module, attempt: Attempt, functions: dict[str, None] | None = None) -> ExportedProgram:
+    """functions: takes the names of custom functions that gradients would go through."""
     args, kwargs, shapes, _ = attempt
     with (
         _quiet(),
         _attributes_kept(model),
         _marks_kept((args, kwargs)),
+        gradient_modes_recorded(functions if functions is not None else {}),
         nullcontext() if shapes is None else TimeLimit(),
     ):
         return write_out_transforms(torch.export.export(model, args, kwargs, strict=False, dynamic_shapes=shapes))

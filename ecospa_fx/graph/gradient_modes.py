@@ -1,0 +1,61 @@
+"""Where traced code switches gradients: what the exporter does not see of it is told to it.
+
+It records calls of ``torch.set_grad_enabled``. It knows nothing of inference mode, and it does not see that a function
+with a backward of its own runs without gradients, and ends that.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.utils import _pytree as pytree
+
+
+@contextmanager
+def gradient_modes_recorded(functions: dict[str, None]) -> Iterator[None]:
+    """Inside, the exporter records where gradients are switched by inference mode and by custom functions.
+
+    functions: takes the names of the custom functions that were given something that needs gradients, in order.
+    """
+
+    def enter(region: Any) -> None:
+        region.before = torch.is_grad_enabled()
+        torch.set_grad_enabled(not region.mode)
+
+    def leave(region: Any, *_: Any) -> None:
+        torch.set_grad_enabled(region.before)
+
+    original: Any = Function.apply
+
+    def apply(kind: Any, *args: Any, **kwargs: Any) -> Any:
+        tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            functions.setdefault(f"{kind.__module__}.{kind.__qualname__}")
+        result = original.__func__(kind, *args, **kwargs)
+        torch.set_grad_enabled(torch.is_grad_enabled())  # its forward may have said otherwise last
+        return result
+
+    regions = torch.inference_mode
+    with (
+        patch.object(regions, "__enter__", enter),
+        patch.object(regions, "__exit__", leave),
+        patch.object(Function, "apply", classmethod(apply)),
+    ):
+        yield
+
+
+def warn_of_custom_functions(names: Collection[str]) -> None:
+    """Say that gradients through custom functions are not those of the original."""
+    if names:
+        warnings.warn(
+            f"the model calls {', '.join(names)}, whose own backward is not part of a graph: the smaller "
+            "model computes the same, but gradients there are those of its forward, and none where that runs without",
+            stacklevel=2,
+        )
