@@ -21,6 +21,7 @@ from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from ecospa_fx.axes.flow import Flow, Sizes, carried, flow
 from ecospa_fx.axes.kept import Cut
 from ecospa_fx.errors import CaptureError
+from ecospa_fx.graph.concrete_sizes import concrete_sizes
 from ecospa_fx.graph.memory import written
 
 
@@ -83,7 +84,7 @@ class ExportedForm(Program):
     def __init__(self, exported: ExportedProgram, model: nn.Module) -> None:
         self.exported = exported
         self.graph = exported.graph_module.graph
-        self.sizes = concrete_sizes()
+        self.sizes = concrete_sizes(self.graph)
         named = dict(model.named_parameters(remove_duplicate=False))
         first = {id(p): name for name, p in reversed(list(model.named_parameters()))}
         inputs = exported.graph_signature.inputs_to_parameters
@@ -177,7 +178,7 @@ class AttributeForm(Program):
     """A graph module whose parameters are attributes, changed in place."""
 
     def __init__(self, module: fx.GraphModule) -> None:
-        self.module, self.graph, self.sizes = module, module.graph, concrete_sizes()
+        self.module, self.graph, self.sizes = module, module.graph, concrete_sizes(module.graph)
         first = {id(p): name for name, p in reversed(list(module.named_parameters()))}
         self.parameters = {}
         stored: dict[fx.Node, str] = {}
@@ -238,68 +239,3 @@ def _attribute(module: nn.Module, path: str) -> Any:
     for part in path.split("."):
         held = getattr(held, part)
     return held
-
-
-def concrete_sizes() -> Sizes:
-    """Sizes as numbers: a symbol counts as a small prime, so that it equals no width of the model by accident.
-
-    Where what the graph requires of a symbol allows none, another number than the example's is taken if there is one;
-    a size that the data decides counts as a large prime.
-    """
-    numbers = _Numbers()
-    known: dict[Any, int] = {}
-
-    def size(value: Any) -> int:
-        if isinstance(value, int):
-            return value
-        expression = value.node.expr
-        if expression not in known:
-            symbols = sorted(expression.free_symbols, key=str)
-            chosen = {symbol: numbers.of(symbol, value.node.shape_env) for symbol in symbols}
-            known[expression] = int(expression.subs(chosen))
-        return known[expression]
-
-    return size
-
-
-class _Numbers:
-    """A number for every symbol."""
-
-    PRIMES = (11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97, 7, 5, 3)
-
-    def __init__(self) -> None:
-        self.known: dict[Any, int] = {}
-        self.unknown = 0
-
-    def of(self, symbol: Any, environment: Any) -> int:
-        """The number of a symbol, always the same."""
-        if symbol not in self.known:
-            self.known[symbol] = self._choose(symbol, environment)
-        return self.known[symbol]
-
-    def _choose(self, symbol: Any, environment: Any) -> int:
-        named = "backed_var_to_val" if hasattr(environment, "backed_var_to_val") else "var_to_val"
-        hint = getattr(environment, named).get(symbol)
-        if hint is None:
-            self.unknown += 1
-            return _prime(self.unknown - 1)
-        required = [guard.expr for guard in environment.guards if symbol in guard.expr.free_symbols]
-        limits = environment.var_to_range.get(symbol)
-        candidates: list[int] = [*self.PRIMES, *range(2 * int(hint), 9 * int(hint), int(hint)), *range(2, int(hint))]
-        for number in (n for n in candidates if n not in self.known.values()):
-            given = {**self.known, symbol: number}
-            inside = limits is None or limits.lower <= number <= limits.upper
-            if inside and not any(guard.subs(given) == False for guard in required):  # noqa: E712 (sympy's)
-                return number
-        return int(hint)
-
-
-def _prime(index: int) -> int:
-    """Primes far from any width, one per unknown size."""
-    candidate, found = 1_000_003, -1
-    while True:
-        if all(candidate % d for d in range(3, 1001, 2)):
-            found += 1
-            if found == index:
-                return candidate
-        candidate += 2
