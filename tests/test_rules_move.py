@@ -166,6 +166,85 @@ def test_positions(function: Callable[..., Any], shape: tuple[int, ...]) -> None
         check_rule(function, [tagged(*shape)], masked=True, seed=seed)
 
 
+EMPTY: list[Callable[[Tensor], Any]] = [
+    lambda a: torch.cat([a.new_zeros(0), a.new_zeros(0)]),
+    lambda a: torch.cat([a.new_zeros(0), a]),
+    lambda a: torch.cat([a, a.new_zeros(0)], 1),
+    lambda a: torch.cat([a[:0], a[:0]]),
+    lambda a: torch.cat([a[:0], a]),
+    lambda a: torch.cat([a[:, :0], a[:, 2:]], 1),
+    lambda a: torch.stack([a[:0], a[:0]]),
+    lambda a: torch.stack([a.new_zeros(0), a.new_zeros(0)], -1),
+    lambda a: torch.hstack([a.new_zeros(0), a.new_zeros(0)]),
+    lambda a: torch.vstack([a[:0], a]),
+    lambda a: torch.dstack([a[:0], a[:0]]),
+    lambda a: torch.block_diag(a, a.new_zeros(0, 3)),
+    lambda a: torch.split(a, [0, 4])[1],
+    lambda a: torch.split(a, [2, 0, 2])[1],
+    lambda a: a.tensor_split([0, 2])[1] ,
+    lambda a: a.chunk(2)[0][2:],
+    lambda a: a[2:2].sum(0) + a.sum(0),
+    lambda a: a[:, 3:3].relu().reshape(0),
+    lambda a: a[:0].reshape(0, 2, 3).transpose(0,1),
+    lambda a: a[:, :0].reshape(2, 2, 0).flatten(1),
+    lambda a: a[:0] @ a.mT,
+    lambda a: a[:, :0] @ a.mT[:0],
+    lambda a: F.linear(a, a[:0]),
+    lambda a: F.pad(a[:0], (0,0,1,1)),
+    lambda a: a.repeat(0, 1),
+    lambda a: a[:, None].expand(4, 0, 6),
+    lambda a: a[torch.zeros(0, dtype=torch.long)],
+    lambda a: a.index_select(1, torch.zeros(0, dtype=torch.long)),
+    lambda a: a.gather(1, torch.zeros(4, 0, dtype=torch.long)),
+    lambda a: a.scatter(1, torch.zeros(4, 0, dtype=torch.long), 1.0),
+    lambda a: a.index_add(0, torch.zeros(0, dtype=torch.long), a[:0]),
+    lambda a: a.narrow(1, 3, 0),
+    lambda a: a.unbind(0)[0][:0],
+    lambda a: a[:0].unbind(1)[0],
+    lambda a: a[:0].softmax(-1),
+    lambda a: a[:0].mean(1),
+    lambda a: F.layer_norm(a[:0], [6]),
+    lambda a: a[:0].cumsum(0),
+    lambda a: torch.einsum("bi,bj->ij", a[:0], a[:0]),
+    lambda a: a[:0].sort(1)[0],
+    lambda a: a[:0].roll(1, 0),
+    lambda a: a[:, :0].flip(1),
+    lambda a: a.repeat_interleave(0, 0),
+    lambda a: F.embedding(torch.zeros(0, dtype=torch.long), a),
+    lambda a: torch.where(a[:0] > 0, a[:0], 0.0),
+    lambda a: a[:0].unfold(1, 2, 2),
+    lambda a: a[:0].squeeze(0),
+    lambda a: F.scaled_dot_product_attention(a[None,:0], a[None], a[None]),
+    lambda a: a[..., None][..., :0].sum(-1) + a,
+    lambda a: a.unflatten(1, (2, 3))[:, :0].flatten(1),
+    lambda a: a[:0].view(0, 3),
+    lambda a: torch.broadcast_tensors(a[:0], a[:1])[1],
+    lambda a: torch.tensordot(a[:, :0], a[:, :0].T, 1),
+    lambda a: F.glu(a[:0]),
+    lambda a: a.slice_scatter(a[:0], 0, 2, 2),
+    lambda a: torch.full((0, 6), 1.0).to(a) + a[:0],
+]  # fmt: skip
+"""Operations on tensors without elements, and some that make them; each stands for axes of size 0 somewhere."""
+
+
+def test_tensors_without_elements() -> None:
+    assert (
+        check_rule(lambda *given: [f(a) for f, a in zip(EMPTY, given, strict=True)], [tagged(4, 6) for _ in EMPTY]) > 20
+    )
+
+
+def test_tensors_without_elements_beside_a_model() -> None:
+    """They block nothing, whatever is put together of them, and whatever lies beside them."""
+
+    def extras(h: Tensor) -> Tensor:
+        none = torch.cat([h.new_zeros(0), h.new_zeros(0)])
+        return torch.cat([h.relu(), h.new_zeros(0)], -1) + none.sum() + torch.stack([none, none]).sum()
+
+    case = sandwich("aten.cat", extras)
+    check_literal(case)
+    check_exact(case)
+
+
 def test_differences_with_a_prefix() -> None:
     check_rule(lambda a, b: a.diff(dim=0, prepend=b), [tagged(4, 6), tagged(1, 6)])
 

@@ -10,6 +10,7 @@ from ecospa_fx.axes.algebra import Axis, Dims, Misaligned, Origin, Piece
 from ecospa_fx.axes.reasons import NOTHING, PARAMETER, RENORMALISE, WHOLE, ZERO, Reason
 from ecospa_fx.axes.record import Event, Gather, Obstacle, Record
 from ecospa_fx.axes.record import Value as Value
+from ecospa_fx.axes.shapes import regrouped
 
 Zero = Literal["all", "any", "lost"]
 UNIT = Axis(1, (Piece(0, ()),))
@@ -266,7 +267,7 @@ class Call:
         axes: dict[Hashable, Axis] = {}
         flags: dict[Hashable, bool] = {}
         for name, entries in where.items():
-            wide = [(v, i) for v, i in entries if v.axes[i].size > 1]
+            wide = [(v, i) for v, i in entries if v.axes[i].size != 1]
             if not wide:
                 axes[name], flags[name] = UNIT, True
             elif name in out:
@@ -344,13 +345,23 @@ class Call:
 
     def reshaped(self, source: Value, shape: Sequence[int]) -> Value:
         """A row-major view of `source` in another shape."""
+        if 0 in source.shape:
+            return self._reshaped_nothing(source, shape)
         axes: list[Axis] = []
         flags: list[bool] = []
-        for inside, sizes in _groups(source.shape, tuple(shape)):
+        for inside, sizes in regrouped(source.shape, tuple(shape)):
             old = [source.axes[i] for i in inside]
             axes += self._regroup(old, sizes)
             flags += [self.all_zero([(source, i) for i in inside])] * len(sizes)
         return replace(self.value(axes, flags), weights=source.weights)
+
+    def _reshaped_nothing(self, source: Value, shape: Sequence[int]) -> Value:
+        """A view of a tensor without elements: axes in front that keep their sizes are the same, all others are new."""
+        pairs = list(zip(source.axes, shape, strict=False))
+        same = next((i for i, (axis, size) in enumerate(pairs) if axis.size != size), len(pairs))
+        new = [self.dims.fresh(size, Origin.STORED) for size in shape[same:]]
+        result = self.value([*source.axes[:same], *new], [*source.zero[:same], *(False for _ in new)])
+        return replace(result, weights=source.weights)
 
     def _regroup(self, old: Sequence[Axis], sizes: Sequence[int]) -> Sequence[Axis]:
         if len(old) == len(sizes) == 1:
@@ -378,22 +389,3 @@ class Call:
             self.block(axes[axis], f"a slice cuts across it ({reason})", WHOLE)
             axes[axis] = self.dims.fresh(len(range(start, stop, step)), Origin.STORED)
         return replace(self.value(axes, source.zero), weights=source.weights)
-
-
-def _groups(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
-    """Smallest runs of adjacent axes of both shapes that hold the same number of elements."""
-    result: list[tuple[list[int], list[int]]] = []
-    i = j = 0
-    while i < len(old) or j < len(new):
-        inside: list[int] = []
-        sizes: list[int] = []
-        m = n = 1
-        while True:
-            if i < len(old) and (m < n or (m == n and not inside)):
-                m, inside, i = m * old[i], [*inside, i], i + 1
-            elif j < len(new) and (n < m or (m == n and not sizes)):
-                n, sizes, j = n * new[j], [*sizes, new[j]], j + 1
-            else:
-                break
-        result.append((inside, sizes))
-    return result

@@ -8,6 +8,7 @@ from dataclasses import replace
 from ecospa_fx.axes.call import Call, Value
 from ecospa_fx.axes.reasons import ZERO
 from ecospa_fx.axes.registry import axis_rule, refuse
+from ecospa_fx.axes.shapes import broadcast_size
 
 
 def _batch(count: int) -> list[str]:
@@ -126,7 +127,7 @@ def vecdot(call: Call) -> Value:
 def _wider(a: Value, b: Value) -> Sequence[int]:
     rank = max(len(a.axes), len(b.axes))
     padded = [(1,) * (rank - len(v.axes)) + v.shape for v in (a, b)]
-    return [max(x, y) for x, y in zip(*padded, strict=True)]
+    return [broadcast_size(sizes) for sizes in zip(*padded, strict=True)]
 
 
 @axis_rule("aten.bilinear")
@@ -151,7 +152,8 @@ def grouped_mm(call: Call) -> Value:
         return call.block_all("its groups are given in a form that is not followed", remedy)[0]
     matrix = replace(weight, axes=weight.axes[1:], zero=weight.zero[1:], node=None)
     product = call.contraction([value, matrix], [["rows", "k"], ["k", "n"]], ["rows", "n"])
-    call.block(weight.axes[0], "rows are sent to its positions by computed offsets")
+    for axis in (weight.axes[0], *call["offs"].axes):
+        call.block(axis, "rows are sent to its positions by computed offsets")
     call.routed(product.axes[0], weight.axes[0], call["offs"])
     return _plus(call, product, call.get("bias"))
 

@@ -96,16 +96,14 @@ def resize_convolution(resize: Resize) -> None:
            "aten.adaptive_avg_pool3d", "aten.upsample_bilinear2d", "aten.upsample_nearest2d",
            "aten.upsample_bicubic2d", "aten.upsample_nearest1d", "aten.upsample_linear1d",
            "aten.upsample_trilinear3d", "aten.upsample_nearest3d", "aten._upsample_bilinear2d_aa",
-           "aten._upsample_bicubic2d_aa", "aten._adaptive_avg_pool2d", "aten.grid_sampler",
-           "aten.max_pool2d_with_indices", "aten._upsample_nearest_exact2d")  # fmt: skip
+           "aten._upsample_bicubic2d_aa", "aten._adaptive_avg_pool2d", "aten.max_pool2d_with_indices",
+           "aten._upsample_nearest_exact2d")  # fmt: skip
 def resample(call: Call) -> Value | list[Value]:
     """Batch and channels pass; places mix."""
-    value, *others = call.values
+    (value,) = call.values
     found = search(r"([123])d", call.operator)
     space = int(found[1]) if found else len(value.axes) - 2
     channel = len(value.axes) - space - 1
-    for axis in (a for other in others for a in other.axes):
-        call.block(axis, f"{call.operator} reads places from it")
     for i in range(channel + 1, len(value.axes)):
         call.mixes(value, i, f"{call.operator} mixes neighbours along it")
     call.note(value.axes[channel], "averaged" if "avg" in call.operator else "nonlinear")
@@ -114,6 +112,23 @@ def resample(call: Call) -> Value | list[Value]:
     result = call.value(axes, [z and i <= channel for i, z in enumerate(value.zero)])
     positions = [call.value(axes)] * (len(call.outputs) - 1)
     return [result, *positions] if positions else result
+
+
+@axis_rule("aten.grid_sampler", "aten.grid_sampler_2d", "aten.grid_sampler_3d")
+def sample(call: Call) -> Value:
+    """input [batch, channels, …] read at the places grid [batch, …, 2 or 3] says: one place after another."""
+    value, grid = call["input"], call["grid"]
+    batch = call.align([(value, 0), (grid, 0)])
+    for i in range(2, len(value.axes)):
+        call.mixes(value, i, f"{call.operator} mixes neighbours along it")
+    call.mixes(grid, len(grid.axes) - 1, f"{call.operator} reads places from it")
+    call.note(value.axes[1], "nonlinear")
+    call.gathered([value], [batch, *value.axes[1:]])
+    call.gathered([grid], [batch, *grid.axes[1:]])
+    zero = value.zero[0] and call.follows(value.axes[0], batch)
+    return call.value(
+        [batch, value.axes[1], *grid.axes[1:-1]], [zero, value.zero[1], *(False for _ in grid.axes[1:-1])]
+    )
 
 
 @axis_rule("aten.im2col", "aten.col2im")

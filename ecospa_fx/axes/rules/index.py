@@ -4,18 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from ecospa_fx.axes.algebra import Axis, Origin
 from ecospa_fx.axes.call import UNIT, Call, Value
 from ecospa_fx.axes.reasons import WHERE
 from ecospa_fx.axes.registry import axis_rule
 from ecospa_fx.axes.resize import Resize, resize_rule
+from ecospa_fx.axes.shapes import broadcast_size
 
 _JOIN = "join the old and the new parts with torch.cat instead"
 
 
 def _chosen(call: Call, value: Value, index: int) -> None:
     call.block(value.axes[index], f"{call.operator} chooses its positions by computed indices")
+
+
+def _counted(call: Call, *operands: Any) -> None:
+    """Every position of these operands says where something goes or comes from: none may be missing."""
+    for axis in (a for v in operands if isinstance(v, Value) for a in v.axes):
+        call.block(axis, f"{call.operator} finds positions by it")
 
 
 @axis_rule("aten.embedding")
@@ -32,7 +40,10 @@ def embedding(call: Call) -> Value:
 def index_select(call: Call) -> Value:
     """Chosen positions of one axis."""
     value, axis = call["self"], int(call["dim"]) % max(len(call["self"].axes), 1)
+    if not value.axes:
+        return call.stored()
     _chosen(call, value, axis)
+    _counted(call, call["index"])
     fresh = call.fresh()
     axes = [fresh[i] if i == axis else a for i, a in enumerate(value.axes)]
     return call.value(axes, [z and i != axis for i, z in enumerate(value.zero)])
@@ -70,6 +81,7 @@ def _masked(call: Call, value: Value, where: Sequence[int]) -> Value:
     at, count = where[0], len(mask.axes)
     for i in range(at, at + count):
         _chosen(call, value, i)
+    _counted(call, mask)
     fresh = call.fresh()[at]
     return call.value(
         [*value.axes[:at], fresh, *value.axes[at + count :]], [*value.zero[:at], False, *value.zero[at + count :]]
@@ -79,7 +91,7 @@ def _masked(call: Call, value: Value, where: Sequence[int]) -> Value:
 def _broadcast(values: Sequence[Value]) -> list[int]:
     rank = max(len(v.axes) for v in values)
     shapes = [(1,) * (rank - len(v.axes)) + v.shape for v in values]
-    return [max(sizes) for sizes in zip(*shapes, strict=True)]
+    return [broadcast_size(sizes) for sizes in zip(*shapes, strict=True)]
 
 
 def _routes(call: Call, result: Value, indices: Value, source: Axis, at: int = 0) -> None:
@@ -102,16 +114,20 @@ def gather(call: Call) -> Value:
             _chosen(call, value, i)
             axes.append(chosen.axes[i])
         elif value.axes[i].size == chosen.axes[i].size:
-            axes.append(call.align([(value, i), (chosen, i)]) if value.axes[i].size > 1 else UNIT)
+            axes.append(call.align([(value, i), (chosen, i)]) if value.axes[i].size != 1 else UNIT)
         elif broadcasts:
-            axes.append(max(value.axes[i], chosen.axes[i], key=lambda a: a.size))
+            axes.append(value.axes[i] if chosen.axes[i].size == 1 else chosen.axes[i])
         else:
-            call.block(value.axes[i], f"{call.operator} reads a part of it", "slice it to the size of the index first")
+            for one in (value, chosen):
+                call.block(
+                    one.axes[i], f"{call.operator} reads a part of it", "slice it to the size of the index first"
+                )
             axes.append(chosen.axes[i])
     target = [value.axes[i] if i == axis else a for i, a in enumerate(axes)]
     call.gathered([chosen], [chosen.axes[i] if i == axis else a for i, a in enumerate(axes)])
     call.gathered([value], target)
-    return call.value(axes, [z and i != axis for i, z in enumerate(value.zero)])
+    alike = [i != axis and call.follows(value.axes[i], a) for i, a in enumerate(axes)]
+    return call.value(axes, [z and same for z, same in zip(value.zero, alike, strict=True)])
 
 
 @axis_rule("aten.scatter", "aten.scatter_add", "aten.scatter_reduce")
@@ -147,6 +163,7 @@ def index_put(call: Call) -> Value:
     where = [i for i, entry in enumerate(indices) if entry is not None]
     for i in where:
         _chosen(call, value, i)
+    _counted(call, *indices)
     if any(call.is_mask(indices[i]) for i in where) and any(call.dims.cuttable(a) for a in new.axes):
         return call.block_all(f"{call.operator} writes where a mask says", WHERE)[0]
     together = where == list(range(where[0], where[-1] + 1)) if where else False
@@ -178,6 +195,7 @@ def index_add(call: Call) -> Value:
     value, source = call["self"], call.get("source")
     axis = int(call["dim"]) % max(len(value.axes), 1)
     _chosen(call, value, axis)
+    _counted(call, call["index"])
     kept = isinstance(source, Value) or (not isinstance(call.get("value"), Value) and call.get("value", 0) == 0)
     axes, flags = list(value.axes), [kept and z for z in value.zero]
     for i in range(len(axes)):
@@ -243,6 +261,7 @@ def embedding_bag(call: Call) -> list[Value]:
     """Sums or means of rows of a table; the columns pass."""
     weight = call["weight"]
     _chosen(call, weight, 0)
+    _counted(call, *(call.get(name) for name in ("indices", "offsets", "per_sample_weights")))
     if call.get("mode", 0) == 2:
         return call.block_all(f"{call.operator} takes maxima", "sum or average instead")
     first = call.value([call.fresh()[0], weight.axes[1]], [False, weight.zero[1]])

@@ -113,6 +113,8 @@ def resize_split(resize: Resize) -> None:
 def cat(call: Call) -> Value:
     """One after another along an axis; the other axes are the same dims."""
     values = [v for v in call["tensors"] if v.shape != (0,)]
+    if not values:
+        return call.stored()
     return _joined(call, values, call.axis_of(values[0]))
 
 
@@ -120,7 +122,7 @@ def _joined(call: Call, values: list[Value], axis: int) -> Value:
     axes: list[Axis] = []
     for i in range(len(values[0].axes)):
         along = [(v, i) for v in values]
-        wide = values[0].axes[i].size > 1
+        wide = values[0].axes[i].size != 1
         axes.append(call.dims.concat([v.axes[i] for v in values]) if i == axis else call.align(along) if wide else UNIT)
     flags = [all(v.zero[i] and call.follows(v.axes[i], a) for v in values) for i, a in enumerate(axes)]
     flags[axis] = call.all_zero([(v, axis) for v in values])

@@ -201,9 +201,15 @@ def prelu(call: Call) -> Value:
     """A slope per channel (axis 1), or one for all."""
     value, weight = call["self"], call["weight"]
     call.note(value.axes, "nonlinear")
-    if weight.axes and weight.axes[-1].size > 1 and len(weight.axes) == 1:
-        call.align([(value, 1), (weight, 0)])
-    return call.value(value.axes, value.zero)
+    if len(weight.axes) != 1 or len(value.axes) < 2:
+        return _zero_if(call, call.pointwise([value, weight], "lost"), [value])
+    if weight.axes[0].size == 1:
+        return call.value(value.axes, value.zero)
+    channel = call.align([(value, 1), (weight, 0)])
+    axes = [value.axes[0], channel, *value.axes[2:]]
+    call.gathered([value], axes)
+    call.gathered([weight], [channel])
+    return call.value(axes, [z and (i != 1 or call.follows(value.axes[1], channel)) for i, z in enumerate(value.zero)])
 
 
 @axis_rule("aten.glu")

@@ -124,17 +124,26 @@ def layer_norm(call: Call) -> Value | list[Value]:
     """Normalises over the last axes; its weights are along them."""
     value = call["input"]
     count = len(call["normalized_shape"])
-    first = len(value.axes) - count
-    allowed = False
+    first, allowed = len(value.axes) - count, False
+    learnt = [call[name] for name in ("weight", "bias") if isinstance(call.get(name), Value)]
+    both = _with_operands(call, value, learnt, first, count)
     for i in range(first, len(value.axes)):
         message = f"{call.operator} normalises over it: without an element the others change"
-        allowed = call.normalises(value, i, message)
-        for name in ("weight", "bias"):
-            if isinstance(call.get(name), Value):
-                call.align([(value, i), (call[name], i - first)])
-    result = call.value(value.axes, [allowed and i >= first for i in range(len(value.axes))])
+        allowed = call.normalises(both, i, message)
+    result = call.value(both.axes, [allowed and i >= first for i in range(len(value.axes))])
     rest = [call.value([*value.axes[:first], *[UNIT] * count]) for _ in call.outputs[1:]]
     return [result, *rest] if rest else result
+
+
+def _with_operands(call: Call, value: Value, operands: Sequence[Value], first: int, count: int) -> Value:
+    """The value with `count` axes, from `first`, that are those of some operands too."""
+    axes = list(value.axes)
+    for i in range(count):
+        axes[first + i] = call.align([(value, first + i), *((v, i) for v in operands)])
+    call.gathered([value], axes)
+    for operand in operands:
+        call.gathered([operand], axes[first : first + count])
+    return replace(value, axes=tuple(axes))
 
 
 @resize_rule("aten.layer_norm", "aten.rms_norm", "aten.native_layer_norm", "aten._fused_rms_norm")
@@ -175,9 +184,8 @@ def batch_norm(call: Call) -> Value | list[Value]:
 def group_norm(call: Call) -> Value | list[Value]:
     """Normalises over blocks of channels and all positions; weights per channel."""
     value = call["input"]
-    for name in ("weight", "bias"):
-        if isinstance(call.get(name), Value):
-            call.align([(value, 1), (call[name], 0)])
+    learnt = [call[name] for name in ("weight", "bias") if isinstance(call.get(name), Value)]
+    value = _with_operands(call, value, learnt, 1, 1)
     for i in range(1, len(value.axes)):
         call.mixes(value, i, f"{call.operator} normalises over it: without an element the others change")
     result = call.value(value.axes)
