@@ -18,7 +18,7 @@ from ecospa_fx.graph.capture import capture, captures
 from ecospa_fx.graph.owned import owned
 from ecospa_fx.graph.passes import Pass, run_passes
 from ecospa_fx.graph.restore import restore
-from ecospa_fx.importance.score import Batch, Loss, score
+from ecospa_fx.importance.score import Batch, Loss, score_samples, splitter_of
 from ecospa_fx.importance.scores import Scores
 from ecospa_fx.origin import origin, remember
 from ecospa_fx.plan import Plan
@@ -185,8 +185,9 @@ def scored(
     """
     if not isinstance(steps, int) or steps < 1:
         raise ScoreError(f"steps={steps!r} is not a number of scoring passes: give a whole number of at least 1")
-    scores = score(model, couplings, batches, loss=loss, method=method, progress=progress)
+    splitter = splitter_of(model, loss)  # one for all passes, so that it looks at batches, and warns, once
+    scores = score_samples(model, couplings, batches, splitter, loss, method, progress)
     for step in range(1, steps):
         with masked(model, make_plan(couplings, ratio * step / steps, scores, **planning)):
-            scores = score(model, couplings, batches, loss=loss, method=method, progress=progress)
+            scores = score_samples(model, couplings, batches, splitter, loss, method, progress)
     return scores

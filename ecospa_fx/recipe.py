@@ -21,6 +21,7 @@ from ecospa_fx.graph.sites import Site, find_sites
 from ecospa_fx.importance.compensated import Compensated
 from ecospa_fx.importance.curvature import Collector, Curvature
 from ecospa_fx.importance.progress import watched
+from ecospa_fx.importance.samples import samples_of
 from ecospa_fx.importance.score import Batch, Loss, arguments
 from ecospa_fx.importance.scores import Scores
 from ecospa_fx.importance.second_order import unit_scores, without_traffic
@@ -160,6 +161,8 @@ def compress_program(program: ExportedForm, task: Task, ratio: float, recipe: Re
     from ecospa_fx.passes.lossy.reconstruct import Reconstruct
     from ecospa_fx.passes.shrink_couplings import shrink_program
 
+    evaluator = Evaluator(program, task.model, task.args, task.kwargs)
+    task = replace(task, batches=samples_of(task.batches, evaluator, task.loss))
     draws = recipe.draws(len(task.batches))
     known, judges = _apart(task.batches, JUDGES) if draws else (task.batches, [])
     seen, held = _held(known) if recipe.allocation == "sensitivity" else (known, [])

@@ -14,7 +14,7 @@ from ecospa_fx.errors import ScoreError
 from ecospa_fx.importance.methods import Method, method_named, register
 from ecospa_fx.importance.progress import line, watched
 from ecospa_fx.importance.score import magnitudes, score
-from tests.tiny import HIDDEN, Tiny, batches, loss, tiny, tiny_couplings
+from tests.tiny import HIDDEN, Tiny, batches, loss, samples, tiny, tiny_couplings
 
 METHODS = ["taylor", "fisher", "gate-fisher"]
 BLOCKS = {"qk": "attention", "vo": "attention", "ffn": "ffn", "experts": "experts"}
@@ -31,9 +31,9 @@ def elements(values: Tensor, member: Member, carrier: int, unit: int) -> Tensor:
 
 
 def gradients(model: nn.Module) -> list[dict[str, Tensor]]:
-    """Of every parameter, per batch, the ordinary way."""
+    """Of every parameter, per sample, the ordinary way."""
     found, parameters = [], dict(model.named_parameters())
-    for args, kwargs in batches():
+    for args, kwargs in samples():
         taken = torch.autograd.grad(loss(model(*args, **kwargs), args, kwargs), list(parameters.values()))
         found.append(dict(zip(parameters, taken, strict=True)))
     return found
@@ -41,13 +41,13 @@ def gradients(model: nn.Module) -> list[dict[str, Tensor]]:
 
 def by_loop(model: nn.Module, coupling: Coupling, method: str) -> Tensor:
     """The formulas of the methods, written out unit by unit."""
-    parameters, per_batch = dict(model.named_parameters()), gradients(model)
+    parameters, per_sample = dict(model.named_parameters()), gradients(model)
     found = torch.zeros(coupling.carriers, coupling.size, dtype=torch.float64)
     for c in range(coupling.carriers):
         for u in range(coupling.size):
             products = [
                 torch.cat([elements(g[m.parameter] * parameters[m.parameter], m, c, u) for m in coupling.members])
-                for g in per_batch
+                for g in per_sample
             ]
             mean = torch.stack([p.square().sum() for p in products]).mean()
             found[c, u] = mean if method == "fisher" else torch.stack(products).mean(0).sum().abs()
@@ -77,7 +77,7 @@ def test_gate_fisher_is_the_squared_derivative_by_a_real_gate(kind: str) -> None
         block = model.get_submodule(f"layers.{i}.{BLOCKS[kind]}")
         assert isinstance(block.gates, dict)
         block.gates[kind] = gate
-        squares = [torch.autograd.grad(loss(model(*a), a, k), gate)[0].square() for a, k in batches()]
+        squares = [torch.autograd.grad(loss(model(*a), a, k), gate)[0].square() for a, k in samples()]
         block.gates.clear()
         assert squares[0].max() > 0
         torch.testing.assert_close(scores[coupling.name], torch.stack(squares).mean(0), rtol=1e-9, atol=1e-15)
@@ -235,7 +235,7 @@ def test_refuses_gradients_that_are_not_finite() -> None:
         value: Tensor = loss(output, args, kwargs)
         return Spoiled.apply(value) if next(calls) == 1 else value  # type: ignore[no-untyped-call]  # torch has no types here
 
-    text = refused(tiny(), batches(), loss=spoiled)
+    text = refused(tiny(), samples(), loss=spoiled)
     assert text.startswith("the gradient of parameter 'layers.")
     assert text.endswith("is not finite in batch 1: leave it out")
 

@@ -126,6 +126,11 @@ def batches(count: int = 3, seed: int = 1) -> list[tuple[tuple[Tensor], dict[str
     return [((torch.randint(0, VOCABULARY, (2, 5), generator=source),), {}) for _ in range(count)]
 
 
+def samples(count: int = 3, seed: int = 1) -> list[tuple[tuple[Tensor], dict[str, Tensor]]]:
+    """The same token ids, [1, 5] per batch."""
+    return [((row[None],), {}) for (ids,), _ in batches(count, seed) for row in ids]
+
+
 def loss(output: Tensor, args: Sequence[Tensor], kwargs: object) -> Tensor:
     """Cross-entropy of the next token."""
     return nn.functional.cross_entropy(output[:, :-1].flatten(0, 1), args[0][:, 1:].flatten())

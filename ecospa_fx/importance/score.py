@@ -14,13 +14,10 @@ from ecospa_fx.errors import ScoreError
 from ecospa_fx.graph.wrappers import unwrapped
 from ecospa_fx.importance.methods import Method, Statistic, method_named
 from ecospa_fx.importance.progress import watched
+from ecospa_fx.importance.samples import Splitter
 from ecospa_fx.importance.scores import Scores
-
-Batch = tuple[Sequence[Any], Mapping[str, Any]]
-"""Positional and keyword arguments of one call of the model."""
-
-Loss = Callable[[Any, Sequence[Any], Mapping[str, Any]], Tensor]
-"""(output, args, kwargs) to a scalar."""
+from ecospa_fx.importance.separable import Batch as Batch
+from ecospa_fx.importance.separable import Loss as Loss
 
 
 def score(
@@ -35,8 +32,11 @@ def score(
     """Score every unit of every offered coupling.
 
     method: "gate-fisher" (recommended), "fisher", "taylor", or "magnitude", which reads no batches; formulas in
-    `ecospa_fx.importance.methods`. A batch is one sample of the expectation over the data, so the Fisher methods
-    tell more from many small batches (one sequence each) than from few large ones. The model runs in eval mode on
+    `ecospa_fx.importance.methods`. batches: (args, kwargs) of calls of the model, tensors [samples, …]. What is
+    scored are samples: a batch of several gives what its samples, cut along the first axis of its tensors, give as
+    batches of one, and takes as long. The loss is called with one sample at a time. Where a batch cannot be cut
+    (tensors of other leading sizes, a loss or a model that mixes samples, as contrastive losses do), it counts as one
+    sample, and a UserWarning says why. The model runs in eval mode on
     its own device; frozen parameters are scored too; modes, gradients and hooks are as before afterwards. Memory
     beyond the forward and backward pass is one number per unit. `progress` shows a bar on stderr: batches
     done, of how many where `batches` has a length, and the time left.
@@ -49,20 +49,49 @@ def score(
     >>> scores[couplings[0].name].shape == (couplings[0].carriers, couplings[0].size)  # doctest: +SKIP
     True
     """
-    chosen, model = method_named(method), unwrapped(model)
+    model = unwrapped(model)
+    return score_samples(model, couplings, batches, splitter_of(model, loss), loss, method, progress)
+
+
+def splitter_of(model: nn.Module, loss: Loss | None) -> Splitter | None:
+    """What takes batches of a model apart into samples, where there is a loss."""
+    if loss is None:
+        return None
+    return Splitter(lambda batch: model(*batch[0], **batch[1]), loss, model.parameters())
+
+
+def score_samples(
+    model: nn.Module, couplings: Couplings, batches: Iterable[Batch], splitter: Splitter | None, loss: Loss | None,
+    method: str, progress: bool,
+) -> Scores:  # fmt: skip
+    """See `score`. splitter: of the same model, which may have been masked since it last looked at batches."""
+    chosen = method_named(method)
     weights = _coupled_weights(model, couplings)
     if chosen.from_weights is not None:
         return Scores(method, chosen.from_weights(weights, couplings.offered))
-    if loss is None:
+    if loss is None or splitter is None:
         raise ScoreError(f"method {method!r} needs a loss: pass loss=, a function (output, args, kwargs) -> scalar")
     statistic, count = _statistic(chosen, weights, couplings), 0
     with _scoring(model, statistic):
         for count, batch in enumerate(watched(batches, method) if progress else batches, 1):  # read below
-            one_batch(model, lambda: statistic.inputs, batch, loss, count - 1)
-            statistic.end_batch(count - 1)
+            _gather(model, statistic, splitter, arguments(batch, count - 1), loss, count - 1)
     if count == 0:
         raise ScoreError(f"there are no batches to score with {method!r}: pass at least one (args, kwargs)")
     return Scores(method, statistic.result())
+
+
+def _gather(model: nn.Module, statistic: Statistic, splitter: Splitter, batch: Batch, loss: Loss, number: int) -> None:
+    """Let the statistic see the samples of one batch, but for those that have no finite loss of their own."""
+    samples, count = splitter.split(batch, number), 0
+    for sample in samples:
+        if one_batch(model, lambda: statistic.inputs, sample, loss, number, strict=len(samples) == 1):
+            statistic.end_batch(number)
+            count += 1
+    if count == 0 and len(samples) > 1:
+        one_batch(model, lambda: statistic.inputs, batch, loss, number)
+        statistic.end_batch(number)
+    elif count < len(samples):
+        splitter.left_out(number)
 
 
 def magnitudes(couplings: Couplings) -> Scores:
@@ -117,11 +146,13 @@ def _scoring(model: nn.Module, statistic: Statistic) -> Iterator[None]:
 
 
 def one_batch(
-    forward: Callable[..., Any], inputs: Callable[[], Sequence[Tensor]], batch: object, loss: Loss, number: int
-) -> None:
+    forward: Callable[..., Any], inputs: Callable[[], Sequence[Tensor]], batch: object, loss: Loss, number: int,
+    *, strict: bool = True,
+) -> bool:  # fmt: skip
     """Differentiate the loss of one batch by `inputs`, asked for after the forward pass; hooks do the rest.
 
-    Raises ScoreError for what is no batch, and for a loss that is not a finite scalar that depends on the model.
+    Raises ScoreError for what is no batch, and for a loss that is not a finite scalar that depends on the model. Unless
+    `strict`, one that is not finite is not differentiated; returns whether it was.
     """
     args, kwargs = arguments(batch, number)
     value = loss(forward(*args, **kwargs), args, kwargs)
@@ -132,9 +163,12 @@ def one_batch(
         raise ScoreError(
             f"the loss of batch {number} does not depend on the model: return the loss of the model's output"
         )
+    if not strict and not value.isfinite():
+        return False
     if not value.isfinite():
         raise ScoreError(f"the loss of batch {number} is {value.item()}: leave the batch out or repair the weights")
     torch.autograd.grad(value.reshape(()), list(inputs()), allow_unused=True)
+    return True
 
 
 def arguments(batch: object, number: int) -> Batch:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,7 @@ from ecospa_fx.graph.evaluate import Evaluator
 from ecospa_fx.graph.sites import Site, find_sites
 from ecospa_fx.importance.compensated import Compensated, Gone
 from ecospa_fx.importance.curvature import Collector, Curvature
+from ecospa_fx.importance.samples import samples_of
 from ecospa_fx.importance.score import Batch, Loss
 from ecospa_fx.importance.second_order import unit_scores, without_traffic
 from ecospa_fx.importance.views import Views, views_of
@@ -50,6 +51,7 @@ class SecondOrder:
     group: Any
     solves: bool
     damping: float = 0.01
+    _samples: list[Batch] = field(default_factory=list, init=False)
 
     def measured(self, evaluator: Evaluator, couplings: Sequence[Coupling], held: Held) -> Measured:
         """Of couplings as they are now. held: who turns when a basis changes.
@@ -59,6 +61,7 @@ class SecondOrder:
         from ecospa_fx.passes.lossy.change_basis import ChangeBasis, balanced, turn_factors, turn_values
 
         program = evaluator.program
+        self._read(evaluator)
 
         def made(change: ChangeBasis) -> ChangeBasis:
             reason = held.turnable(side.member.parameter for side in (*change.first, *change.second))
@@ -81,10 +84,19 @@ class SecondOrder:
         values = {name: tensor.detach() for name, tensor in program.values.items()}
         return Measured(couplings, values, views, curvature, self.damping, self.group)
 
+    def _read(self, evaluator: Evaluator) -> None:
+        """Take the batches apart into samples, once: what a shrink removes does not change which there are."""
+        error = None
+        try:
+            self._samples.extend(() if self._samples else samples_of(self.batches, evaluator, self.loss))
+        except EcospaError as found:
+            error = found
+        fail_together(error, next(iter(evaluator.program.values.values())).device, self.group)
+
     def _curvature(self, evaluator: Evaluator, views: Views, results: Sequence[Site] = ()) -> Curvature:
         collector, error = Collector(evaluator, views, results), None
         try:
-            collector.watch(self.batches, self.loss)
+            collector.watch(self._samples, self.loss)
         except EcospaError as found:
             error = found
         device = next(iter(evaluator.program.values.values())).device

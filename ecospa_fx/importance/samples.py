@@ -1,0 +1,162 @@
+"""What counts as a sample: batches are taken apart along their leading axis, so that each sample has a loss of its own.
+
+Scores are expectations over samples, so a batch of several must give what its samples give one by one. The loss of a
+sample is the loss function on the sample's part of the arguments and the model's output for it. That takes a model that
+treats samples apart and a loss that is made of theirs, a sum or any weighted mean. Both are checked on the first batch
+of several: outputs against their parts, and the loss's gradient at a sample's output against that of the sample's own
+loss, which must be the same up to a factor. A contrastive loss, a norm over the batch or a graph of one batch size does
+not pass: every batch is one sample then, and one warning says why.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from math import isfinite
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ecospa_fx.graph.evaluate import Evaluator
+from ecospa_fx.graph.objects import is_object
+from ecospa_fx.importance.separable import Batch, Comparison, Loss, Output, closed_again, open_tensors
+
+Answer = Callable[[Batch], Any]
+"""What the model returns for some arguments."""
+
+
+class Splitter:
+    """Takes batches apart into samples, all in the same way.
+
+    answer: runs the model, with `weights`, whose types say how exact it is.
+    """
+
+    def __init__(self, answer: Answer, loss: Loss, weights: Iterable[Tensor]) -> None:
+        self._answer, self._loss = answer, loss
+        self._types = {weight.dtype for weight in weights}
+        self._checked = self._whole = self._told = self._told_empty = False
+
+    def split(self, batch: Batch, number: int) -> list[Batch]:
+        """The samples of batch `number`, as views of its tensors; the batch itself where it is one or counts as one."""
+        parts = [batch] if self._whole else parts_of(batch)
+        if isinstance(parts, str):
+            self._warn(f"batch {number} counts as one sample, because {parts}")
+            return [batch]
+        if len(parts) > 1 and not self._checked:
+            obstacle = self._obstacle(batch, parts)
+            self._checked, self._whole = True, obstacle is not None
+            if obstacle:
+                self._warn(f"every batch counts as one sample, because {obstacle}")
+        return [batch] if self._whole else parts
+
+    def all_of(self, batches: Iterable[Batch]) -> list[Batch]:
+        """The samples of all batches, without those that have no finite loss where others of their batch have one."""
+        found: list[Batch] = []
+        for number, batch in enumerate(batches):
+            parts = self.split(batch, number)
+            kept = parts if len(parts) == 1 else [part for part in parts if self._is_finite(part)]
+            if len(kept) < len(parts):
+                self.left_out(number)
+            found += kept or [batch]
+        return found
+
+    def left_out(self, number: int) -> None:
+        """Say that a sample of batch `number` has no finite loss, though the batch may have."""
+        if not self._told_empty:
+            warnings.warn(
+                f"a sample of batch {number} is left out because its own loss is not finite: check that it has labels",
+                stacklevel=3,
+            )
+        self._told_empty = True
+
+    def _warn(self, told: str) -> None:
+        if not self._told:
+            warnings.warn(f"{told}: where it holds several, pass each as a batch of its own", stacklevel=4)
+        self._told = True
+
+    def _is_finite(self, part: Batch) -> bool:
+        with torch.no_grad():
+            return bool(torch.as_tensor(self._loss(self._answer(part), *part)).isfinite().all())
+
+    def _obstacle(self, batch: Batch, parts: Sequence[Batch]) -> str | None:
+        """Why a batch is not made of its samples; None where it is, "" where the whole batch will show an error."""
+        with torch.no_grad():
+            whole = Output.of(self._answer(batch))
+        slopes = whole.slopes(batch, self._loss)
+        if slopes is None or not isfinite(slopes[0]):
+            return ""
+        comparison = Comparison(whole, *slopes, len(parts), self._types)
+        for place, part in enumerate(parts):
+            try:
+                with torch.no_grad(), warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # of what a single sample may not be meant for
+                    reason = comparison.add(place, Output.of(self._answer(part)), part, self._loss)
+            except Exception as error:  # whatever a model, a graph or a loss says to what it was not written for
+                first = next(iter(str(error).splitlines()), type(error).__name__)
+                return f"a single sample of it cannot be computed ({first[:200]})"
+            if reason is not None:
+                return reason
+        return comparison.conclusion()
+
+
+def samples_of(batches: Iterable[Batch], evaluator: Evaluator, loss: Loss) -> list[Batch]:
+    """The samples of all batches, by a program that runs them. Raises what a batch that cannot be run raises."""
+    weights = evaluator.program.values.values()
+    return Splitter(lambda batch: evaluator.answer(*batch), loss, weights).all_of(batches)
+
+
+# -- arguments ---------------------------------------------------------------------------------------------------
+
+
+def parts_of(batch: Batch) -> list[Batch] | str:
+    """One batch per sample, of leading size 1; or what has another leading size than the rest.
+
+    The first tensor tells how many samples there are. Tensors without axes or of leading size 1 belong to all of them,
+    and so does what is no tensor, but for lists with an element per sample.
+    """
+    args, kwargs = batch
+    keeps_type = is_object(kwargs) and not isinstance(kwargs, dict)
+    tree = open_tensors((tuple(args), kwargs if keeps_type else dict(kwargs)))
+    count = next((shape[0] for leaf in pytree.tree_leaves(tree) if (shape := _shape(leaf))), 1)
+    if count <= 1:
+        return [batch]
+    pairs, spec = pytree.tree_flatten_with_path(tree, is_leaf=lambda value: _is_listed(value, count))
+    for path, leaf in pairs:
+        if not _belongs(leaf, count):
+            told = f"{_named(path)} of shape {list(leaf.shape)}"
+            return f"{told} has not the {count} samples of the first tensor along its first axis"
+    leaves = [leaf for _, leaf in pairs]
+    return [closed_again([_part(leaf, count, place) for leaf in leaves], spec) for place in range(count)]
+
+
+def _shape(leaf: Any) -> tuple[int, ...]:
+    """Of an array with at least one axis; of anything else, parameters included, there is none."""
+    shape = getattr(leaf, "shape", None)
+    return tuple(shape) if isinstance(shape, tuple) and not isinstance(leaf, nn.Parameter) else ()
+
+
+def _belongs(leaf: Any, count: int) -> bool:
+    shape = _shape(leaf)
+    return not shape or shape[0] in (0, 1, count)
+
+
+def _is_listed(value: Any, count: int) -> bool:
+    """Whether a list has an element per sample, and no tensors of all samples."""
+    if type(value) is not list or len(value) != count:
+        return False
+    arrays = [leaf for leaf in pytree.tree_leaves(value) if _shape(leaf)]
+    return not arrays or not all(_belongs(leaf, count) for leaf in arrays)
+
+
+def _part(leaf: Any, count: int, place: int) -> Any:
+    if type(leaf) is not list and _shape(leaf)[:1] != (count,):
+        return leaf
+    part = leaf[place : place + 1]
+    # Of inference tensors, losses often copy several rows, and look at a single one, which autograd cannot keep.
+    return part.clone() if isinstance(part, Tensor) and part.is_inference() else part
+
+
+def _named(path: Sequence[Any]) -> str:
+    return f"{'kwargs' if path[0].idx else 'args'}{pytree.keystr(tuple(path[1:]))}"
