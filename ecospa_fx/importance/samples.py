@@ -11,7 +11,8 @@ not pass: every batch is one sample then, and one warning says why.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from copy import copy
 from math import isfinite
 from typing import Any
 
@@ -20,7 +21,6 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ecospa_fx.graph.evaluate import Evaluator
-from ecospa_fx.graph.objects import is_object
 from ecospa_fx.importance.separable import Batch, Comparison, Loss, Output, closed_again, open_tensors
 
 Answer = Callable[[Batch], Any]
@@ -117,8 +117,7 @@ def parts_of(batch: Batch) -> list[Batch] | str:
     and so does what is no tensor, but for lists with an element per sample.
     """
     args, kwargs = batch
-    keeps_type = is_object(kwargs) and not isinstance(kwargs, dict)
-    tree = open_tensors((tuple(args), kwargs if keeps_type else dict(kwargs)))
+    tree = open_tensors((tuple(args), dict(kwargs)))
     count = next((shape[0] for leaf in pytree.tree_leaves(tree) if (shape := _shape(leaf))), 1)
     if count <= 1:
         return [batch]
@@ -128,7 +127,17 @@ def parts_of(batch: Batch) -> list[Batch] | str:
             told = f"{_named(path)} of shape {list(leaf.shape)}"
             return f"{told} has not the {count} samples of the first tensor along its first axis"
     leaves = [leaf for _, leaf in pairs]
-    return [closed_again([_part(leaf, count, place) for leaf in leaves], spec) for place in range(count)]
+    parts = (closed_again([_part(leaf, count, place) for leaf in leaves], spec) for place in range(count))
+    return [(own_args, _like(kwargs, own_kwargs)) for own_args, own_kwargs in parts]
+
+
+def _like(kwargs: Mapping[str, Any], values: dict[str, Any]) -> Mapping[str, Any]:
+    """The values in a mapping of the same type, such as what a tokenizer returns, if one can be had."""
+    if isinstance(kwargs, dict) or not isinstance(kwargs, MutableMapping):
+        return values
+    result = copy(kwargs)
+    result.update(values)
+    return result
 
 
 def _shape(leaf: Any) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ from ecospa_fx.importance.samples import Splitter
 from ecospa_fx.importance.scores import Scores
 from ecospa_fx.importance.separable import Batch as Batch
 from ecospa_fx.importance.separable import Loss as Loss
+from ecospa_fx.importance.separable import copied
 
 
 def score(
@@ -57,7 +58,13 @@ def splitter_of(model: nn.Module, loss: Loss | None) -> Splitter | None:
     """What takes batches of a model apart into samples, where there is a loss."""
     if loss is None:
         return None
-    return Splitter(lambda batch: model(*batch[0], **batch[1]), loss, model.parameters())
+    return Splitter(lambda batch: _called(model, *batch), loss, model.parameters())
+
+
+def _called(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What the model returns; what it writes into are copies."""
+    args, kwargs = copied((args, kwargs))
+    return model(*args, **kwargs)
 
 
 def score_samples(
@@ -82,13 +89,17 @@ def score_samples(
 
 def _gather(model: nn.Module, statistic: Statistic, splitter: Splitter, batch: Batch, loss: Loss, number: int) -> None:
     """Let the statistic see the samples of one batch, but for those that have no finite loss of their own."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return _called(model, args, kwargs)
+
     samples, count = splitter.split(batch, number), 0
     for sample in samples:
-        if one_batch(model, lambda: statistic.inputs, sample, loss, number, strict=len(samples) == 1):
+        if one_batch(forward, lambda: statistic.inputs, sample, loss, number, strict=len(samples) == 1):
             statistic.end_batch(number)
             count += 1
     if count == 0 and len(samples) > 1:
-        one_batch(model, lambda: statistic.inputs, batch, loss, number)
+        one_batch(forward, lambda: statistic.inputs, batch, loss, number)
         statistic.end_batch(number)
     elif count < len(samples):
         splitter.left_out(number)

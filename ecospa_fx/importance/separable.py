@@ -8,7 +8,7 @@ from math import isfinite
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ecospa_fx.graph.objects import closed, is_object, opened
@@ -44,6 +44,22 @@ def open_tensors(tree: Any) -> Any:
 def closed_again(leaves: Sequence[Any], spec: Any) -> Any:
     """What `open_tensors` took apart, from leaves; objects are new ones."""
     return closed(pytree.tree_unflatten(leaves, spec))[0]
+
+
+def copied(batch: Batch) -> Batch:
+    """The batch with tensors, and objects that hold some, of its own: a call may write into them."""
+    leaves, spec = pytree.tree_flatten(open_tensors(batch))
+    known: dict[int, Tensor] = {}
+
+    def copy(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or isinstance(leaf, nn.Parameter):
+            return leaf
+        if id(leaf) not in known:
+            known[id(leaf)] = leaf.clone()
+        return known[id(leaf)]
+
+    made: Batch = closed_again([copy(leaf) for leaf in leaves], spec)
+    return made
 
 
 @dataclass(frozen=True, slots=True, eq=False)
