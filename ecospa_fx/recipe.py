@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from ecospa_fx.graph.sites import Site, find_sites
 from ecospa_fx.importance.compensated import Compensated
 from ecospa_fx.importance.curvature import Collector, Curvature
 from ecospa_fx.importance.progress import watched
-from ecospa_fx.importance.samples import samples_of
+from ecospa_fx.importance.samples import grouped, samples_of
 from ecospa_fx.importance.score import Batch, Loss, arguments
 from ecospa_fx.importance.scores import Scores
 from ecospa_fx.importance.second_order import unit_scores, without_traffic
@@ -42,6 +43,9 @@ FEW, MANY = 32, 128
 """Batches that are few and many for distillation."""
 DRAWS = 224, 640
 """How many batches it reads where there are many, and where there are few."""
+
+ROWS = 64
+"""Rows that distillation reads at once where samples hold fewer."""
 
 IN_TURN = "in turn"
 """Least squares layer by layer, on what the smaller model itself makes."""
@@ -180,9 +184,17 @@ def compress_program(program: ExportedForm, task: Task, ratio: float, recipe: Re
         rebuild = Reconstruct(recipe.least_squares_damping)
         rebuild.run(dense, small, more + held, lambda stages: recipe.shown(stages, "reconstruct"))
     if draws:
-        distill = Distill(draws, recipe.rate, recipe.step, recipe.mixed, recipe.predicted)
+        size = _at_once(weights.curvature, len(more))
+        known, judges = (grouped(some, size, dense, task.loss) for some in (known, judges))
+        distill = Distill(recipe.draws(len(known)), recipe.rate, recipe.step, recipe.mixed, recipe.predicted)
         distill.run(dense, small, known, task.loss, judges, lambda order: recipe.shown(order, "distill"))
     return plan
+
+
+def _at_once(curvature: Curvature | None, samples: int) -> int:
+    """How many samples distillation reads at once: as many as hold `ROWS` rows, where that is known."""
+    rows = max((moments.rows for moments in curvature.inputs.values()), default=0) if curvature is not None else 0
+    return math.ceil(ROWS * samples / rows) if rows else 1
 
 
 def _planned(

@@ -80,6 +80,13 @@ class Splitter:
         with torch.no_grad():
             return bool(torch.as_tensor(self._loss(self._answer(part), *part)).isfinite().all())
 
+    def fits(self, batch: Batch, parts: Sequence[Batch]) -> bool:
+        """Whether a batch is made of these samples."""
+        try:
+            return self._obstacle(batch, parts) is None
+        except Exception:  # as of a graph of one batch size
+            return False
+
     def _obstacle(self, batch: Batch, parts: Sequence[Batch]) -> str | None:
         """Why a batch is not made of its samples; None where it is, "" where the whole batch will show an error."""
         with torch.no_grad():
@@ -105,6 +112,43 @@ def samples_of(batches: Iterable[Batch], evaluator: Evaluator, loss: Loss) -> li
     """The samples of all batches, by a program that runs them. Raises what a batch that cannot be run raises."""
     weights = evaluator.program.values.values()
     return Splitter(lambda batch: evaluator.answer(*batch), loss, weights).all_of(batches)
+
+
+def grouped(samples: Sequence[Batch], size: int, evaluator: Evaluator, loss: Loss) -> list[Batch]:
+    """The samples in batches of so many, to be read at once; one by one where model or loss do not take them so."""
+    if size < 2 or len(samples) < 2:
+        return list(samples)
+    groups = [samples[i : i + size] for i in range(0, len(samples), size)]
+    batches = [batch for group in groups if (batch := joined(group)) is not None]
+    if len(batches) < len(groups):
+        return list(samples)
+    splitter = Splitter(lambda batch: evaluator.answer(*batch), loss, evaluator.program.values.values())
+    return batches if splitter.fits(batches[0], groups[0]) else list(samples)
+
+
+def joined(samples: Sequence[Batch]) -> Batch | None:
+    """One batch of several, each with tensors of leading size 1; None where they do not fit together."""
+    trees = [pytree.tree_flatten(open_tensors((tuple(args), dict(kwargs)))) for args, kwargs in samples]
+    if any(spec != trees[0][1] for _, spec in trees):
+        return None
+    leaves = []
+    for column in zip(*(found for found, _ in trees), strict=True):
+        if isinstance(column[0], Tensor) and len({(_shape(leaf), getattr(leaf, "dtype", None)) for leaf in column}) > 1:
+            return None
+        if _shape(column[0])[:1] == (1,) and isinstance(column[0], Tensor):
+            leaves.append(torch.cat(column))
+        elif all(_is_same(leaf, column[0]) for leaf in column):
+            leaves.append(column[0])
+        else:
+            return None
+    args, kwargs = closed_again(leaves, trees[0][1])
+    return args, _like(samples[0][1], kwargs)
+
+
+def _is_same(leaf: Any, other: Any) -> bool:
+    if isinstance(leaf, Tensor) and isinstance(other, Tensor):
+        return leaf is other or (leaf.dim() == 0 and leaf.equal(other))
+    return leaf is other or (type(leaf) is type(other) and not _shape(leaf) and bool(leaf == other))
 
 
 # -- arguments ---------------------------------------------------------------------------------------------------
