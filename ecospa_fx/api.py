@@ -112,13 +112,13 @@ def compress(
 ) -> nn.Module:
     """Detect, score, plan and shrink in one call, with the defaults that cost least quality.
 
-    ratio: share of the couplings' parameters to remove; batches: calibration data as (args, kwargs), one sequence each;
-    loss: (output, args, kwargs) to a scalar. method: "second-order" chooses units by the loss's curvature, and what
-    stays makes up for what goes: the result is no masked dense model, it is a better one; its ingredients are
-    options, the fields of `ecospa_fx.recipe.Recipe`. Any method of `score` only removes; then `steps` and `progress` of
-    `scored` are options. "magnitude" needs neither batches nor loss. couplings: what `detect` found on this model.
-    Options of every method: `allow` of `detect` and those of `plan`; round_to=None, the default, keeps widths that the
-    device likes, on CUDA multiples of 16 bytes. The model stays untouched. Raises what these functions raise.
+    ratio: share of the couplings' parameters to remove; batches: calibration data as (args, kwargs), whose samples
+    count as in `score`, however they are batched; loss: (output, args, kwargs) to a scalar, for one sample at a time.
+    method: "second-order" chooses units by the loss's curvature, and what stays makes up for what goes: the result is
+    no masked dense model, it is a better one; its ingredients are options, the fields of `ecospa_fx.recipe.Recipe`. Any
+    method of `score` only removes; then `steps` and `progress` of `scored` are options. "magnitude" needs no batches or
+    loss. couplings: what `detect` found in this model. Options of every method: `allow` of `detect`, those of `plan`;
+    round_to=None, the default, keeps widths that the device likes. The model stays untouched. Raises what these raise.
 
     Example:
         >>> import torch, ecospa_fx as eco

@@ -35,14 +35,14 @@ SECOND_ORDER = "second-order"
 """The name of the recipe as a method of `compress`."""
 
 HELD, MOST_HELD = 4, 16
-"""Every how many-th batch measures sensitivities and is not scored on, and how many at most."""
+"""Every how many-th sample measures sensitivities and is not scored on, and how many at most."""
 JUDGES = 16
-"""Every how many-th batch judges distillation, and nothing is measured, solved or learnt on it."""
+"""Every how many-th sample judges distillation, and nothing is measured, solved or learnt on it."""
 
 FEW, MANY = 32, 128
-"""Batches that are few and many for distillation."""
+"""Samples, or groups of small ones, that are few and many for distillation."""
 DRAWS = 224, 640
-"""How many batches it reads where there are many, and where there are few."""
+"""How many of them it reads where there are many, and where there are few."""
 
 ROWS = 64
 """Rows that distillation reads at once where samples hold fewer."""
@@ -63,14 +63,15 @@ class Recipe:
     least_squares_damping, by what was measured of the dense model; "in turn": layer by layer, in a pass of its own on
     the data, on the inputs that the smaller model makes. allocation: "ragged", by score, so that each head keeps its
     own number of units; "global", the same with as many in all heads of a layer; "uniform"; "sensitivity", by what
-    couplings are measured to cost on every fourth batch, which the scores do not see, in so many `rounds`; or None:
+    couplings are measured to cost on every fourth sample, which the scores do not see, in so many `rounds`; or None:
     "ragged" where it is parameters that are counted and graph form may do as it likes, else "global". distillation: how
-    many batches the smaller model sees, without their labels, while it learns to answer like the dense one, 0 for none,
-    each as often as it takes; by default 224, and up to 640 where there are fewer than 128; rate, step: how much of
+    many samples the smaller model sees, without their labels, while it learns to answer like the dense one, 0 for none,
+    each as often as it takes; by default 224, and up to 640 where there are fewer than 128. Samples of fewer than 64
+    rows, such as tokens, are seen in groups that hold so many, and a group counts as one here. rate, step: how much of
     each parameter a step may change at first, as an operator, times the root of the share of the dense model's answers
-    that is lost; and batches per step. So that few batches do for many, they vary: predicted: share of a batch's
+    that is lost; and samples per step. So that few samples do for many, they vary: predicted: share of a sample's
     positions, such as tokens, that are what the dense model itself foretold, where it does so, when it read the batch
-    last while distilling; mixed: share that comes from other batches, else, and in further batches for all that is
+    last while distilling; mixed: share that comes from other samples, else, and in further samples for all that is
     measured and solved where those given hold fewer than 60,000 positions, up to four for one; both from 0 to below 1.
     progress: bars on stderr.
     """
@@ -109,7 +110,7 @@ class Recipe:
                 raise ScoreError(f"{name}={value!r} is not a count: give a whole number of at least {least}")
 
     def draws(self, batches: int) -> int:
-        """How many batches to distil on where so many are given.
+        """How many samples, or groups of them, to distil on where so many are given.
 
         By default from `DRAWS` for `MANY` to `DRAWS` for `FEW`; below that each counts as often as when they are few.
         """

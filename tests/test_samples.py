@@ -317,6 +317,19 @@ def test_where_samples_cannot_be_told_apart_one_warning_says_why(
         assert_equal(found, eco.score(model, couplings, [batch], loss=loss), couplings)
 
 
+def test_a_loss_of_what_a_hook_has_seen_counts_batches() -> None:
+    """What the loss is made of cannot be cut, and the loss itself is right for what was called last."""
+    model, seen = Rows().double(), list[Tensor]()
+    couplings = eco.detect(model, (X,))
+    model.down.register_forward_hook(lambda module, args, output: seen.append(output))
+    with pytest.warns(UserWarning, match="because its loss is no function of what the model returns: where it holds"):
+        found = eco.score(model, couplings, [((X,), {})], loss=lambda y, a, k: seen[-1].square().mean())
+    model.down._forward_hooks.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "parts_of", lambda batch: [batch])
+        assert_equal(found, eco.score(model, couplings, [((X,), {})], loss=square), couplings)
+
+
 def test_positions_are_no_samples() -> None:
     """One sequence without an axis for samples, in a model that mixes positions."""
 

@@ -68,7 +68,7 @@ class Curvature:
 
     inputs: moments of the input; results: of the output; outputs: of the loss's gradient at the output; gates: by
     coupling, Σ e eᵀ [carriers, units, units] over rows of the derivatives e by gates on the units, of the factor at
-    which they are smaller; others: by coupling, [carriers, units], sums over batches of squared derivatives by gates.
+    which they are smaller; others: by coupling, [carriers, units], sums over samples of squared derivatives by gates.
     """
 
     def __init__(self) -> None:
@@ -136,7 +136,10 @@ class Collector:
         return total
 
     def run(self, batches: Iterable[Batch], loss: Loss) -> Curvature:
-        """One forward and backward pass per batch, of which there is one. Raises ScoreError where they tell nothing."""
+        """One forward and backward pass per batch, of which there is at least one; each holds one sample.
+
+        Raises ScoreError where they tell nothing.
+        """
         self.watch(batches, loss)
         return self.result()
 

@@ -1,6 +1,7 @@
 """The scoring methods and their registry.
 
-With g the gradient of a batch's loss and w the weight, per unit, E the mean over the batches:
+With g the gradient of a sample's loss and w the weight, per unit, E the mean over the samples (`samples` says what a
+sample of a batch is):
 
     magnitude     ‖producers‖ · ‖consumers‖   product of the norms of the unit's two sides, needs no data
     taylor        |Σ E[g]·w|                  over all members: first-order change of the loss when the unit goes
@@ -40,7 +41,7 @@ Values = dict[str, Tensor]
 
 
 class Statistic(Protocol):
-    """What a data-driven method gathers. The driver differentiates each batch's loss by `inputs` while watching.
+    """What a data-driven method gathers. The driver differentiates each sample's loss by `inputs` while watching.
 
     A method that looks at activations rather than at parameters attaches its own hooks in `watching`.
     """
@@ -53,10 +54,13 @@ class Statistic(Protocol):
         """Hooks in place inside, gone outside."""
 
     def end_batch(self, batch: int) -> None:
-        """Fold in what the backward pass of batch number `batch` left; raise ScoreError where it is not finite."""
+        """Fold in what the backward pass of a sample of batch number `batch` left.
+
+        Called once per sample. Raises ScoreError where that is not finite.
+        """
 
     def result(self) -> Values:
-        """The scores over all batches so far."""
+        """The scores over all samples so far."""
 
 
 Weights = Mapping[str, nn.Parameter]
@@ -129,10 +133,10 @@ def _same(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class GradientRule:
-    """finish(mean over batches of per_batch(Σ over a unit of per_element(g·w)))."""
+    """finish(mean over samples of per_sample(Σ over a unit of per_element(g·w)))."""
 
     per_element: Callable[[Tensor], Tensor] = _same
-    per_batch: Callable[[Tensor], Tensor] = _same
+    per_sample: Callable[[Tensor], Tensor] = _same
     finish: Callable[[Tensor], Tensor] = _same
     gate: bool = False
     """Sum over the gate's parameters only, see the module's text; otherwise over all members."""
@@ -156,7 +160,7 @@ class GradientStatistic:
     """
 
     def __init__(self, rule: GradientRule, weights: Weights, couplings: Sequence[Coupling]) -> None:
-        self._rule, self._batches = rule, 0
+        self._rule, self._samples = rule, 0
         self._uses: dict[str, dict[MarginKey, list[tuple[str, float, Member]]]] = {}
         self._sums: Values = {}
         for coupling in couplings:
@@ -168,7 +172,7 @@ class GradientStatistic:
             shape, dtype = (coupling.carriers, coupling.size), accumulator_dtype(device)
             self._sums[coupling.name] = torch.zeros(shape, dtype=dtype, device=device)
         self._weights = {name: weights[name] for name in self._uses}
-        self._batch: Values = {}
+        self._sample: Values = {}
         self._finite: dict[str, Tensor] = {}
 
     @property
@@ -192,8 +196,8 @@ class GradientStatistic:
             self._finite[name] = margins.isfinite().all()
             for coupling, factor, member in uses:
                 total = self._sums[coupling]
-                batch = self._batch.setdefault(coupling, torch.zeros_like(total))
-                batch += (unit_sums(margins, member) * factor).to(total)
+                sample = self._sample.setdefault(coupling, torch.zeros_like(total))
+                sample += (unit_sums(margins, member) * factor).to(total)
         # What a hook returns replaces the gradient: one broadcast number lets go of it before the next one is made.
         return gradient.new_zeros(()).expand_as(gradient)
 
@@ -206,16 +210,16 @@ class GradientStatistic:
         for name, finite in self._finite.items():
             if not finite:
                 raise ScoreError(f"the gradient of parameter {name!r} is not finite in batch {batch}: leave it out")
-        for coupling, sums in self._batch.items():
-            self._sums[coupling] += self._rule.per_batch(sums)
-        self._batches += 1
-        self._batch, self._finite = {}, {}
+        for coupling, sums in self._sample.items():
+            self._sums[coupling] += self._rule.per_sample(sums)
+        self._samples += 1
+        self._sample, self._finite = {}, {}
 
     def result(self) -> Values:
-        return {name: self._rule.finish(s / self._batches).to("cpu", torch.float64) for name, s in self._sums.items()}
+        return {name: self._rule.finish(s / self._samples).to("cpu", torch.float64) for name, s in self._sums.items()}
 
 
-GATE_FISHER = GradientRule(per_batch=torch.square, gate=True)
+GATE_FISHER = GradientRule(per_sample=torch.square, gate=True)
 
 register(Method("magnitude", from_weights=magnitude))
 register(Method("taylor", from_batches=partial(GradientStatistic, GradientRule(finish=torch.abs))))

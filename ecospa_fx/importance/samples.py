@@ -94,6 +94,8 @@ class Splitter:
         slopes = whole.slopes(batch, self._loss)
         if slopes is None or not isfinite(slopes[0]):
             return ""
+        if all(slope is None for slope in slopes[1]):
+            return "its loss is no function of what the model returns"
         comparison = Comparison(whole, *slopes, len(parts), self._types)
         for place, part in enumerate(parts):
             try:

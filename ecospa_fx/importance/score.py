@@ -33,14 +33,14 @@ def score(
     """Score every unit of every offered coupling.
 
     method: "gate-fisher" (recommended), "fisher", "taylor", or "magnitude", which reads no batches; formulas in
-    `ecospa_fx.importance.methods`. batches: (args, kwargs) of calls of the model, tensors [samples, …]. What is
-    scored are samples: a batch of several gives what its samples, cut along the first axis of its tensors, give as
-    batches of one, and takes as long. The loss is called with one sample at a time. Where a batch cannot be cut
-    (tensors of other leading sizes, a loss or a model that mixes samples, as contrastive losses do), it counts as one
-    sample, and a UserWarning says why. The model runs in eval mode on
-    its own device; frozen parameters are scored too; modes, gradients and hooks are as before afterwards. Memory
-    beyond the forward and backward pass is one number per unit. `progress` shows a bar on stderr: batches
-    done, of how many where `batches` has a length, and the time left.
+    `ecospa_fx.importance.methods`. batches: (args, kwargs) of calls of the model, tensors [samples, …]. What counts
+    are samples: a batch of several is cut along the first axis of its tensors, scores the same as its samples do in
+    batches of one, and takes as long; model and loss are called with one sample at a time. Where a batch cannot be cut
+    (tensors of other leading sizes, a model or loss that mixes samples, as contrastive losses do) it counts as one
+    sample, and a UserWarning says why. The model runs in eval mode on its own device; frozen parameters are scored
+    too; modes, gradients, hooks and batches are as before afterwards. Memory beyond the forward and backward pass is
+    one number per unit. `progress` shows a bar on stderr: batches done, of how many where `batches` has a length, and
+    the time left.
 
     Raises ScoreError for empty batches, a loss that is not a scalar or does not depend on the coupled parameters,
     values that are not finite, and weights without values (``meta``).

@@ -5,7 +5,7 @@
   order of the optimal brain surgeon.
 - *gates*: a gate per unit has the Fisher matrix F = Σ e eᵀ, with e the derivatives of the loss by the gates at one
   row; the surgeon works on the gates.
-- *others*: ½ Σ e² with e the derivative by a gate in one batch.
+- *others*: ½ Σ e² with e the derivative by a gate in one sample.
 
 All three estimate the increase of the summed loss over the calibration data, up to one common factor.
 """

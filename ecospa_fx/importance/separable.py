@@ -75,14 +75,16 @@ class Output:
         return cls(*pytree.tree_flatten(open_tensors(value)))
 
     def slopes(self, batch: Batch, loss: Loss) -> tuple[float, Slopes] | None:
-        """The loss and its gradients; None where it is no scalar that depends on the output."""
+        """The loss and its gradients; None where it is no scalar."""
         with torch.enable_grad():
             watched = [_watched(leaf) for leaf in self.leaves]
             # A loss may overwrite what it is given, which autograd does not allow of a leaf.
             seen = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in watched]
             value = loss(closed_again(seen, self.spec), *batch)
-            if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+            if not isinstance(value, Tensor) or value.numel() != 1:
                 return None
+            if not value.requires_grad:
+                return float(value), [None] * len(watched)
             places = [i for i, leaf in enumerate(watched) if isinstance(leaf, Tensor) and leaf.requires_grad]
             gradients = torch.autograd.grad(value.reshape(()), [watched[i] for i in places], allow_unused=True)
         by_place = dict(zip(places, gradients, strict=True))

@@ -6,6 +6,9 @@ With g a parameter's gradient at a step and w its value, per unit as in `ecospa_
     fisher        mean over steps of Σ (g·w)²      over all members
     taylor        |mean over steps of Σ g·w|       over all members
 
+Training has gradients of whole batches only, so a step is what a sample is there: the Fisher methods rank more exactly
+by batches that are measured sample by sample, as second-order scores and those of a schedule at the start are.
+
 Each step counts as shares: its numbers are divided by their total over all units. So what multiplies all gradients
 of a step alike (a gradient scaler, clipping, the number of accumulated batches) changes nothing. The mean is a moving
 one, and one number per unit is all that is kept.

@@ -44,7 +44,7 @@ LOOKS = 128
 class SecondOrder:
     """batches, loss: as `eco.score` takes them; group: the processes that measure together; solves: whether it is to be
     known too what makes up for the units that scores look at less closely; damping: of the surgeon's matrices, in means
-    of their diagonals."""
+    of their diagonals. The samples of the batches are counted, see `ecospa_fx.importance.samples`."""
 
     batches: Sequence[Batch]
     loss: Loss

@@ -30,10 +30,10 @@ class Settings:
     in `plan`; allow: as in `detect`; window: steps before each shrink whose gradients are scored, and the memory of
     their moving average; compensate: at each shrink, let what stays make up for what goes, by what second-order scores
     measured, or else by least squares on `batches`, layer by layer (None: where scores are second-order); batches,
-    loss: calibration data as in `score`, for that, for second-order scores, and for a schedule that shrinks at the
-    start; of several processes each gives its own part, and holds all parameters during a shrink; wrap: what to put
-    around the model, after every shrink anew (``DistributedDataParallel``); group: the processes that train together,
-    by default all of them.
+    loss: calibration data as in `score`, whose samples count however they are batched, for that, for second-order
+    scores, and for a schedule that shrinks at the start; of several processes each gives its own part, and holds all
+    parameters during a shrink; wrap: what to put around the model, after every shrink anew
+    (``DistributedDataParallel``); group: the processes that train together, by default all of them.
     """
 
     total_steps: int | None = None

@@ -50,9 +50,10 @@ class SparseTraining:
     scores: "second-order", measured at each shrink on a few batches (`batches`, `loss`), by what units cost once others
     have made up for them, in bases of linear couplings (V with O, Q with K) that suit removal: see
     `ecospa_fx.training.second_order`, and `ecospa_fx.training.turning` for what becomes of the optimizer's states. Or
-    "gate-fisher", "fisher" or "taylor", taken from the gradients of training. By default the first where batches and a
-    loss are given, "gate-fisher" elsewhere. state: to resume from, as for `load_state_dict`; of a schedule that shrinks
-    at the start it must be given here. options: see `Settings`.
+    "gate-fisher", "fisher" or "taylor", taken from the gradients of training, where a step counts as one sample, for
+    their sum is all that is there; of `batches` every sample counts, as in `score`. By default the first where batches
+    and a loss are given, "gate-fisher" elsewhere. state: to resume from, as for `load_state_dict`; of a schedule that
+    shrinks at the start it must be given here. options: see `Settings`.
 
     Raises TrainingError for an optimizer of another model, a schedule that outlasts training, a target that floors put
     out of reach, parameters that another model holds too; and what `detect` raises.
