@@ -7,6 +7,7 @@ from collections import UserDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ import ecospa_fx as eco
 from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.errors import ScoreError
 from ecospa_fx.importance import samples as sampling
-from ecospa_fx.importance.samples import Splitter, parts_of
+from ecospa_fx.importance.samples import Splitter, grouped, joined, parts_of
 from ecospa_fx.importance.score import Batch, Loss
 from ecospa_fx.importance.scores import Scores
 from tests.tiny import VOCABULARY, tiny, tiny_couplings
@@ -412,6 +413,44 @@ def test_a_graph_of_one_batch_size_takes_batches_whole() -> None:
     with pytest.warns(UserWarning, match="^every batch counts as one sample, because a single sample of it cannot"):
         small = eco.compress(model, (X,), ratio=0.5, batches=[((X,), {})] * 2, loss=square, distillation=2)
     assert small(X).shape == X.shape
+
+
+def runs(model: nn.Module) -> Any:
+    """As much of an evaluator as reading samples takes."""
+
+    def answer(args: Sequence[Any], kwargs: Any) -> Any:
+        return model(*args, **kwargs)
+
+    return SimpleNamespace(answer=answer, program=SimpleNamespace(values=dict(model.named_parameters())))
+
+
+def test_small_samples_are_read_together_where_model_and_loss_allow_it() -> None:
+    batch = masked_batch([6, 2, 5, 3, 4])
+    samples = one_by_one(batch)
+    groups = grouped(samples, 2, runs(Masked().double()), of_labels)
+    assert [len(kwargs["ids"]) for _, kwargs in groups] == [2, 2, 1]
+    assert torch.cat([kwargs["labels"] for _, kwargs in groups]).equal(batch[1]["labels"])
+    assert grouped(samples, 1, runs(Masked().double()), of_labels) == samples
+    assert grouped(samples[:1], 2, runs(Masked().double()), of_labels) == samples[:1]
+    rows = one_by_one(((X,), {}))
+    for model, loss in ((Rows(lambda y: y.view(1, 5)), square), (Rows(), contrastive)):
+        assert grouped(rows, 2, runs(model.double()), loss) == rows
+
+
+def test_samples_join_where_they_fit() -> None:
+    scale, flags = torch.tensor(2.0), {"flag": True, "cache": Cache([values(1, 2)], 3)}
+    whole = joined([((x, scale), Encoding(flags)) for x in X.split(1)])
+    assert whole is not None
+    assert whole[0][0].equal(X)
+    assert whole[0][1] is scale
+    assert type(whole[1]) is Encoding
+    assert whole[1]["cache"].keys[0].shape == (COUNT, 2)
+    x = values(1, 5)
+    for other in (values(1, 6), x.float(), values(2, 5), 3, None):
+        assert joined([((x,), {}), ((other,), {})]) is None
+    assert joined([((x, scale), {}), ((x, scale + 1), {})]) is None
+    assert joined([((x,), {"flag": True}), ((x,), {"flag": False})]) is None
+    assert joined([((x,), {"flag": True}), ((x,), {})]) is None
 
 
 @pytest.mark.parametrize("scores", ["second-order", "fisher"])
