@@ -33,6 +33,10 @@ def values(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+X = values(COUNT, 5)
+"""Rows, a sample each."""
+
+
 def one_by_one(batch: Batch) -> list[Batch]:
     """Samples by hand, of tensors [samples, …] in a flat batch."""
     args, kwargs = batch
@@ -205,7 +209,10 @@ def test_every_tensor_of_the_samples_is_cut_and_all_else_is_shared() -> None:
         [{"at": values(n, 4)} for n in range(4)],
     )
     args = (weight, {"x": (x, [vector])}, cache)
-    batch = (args, Encoding(scale=scale, table=table, names=names, boxes=boxes, flag=True, kernel=[3, 3]))
+    batch = (
+        args,
+        Encoding(scale=scale, table=table, names=names, boxes=boxes, images=[*X.split(1)], flag=True, kernel=[3, 3]),
+    )
     parts = parts_of(batch)
     assert not isinstance(parts, str)
     assert len(parts) == COUNT
@@ -219,6 +226,7 @@ def test_every_tensor_of_the_samples_is_cut_and_all_else_is_shared() -> None:
         assert kwargs["table"] is table
         assert kwargs["names"] == names[i : i + 1]
         assert kwargs["boxes"][0]["at"] is boxes[i]["at"]
+        assert kwargs["images"][0].equal(X[i : i + 1])
         assert (kwargs["flag"], kwargs["kernel"]) == (True, [3, 3])
     assert parts[0][0][1]["x"][0].data_ptr() == x.data_ptr()  # no copies
 
@@ -284,7 +292,6 @@ def variance(output: Tensor, args: Any, kwargs: Any) -> Tensor:
 
 
 LOSS, MODEL = "its loss is not made of the losses of its samples", "the model's answer to one sample of it depends on"
-X = values(COUNT, 5)
 
 
 @pytest.mark.parametrize(
@@ -316,6 +323,17 @@ def test_where_samples_cannot_be_told_apart_one_warning_says_why(
     monkeypatch.setattr(sampling, "parts_of", lambda batch: [batch])
     with no_warning():
         assert_equal(found, eco.score(model, couplings, [batch], loss=loss), couplings)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_the_scale_of_the_loss_decides_nothing(scale: float) -> None:
+    """In float32, where squares of such gradients are out of range."""
+    model, x = Rows(), X.float()
+    couplings = eco.detect(model, (x,))
+    with no_warning():
+        eco.score(model, couplings, [((x,), {})], loss=lambda y, a, k: scale * square(y, a, k), method="taylor")
+    with pytest.warns(UserWarning, match=LOSS):
+        eco.score(model, couplings, [((x,), {})], loss=lambda y, a, k: scale * contrastive(y, a, k), method="taylor")
 
 
 def test_a_loss_of_what_a_hook_has_seen_counts_batches() -> None:

@@ -201,8 +201,8 @@ def _is_listed(value: Any, count: int) -> bool:
     """Whether a list has an element per sample, and no tensors of all samples."""
     if type(value) is not list or len(value) != count:
         return False
-    arrays = [leaf for leaf in pytree.tree_leaves(value) if _shape(leaf)]
-    return not arrays or not all(_belongs(leaf, count) for leaf in arrays)
+    sizes = [shape[0] for leaf in pytree.tree_leaves(value) if (shape := _shape(leaf))]
+    return count not in sizes or not {*sizes} <= {0, 1, count}
 
 
 def _part(leaf: Any, count: int, place: int) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
+from math import inf, isfinite, nan
 from typing import Any
 
 import torch
@@ -175,7 +175,7 @@ class Comparison:
                 continue
             own += here
             other += _square(alone) if alone is not None else 0.0
-            both += float((_wide(mine) * _wide(alone)).sum()) if mine is not None and alone is not None else 0.0
+            both += _product(mine, alone) if mine is not None and alone is not None else 0.0
         least = max(own, self._steepness)
         if not isfinite(other):
             return own <= 1e-9 * least  # a sample without labels
@@ -204,7 +204,15 @@ def _wide(values: Tensor) -> Tensor:
 
 
 def _square(values: Tensor) -> float:
-    return float(_wide(values).square().sum())
+    return _product(values, values)
+
+
+def _product(first: Tensor, second: Tensor) -> float:
+    """Σ a·b. A loss of any scale has its squares in float64's range, though not in that of its gradients."""
+    peaks = [float(_wide(values).abs().max()) if values.numel() else 0.0 for values in (first, second)]
+    if not all(0 < peak < inf for peak in peaks):
+        return 0.0 if 0 in peaks else nan
+    return float((_wide(first) / peaks[0] * (_wide(second) / peaks[1])).sum()) * peaks[0] * peaks[1]
 
 
 def _finite(values: Tensor) -> Tensor:
