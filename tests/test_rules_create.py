@@ -15,14 +15,14 @@ NOISE = "random numbers are drawn"
 
 CASES = [
     sandwich("aten.zeros", lambda h: torch.cat([h.relu(), torch.zeros(h.shape[0], 1, 8).to(h)], 1)),
-    sandwich("aten.new_zeros", lambda h: (h.new_zeros(8) + h.relu()).sum(-1, keepdim=True), "qk 8"),
+    sandwich("aten.new_zeros", lambda h: (h.new_zeros(8) + h.relu()).sum(-1, keepdim=True), "ffn 8"),
     sandwich("aten.empty", lambda h: torch.empty(8).to(h).fill_(0.5) * h.relu()),
     sandwich("aten.ones", lambda h: torch.ones(3, 8).to(h) * h.relu()),
     sandwich("aten.full", lambda h: h.relu() + torch.full((8,), 2.0)),
     sandwich(
         "aten.new_full", lambda h: (h.relu() + h.new_full((8,), 2.0)).sum(-1, keepdim=True), "", "summed over although"
     ),
-    sandwich("aten.zeros_like", lambda h: (torch.zeros_like(h) + h.relu()).sum(-1, keepdim=True), "qk 8"),
+    sandwich("aten.zeros_like", lambda h: (torch.zeros_like(h) + h.relu()).sum(-1, keepdim=True), "ffn 8"),
     sandwich("aten.ones_like", lambda h: torch.ones_like(h) * h.relu()),
     sandwich("aten.full_like", lambda h: torch.full_like(h, 3.0).sum(-1, keepdim=True), "", "summed over although"),
     sandwich("aten.arange", lambda h: h.relu() * torch.arange(8)),

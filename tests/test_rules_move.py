@@ -70,7 +70,7 @@ CASES = [
     sandwich("aten.stack", lambda h: torch.stack([h.relu(), torch.arange(8.0).expand_as(h)], 1).sum(1), label="stored"),
     sandwich("aten.expand", lambda h: h.relu().unsqueeze(2).expand(-1, -1, 2, -1).reshape(-1, 3, 16),
              "ffn 8, pair 2"),
-    sandwich("aten.expand", lambda h, p: h * p.expand(3, 8), "ffn 8", shapes=[(1, 1)], label="blank"),
+    sandwich("aten.expand", lambda h, p: h * p.expand(3, 8), "pair 8", shapes=[(1, 1)], label="blank"),
     sandwich("aten.expand_as", lambda h, p: h.relu() * p.expand_as(h), shapes=[(1,)]),
     sandwich("aten.expand_as", lambda h: torch.ones(1).expand_as(h) * 2 + h.relu(), label="blank"),
     sandwich("aten.broadcast_tensors", lambda h, p: torch.add(*aten.broadcast_tensors([h.relu(), p])), shapes=[(8,)]),
@@ -80,7 +80,7 @@ CASES = [
     sandwich("aten.tile", lambda h: h.relu().tile(2), "ffn 8, pair 2"),
     sandwich("aten.repeat_interleave", lambda h: heads(h.relu()).repeat_interleave(2, 1).transpose(1, 2).flatten(2),
              "ffn 2, ffn 4×2, pair 2×2"),
-    sandwich("aten.repeat", lambda h, p: p.repeat(1, 1, 8) * h, "ffn 8", shapes=[(1, 1, 1)], label="blank"),
+    sandwich("aten.repeat", lambda h, p: p.repeat(1, 1, 8) * h, "pair 8", shapes=[(1, 1, 1)], label="blank"),
     sandwich("aten.roll", lambda h: h.relu().roll(1, 1), label="time"),
     sandwich("aten.roll", lambda h: h.relu().roll(3, -1), "ffn 3, ffn 5", label="channels"),
     sandwich("aten.roll", lambda h: h.roll((1, 2), (2, 1)).relu().unflatten(-1, (2, 4)).roll((-1, 1, 0), (2, 3, 0))

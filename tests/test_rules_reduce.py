@@ -34,7 +34,7 @@ class Norm(nn.Module):
 
 
 CASES = [
-    sandwich("aten.sum", lambda h: h.relu().sum(-1, keepdim=True), "qk 8"),
+    sandwich("aten.sum", lambda h: h.relu().sum(-1, keepdim=True), "ffn 8"),
     sandwich("aten.sum", lambda h: h.relu().sum(1), label="time"),
     sandwich("aten.sum", lambda h: h.exp().sum(-1, keepdim=True), "", "summed over although", label="not-0"),
     sandwich("aten.nansum", lambda h: h.relu().nansum((0, 1)), label="several"),
@@ -52,7 +52,7 @@ CASES = [
     sandwich("aten.var_mean", lambda h: h * torch.var_mean(h, -1, keepdim=True)[1], "", TAKEN),
     sandwich("aten.softmax", lambda h: h.softmax(1), label="time"),
     sandwich("aten.softmax", lambda h: h.softmax(-1), "", RUNS, label="channels"),
-    sandwich("aten.cumsum", lambda h: h.relu().cumsum(1).sum(-1, keepdim=True), "qk 8", label="time"),
+    sandwich("aten.cumsum", lambda h: h.relu().cumsum(1).sum(-1, keepdim=True), "ffn 8", label="time"),
     sandwich("aten.cumsum", lambda h: h.relu().cumsum(2), "", RUNS, label="channels"),
     sandwich("aten.cummax", lambda h: h.relu().cummax(1)[0], label="time"),
     sandwich("aten.renorm", lambda h: h.relu().renorm(2, 1, 0.1)),

@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from ecospa_fx.axes.algebra import Axis, Dims, Misaligned, Origin, Piece
+from ecospa_fx.axes.products import descent_of, events_of, factors_of, note_product, note_sides, squares
 from ecospa_fx.axes.reasons import NOTHING, PARAMETER, RENORMALISE, WHOLE, ZERO, Reason
-from ecospa_fx.axes.record import Event, Gather, Obstacle, Record
+from ecospa_fx.axes.record import Descent, Event, Gather, Obstacle, Record
 from ecospa_fx.axes.record import Value as Value
 from ecospa_fx.axes.shapes import regrouped
 
@@ -34,6 +35,8 @@ class Call:
         self.outputs = outputs
         """Shapes of the tensor outputs, as concrete integers."""
         self._made: tuple[str, ...] | None = None
+        self.descent: Descent | None = None
+        """What the results descend from, where that is not what the arguments do."""
         self.dims = dims
         self.record = record
 
@@ -62,11 +65,11 @@ class Call:
 
     def value(self, axes: Iterable[Axis], zero: Iterable[bool] | None = None) -> Value:
         """An output with these axes; computed from weights alone where all tensor arguments are."""
-        axes = tuple(axes)
+        axes, values = tuple(axes), self.values
         flags = tuple(zero) if zero is not None else (False,) * len(axes)
-        values = self.values
         self.record.tensors[axes] = None
-        return Value(axes, flags, self._weights(values), self.node, self._made or self._union(v.made for v in values))
+        made, descent = self._made or self._union(v.made for v in values), self.descent or descent_of(values)
+        return Value(axes, flags, self._weights(values), self.node, made, descent=descent)
 
     MAKERS = 12
     """More parameters than this make the residual stream, whose makers nobody asks for."""
@@ -96,8 +99,7 @@ class Call:
 
     def passes(self, value: Value, zero: Zero = "all") -> Value:
         """An output with the axes of `value`; zero="lost" where f(0) is not 0."""
-        kept = value.zero if zero != "lost" else (False,) * len(value.axes)
-        return self.value(value.axes, kept)
+        return self.value(value.axes, value.zero if zero != "lost" else None)
 
     # -- verbs -----------------------------------------------------------------------------------------------
 
@@ -107,6 +109,10 @@ class Call:
             for dim in self.dims.dims_of(axis):
                 if self.dims.origins[dim] is not Origin.STORED:
                     self.record.events.append(Event(dim, self.node, action, detail))
+
+    def fixes(self, axes: Iterable[Axis], nonlinear: bool = False) -> None:
+        """No other basis may be chosen along some axes: something is added here, or a function applied."""
+        self.record.fixed += [(dim, self.node, nonlinear) for axis in axes for dim in self._movable(axis)]
 
     def block(self, axis: Axis, why: str, remedy: str = NOTHING) -> None:
         """The dims of an axis cannot be removed because of this node; remedy: what the reader may do about it."""
@@ -171,10 +177,15 @@ class Call:
     def _block_dim(self, dim: int, why: str, remedy: str) -> None:
         self.record.blocks.append(Obstacle(dim, self.node, Reason(why, remedy), self.node))
 
-    def align(self, operands: Sequence[tuple[Value, int]]) -> Axis:
-        """Tie one axis of several operands, pointwise. Stored operands stay apart, see `gathered`."""
+    def align(self, operands: Sequence[tuple[Value, int]], product: bool = False) -> Axis:
+        """Tie one axis of several operands, pointwise. Stored operands stay apart, see `gathered`.
+
+        product: whether they are multiplied; otherwise what is stored or alike along it adds something of its own.
+        """
         ranked = sorted((v.axes[i] for v, i in operands), key=self._rank)
         first = ranked[0]
+        if not product and self._rank(ranked[-1]) and not self._rank(first):
+            self.fixes([first])
         for axis in ranked[1:]:
             try:
                 meetings = self.dims.unify(first, axis)
@@ -223,27 +234,37 @@ class Call:
     # -- combinators -----------------------------------------------------------------------------------------
 
     def pointwise(
-        self, operands: Sequence[Value], zero: Zero, shape: Sequence[int] | None = None, joins: bool = False
+        self,
+        operands: Sequence[Value],
+        zero: Zero,
+        shape: Sequence[int] | None = None,
+        joins: bool = False,
+        scales: bool = False,
     ) -> Value:
         """Broadcast operands against one another, right-aligned.
 
         zero: "all" where the result is 0 if all operands are (add), "any" if one is (mul), "lost" if neither; joins:
-        whether the result consists of elements of the operands.
+        whether the result consists of elements of the operands; scales: whether it is a multiple of each, as under mul.
         """
+        scales = scales or zero == "any"
         shape = tuple(shape if shape is not None else self.outputs[0])
+        factors = factors_of(self, operands) if zero == "any" else ()
         axes: list[Axis] = []
         flags: list[bool] = []
         for position, size in enumerate(shape):
             at = [(v, position - len(shape) + len(v.axes)) for v in operands]
             here = [(v, i) for v, i in at if i >= 0 and v.axes[i].size == size]
-            axes.append(self.align(here) if here and size != 1 else UNIT)
+            axes.append(self.align(here, scales) if here and size != 1 else UNIT)
             if zero == "any" and len(here) > 1 and size != 1:
-                self.note(axes[-1], "multiplied")
+                gates = sum(v.descent.learnt and not v.weights for v, _ in here)
+                self.note(axes[-1], "multiplied", "activations" if gates > 1 else "")
+            if not scales and len(here) < len(operands) and size != 1:
+                self.fixes([axes[-1]])
             live = [v.zero[i] for v, i in here if self.follows(v.axes[i], axes[-1])]
             flags.append((zero == "any" and any(live)) or (zero == "all" and len(live) == len(operands) and all(live)))
         self.gathered(operands, axes, joins)
         self._factors(operands, zero)
-        return self.value(axes, flags)
+        return replace(self.value(axes, flags), factors=factors)
 
     def _factors(self, operands: Sequence[Value], zero: Zero) -> None:
         """Note what a parameter's values multiply, or that they are used otherwise."""
@@ -260,6 +281,7 @@ class Call:
         """An Einstein summation: axes with the same label are tied, labels missing from `out` are summed over."""
         if any(v.weights for v in operands) and not all(v.weights for v in operands):
             self._made = self._union(v.weights for v in self.values)
+        same = squares(self, operands, labels)
         where: dict[Hashable, list[tuple[Value, int]]] = {}
         for value, names in zip(operands, labels, strict=True):
             for index, name in enumerate(names):
@@ -273,21 +295,16 @@ class Call:
             elif name in out:
                 axes[name] = self.align(wide)
                 flags[name] = any(v.zero[i] for v, i in wide if self.follows(v.axes[i], axes[name]))
-                self._batched(operands, wide, axes[name])
             else:
                 axes[name] = wide[0][0].axes[wide[0][1]]
                 self._contracted(wide)
+        events_of(self, operands, labels, out)
+        self.descent = note_product(self, operands, labels, out, same)
         self.record.tensors[tuple(axes.values())] = None  # all products, before they are summed
         self.record.bound.update(name for value in operands for name in value.weights)
         for value, names in zip(operands, labels, strict=True):
             self._gather_batched(value, names, axes, out)
         return self.value([axes[name] for name in out], [flags[name] for name in out])
-
-    def _batched(self, operands: Sequence[Value], entries: Sequence[tuple[Value, int]], axis: Axis) -> None:
-        """Note what a label that stays means for kinds: a batch of products, or the value side of a mixture."""
-        if len(operands) < 2 or any(v.weights for v in operands):
-            return
-        self.note(axis, "batched" if len(entries) == len(operands) else "averaged")
 
     def _gather_batched(
         self, value: Value, names: Sequence[Hashable], axes: dict[Hashable, Axis], out: Sequence[Hashable]
@@ -310,29 +327,22 @@ class Call:
     def _contracted(self, entries: Sequence[tuple[Value, int]]) -> None:
         """Sum over one label."""
         axes = [v.axes[i] for v, i in entries]
+        apart = len({self.dims.resolve(axis) for axis in axes}) > 1
         for axis in axes[1:]:
             self.tie(axes[0], axis)
         if any(self.dims.cuttable(a) for a in axes):
             for axis in (a for a in axes if not self.dims.cuttable(a)):
                 met = axes[0] if axis is not axes[0] else axes[1]
                 self.block(met, "it is contracted with a stored tensor or a model input", PARAMETER)
-        weights = [v for v, _ in entries if v.weights]
-        self.note(axes[0], "contracts", "parameter" if weights else "activations")
+        weights = [v for v, _ in entries if v.weights or v.descent.picked]
+        detail = "parameter" if weights else "activations" if len(entries) > 1 else "ones"
+        self.note(axes[0], "contracts", detail)
         pieces = [d for p in self.dims.resolve(axes[0]).pieces for d, _ in p.dims]
         for dim in dict.fromkeys(d for d in pieces if pieces.count(d) > 1):
             self.record.events.append(Event(dim, self.node, "paired"))
-        self._consumed(entries, len(weights))
+        note_sides(self, entries, len(weights), apart)
         if not any(v.zero[i] for v, i in entries):
             self.block(axes[0], "it is summed over although removed elements are not zero there", ZERO)
-
-    def _consumed(self, entries: Sequence[tuple[Value, int]], weights: int) -> None:
-        """Which parameters are consumers here: weights that an activation meets, or what made the second operand."""
-        for value, index in entries if 0 < weights < len(entries) else ():
-            for dim in self.dims.dims_of(value.axes[index]):
-                self.record.consumed += [(w, dim) for w in value.weights]
-        for value, index in entries[1:] if not weights else ():
-            for dim in self.dims.dims_of(value.axes[index]):
-                self.record.consumed += [(w, dim) for w in value.made if w not in entries[0][0].made]
 
     def all_zero(self, parts: Iterable[tuple[Value, int]]) -> bool:
         """Whether removed positions are 0 on every one of these axes; what is never cut does not count."""

@@ -195,6 +195,8 @@ class _Walk:
         rule = registry.find(operator)
         refusal = registry.refusal(operator)
         result: Any = rule(call) if rule is not None else call.block_all(refusal.why, refusal.remedy)
+        if not registry.is_linear(operator):
+            call.fixes((axis for one in several(result) for axis in one.axes), nonlinear=True)
         listed = isinstance(node.meta.get("val"), list | tuple)
         if isinstance(result, list) and not listed:
             result = result[0] if result else None

@@ -11,6 +11,21 @@ from ecospa_fx.axes.reasons import Reason
 
 
 @dataclass(frozen=True, slots=True)
+class Descent:
+    """What a tensor was computed from, as far as labels of couplings ask.
+
+    learnt: whether a parameter enters; picked: matrices of a parameter that computed indices picked; combined: made of
+    parameters alone, by contracting them; products: numbers of the products of activations that it is a result of, with
+    no weight contracted since.
+    """
+
+    learnt: bool = False
+    picked: bool = False
+    combined: bool = False
+    products: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
 class Value:
     """The axes of one tensor.
 
@@ -27,6 +42,9 @@ class Value:
     tag: tuple[str, Any] | None = None
     """What its numbers are known to be: ("sorted", node) for what a node sorted, ("counts", node) for how often each
     number occurs there, ("ends", node) for where the run of each number ends."""
+    descent: Descent = Descent()
+    factors: tuple[Value, ...] = ()
+    """The two activations whose elementwise product it is."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -66,6 +84,22 @@ class Event:
 
 
 @dataclass(frozen=True, slots=True)
+class Product:
+    """A contraction of at least two activations.
+
+    contracted: what it sums over; shared: axes that all activations have and the result keeps; single: per activation
+    the axes that it alone has; learnt: per activation whether a parameter enters it; sources: per activation the
+    products that it is a result of.
+    """
+
+    contracted: tuple[Axis, ...]
+    shared: tuple[Axis, ...]
+    single: tuple[tuple[Axis, ...], ...]
+    learnt: tuple[bool, ...]
+    sources: tuple[frozenset[int], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Obstacle:
     """A dim that cannot be removed because of a node; shown: the node whose source line says where."""
 
@@ -90,8 +124,17 @@ class Record:
         self.gathers: list[Gather] = []
         self.events: list[Event] = []
         self.blocks: list[Obstacle] = []
+        self.products: list[Product] = []
+        self.windows: list[int] = []
+        """Dims of taps of kernels that are weights: blocked, and not worth a line unless something else reads them."""
         self.consumed: list[tuple[str, int]] = []
         """(parameter, dim) that an activation is contracted with."""
+        self.summed: list[tuple[str, int]] = []
+        """(parameter, dim) that the parameter itself is summed over."""
+        self.fixed: list[tuple[int, Any, bool]] = []
+        """(dim, node, whether a function is applied) where no other basis may be chosen along a dim."""
+        self.opposed: list[tuple[int, tuple[str, ...], tuple[str, ...], bool]] = []
+        """(dim, parameters that made one side, and the other, whether these were two dims) of what is contracted."""
         self.mixed: list[tuple[int, int]] = []
         """(dim, other): along `other`, positions of tensors that carry `dim` were mixed; no carrier of it."""
         self.factors: dict[str, set[tuple[str, ...]]] = {}

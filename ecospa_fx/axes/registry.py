@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from difflib import get_close_matches
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ Rule = Callable[["Call"], "Value | list[Value]"]
 
 _RULES: dict[str, Rule] = {}
 _REFUSED: dict[str, Reason] = {}
+_LINEAR: set[str] = set()
 _FAMILIES = (
     "pointwise",
     "view",
@@ -31,10 +32,12 @@ _FAMILIES = (
 )
 
 
-def axis_rule(*operators: str) -> Callable[[Rule], Rule]:
+def axis_rule(*operators: str, linear: bool | Collection[str] = False) -> Callable[[Rule], Rule]:
     """Register a rule for operators by qualified name without overload: ``"aten.relu"``, ``"mylib.my_op"``.
 
-    In-place variants (``aten.relu_``) follow their functional form unless registered themselves.
+    In-place variants (``aten.relu_``) follow their functional form unless registered themselves. linear: whether the
+    operator (or which of them) treats all positions along an axis that passes alike, and linearly, so that another
+    basis may be chosen there; what adds or multiplies through `Call.pointwise` says the rest itself.
     Raises ValueError for an operator that has a rule or a standing refusal already.
 
     Example:
@@ -49,6 +52,7 @@ def axis_rule(*operators: str) -> Callable[[Rule], Rule]:
             if operator in _RULES or operator in _REFUSED:
                 raise ValueError(f"operator {operator} has an axis rule already; unregister(...) it first")
             _RULES[operator] = rule
+        _LINEAR.update(operators if linear is True else linear or ())
         return rule
 
     return register
@@ -65,6 +69,7 @@ def refuse(why: str, *operators: str, remedy: str = NOTHING) -> None:
 def unregister(operator: str) -> None:
     """Forget a rule or refusal, for instance to replace it. Raises KeyError naming similar operators."""
     load()
+    _LINEAR.discard(operator)
     if _RULES.pop(operator, None) is None and _REFUSED.pop(operator, None) is None:
         near = get_close_matches(operator, [*_RULES, *_REFUSED], n=3)
         raise KeyError(f"no axis rule for {operator}; near it: {', '.join(near) or 'none'}")
@@ -80,6 +85,11 @@ def find(operator: str) -> Rule | None:
     """The rule of an operator, or None."""
     rule = _RULES.get(operator)
     return rule if rule is not None else _RULES.get(operator.removesuffix("_"))
+
+
+def is_linear(operator: str) -> bool:
+    """Whether another basis may be chosen along the axes that pass an operator."""
+    return (operator if operator in _RULES else operator.removesuffix("_")) in _LINEAR
 
 
 def refusal(operator: str) -> Reason:

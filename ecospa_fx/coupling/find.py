@@ -16,12 +16,10 @@ from ecospa_fx.axes.record import Event, Obstacle, several
 from ecospa_fx.budget.work import Work
 from ecospa_fx.coupling.carriers import carriers_of
 from ecospa_fx.coupling.couplings import Box, Coupling, Couplings, Member, Refusal, Step, Symmetry
+from ecospa_fx.coupling.labels import Labels
 from ecospa_fx.errors import InputError
 from ecospa_fx.graph.program import Program
 from ecospa_fx.graph.where import module_of, operator_of, source_of
-
-_KINDS = (("batched", "heads"), ("contracts activations", "qk"), ("averaged", "vo"), ("nonlinear", "ffn"),
-          ("multiplied", "ffn"))  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +68,16 @@ def find_couplings(flow: Flow, shapes: Mapping[str, tuple[int, ...]]) -> list[Fo
     places = _places(flow)
     carriers = carriers_of(flow, [d for d in places if d in events and d not in refusals])
     paths = _paths(flow, {d: e for d, e in events.items() if d not in refusals})
-    wanted = {dim: where for dim, where in places.items() if dim in events or dim in refusals}
+    windows = {root for dim in record.windows for root in _roots(flow.dims, dim)} - events.keys()
+    wanted = {d: where for d, where in places.items() if d in events or (d in refusals and d not in windows)}
+    labels, opposed = Labels(flow), _opposed(flow)
     found = []
     for dim, (chosen, members) in _all_members(flow.dims, wanted, carriers, consumed).items():
-        coupling = _coupling(flow.dims, dim, chosen, members, events.get(dim, ()), refusals.get(dim))
+        own = events.get(dim, ())
+        coupling = _coupling(flow.dims, dim, chosen, members, labels.kind(dim, own), own, refusals.get(dim))
+        turns = coupling.symmetry != "linear" or _two_sided(members, opposed.get(dim, ()))
+        if dim in labels.fixed or not turns:
+            coupling = replace(coupling, symmetry="permutation")
         if dim not in refusals:
             coupling = replace(coupling, inexact=inexact.get(dim), resized=resized.get(dim))
         if coupling.inexact is not None and coupling.symmetry == "linear":
@@ -249,11 +253,10 @@ def _member(
 
 
 def _coupling(
-    dims: Dims, dim: int, carriers: tuple[int, ...], members: tuple[Member, ...], events: Sequence[Event],
+    dims: Dims, dim: int, carriers: tuple[int, ...], members: tuple[Member, ...], kind: str, events: Sequence[Event],
     refusal: Refusal | None,
 ) -> Coupling:  # fmt: skip
     actions = {e.action for e in events} | {f"{e.action} {e.detail}" for e in events}
-    kind = next((kind for action, kind in _KINDS if action in actions), "pair")
     layer = _layer([m.parameter for m in members])
     return Coupling("", kind, layer, dims.sizes[dim], prod(dims.sizes[c] for c in carriers),
                     _symmetry(kind, actions), members, 0, refusal)  # fmt: skip
@@ -285,11 +288,37 @@ def _step(node: fx.Node, own: Iterable[str], carrying: Mapping[fx.Node, object])
 
 def _symmetry(kind: str, actions: set[str]) -> Symmetry:
     """What commutes with everything that happens to the dim on its way."""
-    if kind == "heads" or "nonlinear" in actions:
+    if kind == "heads" or actions & {"nonlinear", "batched", "contracts ones"}:
         return "permutation"
     if "paired" in actions:
         return "rotary" if kind == "qk" else "permutation"
     return "permutation" if "multiplied" in actions else "linear"
+
+
+def _opposed(flow: Flow) -> dict[int, list[tuple[tuple[str, ...], tuple[str, ...], bool]]]:
+    result: dict[int, list[tuple[tuple[str, ...], tuple[str, ...], bool]]] = {}
+    for dim, *sides in flow.record.opposed:
+        for root in _roots(flow.dims, dim):
+            result.setdefault(root, []).append((sides[0], sides[1], sides[2]))
+    return result
+
+
+def _two_sided(
+    members: Sequence[Member], contractions: Iterable[tuple[tuple[str, ...], tuple[str, ...], bool]]
+) -> bool:
+    """Whether every contraction is one of producers with consumers: what turns these is undone by turning those.
+
+    A matrix that makes both sides is told apart by its halves, unless these were one dim before.
+    """
+    roles: dict[str, str] = {m.parameter: m.role for m in members}
+    for first, second, apart in contractions:
+        sides = [{roles[name] for name in side if name in roles} for side in (first, second)]
+        if roles.keys() & set(first) & set(second):
+            if not apart:
+                return False
+        elif any(len(side) > 1 for side in sides) or (all(sides) and sides[0] == sides[1]):
+            return False
+    return True
 
 
 def _width(member: Member) -> int:

@@ -12,7 +12,7 @@ from ecospa_fx.axes.registry import axis_rule, refuse
 from ecospa_fx.axes.resize import Resize, resize_rule
 
 
-@axis_rule("aten.scaled_dot_product_attention")
+@axis_rule("aten.scaled_dot_product_attention", linear=True)
 def attention(call: Call) -> Value:
     """softmax(query · keyᵀ · scale + mask) · value, heads and batch alike; grouped heads where asked for."""
     query, key, value = call["query"], call["key"], call["value"]
@@ -33,7 +33,7 @@ def attention(call: Call) -> Value:
     return call.contraction([weights, value], [[*rows, "t", "s"], labels[2]], [*rows, "t", "v"])
 
 
-@axis_rule("flex_attention")
+@axis_rule("flex_attention", linear=True)
 def flexible_attention(call: Call) -> list[Value]:
     """Attention with functions of scores and positions inside, which may read all but the head dimensions."""
     query, key, value = (call[str(i)] for i in range(3))

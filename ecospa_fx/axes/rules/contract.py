@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ecospa_fx.axes.call import Call, Value
-from ecospa_fx.axes.reasons import ZERO
+from ecospa_fx.axes.products import note_sum
 from ecospa_fx.axes.registry import axis_rule, refuse
 from ecospa_fx.axes.shapes import broadcast_size
 
@@ -21,7 +21,7 @@ def _plus(call: Call, product: Value, *terms: Value | None) -> Value:
     return call.pointwise([product, *present], "all") if present else product
 
 
-@axis_rule("aten.linear")
+@axis_rule("aten.linear", linear=True)
 def linear(call: Call) -> Value:
     """input [..., in] · weight [out, in] + bias [out]."""
     value, weight = call["input"], call["weight"]
@@ -31,7 +31,7 @@ def linear(call: Call) -> Value:
     return _plus(call, product, call.get("bias"))
 
 
-@axis_rule("aten.matmul", "aten.mm", "aten.bmm", "aten.mv", "aten.dot", "aten.vdot")
+@axis_rule("aten.matmul", "aten.mm", "aten.bmm", "aten.mv", "aten.dot", "aten.vdot", linear=True)
 def matmul(call: Call) -> Value:
     """[..., m, k] · [..., k, n], batch axes broadcast; vectors lose their axis."""
     a, b = call["self"], call.get("other") or call.get("mat2") or call.get("vec") or call["tensor"]
@@ -48,7 +48,7 @@ def _product(call: Call, a: Value, b: Value) -> Value:
     return call.contraction([a, b], [[*own[0], *left], [*own[1], *right]], out)
 
 
-@axis_rule("aten.addmm", "aten.baddbmm", "aten.addmv", "aten.addbmm")
+@axis_rule("aten.addmm", "aten.baddbmm", "aten.addmv", "aten.addbmm", linear=True)
 def addmm(call: Call) -> Value:
     """A product added to another tensor."""
     a = call.get("mat1") or call.get("batch1") or call["mat"]
@@ -60,7 +60,7 @@ def addmm(call: Call) -> Value:
     return _plus(call, product, call["self"])
 
 
-@axis_rule("aten.einsum")
+@axis_rule("aten.einsum", linear=True)
 def einsum(call: Call) -> Value:
     """The equation says it all."""
     equation, operands = call["equation"].replace(" ", ""), call["tensors"]
@@ -83,7 +83,7 @@ def _labels(term: str, ellipsis: int) -> list[str]:
     return [*before, *middle, *after]
 
 
-@axis_rule("aten.tensordot")
+@axis_rule("aten.tensordot", linear=True)
 def tensordot(call: Call) -> Value:
     """Given axes of two tensors are contracted."""
     a, b = call["self"], call["other"]
@@ -94,14 +94,14 @@ def tensordot(call: Call) -> Value:
     return call.contraction([a, b], names, [n for part in names for n in part if not n.startswith("sum")])
 
 
-@axis_rule("aten.outer", "aten.ger")
+@axis_rule("aten.outer", "aten.ger", linear=True)
 def outer(call: Call) -> Value:
     """A column times a row."""
     a, b = call.values
     return call.contraction([a, b], [["m"], ["n"]], ["m", "n"])
 
 
-@axis_rule("aten.inner")
+@axis_rule("aten.inner", linear=True)
 def inner(call: Call) -> Value:
     """a [..., k] · b [..., k], the other axes side by side."""
     a, b = call["self"], call["other"]
@@ -111,15 +111,13 @@ def inner(call: Call) -> Value:
     return call.contraction([a, b], [[*left, "k"], [*right, "k"]], [*left, *right])
 
 
-@axis_rule("aten.linalg_vecdot")
+@axis_rule("aten.linalg_vecdot", linear=True)
 def vecdot(call: Call) -> Value:
     """Sum of products along one axis, broadcast."""
     a, b = call.values[:2]
     product = call.pointwise([a, b], "any", _wider(a, b))
     over = call.get("dim", -1) % len(product.axes)
-    if not product.zero[over]:
-        call.block(product.axes[over], "it is summed over although removed elements are not zero there", ZERO)
-    call.note(product.axes[over], "contracts", "activations")
+    note_sum(call, product, [over])
     left = [i for i in range(len(product.axes)) if i != over]
     return call.value([product.axes[i] for i in left], [product.zero[i] for i in left])
 
@@ -130,7 +128,7 @@ def _wider(a: Value, b: Value) -> Sequence[int]:
     return [broadcast_size(sizes) for sizes in zip(*padded, strict=True)]
 
 
-@axis_rule("aten.bilinear")
+@axis_rule("aten.bilinear", linear=True)
 def bilinear(call: Call) -> Value:
     """x1 · W · x2 + bias."""
     a, b, weight = call["input1"], call["input2"], call["weight"]
@@ -139,7 +137,7 @@ def bilinear(call: Call) -> Value:
     return _plus(call, call.contraction([a, b, weight], labels, [*rows, "out"]), call.get("bias"))
 
 
-@axis_rule("transformers.grouped_mm_fallback", "aten._grouped_mm")
+@axis_rule("transformers.grouped_mm_fallback", "aten._grouped_mm", linear=True)
 def grouped_mm(call: Call) -> Value:
     """Rows of input [rows, k] sorted by group, each times the matrix of its group in weight [groups, k, n].
 

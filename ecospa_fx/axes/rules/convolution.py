@@ -16,7 +16,7 @@ _CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "convolution", "_convolution")
 _TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 
 
-@axis_rule(*(f"aten.{n}" for n in (*_CONVOLUTIONS, *_TRANSPOSED)))
+@axis_rule(*(f"aten.{n}" for n in (*_CONVOLUTIONS, *_TRANSPOSED)), linear=True)
 def convolution(call: Call) -> Value:
     """input [batch, in, …] against weight [out, in / groups, …] (transposed: [in, out / groups, …])."""
     value, weight, groups = call["input"], call["weight"], int(call.get("groups", 1))
@@ -29,6 +29,7 @@ def convolution(call: Call) -> Value:
         if not passes:
             call.mixes(value, own, f"{call.operator} mixes neighbours along it")
         call.block(weight.axes[2 + i], f"it is the window of {call.operator}")
+        call.record.windows += call.dims.dims_of(weight.axes[2 + i]) if weight.weights else ()
         places.append((value.axes[own], value.zero[own]) if passes else (fresh[i - space], False))
     product = _channels(call, value, weight, groups, turned)
     out, zero, bias = product.axes[0], product.zero[0], call.get("bias")
@@ -97,7 +98,13 @@ def resize_convolution(resize: Resize) -> None:
            "aten.upsample_bicubic2d", "aten.upsample_nearest1d", "aten.upsample_linear1d",
            "aten.upsample_trilinear3d", "aten.upsample_nearest3d", "aten._upsample_bilinear2d_aa",
            "aten._upsample_bicubic2d_aa", "aten._adaptive_avg_pool2d", "aten.max_pool2d_with_indices",
-           "aten._upsample_nearest_exact2d")  # fmt: skip
+           "aten._upsample_nearest_exact2d",
+           linear=[f"aten.{n}" for n in (
+               "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
+               "adaptive_avg_pool3d", "_adaptive_avg_pool2d", "upsample_bilinear2d", "upsample_nearest2d",
+               "upsample_bicubic2d", "upsample_nearest1d", "upsample_linear1d", "upsample_trilinear3d",
+               "upsample_nearest3d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa",
+               "_upsample_nearest_exact2d")])  # fmt: skip
 def resample(call: Call) -> Value | list[Value]:
     """Batch and channels pass; places mix."""
     (value,) = call.values
@@ -106,7 +113,6 @@ def resample(call: Call) -> Value | list[Value]:
     channel = len(value.axes) - space - 1
     for i in range(channel + 1, len(value.axes)):
         call.mixes(value, i, f"{call.operator} mixes neighbours along it")
-    call.note(value.axes[channel], "averaged" if "avg" in call.operator else "nonlinear")
     fresh = call.fresh()
     axes = [a if i <= channel else fresh[i] for i, a in enumerate(value.axes)]
     result = call.value(axes, [z and i <= channel for i, z in enumerate(value.zero)])
@@ -122,7 +128,6 @@ def sample(call: Call) -> Value:
     for i in range(2, len(value.axes)):
         call.mixes(value, i, f"{call.operator} mixes neighbours along it")
     call.mixes(grid, len(grid.axes) - 1, f"{call.operator} reads places from it")
-    call.note(value.axes[1], "nonlinear")
     call.gathered([value], [batch, *value.axes[1:]])
     call.gathered([grid], [batch, *grid.axes[1:]])
     zero = value.zero[0] and call.follows(value.axes[0], batch)
@@ -131,7 +136,7 @@ def sample(call: Call) -> Value:
     )
 
 
-@axis_rule("aten.im2col", "aten.col2im")
+@axis_rule("aten.im2col", "aten.col2im", linear=True)
 def patches(call: Call) -> Value:
     """[batch, channels, …] to [batch, channels · window, places] and back."""
     value = call["self"]
@@ -148,7 +153,7 @@ def patches(call: Call) -> Value:
     return call.value([value.axes[0], columns, fresh[2]], [False, value.zero[1], False])
 
 
-@axis_rule("aten.pixel_shuffle")
+@axis_rule("aten.pixel_shuffle", linear=True)
 def pixel_shuffle(call: Call) -> Value:
     """[…, channels · r · r, height, width] to […, channels, height · r, width · r]."""
     value, r, message = call["self"], int(call["upscale_factor"]), f"{call.operator} moves channels into places"
@@ -161,7 +166,7 @@ def pixel_shuffle(call: Call) -> Value:
     return call.reshaped(turned, call.outputs[0])
 
 
-@axis_rule("aten.pixel_unshuffle")
+@axis_rule("aten.pixel_unshuffle", linear=True)
 def pixel_unshuffle(call: Call) -> Value:
     """[…, channels, height · r, width · r] to […, channels · r · r, height, width]."""
     value, r, message = call["self"], int(call["downscale_factor"]), f"{call.operator} moves places into channels"
@@ -174,7 +179,7 @@ def pixel_unshuffle(call: Call) -> Value:
     return call.reshaped(turned, call.outputs[0])
 
 
-@axis_rule("aten.channel_shuffle")
+@axis_rule("aten.channel_shuffle", linear=True)
 def channel_shuffle(call: Call) -> Value:
     """[batch, groups · channels, …] to [batch, channels · groups, …]."""
     value, groups = call["self"], int(call["groups"])

@@ -8,6 +8,7 @@ from typing import Any
 
 from ecospa_fx.axes.algebra import Axis, Origin
 from ecospa_fx.axes.call import UNIT, Call, Value
+from ecospa_fx.axes.products import picked_from
 from ecospa_fx.axes.reasons import WHERE
 from ecospa_fx.axes.registry import axis_rule
 from ecospa_fx.axes.resize import Resize, resize_rule
@@ -26,17 +27,17 @@ def _counted(call: Call, *operands: Any) -> None:
         call.block(axis, f"{call.operator} finds positions by it")
 
 
-@axis_rule("aten.embedding")
+@axis_rule("aten.embedding", linear=True)
 def embedding(call: Call) -> Value:
     """Rows of a table; the columns pass."""
     weight, indices = call["weight"], call["indices"]
     _chosen(call, weight, 0)
     result = call.value([*indices.axes, weight.axes[1]], [*(False for _ in indices.axes), weight.zero[1]])
     _routes(call, result, indices, weight.axes[0])
-    return result
+    return replace(result, descent=picked_from(call, weight, weight.axes[1:]))
 
 
-@axis_rule("aten.index_select")
+@axis_rule("aten.index_select", linear=True)
 def index_select(call: Call) -> Value:
     """Chosen positions of one axis."""
     value, axis = call["self"], int(call["dim"]) % max(len(call["self"].axes), 1)
@@ -46,10 +47,11 @@ def index_select(call: Call) -> Value:
     _counted(call, call["index"])
     fresh = call.fresh()
     axes = [fresh[i] if i == axis else a for i, a in enumerate(value.axes)]
-    return call.value(axes, [z and i != axis for i, z in enumerate(value.zero)])
+    result = call.value(axes, [z and i != axis for i, z in enumerate(value.zero)])
+    return replace(result, descent=picked_from(call, value, [a for i, a in enumerate(value.axes) if i != axis]))
 
 
-@axis_rule("aten.index")
+@axis_rule("aten.index", linear=True)
 def index(call: Call) -> Value:
     """Advanced indexing: the indexed axes give way to the broadcast shape of the indices."""
     value, indices = call["self"], call["indices"]
@@ -70,7 +72,7 @@ def index(call: Call) -> Value:
     result = call.value(axes, zero)
     if len(given) == 1:
         _routes(call, result, given[0], value.axes[where[0]], len(before))
-    return result
+    return replace(result, descent=picked_from(call, value, [value.axes[i] for i in rest]))
 
 
 def _masked(call: Call, value: Value, where: Sequence[int]) -> Value:
@@ -127,7 +129,8 @@ def gather(call: Call) -> Value:
     call.gathered([chosen], [chosen.axes[i] if i == axis else a for i, a in enumerate(axes)])
     call.gathered([value], target)
     alike = [i != axis and call.follows(value.axes[i], a) for i, a in enumerate(axes)]
-    return call.value(axes, [z and same for z, same in zip(value.zero, alike, strict=True)])
+    result = call.value(axes, [z and same for z, same in zip(value.zero, alike, strict=True)])
+    return replace(result, descent=picked_from(call, value, [a for i, a in enumerate(value.axes) if i != axis]))
 
 
 @axis_rule("aten.scatter", "aten.scatter_add", "aten.scatter_reduce")

@@ -12,7 +12,7 @@ from ecospa_fx.axes.resize import Resize, resize_rule
 # -- parts of an axis --------------------------------------------------------------------------------------------
 
 
-@axis_rule("aten.slice", "aten.slice_copy")
+@axis_rule("aten.slice", "aten.slice_copy", linear=True)
 def slice_(call: Call) -> Value:
     """Positions start, start + step, … below end."""
     value = call["self"]
@@ -24,7 +24,7 @@ def slice_(call: Call) -> Value:
     return call.sliced(value, axis, start, stop, step)
 
 
-@axis_rule("aten.narrow", "aten.narrow_copy")
+@axis_rule("aten.narrow", "aten.narrow_copy", linear=True)
 def narrow(call: Call) -> Value:
     """`length` positions from `start`."""
     value = call["self"]
@@ -37,7 +37,7 @@ def narrow(call: Call) -> Value:
     return call.sliced(value, axis, start, start + call.outputs[0][axis])
 
 
-@axis_rule("aten.select", "aten.select_copy")
+@axis_rule("aten.select", "aten.select_copy", linear=True)
 def select(call: Call) -> Value:
     """One position; the axis disappears."""
     value = call["self"]
@@ -48,7 +48,7 @@ def select(call: Call) -> Value:
     return call.ordered(part, order)
 
 
-@axis_rule("aten.unbind")
+@axis_rule("aten.unbind", linear=True)
 def unbind(call: Call) -> list[Value]:
     """Every position by itself."""
     value = call["self"]
@@ -58,7 +58,8 @@ def unbind(call: Call) -> list[Value]:
 
 
 @axis_rule("aten.split", "aten.chunk", "aten.split_with_sizes", "aten.tensor_split", "aten.unsafe_split",
-           "aten.unsafe_chunk", "aten.split_copy", "aten.split_with_sizes_copy", "aten.hsplit")  # fmt: skip
+           "aten.unsafe_chunk", "aten.split_copy", "aten.split_with_sizes_copy", "aten.hsplit",
+           linear=True)  # fmt: skip
 def split(call: Call) -> list[Value]:
     """Consecutive parts of an axis."""
     value = call["self"]
@@ -109,7 +110,7 @@ def resize_split(resize: Resize) -> None:
 # -- several tensors ---------------------------------------------------------------------------------------------
 
 
-@axis_rule("aten.cat", "aten.concat", "aten.concatenate")
+@axis_rule("aten.cat", "aten.concat", "aten.concatenate", linear=True)
 def cat(call: Call) -> Value:
     """One after another along an axis; the other axes are the same dims."""
     values = [v for v in call["tensors"] if v.shape != (0,)]
@@ -131,7 +132,7 @@ def _joined(call: Call, values: list[Value], axis: int) -> Value:
     return call.value(axes, flags)
 
 
-@axis_rule("aten.stack")
+@axis_rule("aten.stack", linear=True)
 def stack(call: Call) -> Value:
     """A new axis, one position per tensor."""
     values = call["tensors"]
@@ -151,7 +152,7 @@ def stack(call: Call) -> Value:
 # -- copies along an axis ----------------------------------------------------------------------------------------
 
 
-@axis_rule("aten.expand", "aten.broadcast_to", "aten.expand_copy")
+@axis_rule("aten.expand", "aten.broadcast_to", "aten.expand_copy", linear=True)
 def expand(call: Call) -> Value:
     """An axis of size 1 becomes a blank one, which adopts the dim of whatever it meets."""
     value = call["self"]
@@ -165,7 +166,7 @@ def expand(call: Call) -> Value:
     return replace(call.value(axes, flags), weights=value.weights)
 
 
-@axis_rule("aten.expand_as")
+@axis_rule("aten.expand_as", linear=True)
 def expand_as(call: Call) -> Value:
     """Axes of size 1 get the positions of the other tensor, the others are the same dims as there."""
     value, other = call["self"], call["other"]
@@ -194,7 +195,7 @@ def resize_expand(resize: Resize) -> None:
     resize.sizes("size")
 
 
-@axis_rule("aten.repeat", "aten.tile")
+@axis_rule("aten.repeat", "aten.tile", linear=True)
 def repeat(call: Call) -> Value:
     """Whole copies one after another: a blank dim outside the axis."""
     value = call["self"]
@@ -211,7 +212,7 @@ def repeat(call: Call) -> Value:
     return call.value(axes, flags)
 
 
-@axis_rule("aten.repeat_interleave")
+@axis_rule("aten.repeat_interleave", linear=True)
 def repeat_interleave(call: Call) -> Value:
     """Every position several times: a blank dim inside the axis."""
     value, repeats, dim = call.get("self"), call.get("repeats"), call.get("dim")
@@ -248,7 +249,7 @@ def resize_repeat_interleave(resize: Resize) -> None:
 # -- order and edges ---------------------------------------------------------------------------------------------
 
 
-@axis_rule("aten.roll")
+@axis_rule("aten.roll", linear=True)
 def roll(call: Call) -> Value:
     """The end of an axis moves to its front."""
     value, dims = call["self"], call.get("dims", [])
@@ -278,7 +279,7 @@ def resize_roll(resize: Resize) -> None:
     resize.set("shifts", shifts)
 
 
-@axis_rule("aten.flip", "aten.fliplr", "aten.flipud", "aten.rot90")
+@axis_rule("aten.flip", "aten.fliplr", "aten.flipud", "aten.rot90", linear=True)
 def flip(call: Call) -> Value:
     """Reversed order has no place in the algebra; a rotation also exchanges two axes."""
     value, fresh = call["self"], call.fresh()
@@ -291,7 +292,7 @@ def flip(call: Call) -> Value:
 
 
 @axis_rule("aten.pad", "aten.constant_pad_nd", "aten.reflection_pad1d", "aten.reflection_pad2d",
-           "aten.replication_pad1d", "aten.replication_pad2d")  # fmt: skip
+           "aten.replication_pad1d", "aten.replication_pad2d", linear=True)  # fmt: skip
 def pad(call: Call) -> Value:
     """Positions that belong to nothing before and after an axis."""
     value = call["self"]
@@ -309,11 +310,13 @@ def pad(call: Call) -> Value:
         else:
             parts = [call.dims.fresh(n, Origin.STORED) for n in (before, after)]
             axes[i] = call.dims.concat([parts[0], axes[i], parts[1]])
-    filled = call.get("value", 0) == 0
+    filled = (call.get("value") or 0) == 0
+    if constant and not filled:
+        call.fixes(axes)
     return call.value(axes, [f and filled for f in flags])
 
 
-@axis_rule("aten.tril", "aten.triu")
+@axis_rule("aten.tril", "aten.triu", linear=True)
 def triangle(call: Call) -> Value:
     """Zeros chosen by position in the last two axes."""
     value = call["self"]
@@ -322,7 +325,7 @@ def triangle(call: Call) -> Value:
     return call.value(value.axes, value.zero)
 
 
-@axis_rule("aten.diff")
+@axis_rule("aten.diff", linear=True)
 def diff(call: Call) -> Value:
     """Differences of neighbours."""
     value = call["self"]
@@ -334,7 +337,7 @@ def diff(call: Call) -> Value:
     return call.value([fresh[i] if i == axis else a for i, a in enumerate(value.axes)])
 
 
-@axis_rule("aten.unfold")
+@axis_rule("aten.unfold", linear=True)
 def unfold(call: Call) -> Value:
     """Sliding windows over one axis; the window's positions come last."""
     value = call["self"]

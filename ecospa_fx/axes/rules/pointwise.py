@@ -35,13 +35,13 @@ def _first(call: Call) -> Value:
     return call.values[0]
 
 
-@axis_rule(*_names(_SAME))
+@axis_rule(*_names(_SAME), linear=True)
 def same(call: Call) -> Value:
     """The same numbers, perhaps of another type."""
     return replace(call.passes(_first(call)), tag=_first(call).tag)
 
 
-@axis_rule(*_names(_COPIES))
+@axis_rule(*_names(_COPIES), linear=True)
 def copies(call: Call) -> Value:
     """The same numbers, or each times a constant."""
     return call.passes(_first(call))
@@ -76,31 +76,37 @@ def _refuse_zero(call: Call, value: Value) -> None:
             call.block(axis, f"{call.operator} is not finite at 0, which is what a removed element becomes", FINITE)
 
 
-@axis_rule("aten.add", "aten.sub", "aten.rsub", "aten.subtract")
+@axis_rule("aten.add", "aten.sub", "aten.rsub", "aten.subtract", linear=True)
 def add(call: Call) -> Value:
     """0 only where all terms are; a scalar other than 0 shifts it."""
     other = call.get("other", 0)
     shifted = not isinstance(other, Value) and other != 0
+    for value in call.values if shifted else ():
+        call.fixes(value.axes)
     return call.pointwise(call.values, "lost" if shifted else "all")
 
 
-@axis_rule("aten.mul", "aten.multiply", "aten.__and__", "aten.logical_and", "aten.bitwise_and")
+@axis_rule("aten.mul", "aten.multiply", "aten.__and__", "aten.logical_and", "aten.bitwise_and", linear=True)
 def mul(call: Call) -> Value:
     """0 where any factor is."""
     return call.pointwise(call.values, "any")
 
 
-@axis_rule("aten.div", "aten.divide", "aten.true_divide", "aten.floor_divide", "aten.fmod", "aten.remainder")
+@axis_rule("aten.div", "aten.divide", "aten.true_divide", "aten.floor_divide", "aten.fmod", "aten.remainder",
+           linear=("aten.div", "aten.divide", "aten.true_divide"))  # fmt: skip
 def div(call: Call) -> Value:
     """0 where the numerator is; a divisor must not be 0 where elements are removed."""
     numerator, divisor = call.get("self"), call.get("other")
     if isinstance(divisor, Value):
         _refuse_zero(call, divisor)
+        call.fixes(divisor.axes, nonlinear=True)
+    if call.get("rounding_mode") is not None:
+        call.fixes((axis for v in call.values for axis in v.axes), nonlinear=True)
     if not isinstance(numerator, Value):
         return call.passes(call.values[0], zero="lost")
     if not isinstance(divisor, Value):
         return call.passes(numerator)
-    result = call.pointwise([numerator, divisor], "lost")
+    result = call.pointwise([numerator, divisor], "lost", scales=True)
     pad = [False] * (len(result.axes) - len(numerator.zero))
     flags = [*pad, *numerator.zero]
     own = [*[None] * len(pad), *numerator.axes]
@@ -122,7 +128,7 @@ def power(call: Call) -> Value:
     return call.passes(base, zero="all" if exponent > 0 else "lost")
 
 
-@axis_rule("aten.where")
+@axis_rule("aten.where", linear=True)
 def where(call: Call) -> Value | list[Value]:
     """0 where both branches are; without branches, the positions where a condition holds."""
     if "self" not in call.arguments:
@@ -172,7 +178,7 @@ def clamp(call: Call) -> Value:
     return call.passes(call.values[0], zero="all" if inside else "lost")
 
 
-@axis_rule("aten.masked_fill")
+@axis_rule("aten.masked_fill", linear=True)
 def masked_fill(call: Call) -> Value:
     """0 stays 0 when filled with 0."""
     result = call.pointwise(call.values, "lost")
@@ -180,16 +186,19 @@ def masked_fill(call: Call) -> Value:
     return _zero_if(call, result, [call["self"]], not isinstance(value, Value) and value == 0)
 
 
-@axis_rule("aten.addcmul", "aten.addcdiv", "aten.lerp")
+@axis_rule("aten.addcmul", "aten.addcdiv", "aten.lerp", linear=True)
 def three(call: Call) -> Value:
     """Sums of products: 0 where every operand is."""
     divides = call.operator.startswith("aten.addcdiv")
     if divides:
         _refuse_zero(call, call["tensor2"])
+        call.fixes(call["tensor2"].axes, nonlinear=True)
+    if len(call.values) > 2:
+        call.fixes(axis for v in call.values for axis in v.axes)
     return call.pointwise(call.values, "lost" if divides else "all")
 
 
-@axis_rule("aten.copy")
+@axis_rule("aten.copy", linear=True)
 def copy(call: Call) -> Value:
     """Overwrite: the numbers of the source in the shape of the destination."""
     result = call.pointwise(call.values, "lost")

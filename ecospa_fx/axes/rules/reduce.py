@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from ecospa_fx.axes.algebra import Origin
 from ecospa_fx.axes.call import UNIT, Call, Value
-from ecospa_fx.axes.reasons import EVAL, ZERO
+from ecospa_fx.axes.products import note_sum
+from ecospa_fx.axes.reasons import EVAL
 from ecospa_fx.axes.registry import axis_rule
 from ecospa_fx.axes.resize import Resize, resize_rule
 
@@ -30,15 +31,12 @@ def _without(call: Call, value: Value, over: Sequence[int], keep: bool, zero: bo
     return call.value(axes, [zero and i not in over and value.zero[i] for i in left])
 
 
-@axis_rule("aten.sum", "aten.nansum")
+@axis_rule("aten.sum", "aten.nansum", linear=("aten.sum",))
 def total(call: Call) -> Value:
     """A contraction with ones: removed elements must be 0."""
     value = call["self"]
     over = _over(call, value)
-    for i in over:
-        call.note(value.axes[i], "contracts", "activations")
-        if not value.zero[i]:
-            call.block(value.axes[i], "it is summed over although removed elements are not zero there", ZERO)
+    note_sum(call, value, over)
     return _without(call, value, over, bool(call.get("keepdim", False)))
 
 
@@ -59,7 +57,7 @@ def _reduces(call: Call, message: str, zero: bool) -> Value:
 
 @axis_rule("aten.mean", "aten.std", "aten.var", "aten.linalg_vector_norm", "aten.norm", "aten.amax", "aten.amin",
            "aten.argmax", "aten.argmin", "aten.prod", "aten.logsumexp", "aten.any", "aten.all", "aten.nanmean",
-           "aten.linalg_norm", "aten.frobenius_norm", "aten.count_nonzero")  # fmt: skip
+           "aten.linalg_norm", "aten.frobenius_norm", "aten.count_nonzero", linear=("aten.mean",))  # fmt: skip
 def statistic(call: Call) -> Value:
     """A statistic of all positions: without an element it is another."""
     zero = call.operator in {"aten.mean", "aten.linalg_vector_norm", "aten.norm", "aten.amax", "aten.amin", "aten.std"}
@@ -78,14 +76,13 @@ def statistics(call: Call) -> Value | list[Value]:
 
 @axis_rule("aten.softmax", "aten._softmax", "aten.log_softmax", "aten._log_softmax", "aten._safe_softmax",
            "aten.cumsum", "aten.cumprod", "aten.logcumsumexp", "aten.cummax", "aten.cummin",
-           "aten.special_softmax")  # fmt: skip
+           "aten.special_softmax", linear=("aten.cumsum",))  # fmt: skip
 def along(call: Call) -> Value | list[Value]:
     """The same shape, each position depending on the others along one axis."""
     value = call.values[0]
     keeps_zero = call.operator in {"aten.cumsum", "aten.cumprod"}
     for i in _over(call, value):
         call.mixes(value, i, f"{call.operator} runs along it: without an element the others change")
-    call.note(value.axes, "nonlinear")
     axes = [call.dims.fresh(a.size, Origin.STORED) if i in _over(call, value) else a for i, a in enumerate(value.axes)]
     result = call.value(axes, [keeps_zero and z and i not in _over(call, value) for i, z in enumerate(value.zero)])
     if call.operator == "aten.cumsum" and value.tag is not None and value.tag[0] == "counts":

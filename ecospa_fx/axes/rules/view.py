@@ -15,7 +15,7 @@ from ecospa_fx.axes.resize import Resize, resize_rule
 
 @axis_rule("aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten", "aten.unflatten", "aten.squeeze",
            "aten.unsqueeze", "aten._reshape_alias", "aten.ravel", "aten._reshape_copy", "aten.view_copy",
-           "aten.atleast_1d", "aten.atleast_2d")  # fmt: skip
+           "aten.atleast_1d", "aten.atleast_2d", linear=True)  # fmt: skip
 def reshape(call: Call) -> Value:
     """Row-major regrouping of axes."""
     if "dtype" in call.arguments:
@@ -23,7 +23,7 @@ def reshape(call: Call) -> Value:
     return call.reshaped(call["self"], call.outputs[0])
 
 
-@axis_rule("aten.view_as", "aten.reshape_as")
+@axis_rule("aten.view_as", "aten.reshape_as", linear=True)
 def reshape_as(call: Call) -> Value:
     """Row-major regrouping into the shape of another tensor, whose axes are the same dims."""
     result, other = call.reshaped(call["self"], call.outputs[0]), call["other"]
@@ -56,14 +56,14 @@ def resize_unflatten(resize: Resize) -> None:
     resize.sizes("sizes", first)
 
 
-@axis_rule("aten.view_as_real", "aten.view_as_real_copy")
+@axis_rule("aten.view_as_real", "aten.view_as_real_copy", linear=True)
 def view_as_real(call: Call) -> Value:
     """A complex number becomes two real ones along a new last axis."""
     value = call["self"]
     return call.value([*value.axes, call.dims.fresh(2, Origin.STORED)], [*value.zero, False])
 
 
-@axis_rule("aten.view_as_complex", "aten.view_as_complex_copy")
+@axis_rule("aten.view_as_complex", "aten.view_as_complex_copy", linear=True)
 def view_as_complex(call: Call) -> Value:
     """The last axis, of size 2, becomes one complex number: its two positions go together."""
     value = call["self"]
@@ -76,7 +76,7 @@ def view_as_complex(call: Call) -> Value:
 # -- transposes --------------------------------------------------------------------------------------------------
 
 
-@axis_rule("aten.transpose", "aten.swapaxes", "aten.swapdims")
+@axis_rule("aten.transpose", "aten.swapaxes", "aten.swapdims", linear=True)
 def transpose(call: Call) -> Value:
     """Two axes change places."""
     value = call["self"]
@@ -87,14 +87,14 @@ def transpose(call: Call) -> Value:
     return call.ordered(value, order)
 
 
-@axis_rule("aten.numpy_T")
+@axis_rule("aten.numpy_T", linear=True)
 def reverse(call: Call) -> Value:
     """All axes in reverse."""
     value = call["self"]
     return call.ordered(value, list(reversed(range(len(value.axes)))))
 
 
-@axis_rule("aten.t", "aten.mT", "aten.adjoint", "aten.matrix_H", "aten.mH")
+@axis_rule("aten.t", "aten.mT", "aten.adjoint", "aten.matrix_H", "aten.mH", linear=True)
 def transpose_last(call: Call) -> Value:
     """The last two axes change places."""
     value = call["self"]
@@ -103,14 +103,14 @@ def transpose_last(call: Call) -> Value:
     return call.ordered(value, order)
 
 
-@axis_rule("aten.permute", "aten.permute_copy")
+@axis_rule("aten.permute", "aten.permute_copy", linear=True)
 def permute(call: Call) -> Value:
     """Axes in the given order."""
     value = call["self"]
     return call.ordered(value, [int(d) % len(value.axes) for d in call["dims"]])
 
 
-@axis_rule("aten.movedim", "aten.moveaxis")
+@axis_rule("aten.movedim", "aten.moveaxis", linear=True)
 def movedim(call: Call) -> Value:
     """Axes moved to given places, the others in their order."""
     value = call["self"]
