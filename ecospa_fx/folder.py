@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
-import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ecospa_fx.errors import StorageError
+from ecospa_fx.errors import EcospaError, StorageError
+from ecospa_fx.strict_json import strict_json
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 FORMAT = "ecospa-fx-model"
 VERSION = 1
@@ -23,14 +30,29 @@ MANIFEST, PLAN, CONFIG = "manifest.json", "plan.json", "config.json"
 SAFETENSORS, TORCH = "weights.safetensors", "weights.pt"
 FILES = {PLAN, CONFIG, SAFETENSORS, TORCH}
 CHUNK = 1 << 24
+ABANDONED = 3600.0
+"""Seconds after which a partial folder that nobody locks is left over, whoever made it."""
 
 
 # -- writing -----------------------------------------------------------------------------------------------------
 
 
+def folder_path(path: str | os.PathLike[str]) -> Path:
+    """A path that the file system can look up. Raises StorageError for anything else."""
+    try:
+        text = os.fspath(path)
+        if not isinstance(text, str):
+            raise TypeError(f"it is {type(text).__name__}")
+        with suppress(FileNotFoundError, NotADirectoryError):
+            os.lstat(text)
+        return Path(text)
+    except (TypeError, ValueError, OSError) as error:
+        raise StorageError(f"{path!r:.80} is no path of a folder ({error}): give a text or a Path") from error
+
+
 def refuse_existing(path: str | os.PathLike[str]) -> None:
     """Raise StorageError where a folder cannot be made: something is there, or its parent is not."""
-    target = Path(path)
+    target = folder_path(path)
     if target.exists() or target.is_symlink():
         raise StorageError(f"{target} exists already: choose a new folder or remove it first")
     if not target.absolute().parent.is_dir():
@@ -39,20 +61,72 @@ def refuse_existing(path: str | os.PathLike[str]) -> None:
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """A temporary sibling that becomes `target` at the end, or goes away."""
-    partial = target.absolute().parent / f".{target.name}.partial-{uuid4().hex}"
+    """A temporary sibling that becomes `target` at the end, or goes away.
+
+    It is locked while this process writes into it; what processes left that were killed is cleared away first.
+    """
+    stem = f".{target.name[:100]}.partial-"
+    partial, lock = target.absolute().parent / f"{stem}{os.getpid()}-{uuid4().hex}", None
     try:
+        _clear(partial.parent, stem)
         partial.mkdir()
-    except OSError as error:
-        raise StorageError(f"{target} cannot be written: {error}") from error
-    try:
+        lock = _locked(partial, wait=True)
         yield partial
         refuse_existing(target)
         partial.rename(target)
-    except OSError as error:
+    except EcospaError:
+        raise
+    except Exception as error:  # writers of weights raise their own kinds where the disk is full
         raise StorageError(f"{target} cannot be written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _clear(parent: Path, stem: str) -> None:
+    """Remove partial folders of the same target whose makers are gone."""
+    for folder in parent.iterdir():
+        if folder.name.startswith(stem) and folder.is_dir() and not folder.is_symlink() and _left(folder, stem):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _left(folder: Path, stem: str) -> bool:
+    """Whether nobody writes into a partial folder any more: it is not locked, and its maker is dead, or it is old."""
+    try:
+        lock = _locked(folder)
+        old = time.time() - folder.stat().st_mtime > ABANDONED
+    except OSError:  # somebody holds it, or has just removed it
+        return False
+    if lock is not None:
+        os.close(lock)
+    maker = folder.name.removeprefix(stem).partition("-")[0]
+    return old or (lock is not None and maker.isdecimal() and not _alive(int(maker)))
+
+
+def _locked(folder: Path, wait: bool = False) -> int | None:
+    """A descriptor that holds a folder's lock; None where there are no locks. Raises OSError where another has it."""
+    if fcntl is None:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        os.close(descriptor)
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            raise
+        return None  # a file system without locks
+    return descriptor
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def write_weights(folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -85,19 +159,31 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not (folder / MANIFEST).is_file():
         raise StorageError(f"{folder} has no {MANIFEST}: it was not saved by ecospa_fx, or not completely")
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = strict_json((folder / MANIFEST).read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise StorageError(f"{folder / MANIFEST} is damaged ({error}): save the model again") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or not _has_files(manifest.get("files")):
         raise StorageError(f"{folder / MANIFEST} does not describe a model saved by ecospa_fx")
-    if manifest.get("version") != VERSION:
+    if type(manifest.get("version")) is not int or manifest["version"] != VERSION:
         raise StorageError(
-            f"{folder} has format version {manifest.get('version')!r} and this library reads version {VERSION}: "
+            f"{folder} has format version {manifest.get('version')!r:.40} and this library reads version {VERSION}: "
             "load it with the version of ecospa_fx that wrote it"
         )
+    for field, kinds in FIELDS.items():
+        if not isinstance(manifest.get(field), kinds):
+            raise StorageError(f"{folder / MANIFEST} holds {manifest.get(field)!r:.40} as {field!r}: save it again")
     for name, entry in manifest["files"].items():
         _check_file(folder / name, entry)
     return manifest
+
+
+FIELDS: dict[str, tuple[type, ...]] = {
+    "class": (str,),
+    "attention": (str, type(None)),
+    "training": (bool,),
+    "dtypes": (dict, type(None)),
+}
+"""What kinds of values a manifest's fields hold."""
 
 
 def _has_files(files: object) -> bool:
@@ -108,16 +194,19 @@ def _has_files(files: object) -> bool:
 
 
 def _check_file(path: Path, entry: Mapping[str, Any]) -> None:
-    if not path.is_file():
-        raise StorageError(f"{path} is missing: copy the whole folder or save the model again")
-    if path.stat().st_size != entry.get("bytes"):
-        raise StorageError(f"{path} is not as long as it was when saved: copy the folder again or save again")
-    if digest(path) != entry.get("sha256"):
-        raise StorageError(f"{path} was changed after it was saved: copy the folder again or save again")
+    try:
+        if not path.is_file():
+            raise StorageError(f"{path} is missing: copy the whole folder or save the model again")
+        if path.stat().st_size != entry.get("bytes"):
+            raise StorageError(f"{path} is not as long as it was when saved: copy the folder again or save again")
+        if digest(path) != entry.get("sha256"):
+            raise StorageError(f"{path} was changed after it was saved: copy the folder again or save again")
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read: {error}") from error
 
 
 def read_weights(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Tensors by name; whatever else a file holds is refused."""
+    """Dense tensors by name, of the types that the manifest names; whatever else a file holds is refused."""
     found: Any
     try:
         if SAFETENSORS in manifest["files"]:
@@ -130,6 +219,18 @@ def read_weights(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Tensor]
         raise StorageError('the package safetensors is not installed: pip install "ecospa-fx[hf]"') from error
     except Exception as error:  # each format raises its own kinds
         raise StorageError(f"the weights in {folder} cannot be read: {error}") from error
-    if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
+    if not isinstance(found, dict) or not all(type(n) is str and isinstance(t, Tensor) for n, t in found.items()):
         raise StorageError(f"the weights in {folder} are not tensors by name")
-    return found
+    named = manifest.get("dtypes")
+    for name, tensor in found.items():
+        if not is_dense(tensor) or tensor.device.type != "cpu":
+            raise StorageError(f"{name!r} in {folder} is no dense tensor with values: save the model again")
+        if named is not None and named.get(name) != str(tensor.dtype).removeprefix("torch."):
+            raise StorageError(f"{name!r} in {folder} has another type than when it was saved: save the model again")
+    return {name: tensor.detach() for name, tensor in found.items()}
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor is a plain one, with a value in memory for each of its elements."""
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+    return plain and not (tensor.is_quantized or tensor.is_nested)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ def described(value: Any) -> Any:
     """
     if isinstance(value, Tensor):
         return {"tensor": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
-    if value is None or isinstance(value, bool | int | float | str):
+    if value is None or (isinstance(value, bool | int | float | str) and abs(_size(value)) < float("inf")):
         return {"value": value}
     if type(value) in (tuple, list):
         return {type(value).__name__: [described(item) for item in value]}
@@ -25,19 +26,49 @@ def described(value: Any) -> Any:
     raise TypeError(f"a {type(value).__name__} has no description")
 
 
+def _size(value: bool | int | float | str) -> float:
+    return value if isinstance(value, float) else 0.0
+
+
+LIMIT = 1 << 36
+"""Bytes of all example inputs: more is no example."""
+
+
 def blank(told: Any) -> Any:
     """The value that was described, with zeros in its tensors. Raises ValueError for anything else."""
-    if not isinstance(told, dict):
+    try:
+        if _bytes(told) > LIMIT:
+            raise ValueError("the example inputs would not fit into memory")
+        return _blank(told)
+    except (RecursionError, RuntimeError, OverflowError, TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f"{told!r:.40} describes no value") from error
+
+
+def _bytes(told: Any) -> int:
+    """Of all tensors of a description."""
+    if not isinstance(told, dict) or len(told.keys() - {"dtype"}) != 1:
         raise ValueError(f"{told!r:.40} describes no value")
+    ((kind, content),) = ((key, value) for key, value in told.items() if key != "dtype")
+    if kind == "tensor":
+        if not all(type(n) is int and n >= 0 for n in content):
+            raise ValueError(f"{content!r:.40} is no shape")
+        return prod(content) * 16
+    if kind in ("dict", "tuple", "list"):
+        return sum(map(_bytes, content.values() if kind == "dict" else content))
+    if kind != "value" or not (content is None or isinstance(content, bool | int | float | str)):
+        raise ValueError(f"{told!r:.40} describes no value")
+    return 0
+
+
+def _blank(told: Any) -> Any:
     if "tensor" in told:
         dtype = getattr(torch, str(told.get("dtype")), None)
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"{told.get('dtype')!r:.40} is no type of tensor")
-        return torch.zeros([int(n) for n in told["tensor"]], dtype=dtype)
+        return torch.zeros(told["tensor"], dtype=dtype)
     if "value" in told:
         return told["value"]
     if "dict" in told:
-        return {key: blank(item) for key, item in told["dict"].items()}
-    if "tuple" in told:
-        return tuple(blank(item) for item in told["tuple"])
-    return [blank(item) for item in told.get("list", ())]
+        return {key: _blank(item) for key, item in told["dict"].items()}
+    items = [_blank(item) for item in told["tuple" if "tuple" in told else "list"]]
+    return tuple(items) if "tuple" in told else items

@@ -11,7 +11,8 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ecospa_fx.errors import EcospaError, PlanError, StorageError
+from ecospa_fx.errors import EcospaError, StorageError
 from ecospa_fx.folder import (
     CONFIG,
     FORMAT,
@@ -27,6 +28,8 @@ from ecospa_fx.folder import (
     PLAN,
     VERSION,
     digest,
+    folder_path,
+    is_dense,
     new_folder,
     read_manifest,
     read_weights,
@@ -39,6 +42,7 @@ from ecospa_fx.inplace.written import rewritten
 from ecospa_fx.inputs import blank
 from ecospa_fx.origin import ATTRIBUTE, Origin, origin, remember
 from ecospa_fx.plan import Plan
+from ecospa_fx.strict_json import strict_json
 from ecospa_fx.version import __version__
 
 # -- saving ------------------------------------------------------------------------------------------------------
@@ -60,7 +64,7 @@ def save(
     >>> save(small, "smaller")  # doctest: +SKIP
     >>> small = load("smaller")  # doctest: +SKIP
     """
-    target, small = Path(path), unwrapped(small)
+    target, small = folder_path(path), unwrapped(small)
     refuse_existing(target)
     found = origin or getattr(small, ATTRIBUTE, None)
     if not isinstance(found, Origin):
@@ -68,13 +72,13 @@ def save(
             f"this {type(small).__name__} does not say what it was shrunk from: "
             "pass origin=ecospa_fx.storage.origin(model, plan, args, kwargs)"
         )
-    tensors = {name: _written(t, (dtypes or {}).get(name)) for name, t in _own_tensors(small, found.buffers).items()}
+    tensors = _all_written(_own_tensors(small, found.buffers), dtypes or {})
     with new_folder(target) as folder:
         (folder / PLAN).write_text(found.plan.to_json(), encoding="utf-8")
         if found.config is not None:
             (folder / CONFIG).write_text(found.config, encoding="utf-8")
         write_weights(folder, tensors)
-        (folder / MANIFEST).write_text(json.dumps(_manifest(folder, found), indent=1), encoding="utf-8")
+        (folder / MANIFEST).write_text(json.dumps(_manifest(folder, found, tensors), indent=1), encoding="utf-8")
 
 
 def _own_tensors(small: nn.Module, buffers: Sequence[str]) -> dict[str, Tensor]:
@@ -85,16 +89,40 @@ def _own_tensors(small: nn.Module, buffers: Sequence[str]) -> dict[str, Tensor]:
     return found
 
 
-def _written(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+def _all_written(tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+    """Tensors as files hold them, each in memory of its own. Raises StorageError for what no file holds."""
+    for name, dtype in dtypes.items():
+        if name not in tensors or not isinstance(dtype, torch.dtype) or _sort(dtype) != _sort(tensors[name].dtype):
+            raise StorageError(f"dtypes[{name!r}]={dtype!r:.40} fits no tensor of this model: leave it out")
+    result: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, tensor in tensors.items():
+        written = _written(name, tensor, dtypes.get(name))
+        shared = written.numel() > 0 and written.data_ptr() in taken
+        result[name] = written.clone() if shared else written
+        taken.add(result[name].data_ptr())
+    return result
+
+
+def _written(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     """A copy only where the type, the device or the layout asks for one, or where the tensor is part of another."""
     if tensor.is_meta:
         raise StorageError("the model is on meta and has no values to save: load its weights first")
-    found = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+    if not is_dense(tensor):
+        raise StorageError(
+            f"{name!r} is a {type(tensor).__name__} that is not dense: turn it into a plain tensor first"
+        )
+    found = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous().resolve_conj().resolve_neg()
     whole = found.untyped_storage().nbytes() == found.numel() * found.element_size()
     return found if whole else found.clone()
 
 
-def _manifest(folder: Path, origin: Origin) -> dict[str, Any]:
+def _sort(dtype: torch.dtype) -> str:
+    """What kind of numbers a type holds: those of one kind can stand for one another."""
+    return "float" if dtype.is_floating_point else "complex" if dtype.is_complex else str(dtype)
+
+
+def _manifest(folder: Path, origin: Origin, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     versions = {"ecospa_fx": __version__, "torch": str(torch.__version__)}
     if origin.config is not None:
         versions["transformers"] = import_transformers().__version__
@@ -108,6 +136,7 @@ def _manifest(folder: Path, origin: Origin) -> dict[str, Any]:
         "training": origin.training,
         "inputs": origin.inputs,
         "integers": origin.integers,
+        "dtypes": {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()},
         "files": {f.name: {"bytes": f.stat().st_size, "sha256": digest(f)} for f in files},
     }
 
@@ -125,25 +154,51 @@ def load(
     transformers, which are built from their configuration. dtype: floating type of parameters to load instead of the
     saved one. No code from the folder is executed.
 
-    Raises StorageError for a folder that is incomplete, damaged or not of this kind; PlanError and CaptureError where
-    `model` builds another architecture.
+    Raises StorageError for a folder that is incomplete, damaged or not of this kind, and where `model` builds another
+    architecture; what `model` itself raises comes through.
     """
-    return load_with_inputs(Path(path), model, dtype)[0]
+    return load_with_inputs(folder_path(path), model, dtype)[0]
 
 
 def load_with_inputs(
     folder: Path, model: Callable[[], Any] | None = None, dtype: torch.dtype | None = None
 ) -> tuple[nn.Module, Any, Any]:
     """(model, args, kwargs): what `load` returns, with the example inputs that it was traced with."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise StorageError(f"dtype={dtype!r:.40} is no floating type: give one like torch.bfloat16")
     manifest = read_manifest(folder)
     plan = _read_plan(folder)
     tensors = read_weights(folder, manifest)
     if dtype is not None:
         weights = {name for name, _ in plan.shapes}
         tensors = {n: t.to(dtype) if n in weights and t.is_floating_point() else t for n, t in tensors.items()}
+    dense, args, kwargs = _dense(folder, manifest, model)
+    with _fitting(folder):
+        small = _filled(dense, plan, args, kwargs, manifest, tensors)
+    return small, args, kwargs
+
+
+@contextmanager
+def _fitting(folder: Path) -> Iterator[None]:
+    """Whatever goes wrong while a folder's content is put into a model is a StorageError."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except EcospaError as error:
+        raise StorageError(f"{folder} does not fit this model: {error}") from error
+    except Exception as error:
+        first = str(error).strip().partition("\n")[0]
+        raise StorageError(f"{folder} does not fit this model ({type(error).__name__}: {first:.200})") from error
+
+
+def _filled(
+    dense: nn.Module, plan: Plan, args: Any, kwargs: Any, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> nn.Module:
+    """The dense model shrunk by a plan, or edited as the manifest says, with the saved tensors in it."""
     from ecospa_fx.api import smaller  # which imports this module
 
-    dense, args, kwargs = _dense(folder, manifest, model)
+    plan.check(dense)
     dense = _typed(dense, tensors)
     known = replace(origin(dense, plan, args, kwargs), integers=manifest.get("integers"))
     if known.integers is None:
@@ -151,13 +206,15 @@ def load_with_inputs(
     else:
         small = rewritten(dense, plan, known.integers, tensors)
     _fill(small, tensors, known.buffers)
-    return remember(small, known), args, kwargs
+    return remember(small, known)
 
 
 def _read_plan(folder: Path) -> Plan:
     try:
-        return Plan.from_json((folder / PLAN).read_bytes())
-    except PlanError as error:
+        text = (folder / PLAN).read_bytes()
+        strict_json(text)
+        return Plan.from_json(text)
+    except Exception as error:  # whatever a plan's numbers may lead to
         raise StorageError(f"{folder / PLAN}: {error}") from error
 
 
@@ -196,7 +253,7 @@ def _example(folder: Path, manifest: Mapping[str, Any]) -> tuple[Any, Any]:
     try:
         args, kwargs = blank(manifest["inputs"])
         return tuple(args), dict(kwargs)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (TypeError, ValueError) as error:
         raise StorageError(f"{folder / MANIFEST} describes no example inputs: save the model again") from error
 
 
@@ -211,7 +268,7 @@ def _from_config(folder: Path, manifest: Mapping[str, Any]) -> Any:
     if attention is not None and not (isinstance(attention, str) and attention.isidentifier()):
         raise StorageError(f"{folder / MANIFEST} names an attention implementation {attention!r} outside transformers")
     try:
-        described = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        described = strict_json((folder / CONFIG).read_text(encoding="utf-8"))
         config: Any = kind.config_class.from_dict(_plain(described))  # type: ignore[attr-defined]
         config.architectures = [name]
         config._attn_implementation = attention
@@ -233,10 +290,14 @@ def _plain(described: Any) -> Any:
 def _typed(dense: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     """The model in the types of the saved tensors, on the CPU; a copy where that changes anything.
 
-    A graph holds its types as literals, so they must be right before it is traced.
+    A graph holds its types as literals, so they must be right before it is traced. Raises StorageError where a saved
+    tensor holds another kind of numbers than the model's.
     """
     own: dict[str, Tensor] = {**dict(dense.named_parameters()), **dict(dense.named_buffers())}
     memo: dict[int, Any] = {}
+    for name in own.keys() & tensors.keys():
+        if _sort(own[name].dtype) != _sort(tensors[name].dtype):
+            raise StorageError(f"{name!r} is saved as {tensors[name].dtype} and is {own[name].dtype} in the model")
     for name, old in own.items():
         if name in tensors and (old.dtype != tensors[name].dtype or old.device.type != "cpu"):
             empty = torch.empty(old.shape, dtype=tensors[name].dtype)
@@ -258,7 +319,7 @@ def _fill(small: nn.Module, tensors: Mapping[str, Tensor], buffers: Sequence[str
                 f"{name!r} has shape {tuple(tensors[name].shape)} in the saved weights and {tuple(old.shape)} "
                 "in the model: the architecture or the plan is not the one that was saved"
             )
-        saved = tensors[name]
+        saved = tensors[name].contiguous()
         new[id(old)] = nn.Parameter(saved, old.requires_grad) if isinstance(old, nn.Parameter) else saved
     for module in small.modules():
         for place in (module._parameters, module._buffers):
