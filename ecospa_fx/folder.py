@@ -218,7 +218,8 @@ def read_weights(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Tensor]
     except ImportError as error:
         raise StorageError('the package safetensors is not installed: pip install "ecospa-fx[hf]"') from error
     except Exception as error:  # each format raises its own kinds
-        raise StorageError(f"the weights in {folder} cannot be read: {error}") from error
+        damage = f"they are damaged or hold something else than tensors ({type(error).__name__})"
+        raise StorageError(f"the weights in {folder} cannot be read: {damage}") from error
     if not isinstance(found, dict) or not all(type(n) is str and isinstance(t, Tensor) for n, t in found.items()):
         raise StorageError(f"the weights in {folder} are not tensors by name")
     named = manifest.get("dtypes")

@@ -41,13 +41,13 @@ def blank(told: Any) -> Any:
             raise ValueError("the example inputs would not fit into memory")
         return _blank(told)
     except (RecursionError, RuntimeError, OverflowError, TypeError, AttributeError, KeyError) as error:
-        raise ValueError(f"{told!r:.40} describes no value") from error
+        raise ValueError("it describes no value") from error
 
 
 def _bytes(told: Any) -> int:
     """Of all tensors of a description."""
     if not isinstance(told, dict) or len(told.keys() - {"dtype"}) != 1:
-        raise ValueError(f"{told!r:.40} describes no value")
+        raise ValueError(f"a {type(told).__name__} describes no value")
     ((kind, content),) = ((key, value) for key, value in told.items() if key != "dtype")
     if kind == "tensor":
         if not all(type(n) is int and n >= 0 for n in content):
@@ -56,7 +56,7 @@ def _bytes(told: Any) -> int:
     if kind in ("dict", "tuple", "list"):
         return sum(map(_bytes, content.values() if kind == "dict" else content))
     if kind != "value" or not (content is None or isinstance(content, bool | int | float | str)):
-        raise ValueError(f"{told!r:.40} describes no value")
+        raise ValueError(f"a {type(told).__name__} describes no value")
     return 0
 
 

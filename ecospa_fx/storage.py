@@ -199,6 +199,8 @@ def _filled(
     from ecospa_fx.api import smaller  # which imports this module
 
     plan.check(dense)
+    if manifest.get("dtypes") is None:
+        _refuse_mixtures(dense, tensors)
     dense = _typed(dense, tensors)
     known = replace(origin(dense, plan, args, kwargs), integers=manifest.get("integers"))
     if known.integers is None:
@@ -285,6 +287,14 @@ def _plain(described: Any) -> Any:
         return described
     unwanted = ("auto_map", "_attn_implementation", "attn_implementation", "quantization_config")
     return {key: _plain(value) for key, value in described.items() if not key.startswith(unwanted)}
+
+
+def _refuse_mixtures(dense: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Raise StorageError where parameters of one type are saved in several, in folders that do not say so."""
+    saved: dict[torch.dtype, torch.dtype] = {}
+    for name, parameter in dense.named_parameters():
+        if name in tensors and saved.setdefault(parameter.dtype, tensors[name].dtype) != tensors[name].dtype:
+            raise StorageError(f"{name!r} is saved as {tensors[name].dtype} and others like it are not")
 
 
 def _typed(dense: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:

@@ -211,3 +211,19 @@ def test_an_optimizer_of_another_model_is_refused() -> None:
     check_optimizers([torch.optim.SGD([model.weight])], model.parameters())
     with pytest.raises(TrainingError, match=r"SGD holds 2 of 2 parameters that are not this model's"):
         check_optimizers([torch.optim.SGD(other.parameters())], model.parameters())
+
+
+def test_a_state_reduced_over_the_axis_along_which_the_choice_differs_cannot_follow() -> None:
+    """Each of three slices keeps other rows: a mean over slices has no part that is the smaller one's."""
+    keep = torch.zeros(3, 6, dtype=torch.bool)
+    for i, kept in enumerate(([0, 1], [2, 4], [1, 5])):
+        keep[i, kept] = True
+    cut = cuts_between({"w": (3, 6, 5)}, {}, {"w": {(0, 1): keep}})["w"]
+    assert cut.beside(torch.randn(1, 6, 5)) is None
+    assert cut.beside(torch.randn(6, 5)) is None
+    over_columns, over_rows = torch.randn(3, 6, 1), torch.randn(3, 1, 5)
+    kept_columns, kept_rows = cut.beside(over_columns), cut.beside(over_rows)
+    assert kept_columns is not None
+    assert torch.equal(kept_columns.flatten(), over_columns[..., 0][keep])
+    assert kept_rows is not None
+    assert torch.equal(kept_rows, over_rows)

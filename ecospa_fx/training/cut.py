@@ -48,11 +48,12 @@ class Cut:
 
         Per-parameter numbers stay. A tensor of the parameter's shape is cut like it; one that is reduced over some
         axes, of size 1 there or without them, is cut along the others, if only one way of matching them exists.
-        Quantised values (integers of the parameter's shape) come with scales of unknown layout: None.
+        Quantised values (integers or 8-bit floats of the parameter's shape) come with scales of unknown layout: None.
         """
         if tensor.numel() == 1:
             return tensor
-        if not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool):
+        wide = tensor.is_floating_point() and tensor.element_size() > 1
+        if not (wide or tensor.is_complex() or tensor.dtype is torch.bool) or tensor.layout is not torch.strided:
             return None
         present = _matching(tuple(tensor.shape), self.before)
         if present is None:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from ecospa_fx.errors import TrainingError
 from ecospa_fx.training.cut import Cut
+from ecospa_fx.training.state_evidence import Path, Store, elementwise, leaves, shared, store, store_of
 
 
 def check_optimizers(optimizers: Sequence[Optimizer], known: Iterable[Tensor]) -> None:
@@ -33,17 +34,42 @@ def check_optimizers(optimizers: Sequence[Optimizer], known: Iterable[Tensor]) -
 
 
 def check_states(optimizers: Sequence[Optimizer], tensors: Mapping[str, Tensor], cuts: Mapping[str, Cut]) -> None:
-    """Raise TrainingError, before anything changes, where a state beside a parameter cannot be cut."""
+    """Raise TrainingError, before anything changes, where something kept beside a parameter cannot be cut.
+
+    Tensors that code has put on parameters, as accumulated gradients often are, follow like an optimizer's states.
+    """
+    stores = [*map(store_of, optimizers), _attributes(tensors)]
     for name, cut in cuts.items():
-        for optimizer in optimizers:
-            for key, value in optimizer.state.get(tensors[name], {}).items():
-                for tensor in _tensors(value):
-                    if cut.beside(torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")) is None:
-                        raise TrainingError(
-                            f"{type(optimizer).__name__} keeps {key!r} of shape {tuple(tensor.shape)} and type "
-                            f"{tensor.dtype} beside parameter {name!r} of shape {cut.before}, and how it follows "
-                            "cannot be told: use an optimizer whose states have the parameter's shape"
-                        )
+        for entries in stores:
+            for path, tensor in leaves(entries.states.get(tensors[name], {})):
+                why = _hindrance(entries, tensors[name], path, tensor, cut)
+                if why is not None:
+                    raise TrainingError(
+                        f"{entries.owner} keeps {path[0]!r} of shape {tuple(tensor.shape)} and type {tensor.dtype} "
+                        f"beside parameter {name!r} of shape {cut.before}, and {why}"
+                    )
+
+
+def _hindrance(entries: Store, parameter: Tensor, path: Path, tensor: Tensor, cut: Cut) -> str | None:
+    """Why one tensor cannot follow a cut, and what to do; None where it can."""
+    plain = type(tensor) in (Tensor, nn.Parameter) or hasattr(tensor, "full_tensor")
+    alike = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+    if not plain or tensor.layout is not torch.strided or cut.beside(alike) is None:
+        return "how it follows cannot be told: use an optimizer whose states have the parameter's shape"
+    if tensor.numel() > 1 and shared(entries, tensor):
+        return "another parameter's lies in the same memory: keep one for each parameter"
+    if tensor.numel() > 1 and not elementwise(entries, parameter, path, tensor):
+        return (
+            "it may hold a number per element or be a matrix about rows or columns, such as a preconditioner: use an "
+            "optimizer of torch.optim, or leave this parameter's couplings out"
+        )
+    return None
+
+
+def _attributes(tensors: Mapping[str, Tensor]) -> Store:
+    """Tensors that were set on parameters as attributes."""
+    states = {t: {k: v for k, v in vars(t).items() if isinstance(v, Tensor)} for t in tensors.values()}
+    return store("the model's code", states, documented=False)
 
 
 def cut_all(optimizers: Sequence[Optimizer], tensors: Mapping[str, Tensor], cuts: Mapping[str, Cut]) -> None:
@@ -54,6 +80,9 @@ def cut_all(optimizers: Sequence[Optimizer], tensors: Mapping[str, Tensor], cuts
             state: dict[str, Any] = optimizer.state.get(tensor, {})
             for key, value in state.items():
                 state[key] = _mapped(value, cut)
+        for key, value in list(vars(tensor).items()):
+            if isinstance(value, Tensor):
+                setattr(tensor, key, cut.beside(value))
         narrow(tensor, cut)
 
 
@@ -73,7 +102,7 @@ def narrow(tensor: Tensor, cut: Cut) -> None:
 def held_bytes(optimizers: Sequence[Optimizer]) -> int:
     """Bytes of all tensors that optimizers keep beside parameters."""
     values = [v for optimizer in optimizers for state in optimizer.state.values() for v in state.values()]
-    return sum(t.numel() * t.element_size() for value in values for t in _tensors(value))
+    return sum(t.numel() * t.element_size() for value in values for _, t in leaves(value))
 
 
 def _held(optimizer: Optimizer) -> Iterator[nn.Parameter]:
@@ -81,22 +110,12 @@ def _held(optimizer: Optimizer) -> Iterator[nn.Parameter]:
         yield from group["params"]
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-
-
 def _mapped(value: Any, cut: Cut) -> Any:
     if isinstance(value, Tensor):
         return cut.beside(value)
     if isinstance(value, list | tuple):
-        return type(value)(_mapped(item, cut) for item in value)
+        items = [_mapped(item, cut) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if isinstance(value, dict):
         return {key: _mapped(item, cut) for key, item in value.items()}
     return value

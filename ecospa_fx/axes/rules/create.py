@@ -8,19 +8,21 @@ from ecospa_fx.axes.registry import axis_rule
 from ecospa_fx.axes.resize import Resize, resize_rule
 
 
-@axis_rule("aten.zeros", "aten.new_zeros", "aten.empty", "aten.new_empty", "aten.empty_permuted", "aten.empty_strided")
+@axis_rule("aten.zeros", "aten.new_zeros", "aten.empty", "aten.new_empty", "aten.empty_permuted", "aten.empty_strided",
+           linear=True)  # fmt: skip
 def zeros(call: Call) -> Value:
     """All 0, or not written yet."""
     return call.blank(zero=not call.operator.endswith(("empty", "empty_permuted", "empty_strided")))
 
 
-@axis_rule("aten.ones", "aten.new_ones", "aten.full", "aten.new_full")
+@axis_rule("aten.ones", "aten.new_ones", "aten.full", "aten.new_full", linear=True)
 def full(call: Call) -> Value:
     """One number everywhere."""
     return call.blank(zero=False)
 
 
-@axis_rule("aten.zeros_like", "aten.ones_like", "aten.full_like", "aten.empty_like", "aten.fill")
+@axis_rule("aten.zeros_like", "aten.ones_like", "aten.full_like", "aten.empty_like", "aten.fill",
+           linear=("aten.zeros_like", "aten.empty_like"))  # fmt: skip
 def like(call: Call) -> Value:
     """The shape of another tensor, so its dims."""
     value = call.values[0]

@@ -201,7 +201,7 @@ def three(call: Call) -> Value:
 @axis_rule("aten.copy", linear=True)
 def copy(call: Call) -> Value:
     """Overwrite: the numbers of the source in the shape of the destination."""
-    result = call.pointwise(call.values, "lost")
+    result = call.pointwise(call.values, "lost", scales=True)  # nothing of the destination is left
     return _zero_if(call, result, [call["src"]])
 
 
