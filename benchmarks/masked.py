@@ -25,6 +25,7 @@ from ecospa_fx.graph.evaluate import Evaluator
 from ecospa_fx.graph.sites import Site, find_sites
 from ecospa_fx.importance.compensated import Compensated
 from ecospa_fx.importance.curvature import Collector, Curvature
+from ecospa_fx.importance.matrices import regular_inverse
 from ecospa_fx.importance.second_order import unit_scores
 from ecospa_fx.importance.views import Views, views_of
 from ecospa_fx.passes.lossy.change_basis import ChangeBasis, balanced, turn_factors, turn_values
@@ -180,7 +181,7 @@ class MaskedTraining:
         def made(change: ChangeBasis) -> ChangeBasis:
             change = balanced(change, self.program)
             change.run(self.program)
-            inverse = torch.linalg.inv(change.basis).mT
+            inverse = regular_inverse(change.basis).mT
             for group, matrix in ((change.first, inverse), (change.second, change.basis)):
                 for side in group:
                     weight = self.parameters[side.member.parameter]

@@ -159,6 +159,42 @@ def test_every_test_file_asserts_something() -> None:
     assert not asserts(ast.parse("def test_nothing():\n    print(1)"))
 
 
+LU = {"inv", "inv_ex", "solve", "solve_ex", "tensorinv", "tensorsolve", "lstsq", "pinv", "pinverse", "inverse", "det",
+      "logdet", "slogdet", "lu", "lu_factor", "lu_factor_ex", "lu_solve", "lu_unpack", "matrix_exp", "matrix_power",
+      "cond"}  # fmt: skip
+"""Names in torch, or of methods of tensors, that call for an LU decomposition, or for one of what is not regular."""
+
+
+def lu_calls(tree: ast.AST) -> Iterator[str]:
+    """What a tree takes of torch that decomposes into LU: by attribute of ``torch`` or a tensor, or by import."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch":
+            yield from (f"{node.lineno} {alias.name}" for alias in node.names if alias.name in LU)
+        if isinstance(node, ast.Attribute) and node.attr in LU and _is_of_torch(node):
+            yield f"{node.lineno} {node.attr}"
+
+
+def _is_of_torch(node: ast.Attribute) -> bool:
+    """Whether an attribute is torch's: all but those of `self`, and of modules of our own."""
+    path = ast.unparse(node.value).split(".")
+    return path[0] == "torch" or path[-1] == "linalg" or (path[0] != "self" and node.attr in {"inverse", "det", "lu"})
+
+
+def test_nothing_asks_for_an_lu_decomposition() -> None:
+    """That of a batch of matrices of 160 rows never ends in some builds of torch once threads were set."""
+    offenders = [f"{path.relative_to(ROOT)}:{told}" for path in library() for told in lu_calls(parsed(path))]
+    assert not offenders, f"Cholesky, QR, eigenvalues or triangular solves instead: {', '.join(offenders)}"
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["torch.linalg.inv(a)", "a.inverse()", "from torch.linalg import solve", "linalg.lu_factor(a)", "x.y.det()"],
+)
+def test_the_check_finds_lu_decompositions(code: str) -> None:
+    assert list(lu_calls(ast.parse(code)))
+    assert not list(lu_calls(ast.parse("self.inverse[0]; knapsack.solve(a); torch.linalg.qr(a)")))
+
+
 def test_only_the_command_line_prints() -> None:
     offenders = []
     for path in library():

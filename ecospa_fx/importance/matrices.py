@@ -1,4 +1,8 @@
-"""Symmetric matrices as they come from sums of outer products: damped, and raised to a power."""
+"""Symmetric matrices as they come from sums of outer products: damped, and raised to a power; and inverses.
+
+Nothing here, or elsewhere in the library, calls for an LU decomposition: that of a batch of matrices never ends in some
+CPU builds of torch once the number of threads was set. Cholesky, QR and eigenvalues do, and are as good here.
+"""
 
 from __future__ import annotations
 
@@ -38,6 +42,13 @@ def inverse(matrix: Tensor) -> Tensor:
         eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
         factor = torch.linalg.cholesky(matrix + added[..., None, None] * eye)
     result: Tensor = torch.cholesky_inverse(factor)
+    return result
+
+
+def regular_inverse(matrix: Tensor) -> Tensor:
+    """Of `matrix` [..., n, n], any that has one: R⁻¹ Qᵀ."""
+    orthogonal, triangular = torch.linalg.qr(matrix)
+    result: Tensor = torch.linalg.solve_triangular(triangular, orthogonal.mT, upper=True)
     return result
 
 

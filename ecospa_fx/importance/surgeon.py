@@ -94,7 +94,7 @@ class _State:
             blocks = self.inverse.view(len(self.rows), units, self.width, units, self.width)
             own = blocks.diagonal(dim1=1, dim2=3).movedim(-1, 1)
             own = torch.where(self.gone[..., None, None], torch.eye(self.width).to(own), own)
-            costs = (torch.linalg.inv(own) * self.inner).sum((2, 3))
+            costs = (inverse(own) * self.inner).sum((2, 3))
         return costs.masked_fill(self.gone, torch.inf)
 
     def _update(self, best: Tensor) -> None:
@@ -102,7 +102,7 @@ class _State:
         columns = (best[..., None] * self.width + torch.arange(self.width, device=best.device)).flatten(1)
         across = self.inverse[self.rows, columns]  # [carriers, columns, n]
         own = across.gather(2, columns[:, None].expand(-1, columns.shape[1], -1))
-        share = across / own if columns.shape[1] == 1 else torch.linalg.inv(own) @ across
+        share = across / own if columns.shape[1] == 1 else inverse(own) @ across
         taken = self.weight[self.rows, columns]  # [carriers, columns, out]
         if columns.shape[1] == 1:  # rank one: a broadcast product costs less than a matrix product, and norms follow
             met = self.weight @ taken.mT

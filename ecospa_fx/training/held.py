@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from ecospa_fx.errors import TrainingError
 from ecospa_fx.graph.program import ExportedForm
+from ecospa_fx.importance.matrices import regular_inverse
 from ecospa_fx.importance.views import Side
 from ecospa_fx.origin import Origin, remember
 from ecospa_fx.training.cut import Cut
@@ -137,7 +138,7 @@ class Held:
         """
         from ecospa_fx.passes.lossy.change_basis import rotated
 
-        inverse = torch.linalg.inv(basis).mT
+        inverse = regular_inverse(basis).mT
         for own, matrix, other in ((sides[0], basis, inverse), (sides[1], inverse, basis)):
             for side in own:
                 name, axis = side.member.parameter, side.member.axis

@@ -17,7 +17,7 @@ from torch import Tensor
 from ecospa_fx.graph.program import Program
 from ecospa_fx.graph.sites import Site
 from ecospa_fx.importance.curvature import Curvature
-from ecospa_fx.importance.matrices import NOISE, power
+from ecospa_fx.importance.matrices import NOISE, power, regular_inverse
 from ecospa_fx.importance.views import Gate, Inputs, Side, Views, sides_of
 
 FLOOR = 1e-6
@@ -35,7 +35,7 @@ class ChangeBasis:
 
     def run(self, program: Program) -> None:
         """Replace the parameters of a program; the function that it computes stays the same."""
-        inverse = torch.linalg.inv(self.basis).mT
+        inverse = regular_inverse(self.basis).mT
         for sides, matrix in ((self.first, self.basis), (self.second, inverse)):
             for side in sides:
                 name, axis = side.member.parameter, side.member.axis
@@ -107,7 +107,7 @@ def balanced(change: ChangeBasis, program: Program) -> ChangeBasis:
 
     An optimizer that scales its steps per element, like Adam, would otherwise move one side far more than the other.
     """
-    inverse = torch.linalg.inv(change.basis).mT
+    inverse = regular_inverse(change.basis).mT
     norms = []
     for sides, matrix in ((change.first, change.basis), (change.second, inverse)):
         total = torch.zeros(matrix.shape[:2], dtype=matrix.dtype, device=matrix.device)
