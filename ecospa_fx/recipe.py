@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from ecospa_fx.budget.allocate import choose
@@ -21,9 +22,10 @@ from ecospa_fx.graph.quick import quick
 from ecospa_fx.graph.sites import Site, find_sites
 from ecospa_fx.importance.compensated import Compensated
 from ecospa_fx.importance.curvature import Collector, Curvature
+from ecospa_fx.importance.losses import Batch, Loss, check_loss, check_slope
 from ecospa_fx.importance.progress import watched
 from ecospa_fx.importance.samples import grouped, samples_of
-from ecospa_fx.importance.score import Batch, Loss, arguments
+from ecospa_fx.importance.score import arguments
 from ecospa_fx.importance.scores import Scores
 from ecospa_fx.importance.second_order import unit_scores, without_traffic
 from ecospa_fx.importance.views import Views, views_of
@@ -149,6 +151,7 @@ def checked(batches: Iterable[object], loss: Loss | None) -> tuple[list[Batch], 
             f"method {SECOND_ORDER!r} needs a loss: pass loss=, a function (output, args, kwargs) -> scalar, "
             "or method='magnitude'"
         )
+    check_loss(loss)
     found = [arguments(batch, number) for number, batch in enumerate(batches)]
     if not found:
         raise ScoreError("there are no batches to calibrate with: pass at least one (args, kwargs)")
@@ -169,6 +172,7 @@ def compress_program(program: ExportedForm, task: Task, ratio: float, recipe: Re
     evaluator = Evaluator(program, task.model, task.args, task.kwargs)
     task = replace(task, batches=samples_of(task.batches, evaluator, task.loss))
     draws = recipe.draws(len(task.batches))
+    _check_loss(evaluator, task, distilled=draws > 0)
     known, judges = _apart(task.batches, JUDGES) if draws else (task.batches, [])
     seen, held = _held(known) if recipe.allocation == "sensitivity" else (known, [])
     more = filled(seen, recipe.mixed)
@@ -196,6 +200,18 @@ def _at_once(curvature: Curvature | None, samples: int) -> int:
     """How many samples distillation reads at once: as many as hold `ROWS` rows, where that is known."""
     rows = max((moments.rows for moments in curvature.inputs.values()), default=0) if curvature is not None else 0
     return math.ceil(ROWS * samples / rows) if rows else 1
+
+
+def _check_loss(dense: Evaluator, task: Task, *, distilled: bool) -> None:
+    """Raise ScoreError, before anything slow, for a loss that tells nothing at the dense model."""
+    from ecospa_fx.passes.lossy.divergence import answer_of, check_convex
+
+    weights = dense.weights()
+    with torch.no_grad():
+        answers = ((batch, answer_of(dense, weights, batch)) for batch in task.batches)
+        batch, answer = check_slope(task.loss, answers)
+        if distilled:
+            check_convex(task.loss, answer, batch)
 
 
 def _planned(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
@@ -10,14 +11,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div
 
 import ecospa_fx as eco
+from ecospa_fx.errors import ScoreError
 from ecospa_fx.graph.evaluate import Evaluator
 from ecospa_fx.importance.curvature import Collector
-from ecospa_fx.importance.score import Batch
+from ecospa_fx.importance.losses import Batch, Loss, slopes_of
 from ecospa_fx.passes.lossy import distill
 from ecospa_fx.passes.lossy.distill import Distill
+from ecospa_fx.passes.lossy.divergence import divergence
 from ecospa_fx.passes.lossy.reconstruct import Reconstruct
 from tests.counting import VOCABULARY, data, loss_of, pair
 
@@ -95,19 +98,24 @@ def test_rounding_of_products_is_the_callers_again_afterwards(trained: nn.Module
     assert torch.get_float32_matmul_precision() == "highest"
 
 
-def test_the_divergence_of_a_cross_entropy_is_that_of_the_predictions_whatever_the_labels() -> None:
+@pytest.mark.parametrize("constant", [0.0, -1e5])
+def test_the_divergence_of_a_cross_entropy_is_that_of_the_predictions_whatever_the_labels(constant: float) -> None:
     """Its gradient at the output is softmax(y) - softmax(y₀)."""
     torch.manual_seed(0)
-    output, dense = torch.randn(2, 5, VOCABULARY, requires_grad=True), torch.randn(2, 5, VOCABULARY)
+    output, dense = torch.randn(2, 5, VOCABULARY), torch.randn(2, 5, VOCABULARY)
+    want = kl_div(output.log_softmax(-1), dense.softmax(-1), reduction="sum")
     for labels in torch.randint(0, VOCABULARY, (3, 2, 5)):
         batch: Batch = ((labels,), {})
 
         def loss(logits: Tensor, args: Any, kwargs: Any) -> Tensor:
-            return cross_entropy(logits.flatten(0, 1), args[0].flatten(), reduction="sum")
+            return cross_entropy(logits.flatten(0, 1), args[0].flatten(), reduction="sum") + constant
 
-        value = distill._divergence(output, distill._slopes(dense, batch, loss), batch, loss)
-        (found,) = torch.autograd.grad(value, output)
-        torch.testing.assert_close(found, output.softmax(-1) - dense.softmax(-1))
+        slopes = slopes_of(loss, dense, batch)
+        (there,), (here,) = slopes_of(loss, output, batch), slopes
+        assert there is not None
+        assert here is not None
+        torch.testing.assert_close(there - here, output.softmax(-1) - dense.softmax(-1))
+        assert divergence(loss, dense, slopes, output, batch).value == pytest.approx(float(want), rel=1e-3)
 
 
 def test_a_loss_that_the_model_computes_itself_distils_nothing_and_says_so(trained: nn.Module) -> None:
@@ -144,6 +152,103 @@ def test_the_way_that_costs_least_is_gone(costs: tuple[float, float, float], way
     found, least = distill._best_way(lambda t: half if t == 0.5 else cost(t), first)
     assert found == pytest.approx(way, abs=0.04)
     assert least == pytest.approx(min(c for c in (*costs, cost(found)) if math.isfinite(c)))
+
+
+# -- how far steps go --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("parameter", "size"),
+    [
+        (torch.ones(4, 100), 1 / 2 + 1 / 10),
+        (torch.full((100, 4), -3.0), 3 * (1 / 2 + 1 / 10)),
+        (torch.ones(16), 1 / 4 + 1 / 4),
+        (torch.tensor(2.0), 4.0),
+        (torch.zeros(4, 4), 0.02),
+    ],
+)
+def test_steps_are_as_large_as_the_parameter_is_as_an_operator(parameter: Tensor, size: float) -> None:
+    assert distill._step_size(parameter) == pytest.approx(size)
+
+
+def squared(output: Tensor, args: Any, kwargs: Any) -> Tensor:
+    """A squared error whose divergence is the squared distance."""
+    return (output - 1.0).square().mean()
+
+
+def test_who_lost_little_goes_in_small_steps(trained: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps grow with the root of the share that is lost: of a squared error, with the relative distance."""
+    rates: list[float] = []
+    monkeypatch.setattr(Distill, "_descend", lambda self, pair, rate, batches, watch: rates.append(rate))
+    batches, distances = data(4), []
+    for ratio in (0.1, 0.6):
+        dense, small = pair(trained, ratio)
+        Distill(rate=0.5).run(dense, small, batches, squared)
+        answers = [torch.cat([raw(e, batch) for batch in batches]) for e in (dense, small)]
+        distances.append(float((answers[1] - answers[0]).norm() / answers[0].norm()))
+    assert rates == pytest.approx([0.5 * distance for distance in distances], rel=1e-3)
+    assert rates[0] < rates[1] / 2
+
+
+def raw(evaluator: Evaluator, batch: Batch) -> Tensor:
+    values = {**evaluator.start(*batch), **evaluator.weights()}
+    evaluator.run(evaluator.order, values)
+    output: Tensor = evaluator.returned(values, *batch)
+    return output
+
+
+# -- losses that are no distance ---------------------------------------------------------------------------------
+
+
+def unlike(output: Tensor, args: Any, kwargs: Any) -> Tensor:
+    return -loss_of(output, args, kwargs)
+
+
+def reward(output: Tensor, args: Any, kwargs: Any) -> Tensor:
+    """A cross-entropy that counts for some tokens and against others."""
+    signs = torch.where(args[0][:, 1:] % 3 == 0, -1.0, 1.0).flatten()
+    return (signs * cross_entropy(output[:, :-1].flatten(0, 1), args[0][:, 1:].flatten(), reduction="none")).mean()
+
+
+@pytest.mark.parametrize("loss", [unlike, lambda y, args, kwargs: -y.square().sum()])
+def test_a_divergence_below_zero_is_refused_and_nothing_changes(trained: nn.Module, loss: Loss) -> None:
+    dense, small = pair(trained, 0.5)
+    before = dict(small.program.values)
+    with pytest.raises(ScoreError, match=r"divergence is below zero.*pass distillation=0.*convex"):
+        Distill(length=8).run(dense, small, data(8), loss)
+    assert all(small.program.values[name] is value for name, value in before.items())
+
+
+def test_what_is_farther_by_the_slopes_is_never_returned(trained: nn.Module) -> None:
+    """Where a loss counts against some answers it leads away from them: not so far that less is alike afterwards."""
+    dense, small = pair(trained, 0.5)
+    batches = data(4)
+
+    def apart() -> float:
+        pairs = [(raw(dense, batch).softmax(-1), raw(small, batch).softmax(-1)) for batch in batches]
+        return sum(float((a - b)[:, :-1].square().sum()) for a, b in pairs)
+
+    before = apart()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        Distill(length=24, rate=0.5).run(dense, small, batches, reward)
+    assert apart() <= before * 1.01
+
+
+def test_a_model_that_returns_an_object_of_its_own_distils_too(trained: nn.Module) -> None:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = trained
+
+        def forward(self, ids: Tensor) -> Any:
+            return {"answer": [self.inner(ids)]}
+
+    dense, small = pair(Wrapped(), 0.5)
+    first, last = Distill(length=8, rate=0.01).run(
+        dense, small, data(4), lambda y, args, kwargs: loss_of(y["answer"][0], args, kwargs)
+    )
+    assert last < first
 
 
 def test_nothing_is_fitted_to_the_judges(trained: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -247,7 +247,18 @@ def test_refuses_gradients_that_are_not_finite() -> None:
         (lambda o, a, k: 1.0, "the loss of batch 0 is not a scalar but of type float: return its mean or sum"),
         (
             lambda o, a, k: o.detach().mean(),
-            "the loss of batch 0 does not depend on the model: return the loss of the model's output",
+            "the loss of batch 0 does not depend on the model: return the loss of the model's output, without "
+            "detach(), item() or no_grad()",
+        ),
+        (
+            lambda o, a, k: o.argmax(-1).sum(),
+            "the loss of batch 0 is of type torch.int64, which has no gradient: return a floating one",
+        ),
+        (lambda o, a, k: None, "the loss of batch 0 is not a scalar but of type NoneType: return its mean or sum"),
+        (3.0, "loss=3.0 is no function: pass one (output, args, kwargs) -> scalar"),
+        (
+            lambda o, a, k: o.mean() * torch.nan,
+            "the loss of batch 0 is nan: leave the batch out or repair the weights",
         ),
         (
             lambda o, a, k: o.mean() * torch.inf,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ecospa_fx.errors import ScoreError
 from ecospa_fx.graph.evaluate import Evaluator, Values
 from ecospa_fx.graph.sites import Site
+from ecospa_fx.importance.losses import NormalisedLoss, no_slope
 from ecospa_fx.importance.methods import GATE_FISHER, GradientStatistic
 from ecospa_fx.importance.reduce import accumulator_dtype
 from ecospa_fx.importance.score import Batch, Loss, one_batch
@@ -69,6 +70,7 @@ class Curvature:
     inputs: moments of the input; results: of the output; outputs: of the loss's gradient at the output; gates: by
     coupling, Σ e eᵀ [carriers, units, units] over rows of the derivatives e by gates on the units, of the factor at
     which they are smaller; others: by coupling, [carriers, units], sums over samples of squared derivatives by gates.
+    has_slope: whether the loss has any slope at the model's outputs.
     """
 
     def __init__(self) -> None:
@@ -77,6 +79,7 @@ class Curvature:
         self.outputs: dict[Site, Moments] = {}
         self.gates: dict[str, Tensor] = {}
         self.others: dict[str, Tensor] = {}
+        self.has_slope = False
 
     def second(self, site: Site) -> Tensor:
         """Second moment of a site's input, about the mean where a bias can make up for it."""
@@ -84,7 +87,9 @@ class Curvature:
         return moments.covariance() if site.bias is not None else moments.second
 
     def check(self) -> None:
-        """Raise ScoreError where something is not finite."""
+        """Raise ScoreError where something is not finite, or the loss has no slope."""
+        if not self.has_slope:
+            raise no_slope("second-order scores")
         for kind, found in (("input", self.inputs), ("gradient", self.outputs)):
             for site, moments in found.items():
                 if not moments.second.isfinite().all():
@@ -123,7 +128,7 @@ class Collector:
         self._statistic = GradientStatistic(GATE_FISHER, self._leaves, views.others) if views.others else None
         self._watched = {site.node: site for site in {**self.curvature.inputs, **self.curvature.outputs, **self._gates}}
         self._begun: list[Tensor] = []
-        self._batches = 0
+        self._batches, self._unit = 0, 1.0
 
     def _side(self, side: Mapping[Site, Tensor]) -> Tensor:
         """Zeros [carriers, units, units], to which the hooks of a factor's sites will add."""
@@ -144,19 +149,31 @@ class Collector:
         return self.result()
 
     def watch(self, batches: Iterable[Batch], loss: Loss) -> None:
-        """The passes alone."""
+        """The passes alone, once."""
         watching = self._statistic.watching() if self._statistic is not None else nullcontext()
         with torch.inference_mode(False), torch.enable_grad(), watching:
+            unit = NormalisedLoss(loss)
             for batch in batches:
-                one_batch(self._forward, self._inputs, batch, loss, self._batches)
+                one_batch(self._forward, self._inputs, batch, unit, self._batches)
                 if self._statistic is not None:
                     self._statistic.end_batch(self._batches)
                 self._batches += 1
+        self.curvature.has_slope, self._unit = not unit.is_flat, unit.unit
+        self._rescale(1 / unit.unit)
+
+    def _rescale(self, factor: float) -> None:
+        """To the unit of the loss itself. factor: a power of two."""
+        for moments in self.curvature.outputs.values():
+            moments.total *= factor
+            moments.second *= factor**2
+        for side in (side for sides in self._sides.values() for side in sides):
+            side *= factor**2
 
     def result(self, total: Total | None = None) -> Curvature:
         """What was collected, by all processes together where there is a `total`."""
         if self._statistic is not None:
-            self.curvature.others = {n: v * self._batches for n, v in self._statistic.result().items()}
+            sums = self._batches / self._unit**2
+            self.curvature.others = {name: means * sums for name, means in self._statistic.result().items()}
         if total is not None:
             self._add_up(total)
         self.curvature.gates = {name: _quieter(sides) for name, sides in self._sides.items()}
@@ -169,6 +186,9 @@ class Collector:
             moments.add_up(total)
         for side in (side for sides in self._sides.values() for side in sides):
             total(side)
+        with_slope = next(iter(self.evaluator.program.values.values())).new_full((), int(found.has_slope))
+        total(with_slope)
+        found.has_slope = bool(with_slope)
         for name, sums in found.others.items():
             summed = sums.to(next(iter(self._leaves.values())).device)
             total(summed)

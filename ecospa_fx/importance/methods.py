@@ -68,11 +68,16 @@ Weights = Mapping[str, nn.Parameter]
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A named way to score. Exactly one of `from_weights` and `from_batches` is set."""
+    """A named way to score. Exactly one of `from_weights` and `from_batches` is set.
+
+    degree: scores grow with this power of the loss, so that they can be taken in a unit in which nothing underflows; 0
+    takes them of the loss as it is.
+    """
 
     name: str
     from_weights: Callable[[Weights, Sequence[Coupling]], Values] | None = None
     from_batches: Callable[[Weights, Sequence[Coupling]], Statistic] | None = None
+    degree: int = 0
 
 
 _METHODS: dict[str, Method] = {}
@@ -222,6 +227,6 @@ class GradientStatistic:
 GATE_FISHER = GradientRule(per_sample=torch.square, gate=True)
 
 register(Method("magnitude", from_weights=magnitude))
-register(Method("taylor", from_batches=partial(GradientStatistic, GradientRule(finish=torch.abs))))
-register(Method("fisher", from_batches=partial(GradientStatistic, GradientRule(per_element=torch.square))))
-register(Method("gate-fisher", from_batches=partial(GradientStatistic, GATE_FISHER)))
+register(Method("taylor", from_batches=partial(GradientStatistic, GradientRule(finish=torch.abs)), degree=1))
+register(Method("fisher", from_batches=partial(GradientStatistic, GradientRule(per_element=torch.square)), degree=2))
+register(Method("gate-fisher", from_batches=partial(GradientStatistic, GATE_FISHER), degree=2))

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ecospa_fx.graph.evaluate import Evaluator
-from ecospa_fx.importance.separable import Batch, Comparison, Loss, Output, closed_again, open_tensors
+from ecospa_fx.importance.losses import Batch, Loss
+from ecospa_fx.importance.separable import Comparison, Output, closed_again, open_tensors
 
 Answer = Callable[[Batch], Any]
 """What the model returns for some arguments."""

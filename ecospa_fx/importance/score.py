@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.errors import ScoreError
 from ecospa_fx.graph.wrappers import unwrapped
-from ecospa_fx.importance.methods import Method, Statistic, method_named
+from ecospa_fx.importance.losses import Batch as Batch
+from ecospa_fx.importance.losses import Loss as Loss
+from ecospa_fx.importance.losses import NormalisedLoss, checked_value, no_slope
+from ecospa_fx.importance.methods import Method, Statistic, Values, method_named
 from ecospa_fx.importance.progress import watched
 from ecospa_fx.importance.samples import Splitter
 from ecospa_fx.importance.scores import Scores
-from ecospa_fx.importance.separable import Batch as Batch
-from ecospa_fx.importance.separable import Loss as Loss
 from ecospa_fx.importance.separable import copied
 
 
@@ -42,8 +43,9 @@ def score(
     one number per unit. `progress` shows a bar on stderr: batches done, of how many where `batches` has a length, and
     the time left.
 
-    Raises ScoreError for empty batches, a loss that is not a scalar or does not depend on the coupled parameters,
-    values that are not finite, and weights without values (``meta``).
+    Only the slope of the loss counts, in any unit. Raises ScoreError for empty batches, a loss that is not a scalar,
+    does not depend on the coupled parameters or has no slope there, values that are not finite, and weights on
+    ``meta``.
 
     >>> loss = lambda output, args, kwargs: output.square().mean()
     >>> scores = score(model, couplings, [((x,), {}) for x in data], loss=loss)  # doctest: +SKIP
@@ -78,13 +80,22 @@ def score_samples(
         return Scores(method, chosen.from_weights(weights, couplings.offered))
     if loss is None or splitter is None:
         raise ScoreError(f"method {method!r} needs a loss: pass loss=, a function (output, args, kwargs) -> scalar")
-    statistic, count = _statistic(chosen, weights, couplings), 0
+    statistic, unit, count = _statistic(chosen, weights, couplings), NormalisedLoss(loss), 0
     with _scoring(model, statistic):
         for count, batch in enumerate(watched(batches, method) if progress else batches, 1):  # read below
-            _gather(model, statistic, splitter, arguments(batch, count - 1), loss, count - 1)
+            own = unit if chosen.degree else loss
+            _gather(model, statistic, splitter, arguments(batch, count - 1), own, count - 1)
     if count == 0:
         raise ScoreError(f"there are no batches to score with {method!r}: pass at least one (args, kwargs)")
-    return Scores(method, statistic.result())
+    return Scores(method, _values(chosen, statistic, unit))
+
+
+def _values(method: Method, statistic: Statistic, unit: NormalisedLoss) -> Values:
+    """Scores of the loss itself, in whose unit they were not gathered. Raises ScoreError where they say nothing."""
+    values = {name: value / unit.unit**method.degree for name, value in statistic.result().items()}
+    if unit.is_rounding or not any(value.any() for value in values.values()):
+        raise no_slope(f"the score {method.name!r}")
+    return values
 
 
 def _gather(model: nn.Module, statistic: Statistic, splitter: Splitter, batch: Batch, loss: Loss, number: int) -> None:
@@ -167,17 +178,9 @@ def one_batch(
     """
     args, kwargs = arguments(batch, number)
     value = loss(forward(*args, **kwargs), args, kwargs)
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        told = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
-        raise ScoreError(f"the loss of batch {number} is not a scalar but of {told}: return its mean or sum")
-    if not value.requires_grad:
-        raise ScoreError(
-            f"the loss of batch {number} does not depend on the model: return the loss of the model's output"
-        )
-    if not strict and not value.isfinite():
+    if not strict and isinstance(value, Tensor) and value.numel() == 1 and not value.isfinite():
         return False
-    if not value.isfinite():
-        raise ScoreError(f"the loss of batch {number} is {value.item()}: leave the batch out or repair the weights")
+    value = checked_value(value, f"batch {number}")
     torch.autograd.grad(value.reshape(()), list(inputs()), allow_unused=True)
     return True
 

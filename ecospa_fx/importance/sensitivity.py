@@ -28,7 +28,7 @@ Watch = Callable[[Sequence["Trial"]], Iterable["Trial"]]
 """Wraps the trials, to show progress."""
 
 TINY = 1e-12
-"""What each unit is predicted to cost at least."""
+"""What each unit is predicted to cost at least, as a share of the whole prediction."""
 
 LEAST = 0.1
 """A measured rise counts as at least this share of what the scores predict, in the currency of all measurements."""
@@ -51,13 +51,14 @@ class Curves:
     def lost(self, coupling: Coupling, kept: Sequence[int], predicted: Callable[[Sequence[int]], Tensor]) -> Tensor:
         """float64 [widths]: the rise at any widths. predicted: the scores' prediction at widths, ascending."""
         widths, rises = zip(*((coupling.size, 0.0), *self.rises[coupling.name]), strict=True)
-        x, at = (predicted(one) + TINY * (coupling.size - torch.tensor(one)) for one in (widths, kept))
+        tiny = TINY * (float(predicted(widths).max()) or 1.0)
+        x, at = (predicted(one) + tiny * (coupling.size - torch.tensor(one)) for one in (widths, kept))
         y = torch.tensor(rises, dtype=torch.float64).maximum(LEAST * self.rate * x).cummax(0).values
         high = torch.searchsorted(x, at).clamp(min=1)
         unknown = high == len(x)
         high = high.clamp(max=len(x) - 1)
         low = (high - 1).clamp(min=0)
-        slope = (y[high] - y[low]) / (x[high] - x[low]).clamp(min=TINY)
+        slope = (y[high] - y[low]) / (x[high] - x[low]).clamp(min=tiny)
         return (y[low] + (at - x[low]) * slope).masked_fill(unknown & (at > 0), torch.inf)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import inf, isfinite, nan
 from typing import Any
@@ -12,15 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ecospa_fx.graph.objects import closed, is_object, opened
-
-Batch = tuple[Sequence[Any], Mapping[str, Any]]
-"""Positional and keyword arguments of one call of the model."""
-
-Loss = Callable[[Any, Sequence[Any], Mapping[str, Any]], Tensor]
-"""(output, args, kwargs) to a scalar."""
-
-Slopes = list[Tensor | None]
-"""The loss's gradient at each leaf of an output; None where the loss does not depend on it."""
+from ecospa_fx.importance.losses import Batch, Loss, Slopes
 
 MIXED = 0.1
 """Up to this share, gradients may come from what a loss makes of several samples at once, as a balance of experts."""

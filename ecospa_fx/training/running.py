@@ -115,11 +115,14 @@ class RunningScores:
     def _take(
         self, gradient: Tensor, weight: Tensor, margins: Mapping[MarginKey, list[tuple[str, float, Member]]]
     ) -> None:
-        products = _products(local(gradient), local(weight))
+        products, unit = _products(local(gradient), local(weight)), None
         if self.method == "fisher":
-            products.square_()
+            unit = _unit(products)
+            products.mul_(unit).square_()
         for key, uses in margins.items():
             sums = placed(margin(products, key), key, weight)
+            if unit is not None:
+                sums = sums.to(self._sums.dtype) / unit.to(self._sums.dtype).square()
             for name, factor, member in uses:
                 self._part(self._sums, name).add_(_unit_sums(sums, member), alpha=factor)
 
@@ -133,6 +136,14 @@ def _products(gradient: Tensor, weight: Tensor) -> Tensor:
     if gradient.dtype == weight.dtype == torch.bfloat16:
         return gradient.detach() * weight.detach()
     return exact(gradient) * exact(weight)
+
+
+def _unit(values: Tensor) -> Tensor:
+    """The power of two by which the largest value is about 1, so that squares do not underflow; found on the device."""
+    if not values.numel():
+        return values.new_ones((), dtype=torch.float32)
+    exponent = torch.frexp(values.abs().amax().float()).exponent.clamp(-100, 100)
+    return torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), -exponent)
 
 
 def _unit_sums(margins: Tensor, member: Member) -> Tensor:

@@ -1,12 +1,7 @@
 """Let the smaller model as a whole answer like the dense one: on the calibration data, and without its labels.
 
-How far an output y is from the dense one y₀ is told by the loss itself, by its Bregman divergence
-
-    D(y, y₀) = L(y) - L(y₀) - ⟨∇L(y₀), y - y₀⟩,
-
-what the loss adds beyond its slope at y₀. For a cross-entropy that is the Kullback-Leibler divergence of the two
-predictions, for a squared error the squared distance; the labels cancel in both (Banerjee et al., 2005). Least squares
-layer by layer cannot see that the errors of several layers add up; this can.
+How far an output is from the dense one is told by the loss itself: see `ecospa_fx.passes.lossy.divergence`. Least
+squares layer by layer cannot see that the errors of several layers add up; this can.
 """
 
 from __future__ import annotations
@@ -19,16 +14,26 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from ecospa_fx.errors import ScoreError
 from ecospa_fx.graph.evaluate import Evaluator, Values
 from ecospa_fx.graph.quick import may_choose_precision, quick
-from ecospa_fx.importance.score import Batch, Loss
+from ecospa_fx.importance.losses import Batch, Loss, NormalisedLoss, Slopes, leaves_of, slopes_of
+from ecospa_fx.passes.lossy.divergence import (
+    Divergence,
+    answer_of,
+    check_positive,
+    divergence,
+    divergence_of_zero,
+    mean,
+)
 from ecospa_fx.passes.lossy.mix import Mix
 
-Slopes = list[Tensor | None]
-"""The loss's gradient at each leaf of an output; None where the loss does not depend on it."""
+EPSILON = 3e-7
+"""Gradients below this move nothing, where the slope of the loss at the dense model's answers has a length about 1."""
+
+TELLING = 8
+"""On how many batches a loss may tell nothing before it is taken for one that never does."""
 
 USUAL_LOSS = 0.04
 """Share of the dense model's answers that is lost, where its loss cannot tell: what a third of the blocks is worth."""
@@ -65,25 +70,27 @@ class Distill:
         judges: batches by which is judged whether it helped, and how far to go; best such as nothing has been fitted
         to, and by default those that are learnt from. watch: wraps the numbers of the batches to come, to show
         progress. Returns the mean divergence over the judges, before and after; where it did not fall, nothing has
-        changed. Raises ScoreError where it is not finite before.
+        changed. Nor has anything where the loss differs more from the dense model's by its slopes. Raises ScoreError
+        where the divergence is not finite before, or below zero.
         """
-        leaves = _trained(dense, small)
-        if not leaves or not _is_told(dense, small, batches[0], loss):
+        leaves, unit = _trained(dense, small), NormalisedLoss(loss)
+        if not leaves or not _is_told(dense, small, batches, unit):
             return 0.0, 0.0
-        pair = _Pair(dense, small, dense.weights(), small.weights(), leaves, loss)
+        pair = _Pair(dense, small, dense.weights(), small.weights(), leaves, unit)
         judges = list(judges or batches)
-        before, lost = _judged(dense, small, judges, loss)
-        if not math.isfinite(before):
+        before, lost = pair.judged(judges)
+        if not math.isfinite(before.value):
             raise ScoreError("the smaller model's loss is not finite: run it in bfloat16 or float32")
+        check_positive(before)
         begun = _copies(leaves)
         with torch.inference_mode(False), torch.enable_grad(), _quick_products():
             self._descend(pair.quick(), self.rate * math.sqrt(lost), batches, watch)
         after = pair.settle(begun, judges, before)
-        if after < before:
+        if after < before.value:
             for node, leaf in leaves.items():
                 held = leaf.detach().to(pair.fixed[node].dtype)
                 small.program.replace_parameter(small.program.parameters[node], held)
-        return before, after
+        return before.value / unit.unit, after / unit.unit
 
     def _descend(
         self, pair: _Pair, rate: float, batches: Sequence[Batch],
@@ -91,7 +98,7 @@ class Distill:
     ) -> None:  # fmt: skip
         groups = [{"params": [leaf], "lr": rate * _step_size(leaf)} for leaf in pair.leaves.values()]
         fused = all(leaf.device.type in ("cpu", "cuda") for leaf in pair.leaves.values())
-        optimizer = torch.optim.Adam(groups, betas=(0.8, 0.95), fused=fused)
+        optimizer = torch.optim.Adam(groups, betas=(0.8, 0.95), eps=EPSILON, fused=fused)
         source = torch.Generator().manual_seed(0)
         epochs = math.ceil(self.length / len(batches))
         drawn = torch.cat([torch.randperm(len(batches), generator=source) for _ in range(epochs)])
@@ -126,10 +133,21 @@ class _Pair:
         names = {self.small.program.parameters[node] for node in self.leaves}
         return replace(self, dense=quick(self.dense, names), small=quick(self.small, names))
 
-    def divergence(self, batch: Batch) -> Tensor:
+    def divergence(self, batch: Batch) -> Divergence:
         """How far the smaller one's output is from the dense one's."""
-        answer, slopes, _ = self._outputs(batch)
-        return _divergence(answer, slopes, batch, self.loss)
+        answer, slopes, output = self._outputs(batch)
+        return divergence(self.loss, answer, slopes, output, batch)
+
+    def judged(self, batches: Sequence[Batch]) -> tuple[Divergence, float]:
+        """The mean divergence, and what share it is, between 0 and 1, of that of an output that is zero everywhere."""
+        own, whole = [], 0.0
+        with torch.no_grad():
+            for batch in batches:
+                answer, slopes, output = self._outputs(batch)
+                own.append(divergence(self.loss, answer, slopes, output, batch))
+                whole += divergence_of_zero(self.loss, answer, slopes, batch) / len(batches)
+        share = mean(own).value / whole if whole > 0 else math.nan
+        return mean(own), min(1.0, max(0.0, share)) if math.isfinite(share) else USUAL_LOSS
 
     def pull(self, batch: Batch) -> list[Tensor]:
         """Add the divergence's gradient, which at the output is ∇L(y) - ∇L(y₀), to the leaves.
@@ -138,40 +156,47 @@ class _Pair:
         """
         # What a graph overwrites may be what a gradient needs.
         with torch.autograd.graph.allow_mutation_on_saved_tensors() if self.small.overwrites else nullcontext():
-            answer, slopes, told = self._outputs(batch)
+            answer, slopes, output = self._outputs(batch)
             tensors, gradients = [], []
-            for leaf, own, other in zip(
-                pytree.tree_leaves(answer), _slopes(answer, batch, self.loss), slopes, strict=True
-            ):
+            for leaf, own, other in zip(leaves_of(output), slopes_of(self.loss, output, batch), slopes, strict=True):
                 if own is not None and leaf.requires_grad:
                     tensors.append(leaf)
                     gradients.append((own if other is None else own - other).to(leaf.dtype))
             torch.autograd.backward(tensors, gradients)
-            return told
+            return [leaf for leaf, s in zip(leaves_of(answer), slopes, strict=True) if s is not None]
 
-    def settle(self, begun: Mapping[fx.Node, Tensor], judges: Sequence[Batch], before: float) -> float:
+    def settle(self, begun: Mapping[fx.Node, Tensor], judges: Sequence[Batch], before: Divergence) -> float:
         """Leave the leaves where the judges find it best between `begun` and where they are; returns the cost there."""
-        learned = _copies(self.leaves)
+        learned, negative = _copies(self.leaves), False
 
         def go(way: float) -> None:
             for node, leaf in self.leaves.items():
                 leaf.data.copy_(begun[node].lerp(learned[node], way))
 
         def cost(way: float) -> float:
+            nonlocal negative
             go(way)
-            return _mean(self.divergence, judges)
+            with torch.no_grad():
+                there = mean([self.divergence(batch) for batch in judges])
+            negative |= there.is_negative
+            return there.value if there.is_nearer_than(before) else max(there.value, before.value)
 
-        way, least = _best_way(cost, before)
+        way, least = _best_way(cost, before.value)
         go(way)
+        if negative and way == 0:
+            warnings.warn(
+                "the loss is not convex in what the model returns, so that it led away from the dense model's answers, "
+                "and distillation is left out",
+                stacklevel=2,
+            )
         return least
 
-    def _outputs(self, batch: Batch) -> tuple[object, Slopes, list[Tensor]]:
-        """The smaller one's output, the loss's slopes at the dense one's, and the tensors there that have any."""
+    def _outputs(self, batch: Batch) -> tuple[object, Slopes, object]:
+        """The dense one's output, the loss's slopes there, and the smaller one's output."""
         own = {node: leaf.to(self.fixed[node].dtype) for node, leaf in self.leaves.items()}
-        answer = _output(self.dense, self.given, batch)
-        slopes = _slopes(answer, batch, self.loss)
-        told = [leaf for leaf, s in zip(pytree.tree_leaves(answer), slopes, strict=True) if s is not None]
-        return _output(self.small, {**self.fixed, **own}, batch), slopes, told
+        answer = answer_of(self.dense, self.given, batch)
+        slopes = slopes_of(self.loss, answer, batch)
+        return answer, slopes, answer_of(self.small, {**self.fixed, **own}, batch)
 
 
 @contextmanager
@@ -189,35 +214,6 @@ def _quick_products() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def _divergence(output: object, slopes: Slopes, batch: Batch, loss: Loss) -> Tensor:
-    """D(y, y₀) up to what does not depend on y."""
-    pairs = zip(slopes, pytree.tree_leaves(output), strict=True)
-    linear = [(slope * leaf.to(slope)).sum() for slope, leaf in pairs if slope is not None]
-    return loss(output, *batch) - torch.stack(linear).sum()
-
-
-def _mean(divergence: Callable[[Batch], Tensor], batches: Sequence[Batch]) -> float:
-    with torch.no_grad():
-        return sum(float(divergence(batch)) for batch in batches) / len(batches)
-
-
-@torch.no_grad()
-def _judged(dense: Evaluator, small: Evaluator, batches: Sequence[Batch], loss: Loss) -> tuple[float, float]:
-    """The mean divergence, and what share it is, between 0 and 1, of that of an output that is zero everywhere."""
-    found: list[list[float]] = []
-    for batch in batches:
-        answer = _output(dense, dense.weights(), batch)
-        slopes = _slopes(answer, batch, loss)
-        leaves, spec = pytree.tree_flatten(answer)
-        pairs = zip(leaves, slopes, strict=True)
-        nothing = [leaf if slope is None else torch.zeros_like(leaf) for leaf, slope in pairs]
-        outputs = _output(small, small.weights(), batch), answer, pytree.tree_unflatten(nothing, spec)
-        found.append([float(_divergence(each, slopes, batch, loss)) for each in outputs])
-    own, least, most = (sum(column) / len(found) for column in zip(*found, strict=True))
-    share = (own - least) / (most - least) if most > least else math.nan
-    return own, min(1.0, max(0.0, share)) if math.isfinite(share) else USUAL_LOSS
 
 
 def _copies(leaves: Mapping[fx.Node, nn.Parameter]) -> dict[fx.Node, Tensor]:
@@ -253,36 +249,22 @@ def _step_size(parameter: Tensor) -> float:
     return size * (1 / math.sqrt(rows) + 1 / math.sqrt(columns))
 
 
-def _output(evaluator: Evaluator, weights: Values, batch: Batch) -> object:
-    values = {**evaluator.start(*batch), **weights}
-    evaluator.run(evaluator.order, values)
-    return evaluator.returned(values, *batch)
-
-
-def _slopes(output: object, batch: Batch, loss: Loss) -> Slopes:
-    """The loss's gradient at each leaf of an output."""
-    leaves, spec = pytree.tree_flatten(output)
-    with torch.inference_mode(False), torch.enable_grad():
-        seen = [_watched(leaf) for leaf in leaves]
-        watched = [leaf for leaf in seen if isinstance(leaf, Tensor) and leaf.requires_grad]
-        value = loss(pytree.tree_unflatten(seen, spec), *batch)
-        found = iter(torch.autograd.grad(value.reshape(()), watched, allow_unused=True))
-    return [next(found) if isinstance(leaf, Tensor) and leaf.requires_grad else None for leaf in seen]
-
-
-def _is_told(dense: Evaluator, small: Evaluator, batch: Batch, loss: Loss) -> bool:
+def _is_told(dense: Evaluator, small: Evaluator, batches: Sequence[Batch], loss: Loss) -> bool:
     """Whether the loss tells the two apart; says so where it never can, having the same slopes everywhere."""
-    answers = [_output(e, e.weights(), batch) for e in (dense, small)]
-    if _equal(*(pytree.tree_leaves(answer) for answer in answers)):
-        return False
-    if not _equal(*(_slopes(answer, batch, loss) for answer in answers)):
-        return True
-    warnings.warn(
-        "the loss is linear in what the model returns, so it does not tell how far two outputs are apart, and "
-        "distillation is left out: compute the loss from the model's predictions (its logits), not from a loss that it "
-        "returns",
-        stacklevel=2,
-    )
+    differ = False
+    for batch in batches[:TELLING]:
+        answers = [answer_of(e, e.weights(), batch) for e in (dense, small)]
+        if not _equal(*(leaves_of(answer) for answer in answers)):
+            differ = True
+            if not _equal(*(slopes_of(loss, answer, batch) for answer in answers)):
+                return True
+    if differ:
+        warnings.warn(
+            "the loss is linear in what the model returns, so it does not tell how far two outputs are apart, and "
+            "distillation is left out: compute the loss from the model's predictions (its logits), not from a loss "
+            "that it returns",
+            stacklevel=2,
+        )
     return False
 
 
@@ -290,13 +272,6 @@ def _equal(first: Sequence[object], second: Sequence[object]) -> bool:
     """Whether all tensors are; the other leaves do not count."""
     pairs = zip(first, second, strict=True)
     return all(a.equal(b) for a, b in pairs if isinstance(a, Tensor) and isinstance(b, Tensor))
-
-
-def _watched(leaf: object) -> object:
-    if isinstance(leaf, Tensor) and leaf.is_floating_point():
-        held = leaf.clone() if leaf.is_inference() else leaf
-        return held.detach().requires_grad_()
-    return leaf
 
 
 def _trained(dense: Evaluator, small: Evaluator) -> dict[fx.Node, nn.Parameter]:
