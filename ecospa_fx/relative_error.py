@@ -105,4 +105,4 @@ def usual_size(sizes: Tensor, precision: float) -> float:
     some = ordinary.flatten()[:: max(ordinary.numel() // SAMPLE, 1)]
     some = some[some > 0]
     median = float(some.median()) if some.numel() else top
-    return max(median, top * precision ** (1 / 3), LEAST)
+    return max(median, top * float(precision ** (1 / 3)), LEAST)

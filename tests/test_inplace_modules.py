@@ -251,6 +251,16 @@ def test_norms_over_what_is_kept(affine: bool) -> None:
     says(model[3], in_features=6)
 
 
+def test_what_unflattens() -> None:
+    layers = [nn.Linear(8, 32), nn.Unflatten(-1, (4, 8)), nn.ReLU(), nn.Flatten(-2), nn.Linear(32, 8)]
+    model: Any = edited(nn.Sequential(*layers), tokens(3, 8), kinds=["ffn"])
+    heads, width = model[1].unflattened_size
+    assert heads * width == model[0].weight.shape[0] < 32
+    says(model[0], out_features=heads * width)
+    says(model[4], in_features=heads * width)
+    says(model[3], start_dim=-2, end_dim=-1)
+
+
 class Looking(nn.Module):
     """An embedding, a norm without parameters by groups, and attention to keys of another width."""
 

@@ -117,7 +117,7 @@ def _without_tensors(model: nn.Module) -> dict[nn.Module, list[Found]]:
     """The integers of modules that hold no tensor and no other module."""
     places: dict[nn.Module, list[Found]] = {}
     for path, module in model.named_modules():
-        if not (module._modules or module._parameters or module._buffers) or not (module._modules or shapes_of(module)):
+        if not module._modules and not shapes_of(module):
             own = [one for one in integers_of(module, path, (), set()) if not one.place.steps]
             places.update({module: own} if own else {})
     return places

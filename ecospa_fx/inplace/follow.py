@@ -17,7 +17,7 @@ from torch import nn
 from ecospa_fx.errors import PlanError
 from ecospa_fx.inplace.attributes import Found, Place, integers, reading
 from ecospa_fx.inplace.evidence import evidence
-from ecospa_fx.inplace.groups import Group, narrowed_axes, part, role_of, scaled, under
+from ecospa_fx.inplace.groups import Group, narrowed_axes, part, reach, role_of, scaled, under
 from ecospa_fx.inplace.proof import Bench
 from ecospa_fx.inplace.tables import Spot, tables
 from ecospa_fx.inplace.trial import Values, edited
@@ -78,7 +78,7 @@ def edits_of(rules: Sequence[Rule]) -> Iterator[dict[Spot, int]]:
 def rules_of(bench: Bench, plan: Plan, groups: Sequence[Group]) -> list[Rule]:
     """The integers that may follow, by class and attribute."""
     model, axes = bench.model, narrowed_axes(plan, bench.model)
-    paths = {path for path, _ in model.named_modules() if any(under(name, path) for name, _ in axes)}
+    paths = {p for p, _ in model.named_modules() if any(under(name, reach(p, model)) for name, _ in axes)}
     found = integers(model, paths)
     rules = []
     for own in alike(found, model):
@@ -126,7 +126,7 @@ def options_of(
         for count in range(1, len(groups) + 1)
         for chosen in combinations(groups, count)
     ]
-    ways.append(lambda one: _as_axis(one, axes))
+    ways.append(lambda one: _as_axis(model, one, axes))
     new = [{one.place: way(one) for one in places} for way in ways]
     options: list[Values] = []
     # those first that say something of all places; modules may be alike only because they are numbered
@@ -141,7 +141,7 @@ def options_of(
 def _as_units(
     model: nn.Module, one: Found, groups: Sequence[Group], axes: Mapping[tuple[str, int], tuple[int, int]]
 ) -> int | None:
-    selections = [group.beneath([one.place.module]) for group in groups]
+    selections = [group.beneath([reach(one.place.module, model)]) for group in groups]
     if not all(selections):
         return one.value if not any(selections) else None
     cut = {(m.parameter, m.axis) for own in selections for s in own for m in s.members}
@@ -150,6 +150,7 @@ def _as_units(
     return scaled(one.value, selections)
 
 
-def _as_axis(one: Found, axes: Mapping[tuple[str, int], tuple[int, int]]) -> int | None:
-    new = {size for (name, _), (old, size) in axes.items() if under(name, one.place.module) and old == one.value}
+def _as_axis(model: nn.Module, one: Found, axes: Mapping[tuple[str, int], tuple[int, int]]) -> int | None:
+    path = reach(one.place.module, model)
+    new = {size for (name, _), (old, size) in axes.items() if under(name, path) and old == one.value}
     return new.pop() if len(new) == 1 else None

@@ -35,6 +35,14 @@ def under(name: str, path: str) -> bool:
     return not path or name == path or name.startswith(f"{path}.")
 
 
+def reach(path: str, model: nn.Module) -> str:
+    """Where the parameters are that a module's integers may be about: in it, or beside it where it holds nothing."""
+    module = model.get_submodule(path)
+    held = (*module._modules.values(), *module._parameters.values(), *module._buffers.values())
+    empty = all(one is None for one in held)
+    return path.rpartition(".")[0] if empty else path
+
+
 def role_of(path: str, model: nn.Module) -> Any:
     """What a module is in its layer, the same in every layer: its class, the names from there to it, what is around."""
     outer, *_ = path.rpartition(".")
