@@ -16,9 +16,10 @@ from torch import fx
 
 from ecospa_fx.axes.flow import named_arguments
 from ecospa_fx.elements.call import shape_of
-from ecospa_fx.elements.evaluate import Elements, storage_of, written_storages
+from ecospa_fx.elements.evaluate import Elements
 from ecospa_fx.elements.values import Value, position
 from ecospa_fx.graph.edit import allow_other_strides
+from ecospa_fx.graph.memory import bases, written
 from ecospa_fx.graph.passes import PassResult
 
 ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
@@ -40,13 +41,13 @@ class GroupedAttention:
         nodes = [n for n in graph.nodes if n.target is ATTENTION and _candidate(n)]
         if not nodes:
             return PassResult(graph_module, 0)
-        values, written = Elements(graph), written_storages(graph)
+        values, changing = Elements(graph), written(graph)
         changes, reasons = 0, []
         for node in nodes:
             sources = [_unrepeated(n, node, values) for n in node.args[1:3]]
             if None in sources or shape_of(sources[0])[1] != shape_of(sources[1])[1]:
                 continue
-            why = _refusal(node, sources, [s for s in sources if storage_of(s) in written])
+            why = _refusal(node, sources, [s for s in sources if not bases(s).isdisjoint(changing)])
             if why:
                 reasons.append(f"node {node.name} keeps its repeated keys and values: {why}")
                 continue

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, fx
 
 from ecospa_fx.axes.flow import named_arguments
-from ecospa_fx.elements.evaluate import shows_all, writes
+from ecospa_fx.elements.evaluate import shows_all
+from ecospa_fx.graph.memory import written_by
 from ecospa_fx.graph.modes import drops_nothing
 from ecospa_fx.graph.passes import PassResult
 
@@ -72,4 +73,4 @@ def _told(tensor: Tensor) -> list[str]:
 
 
 def _effective(node: fx.Node) -> bool:
-    return node.is_impure() or bool(writes(node))
+    return node.is_impure() or bool(written_by(node))

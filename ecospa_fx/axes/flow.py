@@ -21,6 +21,7 @@ from ecospa_fx.axes.algebra import Axis, Dims, Misaligned, Origin
 from ecospa_fx.axes.call import Call
 from ecospa_fx.axes.reasons import CACHE, RETURNED, Reason
 from ecospa_fx.axes.record import Obstacle, Record, Value, several
+from ecospa_fx.graph.memory import shares, written_by
 
 Sizes = Callable[[Any], int]
 """From a size (an int or a symbol) to a concrete number."""
@@ -125,7 +126,7 @@ class _Walk:
         self.outputs: list[fx.Node] = []
         self.values: dict[fx.Node, Any] = {}
         self.parameters = {name: self._parameter(name, shape) for name, shape in shapes.items()}
-        self.aliases: dict[fx.Node, fx.Node] = {}
+        self.aliases: dict[fx.Node, set[fx.Node]] = {}
         self.views: dict[fx.Node, list[fx.Node]] = {}
 
     def _parameter(self, name: str, shape: tuple[int, ...]) -> Value:
@@ -212,9 +213,7 @@ class _Walk:
             position: Any = node.args[1]
             picked = self._tensors_of(source)[position]
             self.values[node] = picked if picked is None else replace(picked, node=node)
-            base = self.aliases.get(source, source)
-            self.aliases[node] = base
-            self.views.setdefault(base, [base]).append(node)
+            self._follow_views(node)
             return
         if any(isinstance(self.values.get(n), Value | list) for n in node.all_input_nodes):
             operator = str(getattr(node.target, "__name__", node.target))
@@ -256,28 +255,37 @@ class _Walk:
 
     def _alias(self, node: fx.Node, call: Call, gathers: int) -> None:
         """Follow views, and let what is written in place be known to every view of the same memory."""
-        target: Any = node.target
-        schema = target._schema
-        first = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
-        if first is None or not schema.arguments or schema.arguments[0].alias_info is None:
-            return
-        base = self.aliases.get(first, first)
-        self.aliases[node] = base
-        self.views.setdefault(base, [base]).append(node)
-        if schema.arguments[0].alias_info.is_write:
-            self._written(node, first, base, call, gathers)
+        self._follow_views(node)
+        for argument in written_by(node):
+            if argument is not node.args[0]:
+                why = f"{argument.name} is written into, which is not the operator's first argument"
+                call.block_all(why, "write into the first argument, or into a new tensor")
+            self._written(node, argument, call, gathers)
 
-    def _written(self, node: fx.Node, first: fx.Node, base: fx.Node, call: Call, gathers: int) -> None:
+    def _follow_views(self, node: fx.Node) -> None:
+        sources = shares(node)
+        if sources:
+            self.aliases[node] = set().union(*(self._bases(source) for source in sources))
+            for base in self.aliases[node]:
+                self.views.setdefault(base, [base]).append(node)
+
+    def _bases(self, node: fx.Node) -> set[fx.Node]:
+        return self.aliases.get(node, {node})
+
+    def _written(self, node: fx.Node, argument: fx.Node, call: Call, gathers: int) -> None:
+        memory = self._bases(argument)
         for gather in self.record.gathers[gathers:]:
-            if gather.operand.node is first or self.aliases.get(gather.operand.node) is base:
+            held = gather.operand.node
+            if held is argument or (held is not None and not self.aliases.get(held, set()).isdisjoint(memory)):
                 remedy = "write into a registered buffer, which is cut along, or into a new tensor"
                 call.block(gather.target[gather.target_axis], "it is written into a tensor that is not cut", remedy)
         new = self.values[node]
-        for view in self.views.get(base, [base]):
+        same = argument is node.args[0] and isinstance(new, Value)
+        for view in dict.fromkeys(view for base in memory for view in self.views.get(base, [base])):
             old = self.values.get(view)
             if not isinstance(old, Value) or view is node:
                 continue
-            lowered = new.zero if isinstance(new, Value) and view is first else (False,) * len(old.axes)
+            lowered = new.zero if same and view is argument else (False,) * len(old.axes)
             self.values[view] = replace(old, zero=tuple(lowered), weights=(), tag=None)
 
     def _returned(self, node: fx.Node) -> None:

@@ -13,11 +13,11 @@ from collections.abc import Iterator, Mapping
 from importlib import import_module
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from ecospa_fx.elements.call import RULES, NodeRule, itself
 from ecospa_fx.elements.values import Element, TooLarge, Value, Values, constant, small_enough
+from ecospa_fx.graph.memory import bases, written
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class Elements(Mapping[fx.Node, Value]):
     def __init__(self, graph: fx.Graph) -> None:
         load_rules()
         self.graph = graph
-        self._written = written_storages(graph)
+        self._written = written(graph)
         self._known: dict[fx.Node, Value] = {}
         self._computed: dict[str, Value | None] = {}
 
@@ -68,7 +68,7 @@ class Elements(Mapping[fx.Node, Value]):
             if key not in self._computed:
                 self._computed[key] = self._bounded(rule, node)
             found = self._computed[key]
-        if isinstance(found, Values) and storage_of(node) in self._written:
+        if isinstance(found, Values) and self._written and not bases(node).isdisjoint(self._written):
             found = None
         return found if found is not None else itself(node)
 
@@ -118,39 +118,3 @@ def _stored(node: fx.Node) -> Values | None:
     if not isinstance(held, Tensor) or held.numel() != 1 or held.is_complex():
         return None
     return constant(held.item())
-
-
-def writes(node: fx.Node) -> list[fx.Node]:
-    """The arguments that a call writes to."""
-    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
-        return []
-    arguments = node.target._schema.arguments
-    given = [(a, node.args[i] if i < len(node.args) else node.kwargs.get(a.name)) for i, a in enumerate(arguments)]
-    touched = [v for a, v in given if a.alias_info is not None and a.alias_info.is_write]
-    return [n for v in touched for n in (v if isinstance(v, list | tuple) else [v]) if isinstance(n, fx.Node)]
-
-
-def storage_of(node: fx.Node) -> fx.Node:
-    """The node whose memory this one may show."""
-    while node.op == "call_function" and node.args:
-        first: Any = node.args[0]
-        target: Any = node.target
-        if isinstance(target, torch._ops.OpOverload):
-            arguments = target._schema.arguments
-            if not arguments or arguments[0].alias_info is None:
-                return node
-        elif getattr(target, "__name__", "") != "getitem":
-            return node
-        if not isinstance(first, fx.Node):
-            return node
-        node = first
-    return node
-
-
-def written_storages(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """Memory that is written to in a graph, by the node that made it, and who writes."""
-    found: dict[fx.Node, list[fx.Node]] = {}
-    for node in graph.nodes:
-        for touched in writes(node) if node.op == "call_function" else ():
-            found.setdefault(storage_of(touched), []).append(node)
-    return found

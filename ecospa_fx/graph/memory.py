@@ -1,55 +1,146 @@
-"""Which nodes share memory, and which write into it."""
+"""Which nodes may share memory, and which calls write into it: the one place that asks schemas and storages.
+
+A schema says what a call writes into, whichever argument that is, and what its results are views of. What a schema is
+silent about, such as operators that are made of others and return their argument where nothing is to do, the storages
+of the example values tell, and those of parameters and buffers that lie in one another.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from operator import getitem
+from typing import Any
 
+import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 
-def shares(node: fx.Node) -> fx.Node | None:
-    """The argument whose memory a call may return."""
+def shares(node: fx.Node) -> list[fx.Node]:
+    """The arguments whose memory a call's result may show."""
+    if node.op != "call_function":
+        return []
     if node.target is getitem:
-        return node.all_input_nodes[0]
-    arguments = getattr(getattr(node.target, "_schema", None), "arguments", ())
-    aliased = node.op == "call_function" and arguments and arguments[0].alias_info is not None
-    return node.args[0] if aliased and node.args and isinstance(node.args[0], fx.Node) else None
+        return node.all_input_nodes[:1]
+    own = _storages(node)
+    said = _views(node)
+    return [n for n in node.all_input_nodes if n in said or not own.isdisjoint(_storages(n))]
 
 
-def writes(node: fx.Node) -> bool:
-    """Whether a call changes its first argument."""
-    arguments = getattr(getattr(node.target, "_schema", None), "arguments", ())
-    return any(a.alias_info is not None and a.alias_info.is_write for a in arguments[:1])
+def written_by(node: fx.Node) -> list[fx.Node]:
+    """The arguments that a call writes into, lists of tensors and arguments by name among them."""
+    found = [
+        value for argument, value in _given(node) if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    return list(dict.fromkeys(_nodes(found)))
 
 
-def base(node: fx.Node) -> fx.Node:
-    """The node that made the memory that a node's result may share."""
-    while (source := shares(node)) is not None:
-        node = source
-    return node
-
-
-def written(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes into whose memory something is written in place, by way of a view or not."""
-    owner: dict[fx.Node, fx.Node] = {}
-    found = set()
-    for node in graph.nodes:
-        source = shares(node)
-        owner[node] = node if source is None else owner[source]
-        if source is not None and writes(node):
-            found.add(owner[node])
-    return found
+def bases(node: fx.Node) -> set[fx.Node]:
+    """The nodes that made the memory that a node's result may share."""
+    found, seen, waiting = set[fx.Node](), {node}, [node]
+    while waiting:
+        current = waiting.pop()
+        sources = shares(current)
+        if not sources:
+            found.add(current)
+        waiting += [source for source in sources if source not in seen]
+        seen.update(sources)
+    return _one_of_several(node, found)
 
 
 def written_to(node: fx.Node) -> bool:
     """Whether anything is written in place into the memory that a node's result may share with others."""
-    first = base(node)
-    seen, waiting = {first}, [first]
+    first = bases(node)
+    first |= {other for one in first for other in _beside(one)}
+    seen, waiting = set(first), list(first)
     while waiting:
         for user in waiting.pop().users:
-            if user not in seen and (user.target is getitem or shares(user) in seen):
-                if writes(user):
-                    return True
+            if not seen.isdisjoint(written_by(user)):
+                return True
+            if user not in seen and not seen.isdisjoint(shares(user)):
                 seen.add(user)
                 waiting.append(user)
     return False
+
+
+def writers(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """Who writes into what, by the nodes that made the memory."""
+    found: dict[fx.Node, list[fx.Node]] = {}
+    for node in graph.nodes:
+        for base in dict.fromkeys(base for argument in written_by(node) for base in _all_bases(argument)):
+            found.setdefault(base, []).append(node)
+    return found
+
+
+def written(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes into whose memory something is written in place, by way of a view or not."""
+    return set(writers(graph))
+
+
+# -- what a call says of itself ----------------------------------------------------------------------------------
+
+
+def _given(node: fx.Node) -> Iterator[tuple[Any, Any]]:
+    """The arguments of an operator's schema with what a call gives for each."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return
+    for i, argument in enumerate(node.target._schema.arguments):
+        if i < len(node.args) or argument.name in node.kwargs:
+            yield argument, node.args[i] if i < len(node.args) else node.kwargs[argument.name]
+
+
+def _nodes(values: Any) -> list[fx.Node]:
+    return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, fx.Node)]
+
+
+def _views(node: fx.Node) -> set[fx.Node]:
+    """The arguments that the schema says the results are views of, or that they are where there is nothing to do."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return set()
+    returned = [r.alias_info for r in node.target._schema.returns if r.alias_info is not None]
+    marked = [(a.alias_info, value) for a, value in _given(node) if a.alias_info is not None]
+    found = [value for info, value in marked if any(_overlap(info, other) for other in returned)]
+    if any(argument.name == "train" for argument, _ in _given(node)):  # returns its input in the other mode
+        found += node.all_input_nodes[:1]
+    return set(_nodes(found))
+
+
+def _overlap(argument: Any, result: Any) -> bool:
+    """Whether a result may be part of an argument; lists have no letters of their own."""
+    letters = argument.before_set | argument.after_set
+    return not letters or not result.before_set or "*" in letters or not letters.isdisjoint(result.before_set)
+
+
+# -- what the example values say ---------------------------------------------------------------------------------
+
+
+def _storages(node: fx.Node) -> set[int]:
+    """The memory of a node's example values, by identity."""
+    found = set()
+    for leaf in pytree.tree_leaves(node.meta.get("val")):
+        if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided:
+            try:
+                found.add(leaf.untyped_storage()._cdata)
+            except (NotImplementedError, RuntimeError):  # wrapped by a transform: it has none of its own
+                continue
+    return found
+
+
+def _one_of_several(node: fx.Node, found: set[fx.Node]) -> set[fx.Node]:
+    """Of the bases of what was one of several results those whose memory it has."""
+    own = _storages(node)
+    certain = {base for base in found if not own.isdisjoint(_storages(base))}
+    return certain if node.target is getitem and certain else found
+
+
+def _all_bases(node: fx.Node) -> set[fx.Node]:
+    """The bases, and parameters and buffers that lie in the same memory."""
+    found = bases(node)
+    return found | {other for base in found for other in _beside(base)}
+
+
+def _beside(node: fx.Node) -> list[fx.Node]:
+    """Other stored tensors and inputs in the memory of one."""
+    own = _storages(node) if node.op in ("placeholder", "get_attr") else set()
+    held = (n for op in ("placeholder", "get_attr") for n in node.graph.find_nodes(op=op)) if own else ()
+    return [n for n in held if n is not node and not own.isdisjoint(_storages(n))]

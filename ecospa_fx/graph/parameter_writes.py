@@ -11,7 +11,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from ecospa_fx.errors import CaptureError
-from ecospa_fx.graph.memory import base, writes
+from ecospa_fx.graph.memory import writers as written_into
 from ecospa_fx.graph.where import source_of
 
 _NEUTRAL = {
@@ -25,22 +25,17 @@ _NEUTRAL = {
 def refuse_parameter_writes(program: ExportedProgram) -> None:
     """Take writes out that change nothing. Raises CaptureError for others into parameters, with the user's line."""
     graph, parameters = program.graph_module.graph, program.graph_signature.inputs_to_parameters
-    for node in list(graph.nodes):
-        if not _written(node, parameters):
-            continue
-        if _changes_nothing(node):
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
-            continue
-        name, place = parameters[base(node).name], source_of(node)
-        raise CaptureError(
-            f"parameter {name!r} is written into while the model computes{f' at {place}' if place else ''}, and a "
-            "graph would do that at every call: let it be done before, by a call of the model if it is done only once"
-        )
-
-
-def _written(node: fx.Node, parameters: dict[str, str]) -> bool:
-    return node.op == "call_function" and writes(node) and base(node).name in parameters
+    for base, writers in written_into(graph).items():
+        for node in writers if base.name in parameters else ():
+            if _changes_nothing(node):
+                node.replace_all_uses_with(node.args[0])
+                graph.erase_node(node)
+                continue
+            name, place = parameters[base.name], source_of(node)
+            raise CaptureError(
+                f"parameter {name!r} is written into while the model computes{f' at {place}' if place else ''}, and "
+                "a graph would do that at every call: let it be done before, by a call of the model if it is done once"
+            )
 
 
 def _changes_nothing(node: fx.Node) -> bool:
