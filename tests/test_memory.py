@@ -14,7 +14,7 @@ import ecospa_fx as eco
 from ecospa_fx.errors import CaptureError
 from ecospa_fx.verify import masked
 
-LIBRARY = torch.library.Library("memory_tests", "FRAGMENT")
+LIBRARY: Any = torch.library.Library("memory_tests", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -64,7 +64,7 @@ INTO_PARAMETERS: dict[str, Callable[[Any, Tensor], object]] = {
     "reshaped and turned": lambda m, x: m.scale.detach().reshape(2, 3).transpose(0, 1).mul_(2),
     "nothing dropped": lambda m, x: nn.functional.dropout(m.scale.detach(), 0.5, m.training).mul_(2),
     "of the same type": lambda m, x: m.scale.detach().type_as(x).mul_(2),
-    "broadcast": lambda m, x: torch.broadcast_tensors(m.scale.detach(), x[0])[0].mul_(2),
+    "broadcast": lambda m, x: torch.ops.aten.broadcast_tensors([m.scale.detach(), x[0]])[0].mul_(2),
 }
 
 

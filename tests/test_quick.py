@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import ecospa_fx as eco
 from ecospa_fx.graph import quick as module
 from ecospa_fx.graph.capture import capture
 from ecospa_fx.graph.evaluate import Evaluator
-from ecospa_fx.graph.quick import FEW_ROWS, _Rounded, quick
+from ecospa_fx.graph.quick import FEW_ROWS, _Rounded, quick, quick_products
 from ecospa_fx.importance.curvature import Collector
 from ecospa_fx.passes.lossy.distill import Distill
 from tests.counting import data, loss_of, mean_loss
@@ -143,3 +144,66 @@ def test_nothing_changes_where_nothing_is_to_be_gained(monkeypatch: pytest.Monke
     with monkeypatch.context() as patch:
         patch.setattr(module, "may_choose_precision", lambda: False)
         assert quick(found, NAMES) is found
+
+
+PLACES = ("generic", "all"), ("mkldnn", "all"), ("cuda", "all"), ("mkldnn", "matmul"), ("cuda", "matmul")
+CHOICES: list[tuple[str, dict[tuple[str, str], str]]] = [
+    ("highest", {}), ("high", {}), ("medium", {}), ("highest", {PLACES[0]: "ieee"}), ("highest", {PLACES[2]: "ieee"}),
+    ("highest", {PLACES[1]: "bf16", PLACES[3]: "ieee"}), ("medium", {PLACES[0]: "bf16", PLACES[4]: "none"}),
+    ("highest", {PLACES[0]: "tf32"}),
+]  # fmt: skip
+
+
+@pytest.fixture
+def no_choice() -> Iterator[None]:
+    yield
+    torch.set_float32_matmul_precision("highest")
+    for place in PLACES:
+        torch._C._set_fp32_precision_setter(*place, "none")
+
+
+@pytest.mark.usefixtures("no_choice")
+@pytest.mark.parametrize(("precision", "places"), CHOICES)
+def test_settings_of_precision_are_what_they_were_and_later_ones_reach_as_far(
+    precision: str, places: dict[tuple[str, str], str]
+) -> None:
+    def begin() -> None:
+        for place in PLACES:
+            torch._C._set_fp32_precision_setter(*place, "none")
+        torch.set_float32_matmul_precision(precision)
+        for place in PLACES:
+            torch._C._set_fp32_precision_setter(*place, places.get(place, "none"))
+
+    def shown() -> list[str]:
+        found = [torch._C._get_fp32_precision_getter(*place) for place in PLACES]
+        try:
+            return [*found, torch.get_float32_matmul_precision()]
+        except RuntimeError:
+            return found
+
+    def later() -> list[list[str]]:
+        found = [shown()]
+        for place, value in ((PLACES[0], "none"), (PLACES[0], "tf32"), (PLACES[1], "bf16"), (PLACES[2], "tf32")):
+            torch._C._set_fp32_precision_setter(*place, value)
+            found.append(shown())
+        return found
+
+    begin()
+    want = later()
+    begin()
+    with quick_products():
+        inside = shown()
+    assert later() == want
+    assert (inside[-1] == "medium") is may_choose(want[0])
+
+
+def may_choose(shown: list[str]) -> bool:
+    """Whether PyTorch tells one precision for all devices."""
+    return len(shown) > len(PLACES)
+
+
+def test_where_pytorch_has_no_settings_per_device_there_is_nothing_to_restore(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_setting", None)
+    with quick_products():
+        assert torch.get_float32_matmul_precision() == "medium"
+    assert torch.get_float32_matmul_precision() == "highest"

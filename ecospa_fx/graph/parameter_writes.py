@@ -6,6 +6,8 @@ for "once only", say. So such code is refused, but for what changes nothing.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 from torch.export import ExportedProgram
@@ -28,7 +30,8 @@ def refuse_parameter_writes(program: ExportedProgram) -> None:
     for base, writers in written_into(graph).items():
         for node in writers if base.name in parameters else ():
             if _changes_nothing(node):
-                node.replace_all_uses_with(node.args[0])
+                unwritten: Any = node.args[0]
+                node.replace_all_uses_with(unwritten)
                 graph.erase_node(node)
                 continue
             name, place = parameters[base.name], source_of(node)

@@ -6,7 +6,8 @@ used for tensors of that type only. So factors are rounded here, and with them r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from copy import copy
 from functools import cache
 from typing import Any
@@ -57,6 +58,48 @@ def may_choose_precision() -> bool:
     except RuntimeError:  # the newer settings, one per device, are in use
         return False
     return True
+
+
+@contextmanager
+def quick_products() -> Iterator[None]:
+    """Products in the precision that PyTorch calls "medium" inside, and every setting as it was outside.
+
+    Nothing changes where the caller has chosen a precision per device.
+    """
+    if not may_choose_precision():
+        yield
+        return
+    precision, settings = torch.get_float32_matmul_precision(), _own_settings()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        for place in (place for place in settings if place[1] == "matmul"):
+            _set_setting(*place, settings[place])
+
+
+_PLACES = ("generic", "all"), ("mkldnn", "all"), ("cuda", "all"), ("mkldnn", "matmul"), ("cuda", "matmul")
+"""Where PyTorch keeps precisions, the general ones first: what is set nowhere shows what is set above it."""
+_setting: Callable[[str, str], str] | None = getattr(torch._C, "_get_fp32_precision_getter", None)
+_set_setting: Any = getattr(torch._C, "_set_fp32_precision_setter", None)
+
+
+def _own_settings() -> dict[tuple[str, str], str]:
+    """What was set in each place itself, "none" for nothing; no places in versions of PyTorch that have none."""
+    if _setting is None or _set_setting is None:
+        return {}
+    found = {}
+    try:
+        for place in _PLACES:
+            found[place] = _setting(*place)
+            if place[1] == "all" and found[place] != "none":
+                _set_setting(*place, "none")  # so that the next ones show their own
+    finally:
+        for place, value in found.items():
+            if place[1] == "all" and value != "none":
+                _set_setting(*place, value)
+    return found
 
 
 def _is_slow(matrix: Tensor) -> bool:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from ecospa_fx.errors import ScoreError
 from ecospa_fx.graph.evaluate import Evaluator, Values
-from ecospa_fx.graph.quick import may_choose_precision, quick
+from ecospa_fx.graph.quick import quick, quick_products
 from ecospa_fx.importance.losses import Batch, Loss, NormalisedLoss, Slopes, leaves_of, slopes_of
 from ecospa_fx.passes.lossy.divergence import (
     Divergence,
@@ -83,7 +83,7 @@ class Distill:
             raise ScoreError("the smaller model's loss is not finite: run it in bfloat16 or float32")
         check_positive(before)
         begun = _copies(leaves)
-        with torch.inference_mode(False), torch.enable_grad(), _quick_products():
+        with torch.inference_mode(False), torch.enable_grad(), quick_products():
             self._descend(pair.quick(), self.rate * math.sqrt(lost), batches, watch)
         after = pair.settle(begun, judges, before)
         if after < before.value:
@@ -197,23 +197,6 @@ class _Pair:
         answer = answer_of(self.dense, self.given, batch)
         slopes = slopes_of(self.loss, answer, batch)
         return answer, slopes, answer_of(self.small, {**self.fixed, **own}, batch)
-
-
-@contextmanager
-def _quick_products() -> Iterator[None]:
-    """Products of float32 matrices on GPUs in what is quickest, where the caller has not chosen per device.
-
-    What is learnt is judged without: rounding is far below what the choice of batches does.
-    """
-    if not may_choose_precision():
-        yield
-        return
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _copies(leaves: Mapping[fx.Node, nn.Parameter]) -> dict[fx.Node, Tensor]:
