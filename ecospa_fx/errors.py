@@ -44,3 +44,15 @@ def warn_caller(message: str) -> None:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, stacklevel=level)
+
+
+class TorchFailure(Exception):
+    """What torch raised, as the cause of an error of ours, in one line.
+
+    original: torch's own exception, with all that it says and where: ``error.__cause__.original``.
+    """
+
+    def __init__(self, original: Exception) -> None:
+        first = next((line.strip() for line in str(original).splitlines() if line.strip()), "")
+        super().__init__(f"{type(original).__name__}: {first}" if first else type(original).__name__)
+        self.original = original

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import traceback
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import ecospa_fx as eco
-from ecospa_fx.errors import CaptureError
+from ecospa_fx.errors import CaptureError, TorchFailure
 from ecospa_fx.verify import masked_error
 
 
@@ -180,3 +184,55 @@ def test_nothing_finite_is_no_proof() -> None:
     model, x = Mlp(), torch.full((3, 8), torch.nan)
     plan = eco.plan(eco.detect(model, (x,)), 0.5)
     assert masked_error(model, eco.shrink(model, plan, (x,)), plan, (x,)) == torch.inf
+
+
+class Linears(nn.Sequential):
+    """Code of torch alone."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+
+
+WRONG: dict[str, tuple[nn.Module, tuple[object, ...], str]] = {
+    "size": (Linears(), (torch.randn(2, 9),), r"in module '0' \(Linear\), at .*test_capture.*\(2x9 and 8x16\)"),
+    "size in code": (Mlp(), (torch.randn(2, 9),), r"at .*test_capture\.py:\d+: y: Tensor = .*\(2x9 and 8x32\)"),
+    "rank": (nn.Sequential(nn.Conv2d(3, 4, 3)), (torch.randn(2, 8),), r"in module '0' \(Conv2d\), at .*\[2, 8\]"),
+    "type": (nn.Sequential(nn.Embedding(9, 8), Mlp()), (torch.randn(2, 3),), r"Embedding\), at .*Long, Int"),
+    "no tensor": (Linears(), ("x",), r"must be Tensor, not str"),
+    "missing": (Mlp(), (), r"missing a required argument: 'x'"),
+    "too many": (Mlp(), (torch.randn(2, 8), 3), r"too many positional arguments"),
+}
+
+
+@pytest.mark.parametrize(("model", "args", "said"), WRONG.values(), ids=WRONG)
+def test_wrong_arguments_are_told_by_the_line_of_the_user(model: nn.Module, args: Any, said: str) -> None:
+    with pytest.raises(CaptureError, match=rf"does not take these arguments.*{said}") as refused:
+        eco.detect(model, args)
+    assert str(Path(eco.__file__).parent) not in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("model", [Branching(), Linears()], ids=["code that does not export", "wrong arguments"])
+def test_an_error_that_nobody_catches_is_short_and_keeps_its_cause(model: nn.Module) -> None:
+    args = (torch.randn(2, 8 if isinstance(model, Branching) else 9),)
+    try:
+        eco.detect(model, args)
+    except CaptureError as error:
+        shown, cause = traceback.format_exc(), error.__cause__
+    assert f"{Path(torch.__file__).parent}" not in shown
+    assert len(shown.splitlines()) < 30
+    assert isinstance(cause, TorchFailure)
+    assert traceback.extract_tb(cause.original.__traceback__)
+
+
+def test_an_exported_program_is_no_module() -> None:
+    program, args = torch.export.export(Mlp(), (torch.randn(2, 8),)), (torch.randn(2, 8),)
+    model: Any = program
+    plan = eco.plan(eco.detect(Mlp(), args), 0.5)
+    for verb in (
+        lambda: eco.detect(model, args), lambda: eco.shrink(model, plan, args), lambda: eco.shrink_(model, plan, args),
+        lambda: eco.SparseTraining(model, args), lambda: masked_error(model, Mlp(), plan, args),
+    ):  # fmt: skip
+        with pytest.raises(CaptureError, match=r"pass program\.module\(\)"):
+            verb()
+    assert eco.detect(program.module(), args).offered

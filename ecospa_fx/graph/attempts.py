@@ -141,4 +141,4 @@ def bound_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     try:
         return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
     except TypeError as error:
-        raise CaptureError(f"{type(model).__name__} does not take these arguments: {error}") from error
+        raise CaptureError(f"{type(model).__name__} does not take these arguments: {error}") from None

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import logging
-import traceback
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
-from io import StringIO
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,18 +17,21 @@ from ecospa_fx.graph.attempts import Attempt, TimeLimit, attempts, bound_argumen
 from ecospa_fx.graph.constant_index import slice_constant_indices
 from ecospa_fx.graph.edit import allow_other_strides, sync_users
 from ecospa_fx.graph.explicit_shape import write_out_shapes
+from ecospa_fx.graph.failure import failed
 from ecospa_fx.graph.gradient_modes import gradient_modes_recorded, warn_of_custom_functions
 from ecospa_fx.graph.hoist import hoist_selections
 from ecospa_fx.graph.inline import inline_regions
 from ecospa_fx.graph.modes import Aligned, align, note_dropout
-from ecospa_fx.graph.objects import opened
+from ecospa_fx.graph.objects import closed, opened
 from ecospa_fx.graph.parameter_writes import refuse_parameter_writes
 from ecospa_fx.graph.program import ExportedForm
 from ecospa_fx.graph.seen import seen
 from ecospa_fx.graph.sink import sink_concatenations
 from ecospa_fx.graph.sizes import read_sizes_off_inputs
+from ecospa_fx.graph.tracing import one_at_a_time, quiet, same_chance
 from ecospa_fx.graph.transforms import write_out_transforms
 from ecospa_fx.graph.whole_slice import drop_whole_slices
+from ecospa_fx.snapshot import untouched
 
 log = logging.getLogger(__name__)
 
@@ -57,23 +57,34 @@ def captures(
     bound_arguments(model, args, kwargs)
     view, failure, made, functions = seen(model, kwargs), None, False, dict[str, None]()
     for attempt in attempts(view, args, kwargs) if dynamic else [Attempt(args, kwargs, None)]:
+        result = _attempted(model, view, attempt, functions if dynamic else None)
+        if isinstance(result, ExportedForm):
+            if dynamic and not made:
+                warn_of_custom_functions(functions)
+            made = True
+            yield result
+        failure = result if isinstance(result, Exception) else failure
+    if failure is not None and not made:
+        raise failed(model, failure, *closed((args, kwargs))[0])
+
+
+def _attempted(
+    model: nn.Module, view: nn.Module, attempt: Attempt, functions: dict[str, None] | None
+) -> ExportedForm | Exception | None:
+    """What an attempt makes, what torch raised instead, or None where it does not take the user's own batch.
+
+    functions: takes the names of custom functions where sizes may be symbols; None where they are those of the example.
+    """
+    with one_at_a_time():
         try:
-            program = _export(view, attempt, functions)
+            program = _export(model, view, attempt, functions=functions)
         except Exception as error:
             log.debug("an attempt at exporting %s failed: %s", type(model).__name__, error)
-            failure = error
-            continue
+            return error
         if attempt.doubled and not takes_one(program):
-            continue
-        if dynamic and not made:
-            warn_of_custom_functions(functions)
-        made = True
-        program = _in_both_modes(model, view, program, attempt) if dynamic else program
-        yield ExportedForm(_normalised(program), model)
-    if isinstance(failure, CaptureError) and not made:
-        raise failure
-    if failure is not None and not made:
-        raise CaptureError(_failure(model, failure)) from failure
+            return None
+        program = program if functions is None else _in_both_modes(model, view, program, attempt)
+        return ExportedForm(_normalised(program), model)
 
 
 def _refuse_sharded(model: nn.Module) -> None:
@@ -111,17 +122,29 @@ def _normalised(program: ExportedProgram) -> ExportedProgram:
     return program
 
 
-def _export(model: nn.Module, attempt: Attempt, functions: dict[str, None] | None = None) -> ExportedProgram:
-    """functions: takes the names of custom functions that gradients would go through."""
+def _export(
+    model: nn.Module,
+    view: nn.Module,
+    attempt: Attempt,
+    *,
+    functions: dict[str, None] | None = None,
+    training: bool | None = None,
+) -> ExportedProgram:
+    """functions: takes the names of custom functions that gradients would go through; training: the mode of all parts,
+    by default the one that each is in."""
     args, kwargs, shapes, _ = attempt
     with (
-        _quiet(),
-        _attributes_kept(model),
+        quiet(),
+        same_chance(),
+        untouched(model, view, traced=True),
         _marks_kept((args, kwargs)),
         gradient_modes_recorded(functions if functions is not None else {}),
         nullcontext() if shapes is None else TimeLimit(),
     ):
-        return write_out_transforms(torch.export.export(model, args, kwargs, strict=False, dynamic_shapes=shapes))
+        if training is not None:
+            for part in (view, *model.modules()):
+                part.training = training
+        return write_out_transforms(torch.export.export(view, args, kwargs, strict=False, dynamic_shapes=shapes))
 
 
 def _in_both_modes(model: nn.Module, view: nn.Module, program: ExportedProgram, attempt: Attempt) -> ExportedProgram:
@@ -163,18 +186,10 @@ def _aligned(
 
 def _in_other_mode(model: nn.Module, view: nn.Module, attempt: Attempt) -> ExportedProgram | None:
     """The export of the model in the mode in which it is not; None where there is none."""
-    modes, opposite = [(part, part.training) for part in model.modules()], not model.training
     try:
-        for part, _ in modes:
-            part.training = opposite
-        view.training = opposite
-        return _export(view, attempt)
+        return _export(model, view, attempt, training=not model.training)
     except Exception:
         return None
-    finally:
-        for part, mode in modes:
-            part.training = mode
-        view.training = model.training
 
 
 def _constants(program: ExportedProgram) -> dict[fx.Node, Tensor]:
@@ -183,37 +198,6 @@ def _constants(program: ExportedProgram) -> dict[fx.Node, Tensor]:
     placeholders = [n for n in program.graph_module.graph.nodes if n.op == "placeholder" and n.name in literal]
     values = {n: program.constants[literal[n.name]] for n in placeholders}
     return {n: v for n, v in values.items() if isinstance(v, Tensor) and not v.is_meta}
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporter's warnings about what the user cannot change."""
-    names = ("torch.export", "torch.fx.experimental.symbolic_shapes", "torch._export", "torch._subclasses.fake_tensor")
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    # torch prints the graph of a failed trace, whatever the log level
-    with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
-
-
-@contextmanager
-def _attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Attributes of all parts as they were afterwards: what traced code noted there did not really happen."""
-    before = {part: dict(part.__dict__) for part in model.modules()}
-    try:
-        yield
-    finally:
-        for part, attributes in before.items():
-            for name in part.__dict__.keys() - attributes.keys():
-                del part.__dict__[name]
-            part.__dict__.update(attributes)
 
 
 @contextmanager
@@ -227,15 +211,3 @@ def _marks_kept(inputs: Any) -> Iterator[None]:
         for tensor, attributes in zip(tensors, before, strict=True):
             tensor.__dict__.clear()
             tensor.__dict__.update(attributes)
-
-
-def _failure(model: nn.Module, error: Exception) -> str:
-    """One sentence: what failed, torch's reason, the innermost line of code outside torch."""
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    frames = traceback.extract_tb(error.__traceback__)
-    outside = [f for f in frames if f"torch{_SEPARATOR}" not in f.filename and f.filename != __file__]
-    where = f" at {outside[-1].filename}:{outside[-1].lineno}: {outside[-1].line}" if outside else ""
-    return f"{type(model).__name__} cannot be exported{where}: {reason.rstrip('.')}; torch.export must trace it"
-
-
-_SEPARATOR = "/"

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from ecospa_fx.errors import CaptureError
@@ -25,8 +26,7 @@ def owned(
     arguments the model is returned as it is, without compiling or parallel wrappers around it. Raises CaptureError for
     what is no module or tuple of arguments, and for an argument that holds Parameters beside other tensors.
     """
-    if not isinstance(model, nn.Module):
-        raise CaptureError(f"{type(model).__name__} is not an nn.Module: pass the model itself")
+    check_model(model)
     if not isinstance(args, tuple | list):
         raise CaptureError(f"args must be a tuple of positional arguments, not {type(args).__name__}: write (x,)")
     model = unwrapped(model)
@@ -38,6 +38,14 @@ def owned(
     holder = Owned(model, lifted)
     rest = [value for i, value in enumerate(args) if i not in lifted]
     return holder, tuple(rest), {name: value for name, value in kwargs.items() if name not in lifted}
+
+
+def check_model(model: object) -> None:
+    """Raise CaptureError for what is no module, with what to pass in its place."""
+    if isinstance(model, ExportedProgram):
+        raise CaptureError("an ExportedProgram is called and cut as a module: pass program.module()")
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"{type(model).__name__} is not an nn.Module: pass the model itself")
 
 
 def _numbered(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
-from io import StringIO
 from types import FunctionType
 from typing import Any, cast
 
@@ -18,6 +15,7 @@ from ecospa_fx.graph.layer import Code, GraphLayer, Layers, own_copy
 from ecospa_fx.graph.module_stacks import arrange_stacks
 from ecospa_fx.graph.program import ExportedForm
 from ecospa_fx.graph.repeated import calls_compared_in_depth, share_repeated
+from ecospa_fx.graph.tracing import quiet
 
 
 def restore(
@@ -36,9 +34,7 @@ def restore(
             exported.state_dict[name] = stand_ins[names[name]]
     arrange_stacks(program.graph, {path for path, _ in model.named_modules(remove_duplicate=False)})
     exported.graph_module.recompile()
-    # torch 2.13 prints a line per node for some graphs
-    with calls_compared_in_depth(), redirect_stdout(StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
+    with calls_compared_in_depth(), quiet():  # torch 2.13 prints a line per node for some graphs
         module: nn.Module = torch.export.unflatten(exported)
     for alias, name in names.items():
         path, _, attribute = alias.rpartition(".")

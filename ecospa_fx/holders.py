@@ -1,0 +1,225 @@
+"""What holds other things, in Python: how it is read and written, past what subclasses make of that."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+from types import CellType, FunctionType, MappingProxyType, ModuleType, SimpleNamespace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+
+ATOMS = frozenset({int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size, type})
+_LENT = ("collections", "types", "weakref", "functools")
+"""Modules of the standard library whose objects hold what their users put into them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """How holders of one kind are read, as a flat tuple, and written."""
+
+    read: Callable[[Any], tuple[Any, ...]]
+    write: Callable[[Any, tuple[Any, ...]], None]
+    keyed: bool = False
+    """Whether the parts are keys and values in turn."""
+
+
+def flat(items: Iterable[tuple[Any, Any]]) -> tuple[Any, ...]:
+    return tuple(part for item in items for part in item)
+
+
+def pairs(parts: tuple[Any, ...]) -> Iterator[tuple[Any, Any]]:
+    return zip(parts[::2], parts[1::2], strict=True)
+
+
+def _read_dict(holder: dict[Any, Any]) -> tuple[Any, ...]:
+    return flat(dict.items(holder))
+
+
+def _write_dict(holder: dict[Any, Any], parts: tuple[Any, ...]) -> None:
+    plain: Any = OrderedDict if isinstance(holder, OrderedDict) else dict  # past what subclasses make of it
+    plain.clear(holder)
+    for key, value in pairs(parts):
+        plain.__setitem__(holder, key, value)
+
+
+def assign(holder: Any, key: Any, *value: Any) -> None:
+    """Give a class, or a dictionary, one item, or take it away where there is no value."""
+    if isinstance(holder, type):
+        setattr(holder, key, *value) if value else delattr(holder, key)
+    elif value:
+        holder[key] = value[0]
+    else:
+        del holder[key]
+
+
+def _write_list(holder: list[Any], parts: tuple[Any, ...]) -> None:
+    list.__setitem__(holder, slice(None), parts)
+
+
+def _write_deque(holder: deque[Any], parts: tuple[Any, ...]) -> None:
+    deque.clear(holder)
+    deque.extend(holder, parts)
+
+
+def _write_set(holder: set[Any], parts: tuple[Any, ...]) -> None:
+    set.clear(holder)
+    set.update(holder, parts)
+
+
+def _read_cell(holder: CellType) -> tuple[Any, ...]:
+    try:
+        return (holder.cell_contents,)
+    except ValueError:  # nothing is in it yet
+        return ()
+
+
+def _write_cell(holder: CellType, parts: tuple[Any, ...]) -> None:
+    if parts:
+        holder.cell_contents = parts[0]
+    else:
+        del holder.cell_contents
+
+
+_NAMES: WeakKeyDictionary[type, tuple[str, ...]] = WeakKeyDictionary()
+
+
+def _slots(kind: type) -> tuple[str, ...]:
+    known = _NAMES.get(kind)
+    if known is not None:
+        return known
+    names = (k.__dict__.get("__slots__", ()) for k in kind.__mro__)
+    found = (n for several in names for n in ((several,) if isinstance(several, str) else several))
+    return _NAMES.setdefault(kind, tuple(n for n in found if n not in ("__dict__", "__weakref__")))
+
+
+def _read_slots(holder: Any) -> tuple[Any, ...]:
+    held = ((n, _attribute(holder, n)) for n in _slots(type(holder)))
+    return flat(item for item in held if item[1] is not None)
+
+
+def _write_slots(holder: Any, parts: tuple[Any, ...]) -> None:
+    held = dict(pairs(parts))
+    for name in [name for name, _ in pairs(_read_slots(holder)) if name not in held]:
+        object.__delattr__(holder, name)
+    for name, value in held.items():
+        object.__setattr__(holder, name, value)
+
+
+def _read_class(holder: Any) -> tuple[Any, ...]:
+    return (type(holder),)
+
+
+def _write_class(holder: Any, parts: tuple[Any, ...]) -> None:
+    holder.__class__ = parts[0]
+
+
+def _read_type(holder: type) -> tuple[Any, ...]:
+    return flat(vars(holder).items())
+
+
+def _write_type(holder: type, parts: tuple[Any, ...]) -> None:
+    held = dict(pairs(parts))
+    for name in [name for name in vars(holder) if name not in held]:
+        delattr(holder, name)
+    for name, value in held.items():
+        if vars(holder)[name] is not value:
+            setattr(holder, name, value)
+
+
+DICT = Kind(_read_dict, _write_dict, keyed=True)
+_CONTAINERS: tuple[tuple[type, Kind], ...] = (
+    (dict, DICT), (list, Kind(tuple, _write_list)), (set, Kind(tuple, _write_set)),
+    (deque, Kind(tuple, _write_deque)), (CellType, Kind(_read_cell, _write_cell)),
+)  # fmt: skip
+_BARE = frozenset({int, float, dict, list, tuple, set, frozenset, deque, OrderedDict, defaultdict, Counter, CellType})
+_SLOTS, CLASS_OF = Kind(_read_slots, _write_slots, keyed=True), Kind(_read_class, _write_class)
+CLASS = Kind(_read_type, _write_type, keyed=True)
+
+
+def holders(thing: Any) -> Iterator[tuple[Any, Kind]]:
+    """Everything about a thing that can hold something else later, and how."""
+    kind = type(thing)
+    for base, container in _CONTAINERS:
+        if isinstance(thing, base):
+            yield thing, container
+    if kind in _BARE:
+        return
+    own = isinstance(thing, Tensor | FunctionType)
+    attributes = _attribute(thing, "__dict__")
+    if type(attributes) is dict and (own or not is_foreign(kind)):
+        yield attributes, DICT
+    if not own and not is_foreign(kind):
+        yield thing, CLASS_OF
+        if _slots(kind):
+            yield thing, _SLOTS
+
+
+def _attribute(thing: Any, name: str) -> Any:
+    """An attribute past ``__getattr__`` of the class, None where there is none."""
+    try:
+        return object.__getattribute__(thing, name)
+    except AttributeError:
+        return None
+
+
+_FOREIGN: WeakKeyDictionary[type, bool] = WeakKeyDictionary()
+
+
+def is_foreign(kind: type) -> bool:
+    """Whether what objects of a class hold is nobody's business here."""
+    known = _FOREIGN.get(kind)
+    if known is None:
+        closed = issubclass(kind, type | ModuleType | Enum | Tensor | MappingProxyType)
+        lent = not is_foreign_module(kind.__module__) or issubclass(kind, nn.Module | SimpleNamespace)
+        known = _FOREIGN[kind] = closed or not lent
+    return known
+
+
+def is_foreign_module(module: str, *, lent: bool = True) -> bool:
+    """Whether a Python module is none of the user's.
+
+    lent: modules of the standard library whose objects hold what their users put there count as the user's.
+    """
+    root = module.partition(".")[0]
+    if root in sys.stdlib_module_names:
+        return not (lent and root in _LENT)
+    return root in ("torch", "numpy", "sympy", "ecospa_fx", "")
+
+
+_LENDERS: tuple[type, ...] = (
+    FunctionType, staticmethod, classmethod, property, functools.partial, functools._lru_cache_wrapper,
+    dict, list, set, deque,
+)  # fmt: skip
+
+
+def lends(value: Any) -> bool:
+    """Whether something that a class or a Python module holds may be a table, or code that has one."""
+    return isinstance(value, _LENDERS) or not is_foreign(type(value))
+
+
+# -- what has no content -----------------------------------------------------------------------------------------
+
+_EMPTY = (FakeTensor, FunctionalTensor, torch.SymInt, torch.SymFloat, torch.SymBool, fx.Proxy)
+
+
+def is_empty(value: Any, depth: int = 4) -> bool:
+    """Whether a value, or something in it, exists only while a model is traced."""
+    if isinstance(value, _EMPTY):
+        return True
+    if isinstance(value, Tensor):
+        return torch._is_functional_tensor(value) or torch._C._functorch.is_functorch_wrapped_tensor(value)
+    if depth == 0 or type(value) in ATOMS:
+        return False
+    if isinstance(value, tuple | frozenset):
+        return any(is_empty(part, depth - 1) for part in value)
+    held = (part for holder, kind in holders(value) if kind is not CLASS_OF for part in kind.read(holder))
+    return any(is_empty(part, depth - 1) for part in held)
