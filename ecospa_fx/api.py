@@ -15,6 +15,7 @@ from ecospa_fx.coupling.find import detected
 from ecospa_fx.errors import PlanError, ScoreError
 from ecospa_fx.fitted import first_fit, shrunk
 from ecospa_fx.graph.capture import capture, captures
+from ecospa_fx.graph.looking import leaves_untouched
 from ecospa_fx.graph.owned import owned
 from ecospa_fx.graph.passes import Pass, run_passes
 from ecospa_fx.graph.restore import restore
@@ -27,6 +28,7 @@ from ecospa_fx.trace_check import compared
 from ecospa_fx.verify import masked
 
 
+@leaves_untouched(calls=False)
 def detect(
     model: nn.Module,
     args: Sequence[Any] = (),
@@ -55,6 +57,7 @@ def detect(
     return detected(capture(model, args, kwargs, dynamic=False), model, allow, (args, kwargs))
 
 
+@leaves_untouched(calls=False)
 def shrink(
     model: nn.Module,
     plan: Plan,
@@ -98,6 +101,7 @@ def smaller(
     return remember(restore(program, model, args, kwargs), origin(model, plan, args, kwargs))
 
 
+@leaves_untouched(calls=True)
 def compress(
     model: nn.Module,
     args: Sequence[Any] = (),

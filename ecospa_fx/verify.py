@@ -7,45 +7,53 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ecospa_fx.axes.kept import take
 from ecospa_fx.errors import warn_caller
+from ecospa_fx.graph.looking import leaves_untouched
 from ecospa_fx.graph.objects import copied, objects, opened
 from ecospa_fx.graph.owned import owned
+from ecospa_fx.graph.tracing import same_chance
 from ecospa_fx.graph.wrappers import unwrapped
 from ecospa_fx.plan import Plan
 from ecospa_fx.relative_error import RelativeError, relative_error
+from ecospa_fx.snapshot import exchange
 
 
 @contextmanager
 def masked(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
     """The model with every parameter multiplied by its mask inside, and as it was outside.
 
-    Raises PlanError where the plan was made for another model.
+    Inside, masked copies stand in the places of its parameters, which are not written into. Raises PlanError where the
+    plan was made for another model.
     """
     parameters = dict(unwrapped(model).named_parameters())
-    masks = plan.masks(model)
-    saved = {name: parameters[name].detach().clone() for name in masks}
+    masks = {name: mask for name, mask in plan.masks(model).items() if not mask.all()}
+    copies = [(parameters[name], _masked(parameters[name], mask)) for name, mask in masks.items()]
     try:
-        with torch.no_grad():
-            for name, mask in masks.items():
-                parameters[name].masked_fill_(~mask, 0)
+        exchange(model, {id(parameter): copied for parameter, copied in copies})
         yield model
     finally:
-        with torch.no_grad():
-            for name, values in saved.items():
-                parameters[name].copy_(values)
+        exchange(model, {id(copied): parameter for parameter, copied in copies})
+
+
+def _masked(parameter: nn.Parameter, mask: Tensor) -> nn.Parameter:
+    with torch.no_grad():
+        copied = nn.Parameter(parameter.detach().masked_fill(~mask, 0), parameter.requires_grad)
+    vars(copied).update(vars(parameter))
+    return copied
 
 
 @contextmanager
 def unwritten(model: nn.Module) -> Iterator[None]:
-    """Buffers as they were afterwards, whatever the model writes into them."""
+    """Buffers and random numbers to come as they were afterwards, whatever the model writes and draws."""
     places = [(module._buffers, name, value) for module in model.modules() for name, value in module._buffers.items()]
     saved = [None if value is None else value.clone() for _, _, value in places]
     try:
-        yield
+        with same_chance():
+            yield
     finally:
         with torch.no_grad():
             for (held, name, value), values in zip(places, saved, strict=True):
@@ -65,6 +73,7 @@ def without_fast_path() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
+@leaves_untouched(calls=True)
 def masked_error(
     model: nn.Module, small: nn.Module, plan: Plan, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None
 ) -> RelativeError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ import torch
 from torch import nn
 
 import ecospa_fx as eco
+from ecospa_fx.snapshot import Snapshot
 from ecospa_fx.verify import masked_error
+from tests.outline import outline
 
 transformers = pytest.importorskip("transformers")
 
@@ -101,6 +104,7 @@ def test_what_is_found_and_that_it_is_exact(make: Callable[[], tuple[nn.Module, 
     model, inputs = make()
     model = model.eval() if make is mixtral else model.double().eval()
     args, kwargs = inputs(2)
+    before, snapshot = outline(model), Snapshot([model], traced=True)
     couplings = eco.detect(model, args, kwargs)
     found = Counter((c.kind, c.size, c.carriers) for c in couplings.offered)
     assert {shape: found[shape] for shape in SHAPES[make]} == dict(SHAPES[make])
@@ -109,8 +113,47 @@ def test_what_is_found_and_that_it_is_exact(make: Callable[[], tuple[nn.Module, 
     limit = 2e-5 if make is mixtral else 1e-9  # products per expert exist in float32 only
     assert masked_error(model, small, plan, *inputs(2)) <= limit
     assert masked_error(model, small, plan, *inputs(4)) <= limit
+    assert outline(model) == before
+    assert snapshot.changes() == []
     kept = {n: int(mask.sum()) for n, mask in plan.masks(model).items()}
     assert {n: p.numel() for n, p in small.named_parameters() if n in kept} == kept
+
+
+def llava() -> tuple[nn.Module, Callable[[int], Inputs]]:
+    """A model of images and text."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+    sees = transformers.CLIPVisionConfig(num_hidden_layers=2, image_size=16, patch_size=8, **sizes)
+    reads = transformers.LlamaConfig(vocab_size=64, num_hidden_layers=1, **sizes)
+    config = transformers.LlavaConfig(vision_config=sees, text_config=reads, image_token_id=63, vision_feature_layer=-2)
+
+    def inputs(n: int) -> Inputs:
+        tokens = ids(n)
+        tokens[:, 1:5] = 63
+        return (), {"input_ids": tokens, "pixel_values": noise(n, 3, 16, 16).float(), "use_cache": False}
+
+    return transformers.LlavaForConditionalGeneration(config), inputs
+
+
+@pytest.mark.parametrize("make", [bert, llava], ids=lambda make: make.__name__)
+def test_recorded_hidden_states_are_as_many_in_a_model_that_was_looked_at(
+    make: Callable[[], tuple[nn.Module, Callable[[int], Inputs]]],
+) -> None:
+    """Hooks that record them are put in place when a model is called first, which tracing must not do for it."""
+    model, inputs = make()
+    args, kwargs = inputs(2)
+    kwargs = {**kwargs, "output_hidden_states": True}
+    model.eval()
+    twin = deepcopy(model)
+    before = outline(model)
+    plan = eco.plan(eco.detect(model, args, kwargs), 0.3)
+    assert outline(model) == before
+    small = eco.shrink(model, plan, args, kwargs) if make is bert else None
+    assert outline(model) == before
+    with torch.no_grad():
+        want, got = (m(*args, **kwargs).hidden_states for m in (twin, model))
+        assert len(got) == len(want)
+        assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
+        assert small is None or len(small(*args, **kwargs).hidden_states) == len(want)
 
 
 def test_tied_weights_stay_tied_and_names_stay() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.errors import ScoreError
+from ecospa_fx.graph.looking import leaves_untouched
 from ecospa_fx.graph.wrappers import unwrapped
 from ecospa_fx.importance.losses import Batch as Batch
 from ecospa_fx.importance.losses import Loss as Loss
@@ -22,6 +23,7 @@ from ecospa_fx.importance.scores import Scores
 from ecospa_fx.importance.separable import copied
 
 
+@leaves_untouched(calls=True)
 def score(
     model: nn.Module,
     couplings: Couplings,

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ecospa_fx.errors import PlanError
+from ecospa_fx.graph.looking import leaves_untouched
 from ecospa_fx.graph.wrappers import unwrapped
 from ecospa_fx.inplace.calls import Call
 from ecospa_fx.inplace.configuration import builders, configured, told_by
@@ -25,13 +26,15 @@ from ecospa_fx.inplace.trial import apply, edited
 from ecospa_fx.inplace.written import told
 from ecospa_fx.origin import ATTRIBUTE, origin, remember
 from ecospa_fx.plan import Plan
-from ecospa_fx.verify import masked, unwritten
+from ecospa_fx.snapshot import untouched
+from ecospa_fx.verify import masked
 
 Model = TypeVar("Model", bound=nn.Module)
 OWN_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 """Of the user's own module and weights; in shorter types 0.1: that the edit is right is proven on the copy."""
 
 
+@leaves_untouched(calls=False)
 def shrink_(model: Model, plan: Plan, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Model:
     """Make a model smaller in place: its parameters, and the integers and tables of its modules that must follow.
 
@@ -153,12 +156,12 @@ def _write(model: nn.Module, plan: Plan, values: Mapping[Spot, int], call: Call,
     with _evaluating(model):
         want = None
         if not plan.allow:
-            with masked(model, plan), unwritten(model):
+            with masked(model, plan), untouched(model):
                 want = numbers(model, call)
         try:
             apply(model, plan, values, _buffers(model, plan, bench), edits)
             if want is not None:
-                with unwritten(model):
+                with untouched(model):
                     got = numbers(model, call)
                 dtype = min((t.dtype for t in want), key=lambda d: d.itemsize, default=torch.float64)
                 if not equal(got, want, OWN_TOLERANCE.get(dtype, 0.1)):

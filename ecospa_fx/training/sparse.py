@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from ecospa_fx.budget.elements import Factors, removed_elements
 from ecospa_fx.coupling.couplings import Coupling, Couplings
 from ecospa_fx.errors import TrainingError
+from ecospa_fx.graph.owned import check_model
 from ecospa_fx.graph.wrappers import unwrapped
 from ecospa_fx.importance.score import score
 from ecospa_fx.origin import origin
@@ -79,6 +80,7 @@ class SparseTraining:
         state: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
+        check_model(model)
         if not isinstance(target, int | float) or not 0 < target < 1:
             raise TrainingError(f"target={target!r} is no share of parameters to remove: give one between 0 and 1")
         self._settings, self._target = Settings(**options), target
