@@ -17,7 +17,8 @@ from ecospa_fx.graph.evaluate import Evaluator
 from ecospa_fx.graph.objects import copied, opened
 from ecospa_fx.graph.program import ExportedForm
 from ecospa_fx.relative_error import relative_error
-from ecospa_fx.verify import unwritten, without_fast_path
+from ecospa_fx.snapshot import untouched
+from ecospa_fx.verify import without_fast_path
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ def _has_values(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
 
 def _compare(program: ExportedForm, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     try:
-        with _untouched(model):
+        with _evaluated(model):
             want = _leaves(lambda: model(*(given := copied((tuple(args), dict(kwargs))))[0], **given[1]))
             got = _leaves(lambda: _traced(program, model, args, kwargs))
             error = relative_error(got, want)
@@ -89,26 +90,19 @@ def _tolerance(leaves: Sequence[Any]) -> float:
 
 
 @contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; modes, attributes, buffers and random numbers as they were outside."""
-    before = [(part, dict(part.__dict__)) for part in model.modules()]
+def _evaluated(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, without gradients, compilers, and kernels that only inference has; no trace of it after.
+
+    Random numbers of CUDA devices go on as if none had been drawn, too.
+    """
     devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.device.type == "cuda"}
-    modes = [(part, part.training) for part, _ in before]
-    try:
-        for part, _ in modes:
+    with (
+        untouched(model),
+        torch.random.fork_rng(devices=list(devices)),
+        torch.no_grad(),
+        without_fast_path(),
+        torch.compiler.set_stance("force_eager"),
+    ):
+        for part in model.modules():
             part.training = False
-        with torch.random.fork_rng(devices=list(devices)), unwritten(model), _quietly():
-            yield
-    finally:
-        for part, attributes in before:
-            part.__dict__.clear()
-            part.__dict__.update(attributes)
-        for part, mode in modes:
-            part.training = mode
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without gradients, compilers, and kernels that only inference has."""
-    with torch.no_grad(), without_fast_path(), torch.compiler.set_stance("force_eager"):
         yield
