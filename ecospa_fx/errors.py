@@ -15,7 +15,11 @@ class CaptureError(EcospaError):
 
 
 class InputError(EcospaError, ValueError):
-    """Arguments that a smaller model does not take."""
+    """Arguments that a verb or a smaller model does not take."""
+
+
+class OptionError(EcospaError, TypeError):
+    """An option that a verb does not have."""
 
 
 class PlanError(EcospaError):

@@ -7,7 +7,10 @@ from difflib import get_close_matches
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from torch import ops
+
 from ecospa_fx.axes.reasons import NOTHING, Reason
+from ecospa_fx.errors import InputError
 
 if TYPE_CHECKING:
     from ecospa_fx.axes.call import Call, Value
@@ -38,7 +41,8 @@ def axis_rule(*operators: str, linear: bool | Collection[str] = False) -> Callab
     In-place variants (``aten.relu_``) follow their functional form unless registered themselves. linear: whether the
     operator (or which of them) treats all positions along an axis that passes alike, and linearly, so that another
     basis may be chosen there; what adds or multiplies through `Call.pointwise` says the rest itself.
-    Raises ValueError for an operator that has a rule or a standing refusal already.
+    Raises InputError, a ValueError, for an operator that has a rule or a standing refusal already, and for a name that
+    no operator can have.
 
     Example:
         >>> from ecospa_fx.axes import axis_rule
@@ -47,10 +51,14 @@ def axis_rule(*operators: str, linear: bool | Collection[str] = False) -> Callab
         ...     return call.passes(call["input"])
     """
 
+    check_operators("axis_rule", operators)
+
     def register(rule: Rule) -> Rule:
+        if not callable(rule):
+            raise InputError(f"the axis rule {rule!r:.60} cannot be called: give a function of a Call")
         for operator in operators:
             if operator in _RULES or operator in _REFUSED:
-                raise ValueError(f"operator {operator} has an axis rule already; unregister(...) it first")
+                raise InputError(f"operator {operator} has an axis rule already; unregister(...) it first")
             _RULES[operator] = rule
         _LINEAR.update(operators if linear is True else linear or ())
         return rule
@@ -59,11 +67,36 @@ def axis_rule(*operators: str, linear: bool | Collection[str] = False) -> Callab
 
 
 def refuse(why: str, *operators: str, remedy: str = NOTHING) -> None:
-    """List operators that have no rule on purpose, with the reason that users see, and what they may do about it."""
+    """List operators that have no rule on purpose, with the reason that users see, and what they may do about it.
+
+    Raises InputError as `axis_rule` does.
+    """
+    check_operators("refuse", operators)
+    if not isinstance(why, str):
+        raise InputError(f"the reason {why!r:.60} is no text: say why, then name operators")
     for operator in operators:
         if operator in _RULES or operator in _REFUSED:
-            raise ValueError(f"operator {operator} has an axis rule already; unregister(...) it first")
+            raise InputError(f"operator {operator} has an axis rule already; unregister(...) it first")
         _REFUSED[operator] = Reason(why, remedy)
+
+
+def check_operators(verb: str, operators: tuple[object, ...]) -> None:
+    """Raise InputError for no operators, and for names that no operator of a graph can have.
+
+    These are "namespace.operator", without an overload; higher-order operators, such as cond, have no namespace.
+    """
+    if not operators:
+        raise InputError(f"{verb}() names no operator: give some, like {verb}('mylib.my_op')")
+    for operator in operators:
+        parts = operator.split(".") if isinstance(operator, str) else []
+        if all(part.isidentifier() for part in parts) and (
+            len(parts) == 2 or (len(parts) == 1 and hasattr(ops.higher_order, parts[0]))
+        ):
+            continue
+        raise InputError(
+            f"{verb}({operator!r:.60}) names no operator: write its namespace and name without an overload, like "
+            "'aten.relu' or 'mylib.my_op'"
+        )
 
 
 def unregister(operator: str) -> None:

@@ -14,6 +14,8 @@ from torch import Tensor
 from ecospa_fx.axes.algebra import Axis
 from ecospa_fx.axes.call import Value
 from ecospa_fx.axes.kept import Kept
+from ecospa_fx.axes.registry import check_operators
+from ecospa_fx.errors import InputError
 
 ResizeRule = Callable[["Resize"], None]
 
@@ -21,12 +23,13 @@ _RULES: dict[str, ResizeRule] = {}
 
 
 def resize_rule(*operators: str) -> Callable[[ResizeRule], ResizeRule]:
-    """Register how the literal sizes of operators follow their axes. Raises ValueError for a second registration."""
+    """Register how the literal sizes of operators follow their axes. Raises InputError for a second registration."""
+    check_operators("resize_rule", operators)
 
     def register(rule: ResizeRule) -> ResizeRule:
         for operator in operators:
             if operator in _RULES:
-                raise ValueError(f"operator {operator} has a resize rule already")
+                raise InputError(f"operator {operator} has a resize rule already")
             _RULES[operator] = rule
         return rule
 
