@@ -9,8 +9,10 @@ from ecospa_fx.axes.registry import axis_rule as axis_rule
 from ecospa_fx.budget.allocate import plan as plan
 from ecospa_fx.compiling import backend as backend
 from ecospa_fx.importance.score import score as score
+from ecospa_fx.importance.scores import Scores as Scores
 from ecospa_fx.inplace.shrink import shrink_ as shrink_
 from ecospa_fx.plan import Plan as Plan
+from ecospa_fx.plan import Selection as Selection
 from ecospa_fx.storage import load as load
 from ecospa_fx.storage import save as save
 from ecospa_fx.training.schedule import AtStart as AtStart

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Unpack, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ecospa_fx.budget.allocate import plan as make_plan
-from ecospa_fx.coupling.couplings import Couplings
-from ecospa_fx.coupling.find import detected
+from ecospa_fx.compression import Compression
+from ecospa_fx.coupling.choice import choosable
+from ecospa_fx.coupling.couplings import Couplings, check_couplings
+from ecospa_fx.coupling.find import check_allow, detected
 from ecospa_fx.errors import PlanError, ScoreError
 from ecospa_fx.fitted import first_fit, shrunk
 from ecospa_fx.graph.capture import capture, captures
@@ -20,10 +22,11 @@ from ecospa_fx.graph.owned import owned
 from ecospa_fx.graph.passes import Pass, run_passes
 from ecospa_fx.graph.restore import restore
 from ecospa_fx.importance.score import Batch, Loss, score_samples, splitter_of
-from ecospa_fx.importance.scores import Scores
+from ecospa_fx.importance.scores import Given, Scores
+from ecospa_fx.options import CompressOptions, check_data, check_options, check_whole
 from ecospa_fx.origin import origin, remember
 from ecospa_fx.plan import Plan
-from ecospa_fx.recipe import SECOND_ORDER, Recipe, Task, checked, compress_program
+from ecospa_fx.recipe import SECOND_ORDER, Task, checked, compress_program
 from ecospa_fx.trace_check import compared
 from ecospa_fx.verify import masked
 
@@ -53,6 +56,7 @@ def detect(
         >>> [(c.kind, c.size) for c in eco.detect(mlp, (torch.randn(2, 8),)) if c.blocked is None]
         [('ffn', 32)]
     """
+    check_allow(allow)
     model, args, kwargs = owned(model, args, kwargs)
     return detected(capture(model, args, kwargs, dynamic=False), model, allow, (args, kwargs))
 
@@ -102,27 +106,29 @@ def smaller(
 
 
 @leaves_untouched(calls=True)
-def compress(
+def compress(  # noqa: PLR0913  # the data, the method and what may go meet here
     model: nn.Module,
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
-    ratio: float,
+    ratio: float | None = None,
     batches: Iterable[Batch] = (),
     loss: Loss | None = None,
     method: str = SECOND_ORDER,
     couplings: Couplings | None = None,
-    **options: Any,
+    scores: Scores | Mapping[str, Tensor] | None = None,
+    **options: Unpack[CompressOptions],
 ) -> nn.Module:
     """Detect, score, plan and shrink in one call, with the defaults that cost least quality.
 
     ratio: share of the couplings' parameters to remove; batches: calibration data as (args, kwargs), whose samples
     count as in `score`, however they are batched; loss: (output, args, kwargs) to a scalar, for one sample at a time.
-    method: "second-order" chooses units by the loss's curvature, and what stays makes up for what goes: the result is
-    no masked dense model, it is a better one; its ingredients are options, the fields of `ecospa_fx.recipe.Recipe`. Any
-    method of `score` only removes; then `steps` and `progress` of `scored` are options. "magnitude" needs no batches or
-    loss. couplings: what `detect` found in this model. Options of every method: `allow` of `detect`, those of `plan`;
-    round_to=None, the default, keeps widths that the device likes. The model stays untouched. Raises what these raise.
+    method: "second-order" chooses units by the loss's curvature, and what stays makes up for what goes: the result is a
+    better model than the masked one; its ingredients are options, the fields of `ecospa_fx.recipe.Recipe`. Any method
+    of `score` only removes, with options `steps` and `progress`; "magnitude" needs no data. couplings: what `detect`
+    found on this model, or a selection. scores: tensors [carriers, units] by name, which say what goes. Options of
+    every method: `allow` of `detect` and those of `plan`, such as exclude, limits and, in place of ratio, widths;
+    round_to=None, the default, keeps widths that the device likes.
 
     Example:
         >>> import torch, ecospa_fx as eco
@@ -132,38 +138,52 @@ def compress(
         >>> sum(p.numel() for p in small.parameters())
         280
     """
+    check_options("compress", options, CompressOptions, compress)
+    check_data(batches, loss, ScoreError)
+    asked = Compression.of(method, ratio, scores, options)
     model, args, kwargs = owned(model, args, kwargs)
-    couplings = detect(model, args, kwargs, allow=options.pop("allow", ())) if couplings is None else couplings
-    options = {"round_to": None, **_without_allow(options)}
+    couplings = _couplings(model, args, kwargs, couplings, options)
     if method == SECOND_ORDER:
-        return _rebuilt(Task(model, args, kwargs, couplings, *checked(batches, loss)), ratio, options)
-    scores: Scores | Literal["magnitude"] = "magnitude"
-    if method != "magnitude":
-        scores = scored(model, couplings, list(batches), ratio=ratio, loss=loss, method=method, **options)
-    planning = {name: value for name, value in options.items() if name not in {"steps", "progress"}}
-    return shrink(model, make_plan(couplings, ratio, scores, **planning), args, kwargs)
+        return _rebuilt(Task(model, args, kwargs, couplings, *checked(batches, loss), asked.scores), asked)
+    by = _scores(model, couplings, batches, loss, asked)
+    return shrink(model, make_plan(couplings, asked.ratio, by, **asked.planning), args, kwargs)
 
 
-def _without_allow(options: dict[str, Any]) -> dict[str, Any]:
-    """The options, among which `allow` is none where the couplings are given."""
-    if "allow" in options:
+def _couplings(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], couplings: object, options: Mapping[str, Any]
+) -> Couplings:
+    """The couplings that were given, or those of the model. Raises PlanError for none, and where nothing can go."""
+    if couplings is None:
+        couplings = detect(model, args, kwargs, allow=options.get("allow", ()))
+    elif "allow" in options:
         raise PlanError("allow= is for detecting, and couplings= were detected before: pass allow= to detect")
-    return options
+    check_couplings(couplings, PlanError)
+    found = cast("Couplings", couplings)
+    choosable(found, options.get("kinds"), options.get("exclude", ()))
+    return found
 
 
-def _rebuilt(task: Task, ratio: float, options: Mapping[str, Any]) -> nn.Module:
+def _scores(
+    model: nn.Module, couplings: Couplings, batches: Iterable[Batch], loss: Loss | None, asked: Compression
+) -> Given:
+    """What says which units go, for a method that only removes."""
+    if asked.scores is not None or asked.method == "magnitude":
+        return "magnitude" if asked.scores is None else asked.scores
+    how: dict[str, Any] = {"steps": asked.steps, "progress": asked.progress, **asked.planning}
+    return scored(model, couplings, list(batches), ratio=asked.ratio, loss=loss, method=asked.method, **how)
+
+
+def _rebuilt(task: Task, asked: Compression) -> nn.Module:
     """What `compress` returns for second-order compression."""
     from ecospa_fx.passes import CLEANUP
 
-    ingredients = {field.name for field in fields(Recipe)}
-    recipe = Recipe(**{name: value for name, value in options.items() if name in ingredients})
-    planning = {name: value for name, value in options.items() if name not in ingredients}
-    model, args, kwargs = task.model, task.args, task.kwargs
+    model, args, kwargs, by = task.model, task.args, task.kwargs, task.scores
     # What cannot be reached, or is not of this model, is refused before anything slow.
-    make_plan(task.couplings, ratio, **recipe.planning(planning)).check(model)
+    make_plan(task.couplings, asked.ratio, "magnitude" if by is None else by, **asked.all_planning).check(model)
     with torch.inference_mode(False):  # what is fitted needs gradients, whatever the caller's mode
         programs = compared(captures(model, args, kwargs, dynamic=True), model, args, kwargs)
-        program, plan = first_fit(programs, lambda p: compress_program(p, task, ratio, recipe, **planning))
+        rewrite = partial(compress_program, task=task, ratio=asked.ratio, recipe=asked.recipe, **asked.planning)
+        program, plan = first_fit(programs, rewrite)
     run_passes(program.exported.graph_module, CLEANUP)
     return remember(restore(program, model, args, kwargs), origin(model, plan, args, kwargs))
 
@@ -187,11 +207,19 @@ def scored(
     restored at the end, whatever happens. planning: further options of `plan`. Raises ScoreError for fewer than one
     step.
     """
-    if not isinstance(steps, int) or steps < 1:
-        raise ScoreError(f"steps={steps!r} is not a number of scoring passes: give a whole number of at least 1")
+    check_whole("steps", steps, 1, ScoreError, "a number of scoring passes")
     splitter = splitter_of(model, loss)  # one for all passes, so that it looks at batches, and warns, once
     scores = score_samples(model, couplings, batches, splitter, loss, method, progress)
     for step in range(1, steps):
-        with masked(model, make_plan(couplings, ratio * step / steps, scores, **planning)):
+        with masked(model, _stage(couplings, ratio, scores, step / steps, planning)):
             scores = score_samples(model, couplings, batches, splitter, loss, method, progress)
     return scores
+
+
+def _stage(couplings: Couplings, ratio: float, scores: Scores, share: float, planning: Mapping[str, Any]) -> Plan:
+    """The plan for a share of the way, to a ratio or to widths."""
+    if planning.get("widths") is None:
+        return make_plan(couplings, ratio * share, scores, **planning)
+    last = make_plan(couplings, scores=scores, **planning)
+    widths = {s.name: s.size - round((s.size - s.kept) * share) for s in last}
+    return make_plan(couplings, scores=scores, **{**planning, "widths": widths})

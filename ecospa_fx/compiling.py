@@ -20,7 +20,7 @@ from ecospa_fx.graph.owned import owned
 from ecospa_fx.graph.program import ExportedForm
 from ecospa_fx.graph.wrappers import unwrapped
 from ecospa_fx.inplace.edits import cut
-from ecospa_fx.plan import Plan
+from ecospa_fx.plan import Plan, check_plan
 
 Compiled = Callable[..., Any]
 
@@ -45,6 +45,11 @@ def backend(
         torch.Size([2, 8])
     """
 
+    check_plan(plan)
+    if not isinstance(compiler, str) and not callable(compiler):
+        raise PlanError(f"compiler={compiler!r:.60} is no backend: give the name of one, such as 'inductor'")
+    if model is not None and not isinstance(model, nn.Module):
+        raise PlanError(f"model={model!r:.60} is not an nn.Module: pass the model that is compiled, or leave it out")
     whole = None if model is None else unwrapped(model)
 
     def compile_graph(graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:

@@ -9,9 +9,9 @@ from torch import nn
 
 from ecospa_fx.errors import PlanError
 from ecospa_fx.graph.capture import captures
-from ecospa_fx.graph.passes import Pass, run_passes
+from ecospa_fx.graph.passes import Pass, check_passes, run_passes
 from ecospa_fx.graph.program import ExportedForm, Program
-from ecospa_fx.plan import Plan
+from ecospa_fx.plan import Plan, check_plan
 from ecospa_fx.trace_check import compared
 
 Form = TypeVar("Form", bound=Program)
@@ -34,7 +34,10 @@ def shrunk(
     """
     from ecospa_fx.passes import CLEANUP
 
+    check_plan(plan)
     plan.check(model)
+    if passes is not None:
+        check_passes(passes)
     programs = captures(model, args, kwargs, dynamic=True)
     program = fitted(compared(programs, model, args, kwargs) if compare else programs, plan)
     run_passes(program.exported.graph_module, CLEANUP if passes is None else passes)

@@ -7,19 +7,21 @@ and refuses any other one.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod
-from typing import NoReturn, cast, get_args
+from typing import NoReturn
 
 import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
 from ecospa_fx.budget import elements
-from ecospa_fx.coupling.couplings import Box, Coupling, Member, Role, parameter_shapes
+from ecospa_fx.coupling.choice import near_names
+from ecospa_fx.coupling.couplings import Coupling, Couplings, Member, check_couplings, parameter_shapes
+from ecospa_fx.coupling.masks import check_mask, keep_mask
+from ecospa_fx.coupling.members import check_member, shape_told
 from ecospa_fx.errors import PlanError
 from ecospa_fx.graph.wrappers import unwrapped
 
@@ -49,12 +51,14 @@ class Selection:
 
     @classmethod
     def of(cls, coupling: Coupling, keep: Tensor) -> Selection:
-        """What stays of a coupling. keep: BoolTensor [carriers, units], True where a unit stays."""
-        c, units = coupling, tuple(tuple(row.nonzero().flatten().tolist()) for row in keep)
+        """What stays of a coupling. keep: BoolTensor [carriers, units], True where a unit stays, else PlanError."""
+        c, units = coupling, tuple(tuple(row.nonzero().flatten().tolist()) for row in check_mask(coupling, keep))
         told = [note.message if note else "" for note in (c.inexact, c.resized)]
         return cls(c.name, c.kind, c.layer, c.size, c.carriers, c.members, units, *told)
 
     def __post_init__(self) -> None:
+        if not all(isinstance(units, tuple) and all(type(u) is int for u in units) for units in self.keep):
+            self._refuse("lists what it keeps as something else than tuples of whole numbers")
         if self.carriers < 1 or len(self.keep) != self.carriers:
             self._refuse(f"lists kept units for {len(self.keep)} carriers and has {self.carriers}")
         if not any(self.keep):
@@ -117,7 +121,41 @@ class Plan:
             raise PlanError(f"coupling {repeated!r} is selected twice: make the plan anew")
         for selection in self.selections:
             for member in selection.members:
-                _check_member(member, shapes, selection.name)
+                check_member(member, shapes, selection.name)
+
+    @classmethod
+    def keeping(cls, couplings: Couplings, keep: Mapping[str, object]) -> Plan:
+        """The plan that keeps what is said of the couplings that are named, and every other one whole.
+
+        keep: by name of coupling the units, neurons or heads that stay: their numbers, [kept] for all carriers alike or
+        [carriers, kept]; or a mask, True where a unit stays, [units] or [carriers, units]; tensors or lists. Carriers
+        may keep different numbers where the coupling can be ragged. Raises PlanError for a coupling that is not there
+        or is blocked, and for units that do not fit.
+
+        Example:
+            >>> import torch, ecospa_fx as eco
+            >>> mlp = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.GELU(), torch.nn.Linear(32, 8))
+            >>> x = torch.randn(2, 8)
+            >>> plan = eco.Plan.keeping(eco.detect(mlp, (x,)), {"ffn": [0, 3, 5, 9]})
+            >>> tuple(eco.shrink(mlp, plan, (x,)).get_parameter("0.weight").shape)
+            (4, 8)
+        """
+        check_couplings(couplings, PlanError)
+        if not isinstance(keep, Mapping):
+            raise PlanError(
+                f"keep={keep!r:.60} is no mapping: give the units that stay by name, like {{'ffn': [0, 3]}}"
+            )
+        by_name, selections = {c.name: c for c in couplings}, []
+        for name, units in keep.items():
+            if name not in by_name:
+                raise PlanError(
+                    f"keep names {name!r:.80}, and no coupling is called that: {near_names(couplings, name)}"
+                )
+            blocked = by_name[name].blocked
+            if blocked is not None:
+                raise PlanError(f"coupling {name!r} cannot lose a unit: {blocked.message}")
+            selections.append(Selection.of(by_name[name], keep_mask(by_name[name], units)))
+        return cls(tuple(selections), tuple(couplings.shapes.items()))
 
     def __iter__(self) -> Iterator[Selection]:
         return iter(self.selections)
@@ -135,12 +173,14 @@ class Plan:
 
     def check(self, model: nn.Module) -> None:
         """Raise PlanError unless the model has the parameters that the plan was made for."""
+        if not isinstance(model, nn.Module):
+            raise PlanError(f"{type(model).__name__} is not an nn.Module: pass the model that the plan was made for")
         want, have = dict(self.shapes), parameter_shapes(unwrapped(model))
         for name in [*want, *have]:
             if want.get(name) != have.get(name):
                 raise PlanError(
-                    f"the plan was made for another model: parameter {name!r} is {_told(want.get(name))} in the plan "
-                    f"and {_told(have.get(name))} in the model; detect and plan again on this one"
+                    f"the plan was made for another model: parameter {name!r} is {shape_told(want.get(name))} in the "
+                    f"plan and {shape_told(have.get(name))} in the model; detect and plan again on this one"
                 )
 
     def factors(self) -> dict[str, elements.Factors]:
@@ -198,7 +238,7 @@ class Plan:
 
     def __str__(self) -> str:
         if not self.selections:
-            return "An empty plan: no coupling was offered, so nothing is removed."
+            return "An empty plan: nothing is removed."
         shapes = dict(self.shapes)
         rows = [
             [
@@ -225,33 +265,22 @@ class Plan:
 
     def to_json(self) -> str:
         """The plan as JSON text; `from_json` gives back an equal plan."""
-        return json.dumps(
-            {
-                "format": FORMAT,
-                "version": VERSION,
-                "shapes": {name: list(shape) for name, shape in self.shapes},
-                "selections": [_fields(s) for s in self.selections],
-            }
-        )
+        from ecospa_fx.plan_json import write  # which knows plans
+
+        return write(self)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Plan:
         """Read what `to_json` wrote; anything else is refused with a PlanError, and nothing in it is executed."""
-        try:
-            return _plan(_header(json.loads(text)))
-        except PlanError:
-            raise
-        except KeyError as error:
-            raise PlanError(f"this is not a readable plan: field {error} is missing; save the plan again") from error
-        except (TypeError, ValueError, RecursionError) as error:
-            raise PlanError(f"this is not a readable plan: {error}; save the plan again") from error
+        from ecospa_fx.plan_json import read  # which knows plans
+
+        return read(text)
 
 
-def _fields(selection: Selection) -> dict[str, object]:
-    """A selection as JSON has it; the lists of kept units, which are long, are not copied."""
-    names = ("name", "kind", "layer", "size", "carriers", "keep")
-    told = {n: getattr(selection, n) for n in ("inexact", "resized") if getattr(selection, n)}
-    return {**{n: getattr(selection, n) for n in names}, "members": [asdict(m) for m in selection.members], **told}
+def check_plan(plan: object) -> None:
+    """Raise PlanError for what is no plan."""
+    if not isinstance(plan, Plan):
+        raise PlanError(f"plan={plan!r:.60} is none: pass what ecospa_fx.plan, Plan.keeping or Plan.from_json returned")
 
 
 def _width(selection: Selection) -> str:
@@ -259,123 +288,3 @@ def _width(selection: Selection) -> str:
     kept = f"{least:,}–{selection.kept:,}" if selection.ragged else f"{selection.kept:,}"
     width = f"{kept}/{selection.size:,}"
     return width if selection.carriers == 1 else f"{width} × {selection.carriers}"
-
-
-def _told(shape: tuple[int, ...] | None) -> str:
-    return "absent" if shape is None else f"of shape {shape}"
-
-
-# -- checking what a file claims ---------------------------------------------------------------------------------
-
-
-def _check_member(member: Member, shapes: Mapping[str, tuple[int, ...]], coupling: str) -> None:
-    """Raise PlanError where a member points outside its parameter."""
-    shape = shapes.get(member.parameter)
-    axes = [member.axis, *(() if member.carrier_axis is None else (member.carrier_axis,))]
-    if shape is None or len(set(axes)) < len(axes) or not all(0 <= a < len(shape) for a in axes):
-        raise PlanError(
-            f"coupling {coupling!r} names axes {axes} of parameter {member.parameter!r}, "
-            f"which is {_told(shape)}: make the plan anew"
-        )
-    slices = None if member.carrier_axis is None else shape[member.carrier_axis]
-    if not all(_fits(box, member, shape[member.axis]) for box in member.boxes) or slices not in (None, member.carriers):
-        raise PlanError(
-            f"coupling {coupling!r} has positions outside parameter {member.parameter!r} "
-            f"of shape {shape}: make the plan anew"
-        )
-
-
-def _fits(box: Box, member: Member, size: int) -> bool:
-    """Whether all positions of a box lie within `size` and are few enough to be distinct."""
-    pairs = [*box.carriers, (member.units, box.unit), *box.width]
-    if any(n < 1 for n, _ in pairs) or prod(n for n, _ in pairs) > size:
-        return False
-    if box.carriers and prod(n for n, _ in box.carriers) != member.carriers:
-        return False
-    reach = [(n - 1) * stride for n, stride in pairs]
-    return box.offset + sum(min(r, 0) for r in reach) >= 0 and box.offset + sum(max(r, 0) for r in reach) < size
-
-
-# -- reading: every field is checked for its type, so that no foreign object gets into a plan ----------------------
-
-
-def _header(data: object) -> dict[str, object]:
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise PlanError(f"this is not a plan: its format is not {FORMAT!r}; pass what Plan.to_json returned")
-    if data.get("version") != VERSION:
-        raise PlanError(
-            f"the plan has format version {data.get('version')!r} and this library reads version {VERSION}: "
-            "read it with the version of ecospa_fx that wrote it"
-        )
-    return cast("dict[str, object]", data)
-
-
-def _plan(data: dict[str, object]) -> Plan:
-    shapes = tuple((name, _numbers(shape)) for name, shape in _object(data["shapes"]).items())
-    return Plan(tuple(_selection(_object(s)) for s in _list(data["selections"])), shapes)
-
-
-def _selection(data: dict[str, object]) -> Selection:
-    return Selection(
-        name=_text(data["name"]),
-        kind=_text(data["kind"]),
-        layer=_text(data["layer"]),
-        size=_number(data["size"]),
-        carriers=_number(data["carriers"]),
-        members=tuple(_member(_object(m)) for m in _list(data["members"])),
-        keep=tuple(_numbers(units) for units in _list(data["keep"])),
-        inexact=_text(data.get("inexact", "")),
-        resized=_text(data.get("resized", "")),
-    )
-
-
-def _member(data: dict[str, object]) -> Member:
-    role = _text(data["role"])
-    if role not in get_args(Role):
-        raise ValueError(f"role {role!r} is unknown")
-    return Member(
-        parameter=_text(data["parameter"]),
-        axis=_number(data["axis"]),
-        role=cast(Role, role),
-        carrier_axis=None if data["carrier_axis"] is None else _number(data["carrier_axis"]),
-        boxes=tuple(_box(_object(box)) for box in _list(data["boxes"])),
-        carriers=_number(data["carriers"]),
-        units=_number(data["units"]),
-    )
-
-
-def _box(data: dict[str, object]) -> Box:
-    return Box(_number(data["offset"]), _pairs(data["carriers"]), _number(data["unit"]), _pairs(data["width"]))
-
-
-def _pairs(value: object) -> tuple[tuple[int, int], ...]:
-    pairs = [_numbers(pair) for pair in _list(value)]
-    return tuple((size, stride) for size, stride in pairs)
-
-
-def _numbers(value: object) -> tuple[int, ...]:
-    return tuple(_number(item) for item in _list(value))
-
-
-def _number(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{value!r:.40} stands where a whole number belongs")
-    return value
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r:.40} stands where a text belongs")
-    return value
-
-
-def _list(value: object) -> list[object]:
-    if not isinstance(value, list):
-        raise TypeError(f"{value!r:.40} stands where a list belongs")
-    return value
-
-
-def _object(value: object) -> dict[str, object]:
-    if not isinstance(value, dict):
-        raise TypeError(f"{value!r:.40} stands where an object belongs")
-    return value

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ecospa_fx.budget.allocate import choose
 from ecospa_fx.budget.allocate import plan as make_plan
@@ -22,13 +22,14 @@ from ecospa_fx.graph.quick import quick
 from ecospa_fx.graph.sites import Site, find_sites
 from ecospa_fx.importance.compensated import Compensated
 from ecospa_fx.importance.curvature import Collector, Curvature
-from ecospa_fx.importance.losses import Batch, Loss, check_loss, check_slope
+from ecospa_fx.importance.losses import Batch, Loss, check_slope
 from ecospa_fx.importance.progress import watched
 from ecospa_fx.importance.samples import grouped, samples_of
 from ecospa_fx.importance.score import arguments
-from ecospa_fx.importance.scores import Scores
+from ecospa_fx.importance.scores import Scores, given_scores
 from ecospa_fx.importance.second_order import unit_scores, without_traffic
 from ecospa_fx.importance.views import Views, views_of
+from ecospa_fx.options import check_data, check_flag, check_share, check_whole, is_number
 from ecospa_fx.plan import Plan
 
 Item = TypeVar("Item")
@@ -94,22 +95,22 @@ class Recipe:
     progress: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("basis", "gates", "progress"):
+            check_flag(name, getattr(self, name), ScoreError)
         for name in ("damping", "gate_damping", "least_squares_damping", "rate"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or not 0 < value < float("inf"):
-                raise ScoreError(f"{name}={value!r} is not a factor: give a positive number")
+            if not is_number(value) or not 0 < value < float("inf"):
+                raise ScoreError(f"{name}={value!r:.60} is not a factor: give a positive number")
         for name in ("mixed", "predicted"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or not 0 <= value < 1:
-                raise ScoreError(f"{name}={value!r} is not a share: give a number from 0 to below 1")
-        if self.least_squares not in (True, False, IN_TURN):
-            raise ScoreError(f"least_squares={self.least_squares!r} is unknown: use True, False or {IN_TURN!r}")
+            check_share(name, getattr(self, name), ScoreError)
+        if not isinstance(self.least_squares, bool) and self.least_squares != IN_TURN:
+            raise ScoreError(f"least_squares={self.least_squares!r:.60} is unknown: use True, False or {IN_TURN!r}")
         if self.allocation not in (None, *ALLOCATIONS):
-            raise ScoreError(f"allocation={self.allocation!r} is unknown: use {', '.join(map(repr, ALLOCATIONS))}")
+            raise ScoreError(f"allocation={self.allocation!r:.60} is unknown: use {', '.join(map(repr, ALLOCATIONS))}")
         for name, least in (("distillation", 0), ("step", 1), ("rounds", 1)):
             value = getattr(self, name)
-            if (name, value) != ("distillation", None) and (not isinstance(value, int) or value < least):
-                raise ScoreError(f"{name}={value!r} is not a count: give a whole number of at least {least}")
+            if (name, value) != ("distillation", None):
+                check_whole(name, value, least, ScoreError)
 
     def draws(self, batches: int) -> int:
         """How many samples, or groups of them, to distil on where so many are given.
@@ -123,7 +124,10 @@ class Recipe:
 
     def planning(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Options of `plan`, with the allocation that goes with those given."""
+        if given.get("widths") is not None and self.allocation is not None:
+            raise PlanError("widths= says how many units stay, and allocation= how a ratio is spread: give one of them")
         even = given.get("budget", "parameters") != "parameters" or given.get("expressible_in") is not None
+        even = even or given.get("widths") is not None
         chosen = "uniform" if given.get("uniform") else self.allocation or ("global" if even else "ragged")
         return {**given, "allocation": "global" if chosen == "sensitivity" else chosen}
 
@@ -142,6 +146,8 @@ class Task:
     couplings: Couplings
     batches: Sequence[Batch]
     loss: Loss
+    scores: Scores | Mapping[str, Tensor] | None = None
+    """The user's own, by which units go; None: those of the recipe."""
 
 
 def checked(batches: Iterable[object], loss: Loss | None) -> tuple[list[Batch], Loss]:
@@ -151,7 +157,7 @@ def checked(batches: Iterable[object], loss: Loss | None) -> tuple[list[Batch], 
             f"method {SECOND_ORDER!r} needs a loss: pass loss=, a function (output, args, kwargs) -> scalar, "
             "or method='magnitude'"
         )
-    check_loss(loss)
+    check_data(batches, loss, ScoreError)
     found = [arguments(batch, number) for number, batch in enumerate(batches)]
     if not found:
         raise ScoreError("there are no batches to calibrate with: pass at least one (args, kwargs)")
@@ -220,11 +226,15 @@ def _planned(
     """What is to go, and what makes up for it; bases have changed in the program."""
     evaluator = Evaluator(program, task.model, task.args, task.kwargs)
     # What a module can carry may be whole heads where it cannot carry what is in them.
-    chosen = choose(task.couplings, given.get("kinds"), containers=given.get("expressible_in") is not None)
+    containers = given.get("expressible_in") is not None or given.get("widths") is not None
+    chosen = choose(task.couplings, given.get("kinds"), given.get("exclude", ()), containers=containers)
     views, curvature = _measured(program, evaluator, task, recipe, chosen)
     couplings = _reached(task.couplings, without_traffic(views, curvature))
     values = {name: tensor.detach() for name, tensor in program.values.items()}
-    scores = Scores(SECOND_ORDER, unit_scores(views, curvature, values, recipe.damping))
+    if task.scores is None:
+        scores = Scores(SECOND_ORDER, unit_scores(views, curvature, values, recipe.damping))
+    else:
+        scores = Scores("given", given_scores(task.couplings, chosen, task.scores))
     planning = recipe.planning(given)
     plan = make_plan(couplings, ratio, scores, **planning)
     damping = recipe.least_squares_damping if recipe.least_squares else None
@@ -281,8 +291,7 @@ def _reached(couplings: Couplings, idle: Sequence[str]) -> Couplings:
         "calibrate with more or other data",
         stacklevel=2,
     )
-    kept = (c for c in couplings if c.name not in set(idle))
-    left = Couplings(kept, couplings.model, couplings.work, couplings.example)
+    left = couplings.select(predicate=lambda c: c.name not in idle)
     if not left.offered:
         raise PlanError("the calibration data reaches no coupling at all: pass batches that the model reads")
     return left

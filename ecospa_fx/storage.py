@@ -65,6 +65,7 @@ def save(
     >>> small = load("smaller")  # doctest: +SKIP
     """
     target, small = folder_path(path), unwrapped(small)
+    _check_types(dtypes)
     refuse_existing(target)
     found = origin or getattr(small, ATTRIBUTE, None)
     if not isinstance(found, Origin):
@@ -79,6 +80,14 @@ def save(
             (folder / CONFIG).write_text(found.config, encoding="utf-8")
         write_weights(folder, tensors)
         (folder / MANIFEST).write_text(json.dumps(_manifest(folder, found, tensors), indent=1), encoding="utf-8")
+
+
+def _check_types(dtypes: object) -> None:
+    """Raise StorageError for what is no mapping from names to types."""
+    if dtypes is None:
+        return
+    if not isinstance(dtypes, Mapping) or not all(isinstance(dtype, torch.dtype) for dtype in dtypes.values()):
+        raise StorageError(f"dtypes={dtypes!r:.60} are no types: give a torch.dtype by name of parameter or buffer")
 
 
 def _own_tensors(small: nn.Module, buffers: Sequence[str]) -> dict[str, Tensor]:
@@ -226,7 +235,14 @@ def _read_plan(folder: Path) -> Plan:
 def _dense(folder: Path, manifest: Mapping[str, Any], model: Callable[[], Any] | None) -> tuple[nn.Module, Any, Any]:
     """The original architecture with example inputs, in the mode that it had."""
     made: Any
+    if isinstance(model, nn.Module):
+        raise StorageError(
+            f"model= is a {type(model).__name__} that is built already: pass a function that builds it anew, such as "
+            "its class or lambda: Model(…)"
+        )
     if model is not None:
+        if not callable(model):
+            raise StorageError(f"model={model!r:.60} cannot be called: pass a function that returns the original model")
         made = model()
     elif CONFIG in manifest["files"]:
         made = _from_config(folder, manifest)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -74,7 +74,7 @@ def test_a_device_that_likes_any_width(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("allocation", ["global", "uniform"])
-def test_training_keeps_widths_that_the_device_likes(allocation: str) -> None:
+def test_training_keeps_widths_that_the_device_likes(allocation: Literal["global", "uniform"]) -> None:
     made, kwargs = model(torch.float32)
     optimizer = torch.optim.SGD(made.parameters(), lr=1e-3)
     sparse = eco.SparseTraining(

@@ -241,10 +241,11 @@ def test_random_plans_need_no_weights() -> None:
         plan(tiny_couplings(shadow))
 
 
-def test_nothing_offered_makes_an_empty_plan() -> None:
+def test_nothing_offered_makes_no_plan() -> None:
     single = coupling("a:ffn", [member("embed.weight", 1, "producer", [box()], 1, 1)], 11)
     for offered in ([], [c for c in COUPLINGS if c.blocked], [single]):
-        assert plan(Couplings(offered, MODEL)) == Plan((), tuple(COUPLINGS.shapes.items()))
+        with pytest.raises(PlanError, match=r"^there is nothing to remove because "):
+            plan(Couplings(offered, MODEL), 0.5, "magnitude")
 
 
 def test_a_hundred_wide_layers_take_seconds() -> None:
@@ -302,9 +303,13 @@ def test_a_hundred_wide_layers_take_seconds() -> None:
         ),
         (
             {"scores": "size"},
-            "scores='size' is unknown: use 'magnitude', 'random' or what score() returned",
+            "scores='size' is unknown: use 'magnitude', 'random', what score() returned, or a mapping of coupling "
+            "names to tensors",
         ),
-        ({"scores": {}}, "scores={} is unknown: use 'magnitude', 'random' or what score() returned"),
+        (
+            {"scores": {}},
+            "coupling 'layers.0.attention:qk' needs scores of shape (2, 2) and has none: score these couplings",
+        ),
         (
             {"ratio": 0.9, "floor": 0.25, "kinds": "ffn"},
             "ratio=0.9 is out of reach because floor=0.25 and round_to=1 leave at most 0.7500 of the couplings' "

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils import _pytree as pytree
 
 import ecospa_fx as eco
 from ecospa_fx.errors import PlanError

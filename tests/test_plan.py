@@ -288,14 +288,14 @@ def test_prints_a_table() -> None:
 
 
 def test_prints_an_empty_plan() -> None:
-    empty = plan(Couplings([], MODEL))
-    assert str(empty) == "An empty plan: no coupling was offered, so nothing is removed."
+    empty = Plan.keeping(COUPLINGS, {})
+    assert str(empty) == "An empty plan: nothing is removed."
     assert empty.masks(MODEL) == {}
     assert Plan.from_json(empty.to_json()) == empty
 
 
 def test_a_coupling_that_keeps_all_removes_nothing() -> None:
     whole = coupling("layers.0.ffn:ffn", COUPLINGS["layers.0.ffn:ffn"].members, 312)
-    made = plan(Couplings([whole], MODEL), ratio=0.01)
+    made = plan(Couplings([whole], MODEL), 0.01, "magnitude")
     assert made["layers.0.ffn:ffn"].kept == FFN
     assert (made.removed_parameters, made.masks(MODEL)) == (0, {})

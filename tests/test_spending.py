@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -165,10 +166,17 @@ def test_no_coupling_loses_more_than_its_kind_may(
 
 def test_a_limit_is_reached_to_the_unit() -> None:
     """0.7 · 10 is a little less than 7 in floating point."""
-    assert Bounds(1, 0.0, {"ffn": 0.7}).widths(sized(10))[-1] == 3
-    assert Bounds(1, 0.0, {"ffn": 0}).widths(sized(10)) == []
-    assert Bounds(4, 0.0, {"ffn": 0.7}).widths(sized(10)) == [8, 4]
-    assert Bounds(1, 0.0, {"ffn": 1}).widths(sized(10))[-1] == 1
+    assert Bounds(1, 0.0, {"a": 0.7}).widths(sized(10))[-1] == 3
+    assert Bounds(1, 0.0, {"a": 0}).widths(sized(10)) == []
+    assert Bounds(4, 0.0, {"a": 0.7}).widths(sized(10)) == [8, 4]
+    assert Bounds(1, 0.0, {"a": 1}).widths(sized(10))[-1] == 1
+
+
+def test_what_is_tied_keeps_to_the_limits_of_each() -> None:
+    """A coupling of 5 units and one of 10 that keeps twice as many and may lose 0.3 of them."""
+    five, ten = (replace(sized(units), name=f"{units}") for units in (5, 10))
+    assert Bounds(1, 0.0, {"10": 0.3}).widths(five, (five, ten)) == [4]
+    assert Bounds(1, 0.0, {"5": 0.5, "10": 0.7}).widths(five, (five, ten)) == [4, 3]
 
 
 def sized(units: int) -> Coupling:
@@ -180,8 +188,12 @@ def sized(units: int) -> Coupling:
     [
         ({"ffn": 1.5}, "limits['ffn']=1.5 is not a share of units to remove at most: give a number from 0 to 1"),
         ({"ffn": "half"}, "limits['ffn']='half' is not a share of units to remove at most: give a number from 0 to 1"),
-        ({"fnn": 0.5}, "limits names kind 'fnn', of which nothing is chosen: use some of experts, ffn, qk, vo"),
-        (0.5, "limits=0.5 is no mapping: give a share per kind, like {'ffn': 0.5}"),
+        (
+            {"fnn": 0.5},
+            "limits names 'fnn', which is no kind that is chosen (experts, ffn, qk, vo) and matches no module: near it "
+            "are 'layers.0.ffn', 'layers.1.ffn'",
+        ),
+        (0.5, "limits=0.5 is no mapping: give a share per kind or module, like {'ffn': 0.5, 'lm_head': 0}"),
     ],
 )
 def test_refuses_limits(limits: Any, text: str) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Unpack
 
 import torch
 from torch import Tensor
@@ -26,17 +26,19 @@ from ecospa_fx.budget.ladders import (
     each_alone,
     in_carried_step,
     in_uniform_step,
-    listed,
     removed_at,
 )
 from ecospa_fx.budget.latency import Latency
+from ecospa_fx.budget.settings import RATIO, PlanSettings
 from ecospa_fx.budget.spending import Flops, Parameters, Spending
-from ecospa_fx.coupling.couplings import Coupling, Couplings
+from ecospa_fx.coupling.choice import choosable, named, shares
+from ecospa_fx.coupling.couplings import Coupling, Couplings, check_couplings
 from ecospa_fx.errors import PlanError
 from ecospa_fx.importance.score import magnitudes
-from ecospa_fx.importance.scores import Scores
+from ecospa_fx.importance.scores import Given, given_scores
 from ecospa_fx.importance.sensitivity import Curves
-from ecospa_fx.plan import Plan
+from ecospa_fx.options import PlanOptions, check_options, check_whole
+from ecospa_fx.plan import Plan, Selection
 
 if TYPE_CHECKING:
     from ecospa_fx.inplace.express import Carried
@@ -45,71 +47,111 @@ TRIES = 8
 """Of a knapsack whose couplings hold the same elements, each for what the one before was short of."""
 
 
-def plan(  # noqa: PLR0913  # whatever a user decides about an allocation meets here
+def plan(
     couplings: Couplings,
-    ratio: float = 0.5,
-    scores: Scores | Literal["magnitude", "random"] = "magnitude",
+    ratio: float = RATIO,
+    scores: Given | None = None,
     seed: int = 0,
     round_to: int | None = 1,
-    *,
-    allocation: Literal["global", "ragged", "uniform"] | Curves = "global",
-    uniform: bool = False,
-    floor: float = 0.05,
-    kinds: Sequence[str] | None = None,
-    limits: Mapping[str, float] | None = None,
-    budget: Literal["parameters", "flops", "latency"] | Spending = "parameters",
-    expressible_in: Literal["module"] | None = None,
+    **options: Unpack[PlanOptions],
 ) -> Plan:
     """Decide what to remove.
 
-    ratio: the share, between 0 and 1, of what the chosen couplings hold together to remove, met to within half a rung.
-    budget: what that is counted in: "parameters", each once; "flops" of the example call that `detect` saw; "latency",
-    seconds of its products on this machine, measured once and kept on disk (`ecospa_fx.budget.latency`). scores: what
-    `score` returned; "magnitude", from the weights; or "random", drawn from `seed` alone, for tests. round_to: kept
-    units per carrier are a multiple of it; a coupling with fewer stays whole; None: of what their device likes
-    (`ecospa_fx.budget.alignment.liked`). allocation: "global", what scores least for what it frees goes first;
-    "ragged", the same where heads may keep different numbers of units, and zeros fill activations up; "uniform" or
-    uniform=True, the same share everywhere; or measured `ecospa_fx.importance.sensitivity` curves. floor: the least
-    share that a coupling keeps, at least one unit. limits: by kind, the largest share that it may lose. kinds: only
-    these; by default all offered, but not what is offered in finer couplings (heads) unless scores are random.
-    expressible_in: "module" leaves whole what `shrink_` could not write back, as trying on a copy shows, and takes
-    heads where their content cannot be; with uniform widths the configuration can describe it too.
+    ratio: the share, between 0 and 1 and by default 0.5, of what the chosen couplings hold together to remove, met to
+    within half a rung. scores: what `score` returned, or a mapping of coupling names to tensors [carriers, units];
+    "magnitude", from the weights, which costs most quality; or "random", drawn from `seed` alone, for tests. round_to:
+    kept units per carrier are a multiple of it; a coupling with fewer stays whole; None: of what their device likes
+    (`ecospa_fx.budget.alignment.liked`). Which couplings may lose units, and how many at most: kinds, exclude, limits,
+    floor, as in `ecospa_fx.options.ChoiceOptions`. Further options, as in `ecospa_fx.options.PlanOptions`:
 
-    Raises PlanError for what is out of range or reach or does not fit, ScoreError for weights without magnitudes.
-    >>> small = plan(couplings, ratio=0.5, round_to=8, limits={"ffn": 0.6}, budget="flops")  # doctest: +SKIP
+    budget: what the ratio counts: "parameters", each once; "flops" of the example call that `detect` saw; "latency",
+    seconds of its products on this machine, measured once and kept on disk (`ecospa_fx.budget.latency`). allocation:
+    "global", what scores least for what it frees goes first; "ragged", the same where heads may keep different numbers
+    of units, and zeros fill activations up; "uniform" or uniform=True, the same share everywhere; or measured
+    `ecospa_fx.importance.sensitivity` curves. expressible_in: "module" leaves whole what `shrink_` could not write
+    back, as trying on a copy shows, and takes heads where their content cannot be; with uniform widths the
+    configuration can describe it too. widths: in place of a ratio, units to keep by name of coupling.
+
+    Raises PlanError for what is out of range or reach or does not fit, and where nothing is offered; ScoreError for
+    weights without magnitudes; OptionError for an option that is not there.
+    >>> plan(couplings, 0.5, s, exclude=["layers.0.*"], limits={"ffn": 0.6}, budget="flops")  # doctest: +SKIP
     """
-    bounds = Bounds(round_to, floor, {} if limits is None else limits, dict(couplings.model.named_parameters()))
-    how = "uniform" if uniform else allocation
-    _check_arguments(ratio, seed, how)
-    _check_ragged(how, even=budget != "parameters" or expressible_in is not None)
-    carried = _carried(couplings, kinds, how, expressible_in) if expressible_in is not None else None
-    chosen = carried.couplings if carried is not None else choose(couplings, kinds, containers=_is_random(scores))
-    return _allocated(couplings, carried or chosen, ratio, (scores, seed, how), bounds, budget)
+    check_options("plan", options, PlanOptions, plan)
+    check_couplings(couplings, PlanError)
+    settings = PlanSettings(ratio, "magnitude" if scores is None else scores, seed, round_to, **options)
+    if settings.widths is not None:
+        return narrowed_to(couplings, settings.widths, settings)
+    return _allocated(couplings, settings)
 
 
-def _allocated(
-    couplings: Couplings,
-    among: Carried | Sequence[Coupling],
-    ratio: float,
-    by: tuple[Scores | str, int, str | Curves],
-    bounds: Bounds,
-    budget: str | Spending,
-) -> Plan:
-    """The plan for what a module can carry, or for couplings each by itself. by: scores, seed and allocation."""
-    scores, seed, how = by
-    chosen = among if isinstance(among, Sequence) else among.couplings
-    values = _values(couplings, bounds.fit(chosen), scores, seed, how)
-    spending = _spending(couplings, budget, chosen, bounds.round_to or 1)
-    if not isinstance(among, Sequence):
-        ladders, tracks = in_carried_step(among, values, bounds, spending, uniform=how == "uniform")
-        return _planned(couplings, ladders, _cut(spending, ladders, tracks, ratio, bounds))
+def _allocated(couplings: Couplings, settings: PlanSettings) -> Plan:
+    """The plan for what a module can carry, or for couplings each by itself."""
+    how, containers = settings.how, _is_random(settings.scores) or settings.expressible_in is not None
+    chosen = choose(couplings, settings.kinds, settings.exclude, containers=containers)
+    carried = None if settings.expressible_in is None else _carried(couplings, chosen, how)
+    chosen = chosen if carried is None else carried.couplings
+    limits = shares(couplings, chosen, settings.limits)
+    parameters = dict(couplings.model.named_parameters())
+    bounds = Bounds(settings.round_to, settings.floor, limits, parameters, settings.limits)
+    values = _values(couplings, chosen, settings)
+    spending = _spending(couplings, settings.budget, chosen, bounds.round_to or 1)
+    if carried is not None:
+        ladders, tracks = in_carried_step(carried, values, bounds, spending, uniform=how == "uniform")
+        return _planned(couplings, ladders, _cut(spending, ladders, tracks, settings.ratio, bounds))
     ladders = [
         Ladder.ragged(c, values[c.name], bounds)
         if how == "ragged" and may_be_ragged(c)
         else Ladder.of(c, values[c.name], bounds.widths(c), spending)
         for c in chosen
     ]
-    return _planned(couplings, ladders, _rungs(spending, ladders, _lost(values, spending, how), ratio, bounds))
+    return _planned(couplings, ladders, _rungs(spending, ladders, _lost(values, spending, how), settings.ratio, bounds))
+
+
+def narrowed_to(couplings: Couplings, widths: Mapping[str, int], settings: PlanSettings) -> Plan:
+    """The plan that keeps a number of units, those of most score, of the couplings that are named.
+
+    widths: by name of a coupling, or by shell pattern on names, units per carrier; a name counts before a pattern.
+    """
+    chosen = choosable(couplings, settings.kinds, settings.exclude)
+    wanted = _widths(couplings, chosen, widths)
+    chosen = [c for c in chosen if c.name in wanted]
+    values = _values(couplings, chosen, settings)
+    selections = []
+    for c in chosen:
+        order = values[c.name].sort(dim=1, stable=True).indices
+        keep = torch.ones(c.carriers, c.size, dtype=torch.bool)
+        selections.append(Selection.of(c, keep.scatter(1, order[:, : c.size - wanted[c.name]], False)))
+    return Plan(tuple(selections), tuple(couplings.shapes.items()))
+
+
+def _widths(couplings: Couplings, chosen: Sequence[Coupling], widths: Mapping[str, int]) -> dict[str, int]:
+    """Units that each named coupling keeps. Raises PlanError for names and numbers that make no sense."""
+    found: dict[str, tuple[str, int]] = {}
+    for key in sorted(widths, key=lambda key: key in {c.name for c in chosen}):
+        width = widths[key]
+        check_whole(f"widths[{key!r}]", width, 1, PlanError, "a number of units to keep")
+        names = named(couplings, "widths", key)
+        matched = [c for c in chosen if c.name in names]
+        if not matched:
+            raise PlanError(f"widths names {key!r}, which cannot lose a unit: {_why_whole(couplings[min(names)])}")
+        for c in matched:
+            if width > c.size:
+                raise PlanError(
+                    f"widths[{key!r}]={width} is more than the {c.size} units of coupling {c.name!r}: keep fewer"
+                )
+            before, other = found.get(c.name, (key, width))
+            if other != width and c.name != key:
+                raise PlanError(
+                    f"widths says {other} ({before!r}) and {width} ({key!r}) for coupling {c.name!r}: give one"
+                )
+            found[c.name] = key, width
+    return {name: width for name, (_, width) in found.items()}
+
+
+def _why_whole(coupling: Coupling) -> str:
+    if coupling.blocked is not None:
+        return coupling.blocked.message
+    return "it has one unit, or kinds= and exclude= leave it out"
 
 
 def may_be_ragged(coupling: Coupling) -> bool:
@@ -117,21 +159,17 @@ def may_be_ragged(coupling: Coupling) -> bool:
     return coupling.inexact is None and all(m.carrier_axis is None for m in coupling.members)
 
 
-def _is_random(scores: Scores | str) -> bool:
+def _is_random(scores: object) -> bool:
     return isinstance(scores, str) and scores == "random"
 
 
-def _carried(
-    couplings: Couplings, kinds: Sequence[str] | None, how: str | Curves, expressible_in: str | None
-) -> Carried:
+def _carried(couplings: Couplings, chosen: Sequence[Coupling], how: str | Curves) -> Carried:
     """What the model's own module can carry."""
     from ecospa_fx.inplace.express import carried_by  # which imports plans
 
-    if expressible_in != "module":
-        raise PlanError(f"expressible_in={expressible_in!r} is unknown: give 'module', or leave it out")
     if isinstance(how, Curves):
         raise PlanError("expressible_in='module' keeps couplings in step, which curves do not: use allocation='global'")
-    return carried_by(couplings, choose(couplings, kinds, containers=True), how == "uniform")
+    return carried_by(couplings, chosen, how == "uniform")
 
 
 def _planned(couplings: Couplings, ladders: Sequence[Ladder], rungs: Sequence[int]) -> Plan:
@@ -147,8 +185,7 @@ def _spending(couplings: Couplings, budget: str | Spending, chosen: Sequence[Cou
         budget = Flops.of(couplings)
     elif isinstance(budget, str) and budget == "latency":
         budget = Latency.of(couplings, round_to)
-    if not isinstance(budget, Spending):
-        raise PlanError(f"budget={budget!r:.60} is unknown: use 'parameters', 'flops' or 'latency'")
+    assert isinstance(budget, Spending)  # as the settings have checked
     budget.ready(chosen)
     return budget
 
@@ -234,64 +271,30 @@ def _first_reaching(removed: Callable[[int], float], target: float, guess: int, 
     return bisect_left(range(last + 1), target, lo=max(low + 1, 0), hi=min(high, last + 1), key=removed)
 
 
-def _check_ragged(allocation: object, *, even: bool) -> None:
-    if even and isinstance(allocation, str) and allocation == "ragged":
-        raise PlanError("allocation='ragged' counts parameters, in graph form: leave budget= and expressible_in= out")
-
-
-def _check_arguments(ratio: float, seed: int, allocation: object) -> None:
-    if not isinstance(ratio, int | float) or not 0 < ratio < 1:
-        raise PlanError(
-            f"ratio={ratio!r} is not a share of parameters to remove: give a number between 0 and 1, like 0.5"
-        )
-    if not isinstance(seed, int):
-        raise PlanError(f"seed={seed!r} is not a seed: give a whole number")
-    if allocation == "sensitivity":
-        raise PlanError(
-            "allocation='sensitivity' needs measured curves: pass these, or use compress() with method='second-order'"
-        )
-    if not isinstance(allocation, Curves) and allocation not in ("global", "ragged", "uniform"):
-        raise PlanError(
-            f"allocation={allocation!r:.60} is unknown: use 'global', 'ragged', 'uniform' or measured curves"
-        )
-
-
-def choose(couplings: Couplings, kinds: Sequence[str] | None, *, containers: bool) -> list[Coupling]:
+def choose(
+    couplings: Couplings, kinds: str | Sequence[str] | None = None, exclude: str | Sequence[str] = (), *,
+    containers: bool,
+) -> list[Coupling]:  # fmt: skip
     """The couplings to allocate; containers whose content is offered are left to their content by default."""
-    offered = [c for c in couplings.offered if c.size > 1]
-    if kinds is not None:
-        wanted, known = [kinds] if isinstance(kinds, str) else list(kinds), sorted({c.kind for c in offered})
-        for kind in wanted:
-            if kind not in known:
-                raise PlanError(f"no offered coupling is of kind {kind!r}: use some of {listed(known)}")
-        return [c for c in offered if c.kind in wanted]
-    names = {c.name for c in offered}
-    return [c for c in offered if containers or not c.contains or not names.issuperset(c.contains)]
+    found = choosable(couplings, kinds, exclude)
+    if kinds is not None or containers:
+        return found
+    names = {c.name for c in couplings.offered if c.size > 1}
+    return [c for c in found if not c.contains or not names.issuperset(c.contains)]
 
 
-def _values(
-    couplings: Couplings, chosen: Sequence[Coupling], scores: Scores | str, seed: int, how: str | Curves
-) -> Mapping[str, Tensor]:
+def _values(couplings: Couplings, chosen: Sequence[Coupling], settings: PlanSettings) -> Mapping[str, Tensor]:
     """Scores [carriers, units] of every chosen coupling, checked."""
+    scores: object = settings.scores
     if _is_random(scores):
-        return _random(chosen, seed)
+        return _random(chosen, settings.seed)
     if isinstance(scores, str) and scores == "magnitude":
         scores = magnitudes(couplings)
-    if not isinstance(scores, Scores):
-        raise PlanError(f"scores={scores!r:.60} is unknown: use 'magnitude', 'random' or what score() returned")
-    for c in chosen:
-        value = scores.values.get(c.name)
-        if value is None or tuple(value.shape) != (c.carriers, c.size):
-            found = "none" if value is None else f"shape {tuple(value.shape)}"
-            raise PlanError(
-                f"coupling {c.name!r} needs scores of shape {(c.carriers, c.size)} and has {found}: "
-                "score these couplings"
-            )
-        if not value.isfinite().all():
-            raise PlanError(f"the scores of coupling {c.name!r} are not all finite: score it anew")
-        if isinstance(how, Curves) and c.name not in how.rises:
+    values = given_scores(couplings, chosen, scores)
+    for c in chosen if isinstance(settings.allocation, Curves) else ():
+        if isinstance(settings.how, Curves) and c.name not in settings.how.rises:
             raise PlanError(f"coupling {c.name!r} has no measured curve: measure these couplings, or choose kinds=")
-    return scores.values
+    return values
 
 
 def _random(chosen: Sequence[Coupling], seed: int) -> dict[str, Tensor]:

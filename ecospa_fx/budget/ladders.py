@@ -23,52 +23,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """How many units a coupling may keep; see `plan`. Raises PlanError for what is out of range.
+    """How many units a coupling may keep; see `plan`.
 
-    parameters: by name, those whose device and type say what is liked where round_to is None.
+    limits: by name of coupling, the largest share that it may lose; parameters: by name, those whose device and type
+    say what is liked where round_to is None.
     """
 
     round_to: int | None
     floor: float
     limits: Mapping[str, float]
     parameters: Mapping[str, Tensor] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.round_to is not None and (not isinstance(self.round_to, int) or self.round_to < 1):
-            raise PlanError(f"round_to={self.round_to!r} is not a number of units: give a whole number of at least 1")
-        if not isinstance(self.floor, int | float) or not 0 <= self.floor < 1:
-            raise PlanError(
-                f"floor={self.floor!r} is not a share of units to keep: give a number from 0 up to, not including, 1"
-            )
-        if not isinstance(self.limits, Mapping):
-            raise PlanError(f"limits={self.limits!r:.60} is no mapping: give a share per kind, like {{'ffn': 0.5}}")
-        for kind, limit in self.limits.items():
-            if not isinstance(limit, int | float) or not 0 <= limit <= 1:
-                raise PlanError(
-                    f"limits[{kind!r}]={limit!r} is not a share of units to remove at most: give a number from 0 to 1"
-                )
-
-    def fit(self, chosen: Sequence[Coupling]) -> Sequence[Coupling]:
-        """The same couplings. Raises PlanError for a limit of a kind that is not there: it would limit nothing."""
-        known = sorted({c.kind for c in chosen})
-        for kind in self.limits:
-            if kind not in known:
-                raise PlanError(f"limits names kind {kind!r}, of which nothing is chosen: use some of {listed(known)}")
-        return chosen
+    told: Mapping[str, float] | None = None
+    """The limits as the user wrote them, for messages."""
 
     def widths(self, coupling: Coupling, tied: Sequence[Coupling] = ()) -> list[int]:
         """Numbers of units that may be kept, short of all, from most to fewest.
 
-        tied: couplings that keep as many times more as they have.
+        tied: couplings that keep as many times more as they have, each of which must be allowed to.
         """
-        size = coupling.size
-        step = lcm(*(self.step(c, c.size // size) for c in (coupling, *tied)))
-        return list(range((size - 1) // step * step, self.least(coupling) - 1, -step))
+        size, every = coupling.size, (coupling, *tied)
+        step = lcm(*(self.step(c, c.size // size) for c in every))
+        least = max(ceil(self.least(c) / (c.size // size)) for c in every)
+        return list(range((size - 1) // step * step, least - 1, -step))
 
     def least(self, coupling: Coupling) -> int:
         """How many units stay at least."""
-        size, limit = coupling.size, self.limits.get(coupling.kind, 1)
-        return max(1, ceil(self.floor * size), size - int(limit * size + 1e-9))
+        return least_units(coupling.size, self.floor, self.limits.get(coupling.name, 1.0))
 
     def step(self, coupling: Coupling, times: int = 1) -> int:
         """What kept units are a multiple of where a coupling keeps so many times more of them."""
@@ -79,7 +59,12 @@ class Bounds:
 
     def __str__(self) -> str:
         told = f"floor={self.floor} and round_to={self.round_to}"
-        return f"{told} and limits={dict(self.limits)}" if self.limits else told
+        return f"{told} and limits={dict(self.told)}" if self.told else told
+
+
+def least_units(size: int, floor: float, limit: float) -> int:
+    """Units that stay at least: one, a share of them, and what a limit on the share that goes leaves."""
+    return max(1, ceil(floor * size), size - int(limit * size + 1e-9))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -221,15 +206,22 @@ def removed_at(spending: Spending, ladders: Sequence[Ladder], rungs: Sequence[in
 def in_carried_step(
     carried: Carried, values: Mapping[str, Tensor], bounds: Bounds, spending: Spending, *, uniform: bool
 ) -> tuple[list[Ladder], list[Track]]:
-    """Ladders of what is tied together are climbed in step, and with uniform widths those of all layers."""
+    """Ladders of what is tied together are climbed in step, and with uniform widths those of all layers.
+
+    What keeps the same number of units may keep what every one of its couplings may.
+    """
     if not spending.smooth:
         raise PlanError("expressible_in='module' cannot spend a budget in latency yet: use 'parameters' or 'flops'")
     ladders: list[Ladder] = []
     tracks: dict[tuple[int, ...], list[int]] = {}
-    for i, tie in enumerate(carried.ties):
+    keys = [(tie.number, tie.base.size) if uniform else (i,) for i, tie in enumerate(carried.ties)]
+    together: dict[tuple[int, ...], list[Coupling]] = {}
+    for key, tie in zip(keys, carried.ties, strict=True):
+        together.setdefault(key, []).extend(tie.couplings)
+    for key, tie in zip(keys, carried.ties, strict=True):
         size = tie.base.size
-        kept = [k for k in bounds.widths(tie.base, tie.couplings) if carried.fine(tie, k)]
-        track = tracks.setdefault((tie.number, size, len(kept)) if uniform else (i,), [])
+        kept = [k for k in bounds.widths(tie.base, together[key]) if carried.fine(tie, k)]
+        track = tracks.setdefault(key, [])
         for c in tie.couplings:
             track.append(len(ladders))
             ladders.append(Ladder.of(c, _shared(tie, c, values), [k * (c.size // size) for k in kept], spending))
@@ -249,7 +241,3 @@ def _together(ladders: Sequence[Ladder], members: Sequence[int]) -> Tensor:
     """Score for each unit of the budget of the rungs of ladders that are climbed in step."""
     freed = torch.stack([ladders[i].freed for i in members])
     return (torch.stack([ladders[i].cost for i in members]) * freed).sum(0) / freed.sum(0)
-
-
-def listed(names: Sequence[str]) -> str:
-    return ", ".join(names) or "none"

@@ -6,12 +6,16 @@ carrier ``c`` and unit ``u`` name one removable set of parameter elements, the s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
+
+from ecospa_fx.coupling.choice import ModulePaths, near_names, selected
+from ecospa_fx.errors import EcospaError
 
 if TYPE_CHECKING:
     from ecospa_fx.budget.work import Work
@@ -129,6 +133,7 @@ class Couplings(Sequence[Coupling]):
         model: nn.Module,
         work: Work | None = None,
         example: tuple[Any, Any] | None = None,
+        whole: Couplings | None = None,
     ) -> None:
         self._couplings = tuple(couplings)
         self._by_name = {c.name: c for c in self._couplings}
@@ -140,6 +145,8 @@ class Couplings(Sequence[Coupling]):
         """Dense shape of every parameter, by its first name in ``named_parameters()``."""
         self.work = work
         """The graph's calls that couplings narrow, for budgets in FLOPs or seconds; None where no graph is known."""
+        self.whole = whole
+        """All couplings of the model, where these are a selection of them."""
 
     @overload
     def __getitem__(self, key: int | str) -> Coupling: ...
@@ -148,7 +155,7 @@ class Couplings(Sequence[Coupling]):
     def __getitem__(self, key: int | str | slice) -> Coupling | tuple[Coupling, ...]:
         if isinstance(key, str):
             if key not in self._by_name:
-                raise KeyError(f"no coupling {key!r}; known: {', '.join(list(self._by_name)[:8])}, …")
+                raise KeyError(f"no coupling {key!r}; {near_names(self, key)}")
             return self._by_name[key]
         return self._couplings[key]
 
@@ -168,10 +175,48 @@ class Couplings(Sequence[Coupling]):
         """The refusals."""
         return tuple(c for c in self._couplings if c.blocked is not None)
 
+    @cached_property
+    def paths(self) -> ModulePaths:
+        """What patterns on module paths are matched with."""
+        return ModulePaths.of(self.model)
+
+    def select(
+        self,
+        kinds: str | Sequence[str] | None = None,
+        names: str | Sequence[str] | None = None,
+        modules: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] = (),
+        predicate: Callable[[Coupling], object] | None = None,
+    ) -> Couplings:
+        """Those that meet every condition, refusals included, in their order: every verb takes them like the whole.
+
+        kinds: of any of these; names: of any of these names, or shell patterns on names; modules, exclude: holding
+        parameters that any of these shell patterns on module paths matches, or none of them (see
+        `ecospa_fx.coupling.choice`); predicate: for which this is true. Raises PlanError for what is not there.
+
+        Example:
+            >>> import torch, ecospa_fx as eco
+            >>> layers = [torch.nn.Linear(8, 32), torch.nn.GELU(), torch.nn.Linear(32, 16), torch.nn.GELU()]
+            >>> mlp = torch.nn.Sequential(*layers, torch.nn.Linear(16, 8))
+            >>> [c.size for c in eco.detect(mlp, (torch.randn(2, 8),)).select(kinds="ffn", exclude=["4"])]
+            [32]
+        """
+        found = selected(self, kinds, names, modules, exclude, predicate)
+        return Couplings(found, self.model, self.work, self.example, self.whole or self)
+
     def __str__(self) -> str:
         from ecospa_fx.report import coupling_table
 
         return coupling_table(self)
+
+
+def check_couplings(couplings: object, refused: type[EcospaError]) -> None:
+    """Raise `refused` for what `detect` did not return: only its result knows the model that couplings belong to."""
+    if not isinstance(couplings, Couplings):
+        raise refused(
+            f"couplings is a {type(couplings).__name__}: pass what detect() returned, or a part of it that "
+            "couplings.select(…) gives"
+        )
 
 
 def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -15,6 +15,7 @@ from ecospa_fx.axes.reasons import Reason
 from ecospa_fx.axes.record import Event, Obstacle, several
 from ecospa_fx.budget.work import Work
 from ecospa_fx.coupling.carriers import carriers_of
+from ecospa_fx.coupling.choice import texts
 from ecospa_fx.coupling.couplings import Box, Coupling, Couplings, Member, Refusal, Step, Symmetry
 from ecospa_fx.coupling.labels import Labels
 from ecospa_fx.errors import InputError
@@ -39,13 +40,18 @@ def detected(
     program: Program, model: nn.Module, allow: str | Iterable[str] = (), example: tuple[Any, Any] | None = None
 ) -> Couplings:
     """The couplings of a model captured with an example. allow: see `detect`; raises InputError for anything else."""
-    allowed = (allow,) if isinstance(allow, str) else tuple(allow)
+    walked = program.flow(check_allow(allow))
+    found = find_couplings(walked, program.shapes)
+    return Couplings((_advised(f.coupling) for f in found), model, Work(walked, found, program.sizes), example)
+
+
+def check_allow(allow: object) -> tuple[str, ...]:
+    """What is allowed, by name. Raises InputError for what is not known."""
+    allowed = tuple(texts("allow", allow, InputError))
     unknown = [name for name in allowed if name not in ALLOWED]
     if unknown:
         raise InputError(f"allow={unknown[0]!r} is unknown: give one of {', '.join(ALLOWED)}")
-    walked = program.flow(allowed)
-    found = find_couplings(walked, program.shapes)
-    return Couplings((_advised(f.coupling) for f in found), model, Work(walked, found, program.sizes), example)
+    return allowed
 
 
 def _advised(coupling: Coupling) -> Coupling:

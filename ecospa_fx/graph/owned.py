@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from ecospa_fx.errors import CaptureError
+from ecospa_fx.errors import CaptureError, EcospaError
 from ecospa_fx.graph.wrappers import unwrapped
 
 
@@ -26,9 +26,7 @@ def owned(
     arguments the model is returned as it is, without compiling or parallel wrappers around it. Raises CaptureError for
     what is no module or tuple of arguments, and for an argument that holds Parameters beside other tensors.
     """
-    check_model(model)
-    if not isinstance(args, tuple | list):
-        raise CaptureError(f"args must be a tuple of positional arguments, not {type(args).__name__}: write (x,)")
+    check_call(model, args, kwargs)
     model = unwrapped(model)
     args, kwargs = _numbered(tuple(args), dict(kwargs or {}))
     given: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}  # type: ignore[dict-item]
@@ -40,12 +38,21 @@ def owned(
     return holder, tuple(rest), {name: value for name, value in kwargs.items() if name not in lifted}
 
 
-def check_model(model: object) -> None:
-    """Raise CaptureError for what is no module, with what to pass in its place."""
+def check_model(model: object, refused: type[EcospaError] = CaptureError) -> None:
+    """Raise `refused` for what is no module, with what to pass in its place."""
     if isinstance(model, ExportedProgram):
-        raise CaptureError("an ExportedProgram is called and cut as a module: pass program.module()")
+        raise refused("an ExportedProgram is called and cut as a module: pass program.module()")
     if not isinstance(model, nn.Module):
-        raise CaptureError(f"{type(model).__name__} is not an nn.Module: pass the model itself")
+        raise refused(f"{type(model).__name__} is not an nn.Module: pass the model itself")
+
+
+def check_call(model: object, args: object, kwargs: object, refused: type[EcospaError] = CaptureError) -> None:
+    """Raise `refused` for what is no module, and for what are no arguments of one."""
+    check_model(model, refused)
+    if not isinstance(args, tuple | list):
+        raise refused(f"args must be a tuple of positional arguments, not {type(args).__name__}: write (x,)")
+    if kwargs is not None and not (isinstance(kwargs, Mapping) and all(isinstance(name, str) for name in kwargs)):
+        raise refused(f"kwargs must be a mapping of arguments by name, not {kwargs!r:.60}: write {{'mask': mask}}")
 
 
 def _numbered(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

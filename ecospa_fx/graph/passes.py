@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
@@ -26,6 +26,7 @@ class PassResult:
         return self.changes > 0
 
 
+@runtime_checkable
 class Pass(Protocol):
     """A frozen dataclass whose fields are its options."""
 
@@ -37,6 +38,13 @@ class Pass(Protocol):
     def run(self, graph_module: fx.GraphModule) -> PassResult:
         """Rewrite a graph of ``torch.ops`` calls with example values in ``node.meta["val"]``, in place."""
         ...
+
+
+def check_passes(passes: object) -> None:
+    """Raise PassError for what is no sequence of passes."""
+    several = isinstance(passes, Sequence) and not isinstance(passes, str)
+    if not several or not all(isinstance(p, Pass) and not isinstance(p, type) for p in passes):  # type: ignore[attr-defined]
+        raise PassError(f"passes={passes!r:.60} are no passes: give some of ecospa_fx.passes, or () for none")
 
 
 def run_passes(graph_module: fx.GraphModule, passes: Sequence[Pass]) -> PassResult:

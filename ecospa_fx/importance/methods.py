@@ -25,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import partial
 from typing import Protocol
 
@@ -92,10 +93,13 @@ def register(method: Method) -> None:
     _METHODS[method.name] = method
 
 
-def method_named(name: str) -> Method:
-    """Look a method up; the error lists the known ones."""
-    if name not in _METHODS:
-        raise ScoreError(f"no scoring method is called {name!r}: use one of {', '.join(sorted(_METHODS))}")
+def method_named(name: object, *others: str) -> Method:
+    """Look a method up; the error lists the known ones, and others that the verb has."""
+    if not isinstance(name, str) or name not in _METHODS:
+        known = [*others, *sorted(_METHODS)]
+        near = get_close_matches(name, known, 1, 0.6) if isinstance(name, str) else []
+        hint = f", near it is {near[0]!r}" if near else ""
+        raise ScoreError(f"no scoring method is called {name!r:.60}{hint}: use one of {', '.join(known)}")
     return _METHODS[name]
 
 

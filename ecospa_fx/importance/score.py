@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ecospa_fx.coupling.couplings import Couplings
+from ecospa_fx.coupling.choice import nothing_offered
+from ecospa_fx.coupling.couplings import Couplings, check_couplings
 from ecospa_fx.errors import ScoreError
 from ecospa_fx.graph.looking import leaves_untouched
 from ecospa_fx.graph.wrappers import unwrapped
@@ -21,6 +22,7 @@ from ecospa_fx.importance.progress import watched
 from ecospa_fx.importance.samples import Splitter
 from ecospa_fx.importance.scores import Scores
 from ecospa_fx.importance.separable import copied
+from ecospa_fx.options import check_data
 
 
 @leaves_untouched(calls=True)
@@ -47,13 +49,14 @@ def score(
 
     Only the slope of the loss counts, in any unit. Raises ScoreError for empty batches, a loss that is not a scalar,
     does not depend on the coupled parameters or has no slope there, values that are not finite, and weights on
-    ``meta``.
+    ``meta``; where nothing is offered.
 
     >>> loss = lambda output, args, kwargs: output.square().mean()
     >>> scores = score(model, couplings, [((x,), {}) for x in data], loss=loss)  # doctest: +SKIP
     >>> scores[couplings[0].name].shape == (couplings[0].carriers, couplings[0].size)  # doctest: +SKIP
     True
     """
+    check_data(batches, loss, ScoreError, progress)
     model = unwrapped(model)
     return score_samples(model, couplings, batches, splitter_of(model, loss), loss, method, progress)
 
@@ -125,6 +128,11 @@ def magnitudes(couplings: Couplings) -> Scores:
 
 def _coupled_weights(model: nn.Module, couplings: Couplings) -> dict[str, nn.Parameter]:
     """Every parameter of an offered coupling, checked to be the one detected, with finite values."""
+    check_couplings(couplings, ScoreError)
+    if not couplings.offered:
+        raise ScoreError(nothing_offered(couplings, "score"))
+    if not isinstance(model, nn.Module):
+        raise ScoreError(f"{type(model).__name__} is not an nn.Module: pass the model that the couplings are of")
     parameters = dict(model.named_parameters(remove_duplicate=False))
     names = dict.fromkeys(m.parameter for c in couplings.offered for m in c.members)
     for name in names:
@@ -139,8 +147,6 @@ def _coupled_weights(model: nn.Module, couplings: Couplings) -> dict[str, nn.Par
 
 
 def _statistic(method: Method, weights: Mapping[str, nn.Parameter], couplings: Couplings) -> Statistic:
-    if not couplings.offered:
-        raise ScoreError("there is nothing to score because no coupling is offered: print(couplings) shows the reasons")
     for name, weight in weights.items():
         if not weight.is_floating_point():
             raise ScoreError(f"parameter {name!r} of type {weight.dtype} has no gradient: score before quantising")

@@ -12,6 +12,7 @@ from torch import nn
 
 from ecospa_fx.errors import PlanError
 from ecospa_fx.graph.looking import leaves_untouched
+from ecospa_fx.graph.owned import check_call
 from ecospa_fx.graph.wrappers import unwrapped
 from ecospa_fx.inplace.calls import Call
 from ecospa_fx.inplace.configuration import builders, configured, told_by
@@ -25,7 +26,7 @@ from ecospa_fx.inplace.tables import Spot
 from ecospa_fx.inplace.trial import apply, edited
 from ecospa_fx.inplace.written import told
 from ecospa_fx.origin import ATTRIBUTE, origin, remember
-from ecospa_fx.plan import Plan
+from ecospa_fx.plan import Plan, check_plan
 from ecospa_fx.snapshot import untouched
 from ecospa_fx.verify import masked
 
@@ -54,6 +55,8 @@ def shrink_(model: Model, plan: Plan, args: Sequence[Any] = (), kwargs: Mapping[
         >>> eco.shrink_(mlp, eco.plan(eco.detect(mlp, (x,)), ratio=0.5), (x,))[0]
         Linear(in_features=8, out_features=16, bias=True)
     """
+    check_call(model, args, kwargs, PlanError)
+    check_plan(plan)
     kwargs, inside = dict(kwargs or {}), unwrapped(model, resizing=PlanError)
     plan.check(inside)
     bench = Bench(inside, args, kwargs)

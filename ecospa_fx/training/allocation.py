@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ecospa_fx.budget.elements import Shapes
-from ecospa_fx.budget.ladders import Climb, Ladder, Track, numbered
+from ecospa_fx.budget.ladders import Climb, Ladder, Track, least_units, numbered
 from ecospa_fx.budget.spending import Parameters
 from ecospa_fx.coupling.couplings import Coupling
 
@@ -19,13 +19,30 @@ Bounds = tuple[int, int]
 """Least and most units that one coupling may have afterwards."""
 
 
-def bounds(size: int, now: int, uniform: float, limits: tuple[float, float, float], round_to: int) -> Bounds:
+def bounds(
+    size: int, now: int, uniform: float, shares: tuple[float, float, float], round_to: int, limit: float = 1.0
+) -> Bounds:
     """Bounds of a coupling. size, now: its units dense and now; uniform: the share that uniform allocation keeps;
-    limits: the share kept in any case, and least and most as multiples of `uniform`."""
-    lowest, low, high = limits
-    least = max(1, ceil(lowest * size), ceil(low * uniform * size - 1e-9))
+    shares: what is kept in any case, and least and most as multiples of `uniform`; limit: the share that may go."""
+    lowest, low, high = shares
+    least = max(least_units(size, lowest, limit), ceil(low * uniform * size - 1e-9))
     least = min(now, ceil(least / round_to) * round_to)
     return least, max(least, floor(min(now, high * uniform * size + 1e-9)))
+
+
+def uniform_share(couplings: Sequence[Coupling], limits: Mapping[str, float], gone: float) -> float:
+    """The share that stays where every coupling loses the same, up to its limit, and all together lose `gone`.
+
+    limits: by name, the largest share that may go, where there is one.
+    """
+    whole, low, high = sum(c.parameters for c in couplings), gone, 1.0
+    if not limits:
+        return 1 - gone
+    for _ in range(50):  # halvings, to the last bit of a float
+        middle = (low + high) / 2
+        lost = sum(c.parameters * min(middle, limits.get(c.name, 1.0)) for c in couplings)
+        low, high = (low, middle) if lost >= gone * whole else (middle, high)
+    return 1 - high
 
 
 def allocate(

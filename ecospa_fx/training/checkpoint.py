@@ -45,7 +45,8 @@ def unpacked(state: Mapping[str, Any], shapes: Shapes, keep: Mapping[str, Tensor
 
     Raises TrainingError for anything else.
     """
-    if state.get("format") != FORMAT or state.get("version") != VERSION:
+    own = isinstance(state, Mapping) and (state.get("format"), state.get("version")) == (FORMAT, VERSION)
+    if not own:
         raise TrainingError(
             f"this is no state of sparse training, format version {VERSION}: pass what SparseTraining.state_dict() gave"
         )

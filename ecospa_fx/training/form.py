@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ecospa_fx.axes.kept import Cut, take_more
 from ecospa_fx.budget.allocate import plan as make_plan
-from ecospa_fx.coupling.couplings import Couplings, parameter_shapes
+from ecospa_fx.coupling.couplings import Coupling, Couplings, parameter_shapes
 from ecospa_fx.coupling.find import detected
 from ecospa_fx.errors import CaptureError, PlanError
 from ecospa_fx.fitted import fitted
@@ -49,12 +49,12 @@ class GraphForm:
     """A captured model, its couplings, and the module that computes it.
 
     module: the model in graph form, sharing its parameters; couplings: what `detect` finds in the dense model, of which
-    those of `kinds` (None: all) will be shrunk. allow: see `detect`. Raises what `detect` and `shrink` raise.
+    those in `chosen` will be shrunk, as `choose` says. allow: see `detect`. Raises what these and `shrink` raise.
     """
 
     def __init__(
         self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], allow: str | Iterable[str] = (),
-        kinds: Sequence[str] | None = None,
+        choose: Callable[[Couplings], list[Coupling]] = lambda couplings: list(couplings.offered),
     ) -> None:  # fmt: skip
         self._model, self._args, self._kwargs = model, tuple(args), dict(kwargs)
         self.shapes = parameter_shapes(model)
@@ -67,7 +67,9 @@ class GraphForm:
             training = False
             self.couplings = self._detected(allow, training)
             log.warning("the model is trained as it computes in eval mode, without dropout, because %s", error)
-        self._trial = make_plan(self.couplings, 0.5, "random", kinds=kinds)
+        self.chosen = choose(self.couplings)
+        names = {c.name for c in self.chosen}
+        self._trial = make_plan(self.couplings.select(predicate=lambda c: c.name in names), 0.5, "random")
         self._exported, self._cut = [self._captured(training)], dict[str, Cut]()
         self.module = self._restored(_cleaned(self._program(self._exported[0])))
         copy_modes(model, self.module)

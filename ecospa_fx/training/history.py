@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tabulate import tabulate
+
+from ecospa_fx.errors import TrainingError
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +49,17 @@ def table(history: Sequence[Shrink], dense: Mapping[str, tuple[str, int]], now: 
 
 
 def plot(history: Sequence[Shrink], dense: Mapping[str, tuple[str, int]], last: int, path: str | Path) -> None:
-    """Draw the share of units that each coupling keeps over the steps, one panel per kind."""
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
+    """Draw the share of units that each coupling keeps over the steps, one panel per kind.
 
+    Raises TrainingError where matplotlib is not installed, and for what is no path.
+    """
+    try:
+        from matplotlib import colormaps
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise TrainingError('plot() needs matplotlib: pip install "ecospa-fx[report]"') from error
+    if not isinstance(path, str | os.PathLike):
+        raise TrainingError(f"path={path!r:.60} is no path: give a file, .png, .svg or .pdf")
     kinds = list(dict.fromkeys(kind for kind, _ in dense.values()))
     figure = Figure(figsize=(4 * len(kinds) + 1, 3.5), layout="constrained")
     panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]

@@ -36,7 +36,8 @@ class RunningScores:
 
     def __init__(self, method: str, memory: int) -> None:
         if method not in METHODS:
-            raise TrainingError(f"scores={method!r} cannot be taken while training: use one of {', '.join(METHODS)}")
+            known = ", ".join(("second-order", *METHODS))
+            raise TrainingError(f"scores={method!r:.60} cannot be taken while training: use one of {known}")
         self.method, self._decay = method, 1 - 1 / memory
         self._spans: dict[str, tuple[int, int, tuple[int, int]]] = {}
         self._uses: dict[str, dict[MarginKey, list[tuple[str, float, Member]]]] = {}

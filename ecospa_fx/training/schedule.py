@@ -10,6 +10,7 @@ from math import ceil
 from typing import Protocol
 
 from ecospa_fx.errors import TrainingError
+from ecospa_fx.options import is_number
 
 
 class Schedule(Protocol):
@@ -112,7 +113,7 @@ class Constant:
     def __post_init__(self) -> None:
         _whole(self, "every", self.every)
         _whole(self, "start", self._first)
-        if not 0 < self.part <= 1:
+        if not is_number(self.part) or not 0 < self.part <= 1:
             raise TrainingError(f"{self} takes no part of the target: give a part above 0 and at most 1")
 
     @property
@@ -141,8 +142,16 @@ def default_schedule(total_steps: int | None, compensated: bool = False) -> Cubi
     return Cubic(start, end, max(1, (end - start) // (count - 1)))
 
 
-def check_schedule(schedule: Schedule, total_steps: int | None) -> None:
-    """Raise TrainingError for what is no schedule, and for one that goes on after the last step."""
+def check_schedule(schedule: Schedule, total_steps: int | None, *, own_scores: bool = False) -> None:
+    """Raise TrainingError for what is no schedule, and for one that goes on after the last step.
+
+    own_scores: whether scores are the user's own, which training makes worthless.
+    """
+    if own_scores and not isinstance(schedule, AtStart):
+        raise TrainingError(
+            "scores= are tensors, which do not follow what training changes: use schedule=eco.AtStart(), or name a "
+            "method, such as 'gate-fisher'"
+        )
     if not isinstance(getattr(schedule, "steps", None), tuple):
         raise TrainingError(f"schedule={schedule!r} is none: give one with its steps, such as eco.OneShot(100)")
     last = max(schedule.steps, default=0)

@@ -5,16 +5,28 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ecospa_fx.budget.alignment import liked
-from ecospa_fx.coupling.couplings import Coupling, Couplings
+from ecospa_fx.budget.elements import removed_elements
+from ecospa_fx.coupling.choice import checked_limits, choosable, texts
+from ecospa_fx.coupling.couplings import Coupling, Couplings, check_couplings
+from ecospa_fx.coupling.find import check_allow
 from ecospa_fx.errors import TrainingError
+from ecospa_fx.graph.owned import check_call
 from ecospa_fx.importance.methods import gate_members
 from ecospa_fx.importance.score import Batch, Loss
+from ecospa_fx.importance.scores import Scores
+from ecospa_fx.options import check_data, check_flag, check_function, check_share, check_whole, is_number
+from ecospa_fx.training.allocation import bounds, uniform_share
 from ecospa_fx.training.narrow import disjoint
+
+if TYPE_CHECKING:
+    from ecospa_fx.training.form import GraphForm
 
 SECOND_ORDER = "second-order"
 """The name of scores that are measured on batches at each shrink."""
@@ -26,13 +38,14 @@ class Settings:
 
     total_steps: the length of the run, if known; allocation: "global", by score per parameter, or "uniform"; band:
     least and most that a coupling keeps, as multiples of what uniform allocation keeps (None: no bounds); round_to: as
-    in `compress`, None for what the device likes of half precision, which autocast makes of float32; floor, kinds: as
-    in `plan`; allow: as in `detect`; window: steps before each shrink whose gradients are scored, and the memory of
-    their moving average; compensate: at each shrink, let what stays make up for what goes, by what second-order scores
-    measured, or else by least squares on `batches`, layer by layer (None: where scores are second-order); batches,
-    loss: calibration data as in `score`, whose samples count however they are batched, for that, for second-order
-    scores, and for a schedule that shrinks at the start; of several processes each gives its own part, and holds all
-    parameters during a shrink; wrap: what to put around the model, after every shrink anew
+    in `compress`, None for what the device likes of half precision, which autocast makes of float32; floor, kinds,
+    exclude, limits: as in `plan`, the target counting what may go; couplings: only these, a selection of what `detect`
+    found on this model; allow: as in `detect`; window: steps before each shrink whose gradients are scored, and the
+    memory of their moving average; compensate: at each shrink, let what stays make up for what goes, by what
+    second-order scores measured, or else by least squares on `batches`, layer by layer (None: where scores are
+    second-order); batches, loss: calibration data as in `score`, whose samples count however they are batched, for
+    that, for second-order scores, and for a schedule that shrinks at the start; of several processes each gives its own
+    part, and holds all parameters during a shrink; wrap: what to put around the model, after every shrink anew
     (``DistributedDataParallel``); group: the processes that train together, by default all of them.
     """
 
@@ -41,7 +54,10 @@ class Settings:
     band: tuple[float, float] | None = (0.6, 1.6)
     round_to: int | None = None
     floor: float = 0.05
-    kinds: Sequence[str] | None = None
+    kinds: str | Sequence[str] | None = None
+    exclude: str | Sequence[str] = ()
+    limits: Mapping[str, float] | None = None
+    couplings: Couplings | None = None
     allow: str | Iterable[str] = ()
     window: int = 50
     compensate: bool | None = None
@@ -53,40 +69,117 @@ class Settings:
     def __post_init__(self) -> None:
         if self.allocation not in ("global", "uniform"):
             raise TrainingError(f"allocation={self.allocation!r} is unknown: use 'global' or 'uniform'")
-        if self.band is not None and not 0 <= self.band[0] <= 1 <= self.band[1]:
+        if self.band is not None and not _is_band(self.band):
             raise TrainingError(f"band={self.band!r} does not hold uniform allocation: give (at most 1, at least 1)")
-        for name in ("round_to", "window"):
+        for name in ("total_steps", "round_to", "window"):
             value = getattr(self, name)
-            if (name, value) != ("round_to", None) and (not isinstance(value, int) or value < 1):
-                raise TrainingError(f"{name}={value!r} makes no sense: give a whole number of at least 1")
-        if not 0 <= self.floor < 1:
-            raise TrainingError(f"floor={self.floor!r} is no share of units to keep: give a number from 0 to below 1")
+            if value is not None or name == "window":
+                check_whole(name, value, 1, TrainingError)
+        check_share("floor", self.floor, TrainingError, "a share of units to keep")
+        if self.kinds is not None:
+            texts("kinds", self.kinds, TrainingError)
+        texts("exclude", self.exclude, TrainingError)
+        checked_limits(self.limits, TrainingError)
+        if self.couplings is not None:
+            check_couplings(self.couplings, TrainingError)
+        check_allow(self.allow)
+        if self.compensate is not None:
+            check_flag("compensate", self.compensate, TrainingError)
+        check_data(() if self.batches is None else self.batches, self.loss, TrainingError)
+        if self.wrap is not None:
+            check_function("wrap", self.wrap, TrainingError, "from a module to one that holds it")
 
-    @property
-    def scores(self) -> str:
-        """The best scores that can be had: second-order ones need data."""
-        return SECOND_ORDER if self.batches is not None and self.loss is not None else "gate-fisher"
+    def method(self, scores: object) -> str | None:
+        """The method of what a user gives as scores, None for numbers; by default the best, which may need data."""
+        if isinstance(scores, Scores | Mapping):
+            return None
+        if scores is None:
+            return SECOND_ORDER if self.batches is not None and self.loss is not None else "gate-fisher"
+        if not isinstance(scores, str):
+            raise TrainingError(f"scores={scores!r:.60} name no method: give a name, or tensors by name of coupling")
+        return scores
 
     def multiples(self, couplings: Iterable[Coupling], parameters: Mapping[str, Tensor]) -> dict[str, int]:
         """By coupling, what the units that stay are a multiple of. Products may have less precision than weights."""
         return {c.name: self.round_to or liked(c, parameters, autocast=True) for c in couplings}
 
     @property
-    def limits(self) -> tuple[float, float, float]:
+    def shares(self) -> tuple[float, float, float]:
         """Share kept in any case; least and most as multiples of what uniform allocation keeps."""
         low, high = self.band if self.band is not None and self.allocation == "global" else (0.0, float("inf"))
         return self.floor, low, high
 
 
-def chosen(couplings: Couplings, settings: Settings, method: str, model: nn.Module) -> list[Coupling]:
-    """The couplings that training shrinks. Raises TrainingError where there are none."""
-    offered = [c for c in couplings.offered if settings.kinds is None or c.kind in settings.kinds]
-    unscored = frozen(offered, method, model)
+def _is_band(band: object) -> bool:
+    """Whether a value is a pair of numbers around 1."""
+    pair = isinstance(band, tuple | list) and len(band) == 2 and all(map(is_number, band))
+    return pair and 0 <= band[0] <= 1 <= band[1]  # type: ignore[index]  # a pair, as has been checked
+
+
+def check_arguments(model: object, args: object, kwargs: object, target: object, state: object) -> None:
+    """Raise TrainingError for what is no model, no arguments of one, no share to remove, or no state."""
+    check_call(model, args, kwargs, TrainingError)
+    if not is_number(target) or not 0 < target < 1:  # type: ignore[operator]  # a number, as has been checked
+        raise TrainingError(f"target={target!r:.60} is no share of parameters to remove: give one between 0 and 1")
+    if state is not None and not isinstance(state, Mapping):
+        raise TrainingError(f"state={state!r:.60} is none: pass what SparseTraining.state_dict() gave")
+
+
+def optimizers_of(optimizer: object) -> tuple[Optimizer, ...]:
+    """One optimizer, or several, or None, as a tuple. Raises TrainingError for anything else."""
+    if optimizer is None:
+        return ()
+    several = isinstance(optimizer, Sequence) and not isinstance(optimizer, str)
+    found: tuple[Any, ...] = tuple(optimizer) if several else (optimizer,)  # type: ignore[arg-type]  # a sequence
+    for entry in found:
+        if not isinstance(entry, Optimizer):
+            raise TrainingError(f"{entry!r:.60} is no optimizer: give a torch.optim.Optimizer, or a list of them")
+    return found
+
+
+def chosen(couplings: Couplings, settings: Settings, method: str | None, model: nn.Module) -> list[Coupling]:
+    """The couplings that training shrinks. method: of scores, None where they are known. Raises TrainingError for none.
+
+    couplings: of the model; of these the ones that the settings select.
+    """
+    if settings.couplings is not None:
+        names = {c.name for c in settings.couplings.offered}
+        strange = sorted(names.difference(c.name for c in couplings))
+        if strange:
+            raise TrainingError(f"couplings= hold {strange[0]!r}, which this model has not: detect on this model")
+        couplings = couplings.select(predicate=lambda c: c.name in names)
+    offered = choosable(couplings, settings.kinds, settings.exclude, TrainingError, "shrink")
+    unscored = {} if method is None else frozen(offered, method, model)
     found = disjoint(c for c in offered if c.name not in unscored)
     if not found:
-        told = "none is offered" if not offered else f"parameters are frozen ({next(iter(unscored.values()))})"
-        raise TrainingError(f"no coupling can shrink because {told}: see print(eco.detect(model, args, kwargs))")
+        told = next(iter(unscored.values()))
+        raise TrainingError(
+            f"there is nothing to shrink because parameters are frozen ({told}): see "
+            "print(eco.detect(model, args, kwargs))"
+        )
     return found
+
+
+def check_reach(
+    couplings: Sequence[Coupling], settings: Settings, target: float, limits: Mapping[str, float], form: GraphForm
+) -> None:
+    """Raise TrainingError where floors and limits, by name of coupling, keep more than the target leaves."""
+    gone, steps = [], settings.multiples(couplings, form.parameters)
+    uniform = uniform_share(couplings, limits, target)
+    for c in couplings:
+        least, _ = bounds(c.size, c.size, uniform, settings.shares, steps[c.name], limits.get(c.name, 1.0))
+        units = torch.zeros(c.carriers, c.size, dtype=torch.bool)
+        units[:, least:] = True
+        gone.append((c.members, units))
+    whole = [(members, torch.ones_like(units)) for members, units in gone]
+    most = removed_elements(form.shapes, gone) / removed_elements(form.shapes, whole)
+    if most < target * 0.98:
+        rounding = settings.round_to or f"None, which is {max(steps.values())} here,"
+        limited = f", limits={dict(settings.limits)}" if settings.limits else ""
+        raise TrainingError(
+            f"target={target} is out of reach because floor={settings.floor}, band={settings.band}{limited} and "
+            f"round_to={rounding} leave at most {most:.3f} to remove: ask for less, or lower them"
+        )
 
 
 def frozen(couplings: Iterable[Coupling], method: str, model: nn.Module) -> dict[str, str]:

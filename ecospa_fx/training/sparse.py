@@ -7,23 +7,26 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ecospa_fx.budget.elements import Factors, removed_elements
+from ecospa_fx.coupling.choice import shares
 from ecospa_fx.coupling.couplings import Coupling, Couplings
 from ecospa_fx.errors import TrainingError
-from ecospa_fx.graph.owned import check_model
 from ecospa_fx.graph.wrappers import unwrapped
 from ecospa_fx.importance.score import score
+from ecospa_fx.importance.scores import Scores, given_scores
+from ecospa_fx.options import TrainingOptions, check_options
 from ecospa_fx.origin import origin
 from ecospa_fx.plan import Plan, Selection
 from ecospa_fx.training import history
-from ecospa_fx.training.allocation import allocate, bounds
+from ecospa_fx.training.allocation import allocate, bounds, uniform_share
 from ecospa_fx.training.checkpoint import packed, unpacked
 from ecospa_fx.training.compensate import Compensation, read
 from ecospa_fx.training.cut import cuts_between
@@ -34,7 +37,16 @@ from ecospa_fx.training.narrow import narrowed
 from ecospa_fx.training.running import RunningScores
 from ecospa_fx.training.schedule import AtStart, Schedule, check_schedule, default_schedule
 from ecospa_fx.training.second_order import Measured, SecondOrder, second_order
-from ecospa_fx.training.settings import SECOND_ORDER, Settings, check_unshared, chosen, other_owners
+from ecospa_fx.training.settings import (
+    SECOND_ORDER,
+    Settings,
+    check_arguments,
+    check_reach,
+    check_unshared,
+    chosen,
+    optimizers_of,
+    other_owners,
+)
 from ecospa_fx.training.sharded import whole
 from ecospa_fx.training.surgery import held_bytes
 
@@ -53,11 +65,12 @@ class SparseTraining:
     `ecospa_fx.training.second_order`, and `ecospa_fx.training.turning` for what becomes of the optimizer's states. Or
     "gate-fisher", "fisher" or "taylor", taken from the gradients of training, where a step counts as one sample, for
     their sum is all that is there; of `batches` every sample counts, as in `score`. By default the first where batches
-    and a loss are given, "gate-fisher" elsewhere. state: to resume from, as for `load_state_dict`; of a schedule that
-    shrinks at the start it must be given here. options: see `Settings`.
+    and a loss are given, "gate-fisher" elsewhere. Tensors [carriers, units] by name of coupling are taken where the
+    schedule shrinks at the start. state: to resume from, as for `load_state_dict`; of a schedule that shrinks at the
+    start it must be given here. options: see `Settings`.
 
-    Raises TrainingError for an optimizer of another model, a schedule that outlasts training, a target that floors put
-    out of reach, parameters that another model holds too; and what `detect` raises.
+    Raises TrainingError where nothing is offered, for an optimizer of another model, a schedule that outlasts training,
+    a target that floors put out of reach, parameters that another model holds too; and what `detect` raises.
 
     >>> sparse = SparseTraining(model, (ids,), optimizer=optimizer, target=0.5, total_steps=10_000)  # doctest: +SKIP
     >>> for batch in loader:  # doctest: +SKIP
@@ -76,43 +89,44 @@ class SparseTraining:
         optimizer: Optimizer | Sequence[Optimizer] | None = None,
         target: float = 0.5,
         schedule: Schedule | None = None,
-        scores: str | None = None,
+        scores: str | Scores | Mapping[str, Tensor] | None = None,
         state: Mapping[str, Any] | None = None,
-        **options: Any,
+        **options: Unpack[TrainingOptions],
     ) -> None:
-        check_model(model)
-        if not isinstance(target, int | float) or not 0 < target < 1:
-            raise TrainingError(f"target={target!r} is no share of parameters to remove: give one between 0 and 1")
-        self._settings, self._target = Settings(**options), target
-        scores = self._settings.scores if scores is None else scores
-        self._measures = scores == SECOND_ORDER
+        check_options("SparseTraining", options, TrainingOptions, SparseTraining)
+        check_arguments(model, args, kwargs, target, state)
+        self._settings, self._target, optimizers = Settings(**options), target, optimizers_of(optimizer)
+        self._given = scores if isinstance(scores, Scores | Mapping) else None
+        method = self._settings.method(scores)
+        self._measures = method == SECOND_ORDER
         self._schedule = schedule or default_schedule(self._settings.total_steps, self._measures)
-        check_schedule(self._schedule, self._settings.total_steps)
+        check_schedule(self._schedule, self._settings.total_steps, own_scores=method is None)
         self._steps = frozenset(self._schedule.steps)
-        self._running = RunningScores("gate-fisher" if self._measures else scores, self._settings.window)
+        gathered = "gate-fisher" if method is None or self._measures else method
+        self._running = RunningScores(gathered, self._settings.window)
         model = unwrapped(model, resizing=TrainingError)
-        owners = other_owners(model)
-        self._form = GraphForm(model, args, dict(kwargs or {}), self._settings.allow, self._settings.kinds)
-        self._chosen = chosen(self._form.couplings, self._settings, scores, model)
+        owners, choose = other_owners(model), partial(chosen, settings=self._settings, method=method, model=model)
+        self._form = GraphForm(model, args, dict(kwargs or {}), self._settings.allow, choose)
+        self._chosen = self._now = self._form.chosen
         check_unshared(self._chosen, owners)
-        self._now, self._held = self._chosen, _held(self._form.shapes, self._chosen)
+        self._held = _held(self._form.shapes, self._chosen)
         self._keep = {c.name: torch.ones(c.carriers, c.size, dtype=torch.bool) for c in self._chosen}
         self._factors: Mapping[str, Factors] = {}
         self._step, self._pending, self._said = 0, False, False
-        self.history: list[history.Shrink] = []
-        """What happened, one record per shrink."""
-        self._check_reach()
+        self.history: list[history.Shrink] = []  # what happened, one record per shrink
+        self._limits = shares(self.couplings, self._chosen, self._settings.limits, TrainingError)
+        check_reach(self._chosen, self._settings, target, self._limits, self._form)
         self._model, self._batches = Held(self._form, self._settings.wrap), read(self._settings.batches)
         self._second_order, self._compensation = self._measuring(), self._compensating()
         self._running.follow(self._chosen, self._form.parameters, {})
         self._origin = origin(model, self.plan, args, kwargs)
-        self._begin(optimizer, state)
+        self._begin(optimizers, state)
 
-    def _begin(self, optimizer: Optimizer | Sequence[Optimizer] | None, state: Mapping[str, Any] | None) -> None:
+    def _begin(self, optimizers: Sequence[Optimizer], state: Mapping[str, Any] | None) -> None:
         self._model.remember(self._origin)
         self._model.count_backwards(self._running.names)
-        if optimizer is not None:
-            self.attach(optimizer)
+        if optimizers:
+            self.attach(optimizers)
         if state is not None:
             self.load_state_dict(state)
         elif isinstance(self._schedule, AtStart):
@@ -147,7 +161,7 @@ class SparseTraining:
 
     def attach(self, optimizer: Optimizer | Sequence[Optimizer]) -> None:
         """Name the optimizers whose states are to be cut. Raises TrainingError for parameters of another model."""
-        self._model.attach((optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer))
+        self._model.attach(optimizers_of(optimizer))
 
     def follow(self, copy: nn.Module | Mapping[str, Tensor]) -> None:
         """Cut a copy of the parameters along with them: an average, master weights.
@@ -263,13 +277,17 @@ class SparseTraining:
         options, left, shapes = self._settings, 1 - self._target * share, self._form.sizes
         dense = {c.name: c.size for c in self._chosen}
         steps = options.multiples(self._chosen, self._form.parameters)
-        limits = {c.name: bounds(dense[c.name], c.size, left, options.limits, steps[c.name]) for c in self._now}
+        uniform = uniform_share(self._chosen, self._limits, 1 - left)
+        limits = {
+            c.name: bounds(dense[c.name], c.size, uniform, options.shares, steps[c.name], self._limits.get(c.name, 1.0))
+            for c in self._now
+        }
         for name in [n for n in limits if not scores[n].any()]:
             log.warning("coupling %s keeps its units at step %s: no gradient reached them lately", name, self._step)
             limits[name] = (self._keep[name].shape[1],) * 2
         goal = _held(shapes, self._now) - round(self._held * left)
-        uniform = dense if options.allocation == "uniform" else None
-        kept = allocate(self._now, shapes, scores, limits, goal, round_to=steps, dense=uniform)
+        even = dense if options.allocation == "uniform" else None
+        kept = allocate(self._now, shapes, scores, limits, goal, round_to=steps, dense=even)
         found = {}
         for name, before in self._keep.items():
             found[name] = before.clone()
@@ -332,6 +350,9 @@ class SparseTraining:
         log.info("step %s: %.1f %% removed, %s parameters left", shrink.step, 100 * shrink.removed, shrink.parameters)
 
     def _shrink_at_start(self) -> None:
+        if self._given is not None:
+            self._shrink(given_scores(self.couplings, self._chosen, self._given, TrainingError), 1.0)
+            return
         loss, batches = self._settings.loss, self._batches
         if not batches or loss is None:
             raise TrainingError("shrinking at the start needs data: give batches= and loss=, as eco.score takes them")
@@ -342,7 +363,7 @@ class SparseTraining:
                     f"scores={self._running.method!r} cannot be taken of sharded parameters before the first step: "
                     f"use scores={SECOND_ORDER!r}, or shrink later"
                 )
-            couplings = Couplings(self._chosen, self._form.module)
+            couplings = Couplings(self._chosen, self._form.module, whole=self.couplings)
             values = score(self._form.module, couplings, batches, loss=loss, method=self._running.method).values
             device, group = self._running.flat().device, self._settings.group
             values = {name: averaged(value.to(device), group).cpu() for name, value in values.items()}
@@ -350,23 +371,6 @@ class SparseTraining:
 
     def _plan(self, keep: Mapping[str, Tensor]) -> Plan:
         return Plan(tuple(Selection.of(c, keep[c.name]) for c in self._chosen), tuple(self._form.shapes.items()))
-
-    def _check_reach(self) -> None:
-        """Raise TrainingError where floors keep more than the target leaves."""
-        options, gone = self._settings, []
-        steps = options.multiples(self._chosen, self._form.parameters)
-        for c in self._chosen:
-            least, _ = bounds(c.size, c.size, 1 - self._target, options.limits, steps[c.name])
-            units = torch.zeros(c.carriers, c.size, dtype=torch.bool)
-            units[:, least:] = True
-            gone.append((c.members, units))
-        most = removed_elements(self._form.shapes, gone) / self._held
-        if most < self._target * 0.98:
-            rounding = options.round_to or f"None, which is {max(steps.values())} here,"
-            raise TrainingError(
-                f"target={self._target} is out of reach because floor={options.floor}, band={options.band} and "
-                f"round_to={rounding} leave at most {most:.3f} to remove: ask for less, or lower them"
-            )
 
 
 def _held(shapes: Mapping[str, tuple[int, ...]], couplings: Sequence[Coupling]) -> int:

@@ -1,0 +1,114 @@
+"""The options of `plan`, checked together before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal
+
+from ecospa_fx.budget.spending import Spending
+from ecospa_fx.coupling.choice import checked_limits, texts
+from ecospa_fx.errors import PlanError
+from ecospa_fx.importance.sensitivity import Curves
+from ecospa_fx.options import check_flag, check_whole, is_number
+
+if TYPE_CHECKING:
+    from ecospa_fx.importance.scores import Given
+
+
+class _Default(float):
+    """A number that nobody gave."""
+
+
+RATIO = _Default(0.5)
+"""The share that goes where neither a ratio nor widths are given."""
+
+WITH_WIDTHS = ("scores", "seed", "kinds", "exclude", "widths", "ratio")
+"""What may be given beside widths: everything else says how a ratio is spread."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlanSettings:
+    """What a plan is made by; see `plan`. Raises PlanError for what is out of range or of another type."""
+
+    ratio: float = RATIO
+    scores: Given = "magnitude"
+    seed: int = 0
+    round_to: int | None = 1
+    allocation: Literal["global", "ragged", "uniform"] | Curves = "global"
+    uniform: bool = False
+    floor: float = 0.05
+    kinds: str | Sequence[str] | None = None
+    exclude: str | Sequence[str] = ()
+    limits: Mapping[str, float] | None = None
+    widths: Mapping[str, int] | None = None
+    budget: Literal["parameters", "flops", "latency"] | Spending = "parameters"
+    expressible_in: Literal["module"] | None = None
+
+    def __post_init__(self) -> None:
+        _check_ratio(self.ratio)
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not -(2**63) <= self.seed < 2**64:
+            raise PlanError(f"seed={self.seed!r:.60} is not a seed: give a whole number")
+        if self.round_to is not None:
+            check_whole("round_to", self.round_to, 1, PlanError, "a number of units")
+        if not is_number(self.floor) or not 0 <= self.floor < 1:
+            raise PlanError(
+                f"floor={self.floor!r} is not a share of units to keep: give a number from 0 up to, not including, 1"
+            )
+        check_flag("uniform", self.uniform, PlanError)
+        _check_allocation(self.allocation)
+        _check_budget(self.budget)
+        if self.expressible_in not in (None, "module"):
+            raise PlanError(f"expressible_in={self.expressible_in!r:.60} is unknown: give 'module', or leave it out")
+        if self.kinds is not None:
+            texts("kinds", self.kinds)
+        texts("exclude", self.exclude)
+        checked_limits(self.limits)
+        if self.how == "ragged" and (self.budget != "parameters" or self.expressible_in is not None):
+            raise PlanError(
+                "allocation='ragged' counts parameters, in graph form: leave budget= and expressible_in= out"
+            )
+        if self.widths is not None:
+            self._check_widths()
+
+    @property
+    def how(self) -> str | Curves:
+        """How the ratio is spread."""
+        return "uniform" if self.uniform else self.allocation
+
+    def _check_widths(self) -> None:
+        if not isinstance(self.widths, Mapping) or not self.widths:
+            raise PlanError(
+                f"widths={self.widths!r:.60} is no mapping: give units to keep by name, like {{'layers.0.ffn': 24}}"
+            )
+        if self.ratio is not RATIO:
+            raise PlanError("ratio= and widths= both say how much goes: give one of them")
+        for field in fields(self):
+            usual: tuple[Any, ...] = (1, None) if field.name == "round_to" else (field.default,)
+            if field.name not in WITH_WIDTHS and not any(getattr(self, field.name) == value for value in usual):
+                raise PlanError(
+                    f"widths= says how many units stay, and {field.name}= how a ratio is spread: give one of them"
+                )
+
+
+def _check_ratio(ratio: object) -> None:
+    if not is_number(ratio) or not 0 < ratio < 1:  # type: ignore[operator]  # a number, as has been checked
+        raise PlanError(
+            f"ratio={ratio!r:.60} is not a share of parameters to remove: give a number between 0 and 1, like 0.5"
+        )
+
+
+def _check_allocation(allocation: object) -> None:
+    if isinstance(allocation, str) and allocation == "sensitivity":
+        raise PlanError(
+            "allocation='sensitivity' needs measured curves: pass these, or use compress() with method='second-order'"
+        )
+    if not isinstance(allocation, Curves) and allocation not in ("global", "ragged", "uniform"):
+        raise PlanError(
+            f"allocation={allocation!r:.60} is unknown: use 'global', 'ragged', 'uniform' or measured curves"
+        )
+
+
+def _check_budget(budget: object) -> None:
+    if not isinstance(budget, Spending) and budget not in ("parameters", "flops", "latency"):
+        raise PlanError(f"budget={budget!r:.60} is unknown: use 'parameters', 'flops' or 'latency'")

@@ -1,0 +1,239 @@
+"""Which couplings a user means: by kind, by name, by shell patterns on the paths of modules; and why none is left.
+
+A pattern is matched, letter by letter and case by case as in a shell, with the name of every parameter that a coupling
+holds and with the path of every module above it. So ``"lm_head"`` is the module of that path with everything under it,
+``"model.layers.0"`` and ``"model.layers.0.*"`` are one layer, ``"*.mlp"`` is every MLP; ``*`` also stands for dots, so
+that ``"layers.1*"`` is layer 1 and layers 10 to 19. A tied parameter has every one of its names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import translate
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ecospa_fx.errors import EcospaError, PlanError
+
+if TYPE_CHECKING:
+    from ecospa_fx.coupling.couplings import Coupling, Couplings
+
+Refused = type[EcospaError]
+"""What a verb raises for a choice that makes no sense."""
+
+SHOWN = 4
+"""How many names a message lists."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ModulePaths:
+    """parameters: by first name, all names and the paths of all modules above; known: every path and name there is."""
+
+    parameters: Mapping[str, tuple[str, ...]]
+    known: tuple[str, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> ModulePaths:
+        """Every name of every parameter of a model."""
+        first = {id(p): name for name, p in model.named_parameters()}
+        above: dict[str, dict[str, None]] = {name: {} for name in first.values()}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            parts = name.split(".")
+            above[first[id(parameter)]].update({".".join(parts[:n]): None for n in range(1, len(parts) + 1)})
+        modules = (path for path, _ in model.named_modules(remove_duplicate=False) if path)
+        known = dict.fromkeys([*modules, *(name for names in above.values() for name in names)])
+        return cls({name: tuple(names) for name, names in above.items()}, tuple(known))
+
+    def matched(self, pattern: str) -> frozenset[str] | None:
+        """First names of the parameters that a pattern matches; None where it matches nothing of the model."""
+        matches = re.compile(translate(pattern)).match
+        if not any(matches(path) for path in self.known):
+            return None
+        return frozenset(name for name, paths in self.parameters.items() if any(matches(p) for p in paths))
+
+    def near(self, pattern: str) -> str:
+        """Paths that a pattern which matches nothing may have meant: deeper ones first, then those spelt alike."""
+        deeper = re.compile(translate(f"*.{pattern}")).match
+        found = [path for path in self.known if deeper(path)] or get_close_matches(pattern, self.known, SHOWN, 0.5)
+        return ", ".join(map(repr, found[:SHOWN])) or listed(self.known[:SHOWN])
+
+
+def holding(couplings: Iterable[Coupling], parameters: frozenset[str]) -> frozenset[str]:
+    """Names of the couplings that hold any of some parameters."""
+    return frozenset(c.name for c in couplings if any(m.parameter in parameters for m in c.members))
+
+
+def under(couplings: Couplings, option: str, patterns: Sequence[str], refused: Refused = PlanError) -> frozenset[str]:
+    """Names of the couplings that any of some patterns matches. Raises `refused` for one that matches no module."""
+    names: frozenset[str] = frozenset()
+    for pattern in patterns:
+        parameters = couplings.paths.matched(pattern)
+        if parameters is None:
+            raise refused(
+                f"{option}={pattern!r} matches no module and no parameter of the model: near it are "
+                f"{couplings.paths.near(pattern)}"
+            )
+        names |= holding(couplings, parameters)
+    return names
+
+
+def texts(option: str, value: object, refused: Refused = PlanError) -> list[str]:
+    """A text, or several, as a list. Raises `refused` for anything else, and for an empty text."""
+    entries: list[Any] = [value] if isinstance(value, str) else list(value) if isinstance(value, Iterable) else [value]
+    for entry in entries:
+        if not isinstance(entry, str) or not entry:
+            raise refused(f"{option}={value!r:.60} is no name and no list of names: give texts, like {option}=['…']")
+    return entries
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names in one line."""
+    return ", ".join(names) or "none"
+
+
+def choosable(
+    couplings: Couplings, kinds: str | Sequence[str] | None = None, exclude: str | Sequence[str] = (),
+    refused: Refused = PlanError, verb: str = "remove",
+) -> list[Coupling]:  # fmt: skip
+    """The offered couplings that can lose a unit, of some kinds, without those that patterns leave out.
+
+    Raises `refused`, in one sentence, for a kind or a pattern that is not there, and where nothing is left to choose;
+    verb: what there is then nothing to do.
+    """
+    found = [c for c in couplings.offered if c.size > 1]
+    if not found:
+        raise refused(nothing_offered(couplings, verb))
+    if kinds is not None:
+        wanted, known = texts("kinds", kinds, refused), sorted({c.kind for c in found})
+        unknown = [kind for kind in wanted if kind not in known]
+        if unknown:
+            raise refused(f"no offered coupling is of kind {unknown[0]!r}: use some of {listed(known)}")
+        if not wanted:
+            raise refused(f"kinds={kinds!r} names no kind: use some of {listed(known)}, or leave it out")
+        found = [c for c in found if c.kind in wanted]
+    outside = under(couplings, "exclude", texts("exclude", exclude, refused), refused)
+    left = [c for c in found if c.name not in outside]
+    if not left:
+        raise refused(
+            f"there is nothing to {verb} because exclude={exclude!r:.200} matches all {len(found)} couplings that are "
+            "offered: leave out less"
+        )
+    return left
+
+
+def nothing_offered(couplings: Couplings, verb: str = "remove") -> str:
+    """Why there is nothing to remove, in one sentence: the most common reasons come first."""
+    begin = f"there is nothing to {verb} because"
+    if couplings.offered:
+        return f"{begin} each of the {len(couplings.offered)} offered couplings has one unit, which has to stay"
+    if couplings.whole is not None and any(c.blocked is None for c in couplings.whole):
+        return f"{begin} no coupling that is offered is among the {len(couplings)} selected: select others"
+    reasons = Counter(c.blocked.message for c in couplings if c.blocked is not None).most_common(2)
+    if not reasons:
+        kind = type(couplings.model).__name__
+        return f"{begin} no coupling was found: no two weights of this {kind} meet in a way that detection knows"
+    counted = "; and ".join(f"{message} ({count} of {len(couplings)} couplings)" for message, count in reasons)
+    return f"{begin} no coupling is offered: {counted}; print(couplings) shows every reason"
+
+
+def shares(
+    couplings: Couplings, chosen: Sequence[Coupling], limits: Mapping[str, float] | None, refused: Refused = PlanError
+) -> dict[str, float]:
+    """By name of chosen coupling the largest share of its units that it may lose, where there is a limit.
+
+    limits: by kind, or by pattern; of several that reach a coupling the least counts. Raises `refused` for what is no
+    share, for a key that reaches no kind that is chosen and no module, and for one that could mean either.
+    """
+    found: dict[str, float] = {}
+    for key, limit in checked_limits(limits, refused).items():
+        for name in _reached(couplings, chosen, key, refused):
+            found[name] = min(limit, found.get(name, 1.0))
+    return found
+
+
+def checked_limits(limits: object, refused: Refused = PlanError) -> Mapping[str, float]:
+    """The same limits, none for None. Raises `refused` for what is no mapping from texts to shares."""
+    if limits is None:
+        return {}
+    if not isinstance(limits, Mapping):
+        raise refused(
+            f"limits={limits!r:.60} is no mapping: give a share per kind or module, like {{'ffn': 0.5, 'lm_head': 0}}"
+        )
+    for key, limit in limits.items():
+        if not isinstance(key, str) or not key:
+            raise refused(f"limits names {key!r:.60}, which is no text: give kinds or patterns on module paths")
+        if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 <= limit <= 1:
+            raise refused(
+                f"limits[{key!r}]={limit!r:.60} is not a share of units to remove at most: give a number from 0 to 1"
+            )
+    return limits
+
+
+def _reached(couplings: Couplings, chosen: Sequence[Coupling], key: str, refused: Refused) -> frozenset[str]:
+    """The chosen couplings that a key of limits means."""
+    kinds, parameters = sorted({c.kind for c in chosen}), couplings.paths.matched(key)
+    of_kind = frozenset(c.name for c in chosen if c.kind == key)
+    if parameters is not None:
+        below = holding(chosen, parameters)
+        if of_kind and below != of_kind:
+            raise refused(
+                f"limits names {key!r}, which is both a kind and a module: write {key + '.*'!r} for the module, or the "
+                "modules of that kind"
+            )
+        return below
+    if of_kind:
+        return of_kind
+    if any(c.kind == key for c in couplings):
+        raise refused(f"limits names kind {key!r}, of which nothing is chosen: use some of {listed(kinds)}")
+    raise refused(
+        f"limits names {key!r}, which is no kind that is chosen ({listed(kinds)}) and matches no module: near it are "
+        f"{couplings.paths.near(key)}"
+    )
+
+
+def selected(
+    couplings: Couplings, kinds: str | Sequence[str] | None, names: str | Sequence[str] | None,
+    modules: str | Sequence[str] | None, exclude: str | Sequence[str], predicate: Callable[[Coupling], object] | None,
+) -> list[Coupling]:  # fmt: skip
+    """The couplings, refusals included, that meet all conditions; see `Couplings.select`."""
+    found = list(couplings)
+    if kinds is not None:
+        wanted, known = texts("kinds", kinds), sorted({c.kind for c in found})
+        for kind in wanted:
+            if kind not in known:
+                raise PlanError(f"no coupling is of kind {kind!r}: use some of {listed(known)}")
+        found = [c for c in found if c.kind in wanted]
+    if names is not None:
+        accepted = frozenset().union(*(named(couplings, "names", name) for name in texts("names", names)))
+        found = [c for c in found if c.name in accepted]
+    if modules is not None:
+        inside = under(couplings, "modules", texts("modules", modules))
+        found = [c for c in found if c.name in inside]
+    outside = under(couplings, "exclude", texts("exclude", exclude))
+    if predicate is not None and not callable(predicate):
+        raise PlanError(f"predicate={predicate!r:.60} cannot be called: give a function of a coupling")
+    return [c for c in found if c.name not in outside and (predicate is None or predicate(c))]
+
+
+def named(couplings: Couplings, option: str, key: object) -> frozenset[str]:
+    """Names of the couplings that a name, or a shell pattern on names, means. Raises PlanError for none."""
+    every = [c.name for c in couplings]
+    if key in every:
+        return frozenset([str(key)])
+    matches = re.compile(translate(key)).match if isinstance(key, str) else None
+    found = frozenset(name for name in every if matches is not None and matches(name))
+    if not found:
+        raise PlanError(f"{option} names {key!r:.80}, and no coupling is called that: {near_names(couplings, key)}")
+    return found
+
+
+def near_names(couplings: Couplings, key: object) -> str:
+    """What a name of a coupling may have been meant to be."""
+    every = [c.name for c in sorted(couplings, key=lambda c: c.blocked is not None)]
+    near = get_close_matches(key, every, 3, 0.4) if isinstance(key, str) else []
+    return f"near it are {listed(near)}" if near else f"the first are {listed(every[:3])}"
