@@ -12,7 +12,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from tabulate import tabulate
@@ -20,13 +20,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import ecospa_fx as eco
+from ecospa_fx import cli_options as options
 from ecospa_fx import text
 from ecospa_fx.coupling.couplings import Coupling, Couplings
-from ecospa_fx.coupling.find import ALLOWED
 from ecospa_fx.errors import EcospaError, PlanError, ScoreError, StorageError
-from ecospa_fx.folder import refuse_existing
 from ecospa_fx.huggingface import is_causal
-from ecospa_fx.importance.methods import method_named
 from ecospa_fx.importance.progress import watched
 from ecospa_fx.origin import origin, origin_of
 from ecospa_fx.plan import Plan
@@ -40,13 +38,6 @@ REFUSED = 2
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5}
 LENGTH, HELD_OUT = 512, 64
 BYTES = "bytes"
-ALLOW: dict[str, Any] = {
-    "action": "append",
-    "default": [],
-    "choices": ALLOWED,
-    "help": "renormalise: also what only a norm over it blocks, marked inexact; cache: narrower caches too",
-}
-
 Result = TypeVar("Result")
 
 
@@ -65,52 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-# -- options -----------------------------------------------------------------------------------------------------
-
-
-class UsageError(EcospaError):
-    """Options that the command line does not take."""
-
-
-class Parser(argparse.ArgumentParser):
-    """Refuses in one sentence."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see {self.prog} --help")
-
-
-def parser() -> Parser:
+def parser() -> argparse.ArgumentParser:
     """Both commands with all their options."""
-    found = Parser(prog="ecospa-fx", description=eco.__doc__)
-    found.add_argument("--version", action="version", version=f"ecospa-fx {eco.__version__}")
-    commands = found.add_subparsers(required=True, metavar="COMMAND")
-    source = "a Hugging Face folder, or package.module:function that returns (model, args, kwargs)"
-
-    add = commands.add_parser("inspect", help="show the couplings of a model").add_argument
-    add("source", metavar="SOURCE", help=f"{source}, or a config.json (no weights needed)")
-    add("--json", action="store_true", help="for machines")
-    add("--explain", metavar="NAME", help="why the parameters of this coupling shrink together, node by node")
-    add("--allow", **ALLOW)
-    commands.choices["inspect"].set_defaults(command=inspect)
-
-    add = commands.add_parser("compress", help="shrink a causal language model and measure it").add_argument
-    add("source", metavar="SOURCE", help=source)
-    add("--ratio", type=float, required=True, help="share of the couplings' parameters to remove, between 0 and 1")
-    add("--calibration", type=Path, required=True, metavar="FILE", help="text, .txt or .txt.xz")
-    add("--output", type=Path, required=True, metavar="DIR", help="new folder for the smaller model")
-    methods = "second-order (default) also lets what stays make up for the rest; gate-fisher, fisher, taylor, magnitude"
-    add("--method", default=SECOND_ORDER, help=f"{methods} only remove")
-    add("--eval", type=Path, metavar="FILE", help="held-out text (default: the last tenth of the calibration text)")
-    add("--tokenizer", metavar="FILE", help="tokenizer.json, or 'bytes' (default: beside the model or the text)")
-    add("--windows", type=int, default=128, metavar="N", help="calibration windows (default: 128)")
-    add("--passes", type=int, default=4, metavar="N", help="scoring passes of the other methods (default: 4)")
-    add("--length", type=int, metavar="L", help="tokens per window (default: 512, or what the model can read)")
-    add("--round-to", type=int, metavar="N", help="keep multiples of N units (default: what the device likes)")
-    add("--seed", type=int, default=0, metavar="S", help="where the calibration windows are drawn (default: 0)")
-    add("--allow", **ALLOW)
-    add("--device", default="cpu", help="where to compute, for instance cuda (default: cpu)")
-    commands.choices["compress"].set_defaults(command=compress)
-    return found
+    return options.parser(inspect, compress)
 
 
 # -- inspect -----------------------------------------------------------------------------------------------------
@@ -134,12 +82,12 @@ def inspect(arguments: argparse.Namespace) -> None:
 
 
 def coupling_named(couplings: Couplings, name: str) -> Coupling:
-    """The coupling, or a UsageError with names like it."""
+    """The coupling, or an error with names like it."""
     names = [c.name for c in couplings]
     if name in names:
         return couplings[name]
     near = get_close_matches(name, names, n=3, cutoff=0.4) or names[:3]
-    raise UsageError(f"there is no coupling {name!r}; near it: {', '.join(near) or 'none, nothing was found'}")
+    raise options.UsageError(f"there is no coupling {name!r}; near it: {', '.join(near) or 'none, nothing was found'}")
 
 
 # -- compress ----------------------------------------------------------------------------------------------------
@@ -169,7 +117,7 @@ class Watch:
 
 def compress(arguments: argparse.Namespace) -> None:
     """Shrink a language model, save it, and print what it cost. Everything cheap is checked before anything slow."""
-    check_options(arguments)
+    options.check_options(arguments)
     watch = Watch()
     calibration, held_out = held_apart(arguments)
     encode = encoder(arguments)
@@ -182,7 +130,8 @@ def compress(arguments: argparse.Namespace) -> None:
     texts = Texts(texts.calibration.to(arguments.device), texts.held_out.to(arguments.device))
 
     couplings = watch("detect", eco.detect, model, source.args, source.kwargs, allow=arguments.allow)
-    eco.plan(couplings, ratio=arguments.ratio, round_to=arguments.round_to)  # refuses what cannot be reached
+    which = {"round_to": arguments.round_to, "exclude": arguments.exclude, "limits": options.limits(arguments)}
+    eco.plan(couplings, arguments.ratio, "magnitude", **which)  # refuses what cannot be reached
     small = watch("compress", smaller, arguments, source, couplings, reader, texts)
     plan = origin_of(small).plan
     error, limit = watch("check", exactness, source, plan, reader, texts.held_out[:1, :-1])
@@ -194,23 +143,6 @@ def compress(arguments: argparse.Namespace) -> None:
     for line in reason_lines(couplings, "inexact"):
         print(line)
     print(closing(rows, error, watch, arguments.output, plan))
-
-
-def check_options(arguments: argparse.Namespace) -> None:
-    """Raise for options out of range and an output that exists, before any work."""
-    if not 0 < arguments.ratio < 1:
-        raise UsageError(f"--ratio is {arguments.ratio:g} and must lie between 0 and 1, both excluded")
-    for name, least in (("windows", 1), ("passes", 1), ("length", 2), ("round_to", 1), ("seed", 0)):
-        value = getattr(arguments, name)
-        if value is not None and value < least:
-            raise UsageError(f"--{name.replace('_', '-')} is {value} and must be at least {least}")
-    if arguments.method != SECOND_ORDER:
-        method_named(arguments.method)
-    try:
-        torch.empty(0, device=arguments.device)
-    except Exception as error:  # whatever the backend of a device raises
-        raise UsageError(f"--device {arguments.device} cannot be used here: {error}") from error
-    refuse_existing(arguments.output)
 
 
 def held_apart(arguments: argparse.Namespace) -> tuple[str, str]:
@@ -263,7 +195,7 @@ def window_length(asked: int | None, model: nn.Module) -> int:
     most = getattr(config, "max_position_embeddings", None)
     most = most if isinstance(most, int) and most > 0 else math.inf
     if asked is not None and asked > most:
-        raise UsageError(f"--length is {asked} and this model reads at most {most} tokens")
+        raise options.UsageError(f"--length is {asked} and this model reads at most {most} tokens")
     return asked or int(min(LENGTH, most))
 
 
@@ -312,6 +244,8 @@ def smaller(
         method=arguments.method,
         couplings=couplings,
         round_to=arguments.round_to,
+        exclude=arguments.exclude,
+        limits=options.limits(arguments),
         progress=True,
         **({"steps": arguments.passes} if only_removes else {}),
     )

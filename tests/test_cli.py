@@ -22,6 +22,7 @@ SURFACE = {
     "compress": {
         *("source", "--ratio", "--calibration", "--output", "--method", "--eval", "--tokenizer", "--windows"),
         *("--passes", "--length", "--round-to", "--seed", "--allow", "--device", "-h/--help"),
+        *("--exclude", "--limit"),
     },
 }
 QK, FFN = "model.layers.0.self_attn.qk", "model.layers.1.mlp.ffn"

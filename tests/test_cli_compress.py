@@ -14,6 +14,7 @@ import torch
 
 from ecospa_fx import cli, text
 from ecospa_fx.cli import main
+from ecospa_fx.plan import Plan
 from ecospa_fx.storage import load
 from tests.cli import Capture, compress_arguments, prose, refused
 
@@ -92,6 +93,19 @@ def test_compress_says_what_is_inexact_and_checks_the_rest(
     assert "without 1 inexact couplings (--allow renormalise)" in printed
 
 
+def test_compress_leaves_modules_out_and_keeps_to_limits(folder: Path, tmp_path: Path) -> None:
+    tokenizer = str(folder / "tokenizer.json")
+    arguments = compress_arguments(folder, tmp_path / "small", "--tokenizer", tokenizer, "--length", "16")
+    arguments[arguments.index("--ratio") + 1] = "0.1"
+    more = ["--method", "magnitude", "--exclude", "model.layers.0.self_attn", "--limit", "model.layers.1=0.25"]
+    assert main([*arguments, *more, "--limit", "ffn=0.5"]) == 0
+    plan = Plan.from_json((tmp_path / "small" / "plan.json").read_text())
+    assert not [s for s in plan if s.layer.startswith("model.layers.0.self_attn")]
+    assert plan.removed_parameters > 0
+    for s in plan:
+        assert s.size - s.kept <= s.size * (0.25 if s.layer.startswith("model.layers.1") else 0.5)
+
+
 Change = Callable[[list[str], Path], None]
 
 
@@ -129,6 +143,20 @@ def calibrated_on(content: bytes) -> Change:
         (calibrated_on(b"\xff\xfe"), "other.txt is not a text in UTF-8"),
         (calibrated_on(b"the cat sat"), "tokens and one window needs"),
         (added("--method", "wishes"), "no scoring method is called 'wishes': use one of"),
+        (
+            added("--exclude", "model.layer.0"),
+            "exclude='model.layer.0' matches no module and no parameter of the model",
+        ),
+        (added("--exclude", "*"), "there is nothing to remove because exclude=['*'] matches all"),
+        (added("--limit", "ffn"), "--limit ffn is no PATTERN=SHARE with a share from 0 to 1, such as ffn=0.5"),
+        (added("--limit", "=0.5"), "--limit =0.5 is no PATTERN=SHARE"),
+        (added("--limit", "ffn=1.5"), "--limit ffn=1.5 is no PATTERN=SHARE"),
+        (added("--limit", "ffn=half"), "--limit ffn=half is no PATTERN=SHARE"),
+        (
+            added("--limit", "fnn=0.5"),
+            "limits names 'fnn', which is no kind that is chosen (ffn, qk, vo) and matches no",
+        ),
+        (added("--limit", "ffn=0.1", "--limit", "model.layers.*=0.2"), "ratio=0.3 is out of reach because floor=0.05"),
         (added("--length", "64"), "--length is 64 and this model reads at most 32 tokens"),
         (added("--round-to", "0"), "--round-to is 0 and must be at least 1"),
         (added("--tokenizer", "absent.json"), "there is no tokenizer absent.json"),
