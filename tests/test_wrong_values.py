@@ -213,8 +213,8 @@ def test_the_methods_of_a_verb_are_all_listed() -> None:
     with pytest.raises(EcospaError) as refused:
         eco.compress(MODEL, (X,), ratio=0.5, method="secondorder")
     assert str(refused.value) == (
-        "no scoring method is called 'secondorder', near it is 'second-order': use one of second-order, fisher, "
-        "gate-fisher, magnitude, taylor"
+        "no scoring method is called 'secondorder': use one of second-order, fisher, gate-fisher, magnitude, taylor; "
+        "near it is 'second-order'"
     )
     with pytest.raises(EcospaError, match=r"use one of second-order, gate-fisher, fisher, taylor$"):
         eco.SparseTraining(MODEL, (X,), scores="fischer", schedule=eco.OneShot(1))

@@ -98,8 +98,8 @@ def method_named(name: object, *others: str) -> Method:
     if not isinstance(name, str) or name not in _METHODS:
         known = [*others, *sorted(_METHODS)]
         near = get_close_matches(name, known, 1, 0.6) if isinstance(name, str) else []
-        hint = f", near it is {near[0]!r}" if near else ""
-        raise ScoreError(f"no scoring method is called {name!r:.60}{hint}: use one of {', '.join(known)}")
+        hint = f"; near it is {near[0]!r}" if near else ""
+        raise ScoreError(f"no scoring method is called {name!r:.60}: use one of {', '.join(known)}{hint}")
     return _METHODS[name]
 
 
