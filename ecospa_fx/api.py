@@ -83,7 +83,7 @@ def shrink(
         >>> import torch, ecospa_fx as eco
         >>> mlp = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.GELU(), torch.nn.Linear(32, 8))
         >>> x = torch.randn(2, 8)
-        >>> small = eco.shrink(mlp, eco.plan(eco.detect(mlp, (x,)), ratio=0.5), (x,))
+        >>> small = eco.shrink(mlp, eco.plan(eco.detect(mlp, (x,)), ratio=0.5, scores="magnitude"), (x,))
         >>> tuple(small.get_parameter("0.weight").shape)
         (16, 8)
     """

@@ -40,7 +40,7 @@ def backend(
         >>> import torch, ecospa_fx as eco
         >>> mlp = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.GELU(), torch.nn.Linear(32, 8))
         >>> x = torch.randn(2, 8)
-        >>> plan = eco.plan(eco.detect(mlp, (x,)), ratio=0.5)
+        >>> plan = eco.plan(eco.detect(mlp, (x,)), ratio=0.5, scores="magnitude")
         >>> torch.compile(mlp, backend=eco.backend(plan, compiler="eager"))(x).shape
         torch.Size([2, 8])
     """

@@ -117,5 +117,5 @@ def pair(model: nn.Module, ratio: float) -> tuple[Evaluator, Evaluator]:
     program, _, _ = looked_at(model)
     example = (data(2)[0][0][0].repeat(2, 1),)
     dense = Evaluator(program.frozen(), model, example, {})
-    shrink_program(program, eco.plan(eco.detect(model, example), ratio, kinds=["ffn"]))
+    shrink_program(program, eco.plan(eco.detect(model, example), ratio, kinds=["ffn"], scores="magnitude"))
     return dense, Evaluator(program, model, example, {})

@@ -50,7 +50,7 @@ def test_units_of_every_width_make_whole_vectors(dtype: torch.dtype, step: int, 
     parameters = dict(made.named_parameters())
     wanted = {"ffn": step, "vo": step, "qk": max(step // 2, 1), "heads": 1}  # one of qk is a rotary pair
     assert {c.kind: liked(c, parameters) for c in couplings.offered} == wanted
-    plan = eco.plan(couplings, 0.4, round_to=None, uniform=uniform)
+    plan = eco.plan(couplings, 0.4, round_to=None, uniform=uniform, scores="magnitude")
     assert plan.removed_parameters
     assert all(s.kept == s.size or s.kept % wanted[s.kind] == 0 for s in plan)
     small = eco.shrink(made, plan, (), kwargs)
@@ -61,16 +61,16 @@ def test_units_of_every_width_make_whole_vectors(dtype: torch.dtype, step: int, 
 def test_a_number_of_ones_own_is_kept_to_and_plans_are_as_before() -> None:
     made, kwargs = model(torch.bfloat16)
     couplings = eco.detect(made, (), kwargs)
-    assert eco.plan(couplings, 0.4) == eco.plan(couplings, 0.4, round_to=1)
-    assert 1 in steps(eco.plan(couplings, 0.4))["ffn"]
-    assert steps(eco.plan(couplings, 0.4, round_to=2, kinds=["qk"], floor=0))["qk"] <= {2, 4, 8}
+    assert eco.plan(couplings, 0.4, scores="magnitude") == eco.plan(couplings, 0.4, round_to=1, scores="magnitude")
+    assert 1 in steps(eco.plan(couplings, 0.4, scores="magnitude"))["ffn"]
+    assert steps(eco.plan(couplings, 0.4, round_to=2, kinds=["qk"], floor=0, scores="magnitude"))["qk"] <= {2, 4, 8}
 
 
 def test_a_device_that_likes_any_width(monkeypatch: pytest.MonkeyPatch) -> None:
     made, kwargs = model(torch.bfloat16)
     couplings = eco.detect(made, (), kwargs)
     monkeypatch.delitem(alignment.LIKED, "cpu")
-    assert eco.plan(couplings, 0.4, round_to=None) == eco.plan(couplings, 0.4)
+    assert eco.plan(couplings, 0.4, round_to=None, scores="magnitude") == eco.plan(couplings, 0.4, scores="magnitude")
 
 
 @pytest.mark.parametrize("allocation", ["global", "uniform"])
@@ -118,14 +118,14 @@ def test_what_has_fewer_units_stays_whole_and_the_refusal_says_why() -> None:
     mlp = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)).bfloat16()
     couplings = eco.detect(mlp, (torch.randn(2, 8, dtype=torch.bfloat16),))
     with pytest.raises(PlanError, match=r"round_to=None leave at most 0.0000 .*: ask for less, or lower them"):
-        eco.plan(couplings, 0.5, round_to=None)
-    assert eco.plan(couplings, 0.5, round_to=1).selections[0].kept == 4
+        eco.plan(couplings, 0.5, round_to=None, scores="magnitude")
+    assert eco.plan(couplings, 0.5, round_to=1, scores="magnitude").selections[0].kept == 4
 
 
 def test_couplings_in_step_are_aligned_each() -> None:
     made, kwargs = tiny("gpt2", n_embd=64, n_head=2)
     couplings = eco.detect(made.bfloat16(), (), kwargs)
-    plan = eco.plan(couplings, 0.3, round_to=None, expressible_in="module")
+    plan = eco.plan(couplings, 0.3, round_to=None, expressible_in="module", scores="magnitude")
     assert plan.removed_parameters
     assert all(s.kept % 8 == 0 for s in plan if s.kind in ("qk", "vo"))
 

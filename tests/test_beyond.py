@@ -118,7 +118,7 @@ class Universal(nn.Module):
 def test_a_layer_called_three_times_has_one_set_of_parameters() -> None:
     model, args = Universal().double(), (noise(2, 3, HIDDEN),)
     assert offers(model, args) == "ffn 8×1, heads 2×1, qk 6×2, vo 6×2"
-    small = eco.shrink(model, eco.plan(eco.detect(model, args), ratio=0.5), args)
+    small = eco.shrink(model, eco.plan(eco.detect(model, args), ratio=0.5, scores="magnitude"), args)
     assert set(small.state_dict()) == set(model.state_dict())
     assert not any(p.is_meta for p in small.parameters())
 
@@ -140,14 +140,14 @@ class Pair(nn.Module):
 
 def test_arguments_caught_by_name_leave_the_batch_free() -> None:
     model, args, kwargs = Pair(torch.relu).double(), (noise(2, 3, HIDDEN),), {"unused": False}
-    plan = eco.plan(eco.detect(model, args, kwargs), ratio=0.5)
+    plan = eco.plan(eco.detect(model, args, kwargs), ratio=0.5, scores="magnitude")
     small = eco.shrink(model, plan, args, kwargs)
     assert masked_error(model, small, plan, (noise(5, 4, HIDDEN),), kwargs) <= 1e-9
 
 
 def test_a_size_that_the_code_fixes_is_refused_by_the_small_model() -> None:
     model, args = Pair(lambda h: torch.stack([row.relu() for row in h.unbind(0)])).double(), (noise(2, 3, HIDDEN),)
-    small = eco.shrink(model, eco.plan(eco.detect(model, args), ratio=0.5), args)
+    small = eco.shrink(model, eco.plan(eco.detect(model, args), ratio=0.5, scores="magnitude"), args)
     with pytest.raises(InputError, match=r"of shape \[2, any, 12\], not \[4, 3, 12\]"):
         small(noise(4, 3, HIDDEN))
 

@@ -227,10 +227,10 @@ def test_random_differs_by_seed_and_in_widths_and_carriers() -> None:
 
 
 def test_heads_are_left_to_their_content_unless_random_or_asked_for() -> None:
-    assert {s.kind for s in plan(COUPLINGS)} == {"qk", "vo", "ffn", "experts"}
+    assert {s.kind for s in plan(COUPLINGS, scores="magnitude")} == {"qk", "vo", "ffn", "experts"}
     assert {s.kind for s in plan(COUPLINGS, scores="random")} == {"qk", "vo", "heads", "ffn", "experts"}
-    assert {s.kind for s in plan(COUPLINGS, kinds=["heads", "ffn"])} == {"heads", "ffn"}
-    assert {s.kind for s in plan(COUPLINGS, 0.3, kinds="ffn")} == {"ffn"}
+    assert {s.kind for s in plan(COUPLINGS, kinds=["heads", "ffn"], scores="magnitude")} == {"heads", "ffn"}
+    assert {s.kind for s in plan(COUPLINGS, 0.3, kinds="ffn", scores="magnitude")} == {"ffn"}
 
 
 def test_random_plans_need_no_weights() -> None:
@@ -238,7 +238,7 @@ def test_random_plans_need_no_weights() -> None:
         shadow = tiny()
     assert plan(tiny_couplings(shadow), scores="random", seed=3) == plan(COUPLINGS, scores="random", seed=3)
     with pytest.raises(ScoreError, match=r"is on meta and has no values to score: load the weights first$"):
-        plan(tiny_couplings(shadow))
+        plan(tiny_couplings(shadow), scores="magnitude")
 
 
 def test_nothing_offered_makes_no_plan() -> None:
@@ -329,7 +329,7 @@ def test_a_hundred_wide_layers_take_seconds() -> None:
 )
 def test_refuses(wanted: dict[str, Any], text: str) -> None:
     with pytest.raises(PlanError) as error:
-        plan(COUPLINGS, **wanted)
+        plan(COUPLINGS, **{"scores": "magnitude", **wanted})
     assert str(error.value) == text
 
 
@@ -339,7 +339,7 @@ def test_refuses_weights_and_scores_that_are_not_finite_or_not_there() -> None:
     with torch.no_grad():
         model.get_parameter("layers.0.ffn.fused.bias")[0] = torch.inf
     with pytest.raises(ScoreError, match=r"^parameter 'layers.0.ffn.fused.bias' holds values that are not finite: "):
-        plan(couplings)
+        plan(couplings, scores="magnitude")
     values = {c.name: torch.ones(c.carriers, c.size) for c in couplings.offered}
     name = "layers.1.ffn:ffn"
     with pytest.raises(PlanError) as error:

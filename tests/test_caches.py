@@ -183,7 +183,9 @@ def test_returned_keys_block_and_say_which_option_lifts_it() -> None:
     }
     wanted = "it is part of the model's output; allow='cache' (--allow cache) would offer it with a narrower output"
     assert messages["k_proj"] == messages["v_proj"] == wanted
-    plan = eco.plan(eco.detect(language_model("llama"), (tokens(5),), {"use_cache": False}), ratio=0.5)
+    plan = eco.plan(
+        eco.detect(language_model("llama"), (tokens(5),), {"use_cache": False}), ratio=0.5, scores="magnitude"
+    )
     with pytest.raises(PlanError, match="would offer it with a narrower output"):
         eco.shrink(language_model("llama"), plan, (tokens(5),), {"use_cache": True})
 
@@ -328,4 +330,4 @@ def test_narrower_caches_are_noted_everywhere() -> None:
     assert "offered, an output gets narrower (output)" in str(couplings)
     assert "resized: an output gets narrower" in explain(first)
     assert '"resized": {' in couplings_json(couplings)
-    assert "(narrower cache)" in str(eco.plan(couplings, ratio=0.5))
+    assert "(narrower cache)" in str(eco.plan(couplings, ratio=0.5, scores="magnitude"))

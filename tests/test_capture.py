@@ -40,7 +40,7 @@ class Branching(Mlp):
 
 def test_a_batch_of_one_as_example_leaves_other_batches_possible() -> None:
     model, one, many = Mlp().double(), torch.randn(1, 8).double(), torch.randn(5, 8).double()
-    plan = eco.plan(eco.detect(model, (one,)), 0.5)
+    plan = eco.plan(eco.detect(model, (one,)), 0.5, scores="magnitude")
     small = eco.shrink(model, plan, (one,))
     assert masked_error(model, small, plan, (many,)) <= 1e-9
     assert masked_error(model, small, plan, (one,)) <= 1e-9
@@ -49,7 +49,7 @@ def test_a_batch_of_one_as_example_leaves_other_batches_possible() -> None:
 def test_a_symbolically_traced_module_is_taken_like_its_original() -> None:
     model, x = Mlp().double(), torch.randn(3, 8).double()
     traced = torch.fx.symbolic_trace(model)
-    plan = eco.plan(eco.detect(traced, (x,)), 0.5)
+    plan = eco.plan(eco.detect(traced, (x,)), 0.5, scores="magnitude")
     small = eco.shrink(traced, plan, (x,))
     assert masked_error(traced, small, plan, (x,)) <= 1e-9
     assert {n: tuple(p.shape) for n, p in small.named_parameters()}["up.weight"] == (16, 8)
@@ -80,7 +80,7 @@ class Options(Mlp):
 
 def test_constants_may_be_left_out_and_arguments_named() -> None:
     model, x = Options().double(), torch.randn(3, 8).double()
-    plan = eco.plan(eco.detect(model, (x,), {"scale": 2.0, "negate": True}), 0.5)
+    plan = eco.plan(eco.detect(model, (x,), {"scale": 2.0, "negate": True}), 0.5, scores="magnitude")
     small = eco.shrink(model, plan, (x,), {"scale": 2.0, "negate": True})
     want = small(x, scale=2.0, negate=True)
     assert torch.equal(small(x), want)
@@ -111,7 +111,7 @@ class PerSample(Mlp):
 
 def test_a_batch_of_one_that_is_looped_over_stays_one() -> None:
     model, x = PerSample().double(), torch.randn(1, 3, 8).double()
-    plan = eco.plan(eco.detect(model, (x,)), 0.5)
+    plan = eco.plan(eco.detect(model, (x,)), 0.5, scores="magnitude")
     small = eco.shrink(model, plan, (x,))
     for call in (x, torch.randn(1, 7, 8).double()):
         assert masked_error(model, small, plan, (call,)) < 1e-9
@@ -125,7 +125,7 @@ def test_lengths_stay_free_where_batches_are_the_same_by_use_alone(batch: int) -
     def call(batch: int, own: int, memory: int) -> tuple[Tensor, Tensor]:
         return torch.randn(batch, own, 16).double(), torch.randn(batch, memory, 16).double()
 
-    plan = eco.plan(eco.detect(model, call(batch, 6, 5)), 0.4)
+    plan = eco.plan(eco.detect(model, call(batch, 6, 5)), 0.4, scores="magnitude")
     assert {s.kind for s in plan if s.kept < s.size} > {"ffn"}
     small = eco.shrink(model, plan, call(batch, 6, 5))
     for other in (call(batch, 6, 5), call(3, 4, 8)):
@@ -137,7 +137,7 @@ def test_padding_is_compared_as_it_is_traced() -> None:
     padding = torch.zeros(2, 6, dtype=torch.bool)
     padding[0, 4:] = True
     given = (torch.randn(2, 6, 16).double(),), {"src_key_padding_mask": padding}
-    plan = eco.plan(eco.detect(model, *given), 0.4, kinds=["ffn"])
+    plan = eco.plan(eco.detect(model, *given), 0.4, kinds=["ffn"], scores="magnitude")
     assert masked_error(model, eco.shrink(model, plan, *given), plan, *given) < 1e-9
     assert torch.backends.mha.get_fastpath_enabled()
     eco.shrink_(model, plan, *given)
@@ -174,7 +174,7 @@ def test_code_that_writes_no_more_or_nothing_else_is_taken() -> None:
     x = torch.randn(3, 8).double()
     for model in (Writing(2.0, once=True), Writing(1.0)):
         model.double()(x)
-        plan = eco.plan(eco.detect(model, (x,)), 0.5)
+        plan = eco.plan(eco.detect(model, (x,)), 0.5, scores="magnitude")
         small = eco.shrink(model, plan, (x,))
         assert masked_error(model, small, plan, (x,)) < 1e-9
         assert torch.equal(small(x), small(x))
@@ -182,7 +182,7 @@ def test_code_that_writes_no_more_or_nothing_else_is_taken() -> None:
 
 def test_nothing_finite_is_no_proof() -> None:
     model, x = Mlp(), torch.full((3, 8), torch.nan)
-    plan = eco.plan(eco.detect(model, (x,)), 0.5)
+    plan = eco.plan(eco.detect(model, (x,)), 0.5, scores="magnitude")
     assert masked_error(model, eco.shrink(model, plan, (x,)), plan, (x,)) == torch.inf
 
 

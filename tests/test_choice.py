@@ -608,3 +608,18 @@ def test_training_leaves_modules_out_and_keeps_to_limits() -> None:
 def test_training_refuses_what_plan_refuses(options: dict[str, Any], text: str) -> None:
     with pytest.raises(TrainingError, match=text):
         eco.SparseTraining(seeded(Block), (X,), **{"schedule": eco.OneShot(1), **options})
+
+
+# -- without scores ------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_without_scores_is_warned_of(recwarn: pytest.WarningsRecorder) -> None:
+    """Magnitude is the worst score by far: it has to be meant. The warning points to the line that forgot."""
+    with pytest.warns(UserWarning, match=r"^plan\(\) has no scores=, so that units go by their magnitude") as warned:
+        plan = eco.plan(COUPLINGS, 0.5)
+    assert [w.filename for w in warned] == [__file__]
+    assert plan == eco.plan(COUPLINGS, 0.5, "magnitude")
+    for scores in ("magnitude", "random", SCORES):
+        eco.plan(COUPLINGS, 0.5, scores)
+    eco.compress(NET, (X,), ratio=0.5, method="magnitude")
+    assert not [w for w in recwarn if "scores=" in str(w.message)]

@@ -77,7 +77,7 @@ def test_it_is_refused_with_what_to_register(parameter: str) -> None:
 
 def test_the_smaller_model_is_the_whole_one() -> None:
     model, args = made()
-    plan = eco.plan(eco.detect(model, args), ratio=0.5)
+    plan = eco.plan(eco.detect(model, args), ratio=0.5, scores="magnitude")
     assert len(plan) == 0
 
 

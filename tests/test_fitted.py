@@ -60,7 +60,7 @@ def only_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_training_falls_back_to_fewer_symbolic_sizes_as_shrinking_does(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = nn.Sequential(nn.Linear(4, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 4)), torch.randn(3, 4)
     only_numbers(monkeypatch)
-    small = eco.shrink(model, eco.plan(eco.detect(model, (x,)), ratio=0.5), (x,))
+    small = eco.shrink(model, eco.plan(eco.detect(model, (x,)), ratio=0.5, scores="magnitude"), (x,))
     for made in (small, trained(model, (x,)).model):
         assert made(x).shape == x.shape
         with pytest.raises(InputError, match=r"of shape \[3, 4\], not \[5, 4\]"):

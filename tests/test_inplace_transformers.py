@@ -101,7 +101,9 @@ class Turned(nn.Module):
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_tables_that_all_layers_share_are_cut_where_all_keep_the_same_pairs(interleaved: bool, tmp_path: Path) -> None:
     model, args = Turned(interleaved).double(), (torch.randn(2, 6, 16, dtype=torch.float64),)
-    plan = eco.plan(eco.detect(model, args), 0.4, expressible_in="module", kinds=["qk", "vo"], floor=0)
+    plan = eco.plan(
+        eco.detect(model, args), 0.4, expressible_in="module", kinds=["qk", "vo"], floor=0, scores="magnitude"
+    )
     pairs = {units for s in plan if s.kind == "qk" for units in s.keep}
     assert len(pairs) == 1
     kept = 2 * len(pairs.pop())
@@ -119,7 +121,7 @@ def test_tables_that_all_layers_share_are_cut_where_all_keep_the_same_pairs(inte
 def test_rotary_head_dimensions_of_a_llama(tmp_path: Path) -> None:
     model, kwargs = tiny("llama")
     couplings = eco.detect(model, (), kwargs)
-    plan = eco.plan(couplings, 0.4, expressible_in="module", kinds=["qk", "vo", "ffn"], floor=0)
+    plan = eco.plan(couplings, 0.4, expressible_in="module", kinds=["qk", "vo", "ffn"], floor=0, scores="magnitude")
     twin: Any = masked_twin(model, plan)
     own: Any = eco.shrink_(model, plan, (), kwargs)
     kept = next(s.kept for s in plan if s.kind == "qk")
@@ -157,7 +159,7 @@ def test_other_pairs_in_each_layer_cannot_share_a_table() -> None:
 )
 def test_plans_stay_within_what_the_code_carries(name: str, kinds: set[str]) -> None:
     model, kwargs = tiny(name)
-    plan = eco.plan(eco.detect(model, (), kwargs), ratio=0.4, expressible_in="module", floor=0)
+    plan = eco.plan(eco.detect(model, (), kwargs), ratio=0.4, expressible_in="module", floor=0, scores="magnitude")
     assert {s.kind for s in plan} == kinds
     assert 0.35 < plan.removed_parameters / plan.coupled_parameters < 0.45
     assert len({s.kept for s in plan if s.kind == "ffn"}) == 2
@@ -183,12 +185,12 @@ def test_what_no_code_carries_is_said() -> None:
     with pytest.raises(
         PlanError, match=r"the code of Fixed can carry none of its couplings .*leave expressible_in out"
     ):
-        eco.plan(eco.detect(model, args), expressible_in="module")
+        eco.plan(eco.detect(model, args), expressible_in="module", scores="magnitude")
     couplings = eco.detect(model, args)
     couplings.example = None
     with pytest.raises(PlanError, match="do not know their example inputs"):
-        eco.plan(couplings, expressible_in="module")
-    options: Any = {"expressible_in": "file"}
+        eco.plan(couplings, expressible_in="module", scores="magnitude")
+    options: Any = {"expressible_in": "file", "scores": "magnitude"}
     with pytest.raises(PlanError, match="expressible_in='file' is unknown: give 'module'"):
         eco.plan(couplings, **options)
 
@@ -198,7 +200,9 @@ def test_standard_checkpoints(name: str, tmp_path: Path) -> None:
     model, kwargs = tiny(name)
     dense = copy.deepcopy(model)
     own: Any = model
-    plan = eco.plan(eco.detect(model, (), kwargs), ratio=0.4, expressible_in="module", uniform=True, floor=0)
+    plan = eco.plan(
+        eco.detect(model, (), kwargs), ratio=0.4, expressible_in="module", uniform=True, floor=0, scores="magnitude"
+    )
     eco.shrink_(model, plan, (), kwargs)
     own.save_pretrained(tmp_path)
     assert "ecospa" not in "".join(path.read_text(errors="ignore") for path in tmp_path.glob("*.json"))
@@ -220,7 +224,15 @@ def test_numbers_of_heads_are_those_that_the_configuration_takes() -> None:
     model, kwargs = tiny("llama", **options)
     couplings = eco.detect(model, (), kwargs)
     for ratio in (0.2, 0.35, 0.5):
-        plan = eco.plan(couplings, ratio, expressible_in="module", uniform=True, kinds=["heads", "qk", "vo"], floor=0)
+        plan = eco.plan(
+            couplings,
+            ratio,
+            expressible_in="module",
+            uniform=True,
+            kinds=["heads", "qk", "vo"],
+            floor=0,
+            scores="magnitude",
+        )
         assert {s.kept for s in plan} <= {1, 2, 3, 4, 6}  # divisors of the hidden size
     eco.shrink_(model, plan, (), kwargs)
     config: Any = model.config
@@ -252,7 +264,9 @@ def test_a_configuration_of_ones_own_follows() -> None:
             return out
 
     model, args = Configured(Sizes()), (torch.randn(3, 8),)
-    eco.shrink_(model, eco.plan(eco.detect(model, args), expressible_in="module", uniform=True), args)
+    eco.shrink_(
+        model, eco.plan(eco.detect(model, args), expressible_in="module", uniform=True, scores="magnitude"), args
+    )
     assert (model.sizes.hidden, model.sizes.inner) == (8, 10)
 
 

@@ -76,7 +76,7 @@ def test_a_graph_of_a_compile_backend_owns_the_parameters_it_is_given() -> None:
     assert offers(graph, inputs) == "8×1"
     couplings = eco.detect(graph, inputs)
     assert all("parameters_weight" in m.parameter for c in couplings.offered for m in c.members if m.axis == 1)
-    small = eco.shrink(graph, eco.plan(couplings, ratio=0.5), inputs)
+    small = eco.shrink(graph, eco.plan(couplings, ratio=0.5, scores="magnitude"), inputs)
     (got,) = small(X)
     assert got.shape == X.shape
     with pytest.raises(TypeError, match="leave Parameters out, the smaller model has its own"):
@@ -143,7 +143,7 @@ def test_vmap_is_written_out() -> None:
     assert offers(pair(torch.func.vmap(torch.func.vmap(torch.sin)))) == "8×1"
     assert offers(Mapped().double()) == "8×1"
     assert offers(Ensemble().double()) == "3×1, 8×3"
-    small = eco.shrink(pair(), eco.plan(eco.detect(Mapped().double(), (X,)), ratio=0.5), (X,))
+    small = eco.shrink(pair(), eco.plan(eco.detect(Mapped().double(), (X,)), ratio=0.5, scores="magnitude"), (X,))
     assert small(torch.cat([X, X])).shape == (8, HIDDEN)
 
 

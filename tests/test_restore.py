@@ -201,7 +201,7 @@ class CalledTwice(nn.Module):
 @pytest.mark.parametrize("mode", [True, False])
 def test_all_calls_of_a_module_follow_its_mode(mode: bool) -> None:
     model, x = CalledTwice().double().train(mode), torch.randn(2, 5, HIDDEN, dtype=torch.float64)
-    small = eco.shrink(model, eco.plan(eco.detect(model, (x,)), ratio=0.4), (x,))
+    small = eco.shrink(model, eco.plan(eco.detect(model, (x,)), ratio=0.4, scores="magnitude"), (x,))
     for tree in (small, copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
         tree.eval()
         assert torch.equal(tree(x), tree(x))
@@ -244,7 +244,7 @@ class Deep(nn.Module):
 @pytest.mark.parametrize("kind", [Positions, Deep])
 def test_what_the_code_makes_moves_with_the_module(kind: type[nn.Module]) -> None:
     model, x = kind().double().eval(), torch.randn(2, 5, HIDDEN, dtype=torch.float64)
-    small = eco.shrink(model, eco.plan(eco.detect(model, (x,)), ratio=0.4), (x,))
+    small = eco.shrink(model, eco.plan(eco.detect(model, (x,)), ratio=0.4, scores="magnitude"), (x,))
     expected = small(x)
     for tree in (copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
         assert torch.equal(tree(x), expected)

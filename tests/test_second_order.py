@@ -130,7 +130,7 @@ def test_a_frozen_program_stays_as_it_is() -> None:
     example = (torch.randint(0, VOCABULARY, (2, 9)),)
     program = capture(model, example, {}, dynamic=True)
     frozen = program.frozen()
-    shrink_program(program, eco.plan(eco.detect(model, example), 0.5))
+    shrink_program(program, eco.plan(eco.detect(model, example), 0.5, scores="magnitude"))
     evaluator = Evaluator(frozen, model, example, {})
     values = {**evaluator.start(example, {}), **evaluator.weights()}
     evaluator.run(evaluator.order, values)

@@ -157,12 +157,12 @@ def test_plans_by_curves_meet_the_budget_within_the_tried_widths(
 
 def test_refuses_curves_and_names_that_do_not_fit() -> None:
     with pytest.raises(PlanError, match=r"^coupling '\S+' has no measured curve: measure these couplings, or choose"):
-        eco.plan(DIMS, allocation=Curves({}))
+        eco.plan(DIMS, allocation=Curves({}), scores="magnitude")
     with pytest.raises(PlanError, match=r"^allocation='best' is unknown: use 'global', 'ragged', 'uniform' or "):
-        eco.plan(DIMS, allocation="best")  # type: ignore[arg-type]
+        eco.plan(DIMS, allocation="best", scores="magnitude")  # type: ignore[arg-type]
     with pytest.raises(PlanError, match=r"^allocation='sensitivity' needs measured curves: pass these, or"):
-        eco.plan(DIMS, allocation="sensitivity")  # type: ignore[arg-type]
-    assert eco.plan(DIMS, allocation="uniform") == eco.plan(DIMS, uniform=True)
+        eco.plan(DIMS, allocation="sensitivity", scores="magnitude")  # type: ignore[arg-type]
+    assert eco.plan(DIMS, allocation="uniform", scores="magnitude") == eco.plan(DIMS, uniform=True, scores="magnitude")
 
 
 @given(st.integers(2, 300), st.floats(0, 1), st.floats(0.01, 0.99))

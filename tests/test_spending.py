@@ -95,7 +95,7 @@ def shares(couplings: Couplings, plan: eco.Plan) -> tuple[float, float]:
 @pytest.mark.parametrize("options", [{}, {"scores": "random", "seed": 1}, {"uniform": True, "ratio": 0.5}])
 def test_flops_are_those_that_torch_counts(name: str, options: dict[str, Any]) -> None:
     model, sample, couplings = found(name)
-    made = eco.plan(couplings, **{"ratio": 0.3, **options}, budget="flops")
+    made = eco.plan(couplings, **{"ratio": 0.3, "scores": "magnitude", **options}, budget="flops")
     small = eco.shrink(model, made, (sample,), passes=())  # zeros that a kernel asks for are counted as well
     freed, held = shares(couplings, made)
     # where one position is left, einsum multiplies elementwise, of which torch counts nothing
@@ -132,17 +132,17 @@ def test_flops_weigh_attention_by_its_tokens() -> None:
 def test_refuses_units_that_are_unknown_or_have_no_graph() -> None:
     couplings = tiny_couplings(tiny())
     with pytest.raises(PlanError, match=r"^budget='bytes' is unknown: use 'parameters', 'flops' or 'latency'$"):
-        eco.plan(couplings, budget="bytes")  # type: ignore[arg-type]
+        eco.plan(couplings, budget="bytes", scores="magnitude")  # type: ignore[arg-type]
     for budget in ("flops", "latency"):
         with pytest.raises(PlanError, match=rf"^budget='{budget}' needs the graph: pass the couplings that detect\(\)"):
-            eco.plan(couplings, budget=budget)
+            eco.plan(couplings, budget=budget, scores="magnitude")
     model, sample, _ = found("fused, masked")
     shadow = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)).to("meta")
     with pytest.raises(PlanError, match="the model is on meta, where nothing takes time: load it, or use budget="):
         eco.plan(eco.detect(shadow, (sample.to("meta"),)), scores="random", budget="latency")
     assert eco.plan(eco.detect(shadow, (sample.to("meta"),)), scores="random", budget="flops")
     with pytest.raises(PlanError, match=r"of the FLOPs of the products that the couplings narrow to remove: ask for"):
-        eco.plan(eco.detect(model, (sample,)), 0.9, floor=0.5, budget="flops")
+        eco.plan(eco.detect(model, (sample,)), 0.9, floor=0.5, budget="flops", scores="magnitude")
 
 
 # -- limits --------------------------------------------------------------------------------------------------------
@@ -198,7 +198,7 @@ def sized(units: int) -> Coupling:
 )
 def test_refuses_limits(limits: Any, text: str) -> None:
     with pytest.raises(PlanError) as error:
-        eco.plan(tiny_couplings(tiny()), limits=limits)
+        eco.plan(tiny_couplings(tiny()), limits=limits, scores="magnitude")
     assert str(error.value) == text
 
 
@@ -323,13 +323,15 @@ def test_the_folder_of_the_table_is_a_choice(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(latency, "measured", lambda asked, device: [float(sum(o.operands[1].shape)) for o in asked])
     monkeypatch.setenv("ECOSPA_FX_CACHE", str(tmp_path / "by-environment"))
     couplings = mlp()
-    eco.plan(couplings, 0.2, budget="latency", round_to=4)
+    eco.plan(couplings, 0.2, budget="latency", round_to=4, scores="magnitude")
     assert len(list((tmp_path / "by-environment").glob("latency-*.json"))) == 1
-    eco.plan(couplings, 0.2, round_to=4, budget=Latency.of(couplings, 4, cache=tmp_path / "by-argument"))
+    eco.plan(
+        couplings, 0.2, round_to=4, budget=Latency.of(couplings, 4, cache=tmp_path / "by-argument"), scores="magnitude"
+    )
     assert len(list((tmp_path / "by-argument").glob("latency-*.json"))) == 1
     (tmp_path / "file").write_text("")
     with pytest.raises(PlanError, match=r"^measured latencies cannot be kept in .*; set ECOSPA_FX_CACHE to a folder"):
-        eco.plan(couplings, 0.2, budget=Latency.of(couplings, cache=tmp_path / "file"))
+        eco.plan(couplings, 0.2, budget=Latency.of(couplings, cache=tmp_path / "file"), scores="magnitude")
 
 
 def test_products_are_measured_as_shrink_leaves_them() -> None:
@@ -348,7 +350,7 @@ def test_products_are_measured_as_shrink_leaves_them() -> None:
 def test_a_budget_of_seconds_is_measured_here(tmp_path: Path) -> None:
     couplings = mlp(256)
     unit = Latency.of(couplings, 32, cache=tmp_path)
-    made = eco.plan(couplings, 0.5, round_to=32, budget=unit)
+    made = eco.plan(couplings, 0.5, round_to=32, budget=unit, scores="magnitude")
     assert made[couplings.offered[0].name].kept in range(32, 256, 32)
     known = json.loads(next(tmp_path.iterdir()).read_text())["seconds"]
     assert len(known) == 15  # eight widths of two layers, which at one width are the same

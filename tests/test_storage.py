@@ -56,7 +56,7 @@ def shrunk(seed: int = 0) -> tuple[Mlp, nn.Module, Plan]:
     model.scale.normal_()
     model.table.normal_()
     args, kwargs = example()
-    plan = eco.plan(eco.detect(model, args, kwargs), ratio=0.5)
+    plan = eco.plan(eco.detect(model, args, kwargs), ratio=0.5, scores="magnitude")
     small = eco.shrink(model, plan, args, kwargs)
     return model, remember(small, origin(model, plan, args, kwargs)), plan
 
@@ -315,7 +315,7 @@ def hugging_face(tmp_path: Path) -> tuple[Path, nn.Module, dict[str, object]]:
     )
     model = transformers.LlamaForCausalLM(config).eval()
     kwargs: dict[str, object] = {"input_ids": torch.arange(24).view(2, 12), "use_cache": False}
-    plan = eco.plan(eco.detect(model, (), kwargs), ratio=0.4)
+    plan = eco.plan(eco.detect(model, (), kwargs), ratio=0.4, scores="magnitude")
     small = eco.shrink(model, plan, (), kwargs)
     save(small, tmp_path / "small", origin=origin(model, plan, (), kwargs))
     return tmp_path / "small", small, kwargs

@@ -8,6 +8,7 @@ Allocation merges the rungs of all ladders into one order and cuts it where the 
 
 from __future__ import annotations
 
+import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -59,10 +60,11 @@ def plan(
 
     ratio: the share, between 0 and 1 and by default 0.5, of what the chosen couplings hold together to remove, met to
     within half a rung. scores: what `score` returned, or a mapping of coupling names to tensors [carriers, units];
-    "magnitude", from the weights, which costs most quality; or "random", drawn from `seed` alone, for tests. round_to:
-    kept units per carrier are a multiple of it; a coupling with fewer stays whole; None: of what their device likes
-    (`ecospa_fx.budget.alignment.liked`). Which couplings may lose units, and how many at most: kinds, exclude, limits,
-    floor, as in `ecospa_fx.options.ChoiceOptions`. Further options, as in `ecospa_fx.options.PlanOptions`:
+    "magnitude", from the weights, which costs most quality (None: the same, with a warning); or "random", drawn from
+    `seed` alone, for tests. round_to: kept units per carrier are a multiple of it; a coupling with fewer stays whole;
+    None: of what their device likes (`ecospa_fx.budget.alignment.liked`). Which couplings may lose units, and how many
+    at most: kinds, exclude, limits, floor, as in `ecospa_fx.options.ChoiceOptions`. Further options, as in
+    `ecospa_fx.options.PlanOptions`:
 
     budget: what the ratio counts: "parameters", each once; "flops" of the example call that `detect` saw; "latency",
     seconds of its products on this machine, measured once and kept on disk (`ecospa_fx.budget.latency`). allocation:
@@ -78,10 +80,22 @@ def plan(
     """
     check_options("plan", options, PlanOptions, plan)
     check_couplings(couplings, PlanError)
-    settings = PlanSettings(ratio, "magnitude" if scores is None else scores, seed, round_to, **options)
+    settings = PlanSettings(ratio, _meant(scores), seed, round_to, **options)
     if settings.widths is not None:
         return narrowed_to(couplings, settings.widths, settings)
     return _allocated(couplings, settings)
+
+
+def _meant(scores: Given | None) -> Given:
+    """The scores, with a warning at the user's line where there are none."""
+    if scores is not None:
+        return scores
+    warnings.warn(
+        "plan() has no scores=, so that units go by their magnitude, which costs most quality by far: pass what "
+        "ecospa_fx.score returned, or scores='magnitude' where that is meant",
+        stacklevel=3,
+    )
+    return "magnitude"
 
 
 def _allocated(couplings: Couplings, settings: PlanSettings) -> Plan:

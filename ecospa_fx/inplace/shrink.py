@@ -52,7 +52,7 @@ def shrink_(model: Model, plan: Plan, args: Sequence[Any] = (), kwargs: Mapping[
         >>> import torch, ecospa_fx as eco
         >>> mlp = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.GELU(), torch.nn.Linear(32, 8))
         >>> x = torch.randn(2, 8)
-        >>> eco.shrink_(mlp, eco.plan(eco.detect(mlp, (x,)), ratio=0.5), (x,))[0]
+        >>> eco.shrink_(mlp, eco.plan(eco.detect(mlp, (x,)), ratio=0.5, scores="magnitude"), (x,))[0]
         Linear(in_features=8, out_features=16, bias=True)
     """
     check_call(model, args, kwargs, PlanError)
