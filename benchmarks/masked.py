@@ -65,7 +65,7 @@ class MaskedTraining:
         self.model, self.optimizer, self.options = model, optimizer, options
         self.parameters = dict(model.named_parameters())
         settings = Settings(allocation=options.allocation, band=options.band, round_to=options.round_to)
-        self.limits = settings.limits
+        self.limits = settings.shares
         couplings = eco.detect(model, (ids[:2],))
         self.shapes = couplings.shapes
         self.couplings = chosen(couplings, settings, options.scores, model)
