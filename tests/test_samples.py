@@ -85,7 +85,9 @@ def test_attention_and_packed_experts_score_the_same_however_sequences_are_batch
     single = eco.score(model, couplings, [((row[None],), {}) for row in ids], loss=loss, method=method)
     for size in (8, 3):  # the last batch is smaller
         with no_warning():
-            grouped = eco.score(model, couplings, [((p,), {}) for p in ids.split(size)], loss=loss, method=method)
+            grouped = eco.score(
+                model, couplings, [((p,), {}) for p in torch.split(ids, size)], loss=loss, method=method
+            )
         assert_equal(grouped, single, couplings)
 
 
@@ -215,7 +217,9 @@ def test_every_tensor_of_the_samples_is_cut_and_all_else_is_shared() -> None:
     args = (weight, {"x": (x, [vector])}, cache)
     batch = (
         args,
-        Encoding(scale=scale, table=table, names=names, boxes=boxes, images=[*X.split(1)], flag=True, kernel=[3, 3]),
+        Encoding(
+            scale=scale, table=table, names=names, boxes=boxes, images=[*torch.split(X, 1)], flag=True, kernel=[3, 3]
+        ),
     )
     parts = parts_of(batch)
     assert not isinstance(parts, str)
@@ -462,7 +466,7 @@ def test_small_samples_are_read_together_where_model_and_loss_allow_it() -> None
 
 def test_samples_join_where_they_fit() -> None:
     scale, flags = torch.tensor(2.0), {"flag": True, "cache": Cache([values(1, 2)], 3)}
-    whole = joined([((x, scale), Encoding(flags)) for x in X.split(1)])
+    whole = joined([((x, scale), Encoding(flags)) for x in torch.split(X, 1)])
     assert whole is not None
     assert whole[0][0].equal(X)
     assert whole[0][1] is scale
