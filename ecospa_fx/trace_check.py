@@ -47,13 +47,13 @@ def _has_values(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
 
 def _compare(program: ExportedForm, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     try:
-        with _evaluated(model):
-            want = _leaves(lambda: model(*(given := copied((tuple(args), dict(kwargs))))[0], **given[1]))
-            got = _leaves(lambda: _traced(program, model, args, kwargs))
+        with _evaluated(model) as devices:
+            want = _leaves(lambda: _called(model, args, kwargs), devices)
+            got = _leaves(lambda: _traced(program, model, args, kwargs), devices)
             error = relative_error(got, want)
             if not error > _tolerance(want) or not any(t.isfinite().any() for t in _floats(want)):
                 return
-            again = _leaves(lambda: model(*(given := copied((tuple(args), dict(kwargs))))[0], **given[1]), seed=1)
+            again = _leaves(lambda: _called(model, args, kwargs), devices, seed=1)
             random = relative_error(again, want) > _tolerance(want)
     except Exception as reason:  # whatever the model or an operator raises says that there is nothing to compare
         log.debug("what was traced is not compared with the model: %s", reason)
@@ -68,6 +68,11 @@ def _compare(program: ExportedForm, model: nn.Module, args: Sequence[Any], kwarg
     )
 
 
+def _called(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    own_args, own_kwargs = copied((tuple(args), dict(kwargs)))
+    return model(*own_args, **own_kwargs)
+
+
 def _traced(program: ExportedForm, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     evaluator = Evaluator(program, model, args, kwargs)
     values = {**evaluator.start(args, kwargs), **evaluator.weights()}
@@ -75,8 +80,10 @@ def _traced(program: ExportedForm, model: nn.Module, args: Sequence[Any], kwargs
     return evaluator.returned(values, args, kwargs)
 
 
-def _leaves(run: Any, seed: int = 0) -> list[Any]:
-    torch.manual_seed(seed)
+def _leaves(run: Any, devices: Iterable[torch.device], seed: int = 0) -> list[Any]:
+    torch.random.default_generator.manual_seed(seed)  # torch.manual_seed would reach devices that are not restored
+    for device in devices:
+        torch.cuda.default_generators[device.index or 0].manual_seed(seed)
     return pytree.tree_leaves(opened(run()))
 
 
@@ -90,19 +97,20 @@ def _tolerance(leaves: Sequence[Any]) -> float:
 
 
 @contextmanager
-def _evaluated(model: nn.Module) -> Iterator[None]:
+def _evaluated(model: nn.Module) -> Iterator[list[torch.device]]:
     """Evaluation mode inside, without gradients, compilers, and kernels that only inference has; no trace of it after.
 
-    Random numbers of CUDA devices go on as if none had been drawn, too.
+    Yields the model's CUDA devices, whose random numbers go on as if none had been drawn, too.
     """
-    devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.device.type == "cuda"}
+    devices = list({t.device for t in (*model.parameters(), *model.buffers()) if t.device.type == "cuda"})
     with (
         untouched(model),
-        torch.random.fork_rng(devices=list(devices)),
+        torch.random.fork_rng(devices=devices),
         torch.no_grad(),
         without_fast_path(),
         torch.compiler.set_stance("force_eager"),
     ):
         for part in model.modules():
             part.training = False
+        yield devices
         yield

@@ -18,7 +18,7 @@ from ecospa_fx.errors import PlanError
 from ecospa_fx.inplace.attributes import Found, Place, integers, reading
 from ecospa_fx.inplace.evidence import evidence
 from ecospa_fx.inplace.groups import Group, narrowed_axes, part, reach, role_of, scaled, under
-from ecospa_fx.inplace.proof import Bench
+from ecospa_fx.inplace.proof import Bench, Reference
 from ecospa_fx.inplace.tables import Spot, tables
 from ecospa_fx.inplace.trial import Values, edited
 from ecospa_fx.plan import Plan
@@ -42,15 +42,22 @@ def solve(bench: Bench, plan: Plan, groups: Sequence[Group]) -> dict[Spot, int]:
     """
     own = part(plan, groups)
     reference = bench.reference(own)
+    if _works(bench, own, {}, reference):
+        return {}
     rules = [rule for rule in rules_of(bench, own, groups) if rule.read]
     told = evidence(bench, own, {})
     start = {p: value for p, value in (told.constructed | told.given).items() if is_read(p, bench)}
     for before in [start, {}] if start else [{}]:
         for values in islice(edits_of(rules), TRIALS):
-            with edited(bench.model, own, {**before, **values}, reference.buffers):
-                if bench.equals(reference):
-                    return {**before, **values}
+            edit = {**before, **values}
+            if edit and _works(bench, own, edit, reference):
+                return edit
     raise PlanError(_refusal(groups, rules))
+
+
+def _works(bench: Bench, plan: Plan, values: Values, reference: Reference) -> bool:
+    with edited(bench.model, plan, values, reference.buffers):
+        return bench.equals(reference)
 
 
 def _refusal(groups: Sequence[Group], rules: Sequence[Rule]) -> str:
