@@ -326,21 +326,9 @@ def test_weights_of_zero_are_shaken() -> None:
     assert torch.equal(model(x), twin(x))
 
 
-class Sized(nn.Module):
-    """Folds as many units as an attribute says into rows: for one length, another number does as well."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.width, self.up, self.down = 12, nn.Linear(WIDTH, 12), nn.Linear(12, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.up(x).relu()
-        out: Tensor = self.down(h.reshape(x.shape[0], x.shape[1], -1)[..., : self.width * x.shape[1] // 2])
-        return out
-
-
 def test_other_sizes_are_tried() -> None:
-    """What only fits the example's length is refused: of a shorter sequence the code takes fewer units."""
-    model, x = Sized().double(), torch.randn(3, 2, WIDTH, dtype=torch.float64)
-    calls = Bench(model, (x,), {}).calls
-    assert {call.args[0].shape[0] for call in calls} > {3}
+    """Batches and lengths, each alone and both, beside the example itself."""
+    model, x = Answers(RESULTS["object"]).double(), torch.randn(3, 2, 16, dtype=torch.float64)
+    shapes = [tuple(call.args[0].shape[:2]) for call in Bench(model, (x,), {}).calls]
+    assert shapes[0] == (3, 2)
+    assert {(b != 3, n != 2) for b, n in shapes} == {(False, False), (True, False), (False, True), (True, True)}
