@@ -81,7 +81,7 @@ def _traced(program: ExportedForm, model: nn.Module, args: Sequence[Any], kwargs
 
 
 def _leaves(run: Any, devices: Iterable[torch.device], seed: int = 0) -> list[Any]:
-    torch.random.default_generator.manual_seed(seed)  # torch.manual_seed would reach devices that are not restored
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach devices that are not restored
     for device in devices:
         torch.cuda.default_generators[device.index or 0].manual_seed(seed)
     return pytree.tree_leaves(opened(run()))

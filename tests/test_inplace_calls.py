@@ -283,7 +283,8 @@ class Counting(nn.Module):
         self.up, self.down = nn.Linear(WIDTH, 12), nn.Linear(12, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.up(x).relu()) > 0
+        positive: Tensor = self.down(self.up(x).relu()) > 0
+        return positive
 
 
 def test_a_model_of_flags_cannot_be_proven() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from transformers import pytorch_utils
 
 import ecospa_fx as eco
 from ecospa_fx.inplace.attributes import Place, integers_of
@@ -26,13 +26,15 @@ class Scaled(nn.Linear):
     """A subclass with a constructor of its own, which no attribute tells."""
 
     def __init__(self, widths: str) -> None:
-        super().__init__(*map(int, widths.split("-")))
+        inputs, outputs = widths.split("-")
+        super().__init__(int(inputs), int(outputs))
 
 
 class Plain(nn.Linear):
     """A subclass without a constructor."""
 
 
+Conv1D: Any = pytorch_utils.Conv1D
 Pair = tuple[Callable[[], nn.Module], Callable[[], nn.Module]]
 
 BUILT: dict[str, Pair] = {
@@ -139,7 +141,7 @@ def numbers(module: nn.Module) -> dict[Any, int]:
 @pytest.mark.parametrize("name", list(BUILT))
 def test_attributes_are_those_of_a_module_built_for_the_shapes(name: str) -> None:
     module, narrow = (build() for build in BUILT[name])
-    fixed = {("groups", None): 2} if name == "Conv2d whole groups" else {}  # as trying has shown
+    fixed: Any = {("groups", None): 2} if name == "Conv2d whole groups" else {}  # as trying has shown
     told = constructed(module, shapes_of(narrow), fixed)
     assert told is not None
     assert told.values

@@ -32,7 +32,7 @@ def test_what_is_filled_in_hides_nothing(fill: float, share: int) -> None:
     """Whether one of sixteen places is masked, or all but one."""
     want, wrong = normal(16, 40), normal(16, 40)
     want[:share] = wrong[:share] = fill
-    assert relative_error([want.clone()], [want]) == 0
+    assert relative_error([want.clone()], [want]) == 0.0
     assert relative_error([want * (1 - 1e-13)], [want]) < 1e-12
     wrong[-1] += 1
     assert 0.1 < relative_error([wrong], [want]) < 100
@@ -68,7 +68,7 @@ def test_infinities_and_what_is_not_a_number() -> None:
         got = want.clone()
         got[2] = value
         error = relative_error([got], [dense])
-        assert error == 0
+        assert error == 0.0
         assert error.left_out == (
             "4 of the 12 numbers in output 0 are NaN in the dense model, so that nothing is said about them: "
             "choose an example or a type that gives numbers there",
@@ -103,24 +103,24 @@ def test_whole_numbers_flags_and_zeros() -> None:
     want = normal(3, 4)
     numbers, flags, zeros = torch.arange(8), torch.tensor([True, False]), torch.zeros(2, 3)
     same = [want, numbers, flags, zeros, 3, None]
-    assert relative_error([torch.clone(t) if isinstance(t, Tensor) else t for t in same], same) == 0
+    assert relative_error([torch.clone(t) if isinstance(t, Tensor) else t for t in same], same) == 0.0
     assert relative_error([want, numbers.flip(0).clamp(max=3), flags, zeros, 3, None], same) == 0.875
-    assert relative_error([want, numbers, ~flags, zeros, 3, None], same) == 1
+    assert relative_error([want, numbers, ~flags, zeros, 3, None], same) == 1.0
     assert relative_error([want, numbers, flags, zeros + 1e-20, 3, None], same) < 1e-6
     assert relative_error([want, numbers, flags, zeros + 1, 3, None], same) > 1e6
-    assert relative_error([zeros], [zeros]) == 0
+    assert relative_error([zeros], [zeros]) == 0.0
     assert relative_error([want, numbers], [want]) == relative_error([want[:2]], [want]) == INF
     assert relative_error([3], [3]) == relative_error([], []) == INF  # nothing was compared
     assert relative_error([want], [3]) == relative_error([3], [want]) == INF
-    assert relative_error([torch.zeros(0), want], [torch.zeros(0), want]) == 0
+    assert relative_error([torch.zeros(0), want], [torch.zeros(0), want]) == 0.0
 
 
 def test_complex_numbers() -> None:
     want = torch.complex(normal(3, 4), normal(3, 4).flip(0))
     assert relative_error([want + 1e-14j], [want]) < 1e-12
     assert relative_error([want + 1j], [want]) > 0.1
-    want[0] = complex(-INF, 0)
-    assert relative_error([want.clone()], [want]) == 0
+    want[0] = torch.tensor(complex(-INF, 0))
+    assert relative_error([want.clone()], [want]) == 0.0
 
 
 def test_a_float_with_remarks() -> None:

@@ -50,7 +50,7 @@ def shrunk(model: nn.Module, dtype: torch.dtype = torch.float64, verb: str = "sh
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         if verb == "compress":
-            batches = [((torch.randn(3, 8).to(dtype),), {}) for _ in range(4)]
+            batches: Any = [((torch.randn(3, 8).to(dtype),), {}) for _ in range(4)]
             loss = lambda out, args, kwargs: out["y"].square().mean()  # noqa: E731
             eco.compress(model, (x,), ratio=0.5, batches=batches, loss=loss, distillation=0)
         else:

@@ -29,7 +29,8 @@ def inside() -> nn.Module:
 @pytest.fixture(scope="module")
 def group() -> Iterator[None]:
     """A group of one process, for what distributes."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    store: Any = torch._C._distributed_c10d.HashStore
+    dist.init_process_group("gloo", store=store(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
@@ -166,7 +167,8 @@ def test_what_no_verb_can_look_through(how: str, tmp_path: Path) -> None:
             pytest.skip(str(error))
         told = r"parameter '.*' is a shard of several parameters in one: pass the module before it is wrapped"
     else:
-        model = torch.jit.script(dense) if how == "script" else torch.jit.trace(dense, X)
+        traced: Any = torch.jit.trace
+        model = torch.jit.script(dense) if how == "script" else traced(dense, X)
         told = "this Sequential is a TorchScript module, .*: pass the nn.Module that it was made from"
     before = copy.deepcopy(model.state_dict()) if how != "flat" else {}
     for verb, call in verbs(model, plan, couplings, tmp_path / "small"):
@@ -190,13 +192,13 @@ class Alone(nn.Module):
 
 
 def test_what_computes_is_no_wrapper() -> None:
-    for model in (
+    for other in (
         Alone(),
         nn.Sequential(nn.Linear(8, 8)),
         nn.ModuleList([nn.Linear(8, 8)]),
         torch.fx.symbolic_trace(Alone()),
     ):
-        assert unwrapped(model) is model
+        assert unwrapped(other) is other
     assert unwrapped("no module") == "no module"
     model: Any = Alone()
     couplings = eco.detect(model, (X,))

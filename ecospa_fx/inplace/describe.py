@@ -9,11 +9,12 @@ from math import prod
 
 from torch import nn
 
-from ecospa_fx.inplace.attributes import Found, Place, integers
+from ecospa_fx.inplace.attributes import Found, integers
 from ecospa_fx.inplace.evidence import evidence
 from ecospa_fx.inplace.follow import alike, is_read
 from ecospa_fx.inplace.groups import Group, narrowed_axes, scaled, under
 from ecospa_fx.inplace.proof import Bench
+from ecospa_fx.inplace.tables import Spot
 from ecospa_fx.inplace.trial import Values
 from ecospa_fx.plan import Plan, Selection
 
@@ -27,8 +28,8 @@ class Described:
     unread: what running the model does not read, and shapes of parameters tell; other: what has to be tried.
     """
 
-    unread: dict[Place, int]
-    other: dict[Place, int]
+    unread: dict[Spot, int]
+    other: dict[Spot, int]
 
 
 def described(bench: Bench, plan: Plan, groups: Sequence[Group], values: Values) -> Described:
@@ -53,7 +54,7 @@ def described(bench: Bench, plan: Plan, groups: Sequence[Group], values: Values)
 # -- of the module that holds a parameter ------------------------------------------------------------------------
 
 
-def _by_axis(own: Sequence[Found], axes: Axes) -> dict[Place, int] | None:
+def _by_axis(own: Sequence[Found], axes: Axes) -> dict[Spot, int] | None:
     """An attribute of modules that are alike and hold parameters, if it is the size of one axis in all of them."""
     sizes: dict[tuple[str, int], list[tuple[int, int]]] = {}
     for one in own:
@@ -71,9 +72,11 @@ def _by_axis(own: Sequence[Found], axes: Axes) -> dict[Place, int] | None:
 # -- of the modules around it ------------------------------------------------------------------------------------
 
 
-def _by_units(model: nn.Module, own: Sequence[Found], groups: Sequence[Group], axes: Axes) -> dict[Place, int] | None:
+def _by_units(model: nn.Module, own: Sequence[Found], groups: Sequence[Group], axes: Axes) -> dict[Spot, int] | None:
     """An attribute of modules that are alike, if it counts units of one coupling in each of them."""
-    new = {one.place: value for one in own if (value := _of_units(model, one, groups, axes)) is not None}
+    new: dict[Spot, int] = {
+        one.place: value for one in own if (value := _of_units(model, one, groups, axes)) is not None
+    }
     return new if len(new) == len(own) else None
 
 

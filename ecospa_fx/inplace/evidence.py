@@ -19,7 +19,7 @@ from ecospa_fx.inplace.attributes import Found, Place, integers_of
 from ecospa_fx.inplace.constructor import Constructed, Shapes, constructed, shapes_of
 from ecospa_fx.inplace.groups import narrowed_axes, role_of
 from ecospa_fx.inplace.proof import Bench
-from ecospa_fx.inplace.tables import Cut
+from ecospa_fx.inplace.tables import Cut, Spot
 from ecospa_fx.inplace.trial import Values, edited
 from ecospa_fx.plan import Plan
 
@@ -37,8 +37,8 @@ class Evidence:
     known: all that the constructors know, whether it follows or not.
     """
 
-    constructed: dict[Place, int]
-    given: dict[Place, int]
+    constructed: dict[Spot, int]
+    given: dict[Spot, int]
     known: set[Place]
 
 
@@ -53,11 +53,11 @@ def evidence(bench: Bench, plan: Plan, values: Values) -> Evidence:
 
 def _constructed(
     model: nn.Module, axes: Mapping[tuple[str, int], tuple[int, int]], values: Values
-) -> tuple[dict[Place, int], set[Place]]:
+) -> tuple[dict[Spot, int], set[Place]]:
     """What follows by what constructors say of the modules that hold something narrower, and all that they know."""
     new = _shapes_after(model, axes, values)
     answers: dict[str, Constructed | None] = {}
-    following: dict[Place, int] = {}
+    following: dict[Spot, int] = {}
     known: set[Place] = set()
     for path, module in model.named_modules():
         old = shapes_of(module)
@@ -91,10 +91,10 @@ def _shapes_after(model: nn.Module, axes: Mapping[tuple[str, int], tuple[int, in
 # -- tensors that reach it ---------------------------------------------------------------------------------------
 
 
-def _given(bench: Bench, plan: Plan, values: Values) -> dict[Place, int]:
+def _given(bench: Bench, plan: Plan, values: Values) -> dict[Spot, int]:
     """What follows in modules without tensors. A module that refuses what reaches it hides what is behind it."""
     places = _without_tensors(bench.model)
-    following: dict[Place, int] = {}
+    following: dict[Spot, int] = {}
     if not places:
         return following
     dense, buffers = _reached(bench, list(places)), bench.reference(plan).buffers
@@ -123,7 +123,7 @@ def _without_tensors(model: nn.Module) -> dict[nn.Module, list[Found]]:
     return places
 
 
-def _alike(model: nn.Module, places: Mapping[nn.Module, Sequence[Found]], new: Mapping[Place, int]) -> dict[Place, int]:
+def _alike(model: nn.Module, places: Mapping[nn.Module, Sequence[Found]], new: Mapping[Spot, int]) -> dict[Spot, int]:
     """The same for modules that are alike and as large, which may not have been reached."""
     told = {_key(model, one): new[one.place] for own in places.values() for one in own if one.place in new}
     everything = [one for own in places.values() for one in own]
@@ -164,7 +164,7 @@ def _watched(modules: Sequence[nn.Module], found: dict[nn.Module, Sizes]) -> Ite
 
     def reached(module: nn.Module, args: Any, kwargs: Any) -> None:
         tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        sizes = {(number, i, axis): size for i, t in enumerate(tensors) for axis, size in enumerate(t.shape)}
+        sizes: Sizes = {(number, i, axis): size for i, t in enumerate(tensors) for axis, size in enumerate(t.shape)}
         found.setdefault(module, {}).update(sizes)
 
     handles = [module.register_forward_pre_hook(reached, with_kwargs=True) for module in modules]

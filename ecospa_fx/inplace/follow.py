@@ -46,10 +46,10 @@ def solve(bench: Bench, plan: Plan, groups: Sequence[Group]) -> dict[Spot, int]:
         return {}
     rules = [rule for rule in rules_of(bench, own, groups) if rule.read]
     told = evidence(bench, own, {})
-    start = {p: value for p, value in (told.constructed | told.given).items() if is_read(p, bench)}
+    start: dict[Spot, int] = {p: value for p, value in (told.constructed | told.given).items() if is_read(p, bench)}
     for before in [start, {}] if start else [{}]:
         for values in islice(edits_of(rules), TRIALS):
-            edit = {**before, **values}
+            edit: dict[Spot, int] = {**before, **values}
             if edit and _works(bench, own, edit, reference):
                 return edit
     raise PlanError(_refusal(groups, rules))
@@ -112,7 +112,7 @@ def counted(bench: Bench, plan: Plan, groups: Sequence[Group]) -> set[Spot]:
     return {place for rule in rules if rule.read for values in rule.options for place in values}
 
 
-def is_read(place: Place, bench: Bench) -> bool:
+def is_read(place: Spot, bench: Bench) -> bool:
     """Whether running the dense model reads an integer, as far as can be seen."""
     if bench.read is None:
         everything = integers(bench.model, {path for path, _ in bench.model.named_modules()})
@@ -120,6 +120,8 @@ def is_read(place: Place, bench: Bench) -> bool:
             for call in bench.calls:
                 bench.run(call)
         bench.read = read
+    if not isinstance(place, Place):
+        return True
     owner = place.owner(bench.model)
     return isinstance(owner, dict) or (id(owner), place.name) in bench.read
 

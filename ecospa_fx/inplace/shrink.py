@@ -83,7 +83,7 @@ def proven(bench: Bench, plan: Plan) -> dict[Spot, int]:
     values = solved(bench, plan, groups)
     following = described(bench, plan, groups, values)
     values = {**following.unread, **values}
-    more = {**following.other, **values}
+    more: dict[Spot, int] = {**following.other, **values}
     if more != values and _equals(bench, plan, more, bench.reference(plan)):
         values = more
     values = _with_configuration(bench, plan, groups, values) or values
