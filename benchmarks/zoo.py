@@ -1,10 +1,11 @@
-"""Every model of a zoo: couplings offered and blocked, what detection costs beside the export, exactness, saving.
+"""Every model of a zoo: couplings offered and blocked, what detecting and shrinking cost, exactness, saving.
 
     python benchmarks/zoo.py                    # every model of ../shared/zoo
     python benchmarks/zoo.py FOLDER --models llama gpt2
 
 FOLDER holds a ``factories.py`` whose dictionary ``F`` has a function per name that returns (model, args, kwargs).
-Export and detection (with a fresh export of its own) are timed one after the other; exactness is the largest relative
+Export and detection (with a fresh export of its own) are timed one after the other, and `shrink` beside one export with
+the symbolic sizes that it ends up with, both in seconds of this process's own work; exactness is the largest relative
 difference between a model shrunk by a random plan and the masked one, in float64, or in float32 where the model's own
 code does not run in float64. The smaller model is saved and loaded into a model without these weights: it must have the
 same names, shapes and types, and return the same bits. Prints a table and writes results/zoo.json.
@@ -20,7 +21,9 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from importlib import util
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +32,13 @@ from tabulate import tabulate
 from torch.utils import _pytree as pytree
 
 import ecospa_fx as eco
+from ecospa_fx.graph.attempts import attempts, takes_one
+from ecospa_fx.graph.objects import opened
+from ecospa_fx.graph.seen import seen
 from ecospa_fx.verify import masked_error
 
 HERE = Path(__file__).resolve().parent
+RATIOS = {"detection": "ratio", "shrinking": "shrink_ratio"}
 LIMITS = {"float64": 1e-9, "float32": 2e-5}
 Example = tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]
 
@@ -97,10 +104,28 @@ def comes_back(small: torch.nn.Module, make: Callable[[], Example]) -> bool:
     )
 
 
+def symbolic_export(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+    """Seconds of one export with the symbolic sizes that `shrink` ends up with; attempts that fail do not count."""
+    parts: tuple[tuple[Any, ...], dict[str, Any]] = opened((args, kwargs))
+    view = seen(model, parts[1])
+    for attempt in attempts(view, *parts):
+        begin = time.process_time()
+        try:
+            with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+                program = torch.export.export(
+                    view, attempt.args, attempt.kwargs, strict=False, dynamic_shapes=attempt.shapes
+                )
+        except Exception:  # whatever the code of a model raises for symbols; the next attempt has fewer
+            continue
+        if not attempt.doubled or takes_one(program):
+            return time.process_time() - begin
+    raise ValueError("no attempt at an export succeeds")
+
+
 def measure(make: Callable[[], Example], repeats: int) -> dict[str, Any]:
     """Counts, seconds and exactness of one model."""
     (model, args, kwargs), dtype = made(make)
-    exports, detections = [], []
+    exports, detections, symbolic, shrinks = [], [], [], []
     for _ in range(repeats):
         begin = time.perf_counter()
         torch.export.export(model, args, kwargs, strict=False)
@@ -109,7 +134,11 @@ def measure(make: Callable[[], Example], repeats: int) -> dict[str, Any]:
         couplings = eco.detect(model, args, kwargs)
         detections.append(time.perf_counter() - begin)
     plan = eco.plan(couplings, ratio=0.5, scores="random", seed=0)
-    small = eco.shrink(model, plan, args, kwargs)
+    for _ in range(repeats):
+        symbolic.append(symbolic_export(model, args, kwargs))
+        begin = time.process_time()
+        small = eco.shrink(model, plan, args, kwargs)
+        shrinks.append(time.process_time() - begin)
     error = masked_error(model, small, plan, args, kwargs)
     return {
         "offered": len(couplings.offered),
@@ -118,6 +147,9 @@ def measure(make: Callable[[], Example], repeats: int) -> dict[str, Any]:
         "export_s": round(min(exports), 3),
         "detect_s": round(min(detections), 3),
         "ratio": round(min(detections) / min(exports), 2),
+        "symbolic_export_s": round(min(symbolic), 3),
+        "shrink_s": round(min(shrinks), 3),
+        "shrink_ratio": round(min(shrinks) / min(symbolic), 2),
         "error": float(f"{error:.1e}"),
         "dtype": dtype,
         "exact": error <= LIMITS[dtype],
@@ -127,15 +159,24 @@ def measure(make: Callable[[], Example], repeats: int) -> dict[str, Any]:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """One line per model and a line of totals."""
-    head = ["model", "offered", "blocked", "export_s", "detect_s", "ratio", "error", "dtype", "comes_back"]
+    times = ["export_s", "detect_s", "ratio", "symbolic_export_s", "shrink_s", "shrink_ratio"]
+    head = ["model", "offered", "blocked", *times, "error", "dtype", "comes_back"]
     lines = [[r["model"], *([r["failed"]] if "failed" in r else [r[h] for h in head[1:]])] for r in rows]
     told = tabulate(lines, head, disable_numparse=True)
-    ratios = sorted(r["ratio"] for r in rows if "ratio" in r)
-    middle = f", detection over export {ratios[len(ratios) // 2]} in the median" if ratios else ""
+    middle = "".join(
+        f", {verb} over export {summary['median']} in the median and {summary['worst']} at worst"
+        for verb, summary in ratios(rows).items()
+    )
     exact, back = (sum(bool(r.get(n)) for r in rows) for n in ("exact", "comes_back"))
     offered, blocked = (sum(r.get(n, 0) for r in rows) for n in ("offered", "blocked"))
     told += f"\n{exact} of {len(rows)} models exact, {back} the same after saving and loading"
     return f"{told}, {offered} couplings offered, {blocked} blocked{middle}"
+
+
+def ratios(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Median and worst of what detecting and shrinking take over an export."""
+    found = {verb: sorted(r[key] for r in rows if key in r) for verb, key in RATIOS.items()}
+    return {verb: {"median": all_[len(all_) // 2], "worst": all_[-1]} for verb, all_ in found.items() if all_}
 
 
 def main() -> None:
@@ -148,6 +189,8 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     zoo, rows = factories(arguments.folder), []
+    first, x = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4)), torch.ones(2, 4)
+    eco.shrink(first, eco.plan(eco.detect(first, (x,)), 0.5), (x,))  # what is imported once counts for no model
     for name in arguments.models or zoo:
         if name not in zoo:
             raise SystemExit(f"there is no model {name!r} in {arguments.folder}; it has {', '.join(zoo)}")
@@ -157,7 +200,9 @@ def main() -> None:
             rows.append({"model": name, "failed": f"{type(error).__name__}: {error}"[:200]})
         print(f"{len(rows):>3} {name}", file=sys.stderr, flush=True)
         versions = {"torch": torch.__version__, "machine": platform.machine(), "threads": torch.get_num_threads()}
-        arguments.json.write_text(json.dumps({**versions, "repeats": arguments.repeats, "models": rows}, indent=1))
+        arguments.json.write_text(
+            json.dumps({**versions, "repeats": arguments.repeats, "ratios": ratios(rows), "models": rows}, indent=1)
+        )
     print(table(rows))
 
 

@@ -164,7 +164,7 @@ def _literals(node: fx.Node, other: fx.Node | None) -> dict[str, tuple[Any, Any]
     """Literal arguments that differ; a dropout that is missing is one that is off."""
     mine = _arguments(node)
     its = {**mine, "train": False} if other is None else _arguments(other)
-    return {n: (v, its[n]) for n, v in mine.items() if _numeric(v) and v != its[n]}
+    return {n: (v, its[n]) for n, v in mine.items() if _numeric(v) and _numeric(its[n]) and v != its[n]}
 
 
 def evaluation_arguments(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
