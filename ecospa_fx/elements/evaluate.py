@@ -61,6 +61,7 @@ class Elements(Mapping[fx.Node, Value]):
 
     def _value(self, node: fx.Node) -> Value:
         rule = RULES.get(node.target) if node.op == "call_function" else None
+        found: Value | None
         if rule is None:
             found = _stored(node)
         else:
