@@ -70,7 +70,7 @@ class Levels(Ffn):
 
     def __init__(self, read: Sequence[int]) -> None:
         super().__init__()
-        self.read, self.places = read, nn.Sequential(Places(), nn.Dropout(0.5))
+        self.read, self.places = read, nn.Sequential(nn.Sequential(Places(), nn.Tanh()), nn.Sigmoid())
 
     def forward(self, x: Tensor) -> Tensor:
         levels = [x, x[:, ::2], x[:, ::3]]
