@@ -113,4 +113,3 @@ def _evaluated(model: nn.Module) -> Iterator[list[torch.device]]:
         for part in model.modules():
             part.training = False
         yield devices
-        yield

@@ -86,6 +86,14 @@ def mixtral() -> tuple[nn.Module, Callable[[int], Inputs]]:
     return transformers.MixtralForCausalLM(config), lambda n: ((ids(n),), {"use_cache": False})
 
 
+def falcon() -> tuple[nn.Module, Callable[[int], Inputs]]:
+    """All query heads share one key and one value."""
+    config = transformers.FalconConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, multi_query=True, alibi=False
+    )
+    return transformers.FalconForCausalLM(config), lambda n: ((ids(n),), {"use_cache": False})
+
+
 SHAPES: dict[Callable[[], Any], Counter[tuple[str, int, int]]] = {
     llama: Counter({("ffn", 40, 1): 2, ("qk", 4, 2): 2, ("vo", 8, 2): 2, ("heads", 2, 1): 2, ("heads", 2, 2): 2}),
     gpt2: Counter({("ffn", 128, 1): 2, ("qk", 8, 4): 2, ("vo", 8, 4): 2, ("heads", 4, 1): 2}),
@@ -94,6 +102,7 @@ SHAPES: dict[Callable[[], Any], Counter[tuple[str, int, int]]] = {
     # one position bias serves all layers of a stack, so their heads go together
     t5: Counter({("ffn", 40, 1): 4, ("qk", 8, 4): 6, ("vo", 8, 4): 6, ("heads", 4, 1): 3}),
     mixtral: Counter({("ffn", 40, 3): 1, ("qk", 4, 2): 1, ("vo", 8, 2): 1, ("heads", 2, 1): 1}),
+    falcon: Counter({("ffn", 128, 1): 2, ("qk", 4, 1): 2, ("vo", 8, 1): 2, ("heads", 4, 1): 2}),
     whisper: Counter({("ffn", 40, 1): 2, ("qk", 8, 4): 3, ("vo", 8, 4): 3, ("heads", 4, 1): 3}),
 }
 
@@ -154,6 +163,14 @@ def test_recorded_hidden_states_are_as_many_in_a_model_that_was_looked_at(
         assert len(got) == len(want)
         assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
         assert small is None or len(small(*args, **kwargs).hidden_states) == len(want)
+
+
+def test_query_heads_of_one_key_are_reached_by_their_kind() -> None:
+    model, inputs = falcon()
+    couplings = eco.detect(model, *inputs(2))
+    plan = eco.plan(couplings, 0.1, kinds=["heads"])
+    assert {(s.kind, s.size) for s in plan} == {("heads", 4)}
+    assert all(len(c.contains) == 2 for c in couplings.offered if c.kind == "heads")
 
 
 def test_tied_weights_stay_tied_and_names_stay() -> None:

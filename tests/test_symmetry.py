@@ -32,6 +32,8 @@ LINEAR: dict[str, tuple[Operation, list[tuple[int, ...]]]] = {
     "pooled": (lambda h: F.avg_pool1d(h.mT, 2).mT, []),
 }
 
+LINEAR["convolved"] = (lambda h, w: F.conv1d(h.mT, w).mT, [(5, 8, 1)])
+
 FIXED: dict[str, tuple[Operation, list[tuple[int, ...]]]] = {
     "bilinear gate": (lambda h, w: h * (h.detach() @ w), [(8, 8)]),
     "scale": (lambda h, a: h * a, [(8,)]),

@@ -303,9 +303,9 @@ def _symmetry(kind: str, actions: set[str]) -> Symmetry:
 
 def _opposed(flow: Flow) -> dict[int, list[tuple[tuple[str, ...], tuple[str, ...], bool]]]:
     result: dict[int, list[tuple[tuple[str, ...], tuple[str, ...], bool]]] = {}
-    for dim, *sides in flow.record.opposed:
+    for dim, first, second, apart in flow.record.opposed:
         for root in _roots(flow.dims, dim):
-            result.setdefault(root, []).append((sides[0], sides[1], sides[2]))
+            result.setdefault(root, []).append((first, second, apart))
     return result
 
 
@@ -322,7 +322,7 @@ def _two_sided(
         if roles.keys() & set(first) & set(second):
             if not apart:
                 return False
-        elif any(len(side) > 1 for side in sides) or (all(sides) and sides[0] == sides[1]):
+        elif any(len(side) != 1 for side in sides) or sides[0] == sides[1]:
             return False
     return True
 

@@ -61,7 +61,7 @@ def _channels(call: Call, value: Value, weight: Value, groups: int, turned: bool
     inside, own = value.axes[at], weight.axes[:2]
     rows = Value((own[0], own[1]), weight.zero[:2], weight.weights)
     if groups == 1:
-        source = Value((inside,), (value.zero[at],), value.weights)
+        source = replace(value, axes=(inside,), zero=(value.zero[at],), node=None)
         labels = ["in", "out"] if turned else ["out", "in"]
         return call.contraction([source, rows], [["in"], labels], ["out"])
     try:
@@ -71,7 +71,7 @@ def _channels(call: Call, value: Value, weight: Value, groups: int, turned: bool
         for axis in (inside, *own):
             call.block(axis, f"its groups cut across it ({reason})", WHOLE)
         return Value((call.dims.fresh(call.outputs[0][at], Origin.STORED),), (False,))
-    source = Value(tuple(split), (value.zero[at],) * 2, value.weights)
+    source = replace(value, axes=tuple(split), zero=(value.zero[at],) * 2, node=None)
     parts = replace(rows, axes=(*lead, own[1]), zero=(weight.zero[0], weight.zero[0], weight.zero[1]))
     labels = ["group", "in", "out"] if turned else ["group", "out", "in"]
     result = call.contraction([source, parts], [["group", "in"], labels], ["group", "out"])
