@@ -18,6 +18,7 @@ import ecospa_fx as eco
 from ecospa_fx.verify import masked_error
 
 D = 10
+Shapes = dict[str, tuple[int, ...]]
 E = torch.einsum
 
 
@@ -28,14 +29,15 @@ def weight(*shape: int) -> nn.Parameter:
 class Block(nn.Module):
     """Parameters by name, and a function of them and the input [batch, places, D], between residual connections."""
 
-    def __init__(self, forward: Callable[[Any, Tensor], Tensor], **shapes: tuple[int, ...]) -> None:
+    def __init__(self, forward: Callable[[Any, Any], Any], **shapes: tuple[int, ...]) -> None:
         super().__init__()
         for name, shape in shapes.items():
             self.register_parameter(name, weight(*shape))
         self.inner = forward
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.inner(self, x)
+        result: Tensor = x + self.inner(self, x)
+        return result
 
 
 def labels(model: nn.Module, *args: Tensor) -> dict[str, str]:
@@ -46,111 +48,111 @@ def labels(model: nn.Module, *args: Tensor) -> dict[str, str]:
     return found
 
 
-def rows(x: Tensor, w: Tensor, *heads: int) -> Tensor:
+def rows(x: Any, w: Tensor, *heads: int) -> Any:
     """x · wᵀ with its heads in front of the places."""
     y = x @ w.mT
     return y.unflatten(-1, heads).transpose(-3, -2) if heads else y
 
 
-def merged(x: Tensor) -> Tensor:
+def merged(x: Any) -> Any:
     return x.transpose(-3, -2).flatten(-2)
 
 
-def by_sdpa(m: Any, x: Tensor) -> Tensor:
+def by_sdpa(m: Any, x: Any) -> Any:
     q, k, v = rows(x, m.q, 3, 4), rows(x, m.k, 3, 4), rows(x, m.v, 3, 5)
     return merged(F.scaled_dot_product_attention(q, k, v)) @ m.o.mT
 
 
-def by_matmul(m: Any, x: Tensor) -> Tensor:
+def by_matmul(m: Any, x: Any) -> Any:
     q, k, v = rows(x, m.q, 3, 4), rows(x, m.k, 3, 4), rows(x, m.v, 3, 5)
     return merged((q @ k.mT).softmax(-1) @ v) @ m.o.mT
 
 
-def by_einsum(m: Any, x: Tensor) -> Tensor:
+def by_einsum(m: Any, x: Any) -> Any:
     q, k, v = (E("btd,dhk->bhtk", x, w) for w in (m.q, m.k, m.v))
     return E("bhtk,hkd->btd", E("bhts,bhsk->bhtk", E("bhtk,bhsk->bhts", q, k).softmax(-1), v), m.o)
 
 
-def by_sums(m: Any, x: Tensor) -> Tensor:
+def by_sums(m: Any, x: Any) -> Any:
     """Products written out as multiplications and sums."""
     q, k, v = rows(x, m.q, 3, 4), rows(x, m.k, 3, 4), rows(x, m.v, 3, 5)
     scores = (q[..., :, None, :] * k[..., None, :, :]).sum(-1).softmax(-1)
     return merged((scores[..., None] * v[..., None, :, :]).sum(-2)) @ m.o.mT
 
 
-def value_and_output_at_once(m: Any, x: Tensor) -> Tensor:
+def value_and_output_at_once(m: Any, x: Any) -> Any:
     q, k, v = (E("btd,dhk->bhtk", x, w) for w in (m.q, m.k, m.v))
     return E("bhts,bhsv,hvd->btd", E("bhtk,bhsk->bhts", q, k).softmax(-1), v, m.o)
 
 
-def query_and_key_at_once(m: Any, x: Tensor) -> Tensor:
+def query_and_key_at_once(m: Any, x: Any) -> Any:
     scores = E("btd,dhk,bse,ehk->bhts", x, m.q, x, m.k).softmax(-1)
     return E("bhts,bhsv,hvd->btd", scores, E("btd,dhv->bhtv", x, m.v), m.o)
 
 
-def shared_key_by_einsum(m: Any, x: Tensor) -> Tensor:
+def shared_key_by_einsum(m: Any, x: Any) -> Any:
     q, k, v = E("btd,dhk->bthk", x, m.q), x @ m.k.mT, x @ m.v.mT
     mixed = E("bhts,bsv->bthv", E("bthk,bsk->bhts", q, k).softmax(-1), v)
     return E("bthv,hvd->btd", mixed, m.o)
 
 
-def shared_key_by_matmul(m: Any, x: Tensor) -> Tensor:
+def shared_key_by_matmul(m: Any, x: Any) -> Any:
     q, k, v = rows(x, m.q, 3, 4), rows(x, m.k)[:, None], rows(x, m.v)[:, None]
     return merged((q @ k.mT).softmax(-1) @ v) @ m.o.mT
 
 
-def shared_key_by_sdpa(m: Any, x: Tensor) -> Tensor:
+def shared_key_by_sdpa(m: Any, x: Any) -> Any:
     q, k, v = rows(x, m.q, 3, 4), rows(x, m.k, 1, 4), rows(x, m.v, 1, 5)
     return merged(F.scaled_dot_product_attention(q, k, v, enable_gqa=True)) @ m.o.mT
 
 
-def shared_key_fused(m: Any, x: Tensor) -> Tensor:
+def shared_key_fused(m: Any, x: Any) -> Any:
     q, k, v = (x @ m.qkv.mT).split([12, 4, 5], -1)
     q = q.unflatten(-1, (3, 4)).transpose(1, 2)
     return merged(F.scaled_dot_product_attention(q, k[:, None], v[:, None])) @ m.o.mT
 
 
-def linear_attention(m: Any, x: Tensor) -> Tensor:
+def linear_attention(m: Any, x: Any) -> Any:
     q, k, v = rows(x, m.q, 3, 4).relu(), rows(x, m.k, 3, 4).relu(), rows(x, m.v, 3, 5)
     return merged(q @ (k.mT @ v) / (q @ k.mT + 1).sum(-1, keepdim=True)) @ m.o.mT
 
 
-def linear_attention_of_one_key(m: Any, x: Tensor) -> Tensor:
+def linear_attention_of_one_key(m: Any, x: Any) -> Any:
     q, k, v = E("btd,dhk->bthk", x, m.q), x @ m.k.mT, x @ m.v.mT
     return E("bthv,hvd->btd", E("bthk,bkv->bthv", q, E("bsk,bsv->bkv", k, v)), m.o)
 
 
-def retention(m: Any, x: Tensor) -> Tensor:
+def retention(m: Any, x: Any) -> Any:
     q, k, v = rows(x, m.q, 3, 4), rows(x, m.k, 3, 4), rows(x, m.v, 3, 5)
     gate = (x @ m.g.mT).sigmoid()
     return (merged((q @ k.mT).tril() @ v) * gate) @ m.o.mT
 
 
-def learnt_query(m: Any, x: Tensor) -> Tensor:
+def learnt_query(m: Any, x: Any) -> Any:
     q, k, v = rows(m.latents[None], m.q, 3, 4), rows(x, m.k, 3, 4), rows(x, m.v, 3, 5)
     return (merged((q @ k.mT).softmax(-1) @ v) @ m.o.mT).sum(1, keepdim=True)
 
 
-def pooled_by_heads(m: Any, x: Tensor) -> Tensor:
+def pooled_by_heads(m: Any, x: Any) -> Any:
     """Learnt scores per head; the values are mixed by them."""
     weights, v = (x @ m.s.mT).softmax(1), (x @ m.v.mT).unflatten(-1, (3, 5))
     return (E("bsh,bshv->bhv", weights, v).flatten(-2) @ m.o.mT)[:, None]
 
 
-def latent_attention(m: Any, x: Tensor) -> Tensor:
+def latent_attention(m: Any, x: Any) -> Any:
     """Keys and values from a latent of rank 2."""
     c = x @ m.down.mT
     q, k, v = rows(x, m.q, 3, 4), rows(c, m.k, 3, 4), rows(c, m.v, 3, 5)
     return merged(F.scaled_dot_product_attention(q, k, v)) @ m.o.mT
 
 
-MANY = {"q": (12, D), "k": (12, D), "v": (15, D), "o": (D, 15)}
-SPREAD = {"q": (D, 3, 4), "k": (D, 3, 4), "v": (D, 3, 5), "o": (3, 5, D)}
-ONE = {"q": (12, D), "k": (4, D), "v": (5, D), "o": (D, 15)}
+MANY: Shapes = {"q": (12, D), "k": (12, D), "v": (15, D), "o": (D, 15)}
+SPREAD: Shapes = {"q": (D, 3, 4), "k": (D, 3, 4), "v": (D, 3, 5), "o": (3, 5, D)}
+ONE: Shapes = {"q": (12, D), "k": (4, D), "v": (5, D), "o": (D, 15)}
 HEADS = {"4×3": "qk", "5×3": "vo", "3": "heads"}
 SHARED = {"4": "qk", "5": "vo", "3": "heads"}
 
-ATTENTION: list[tuple[Callable[[Any, Tensor], Tensor], dict[str, tuple[int, ...]], dict[str, str]]] = [
+ATTENTION: list[tuple[Callable[[Any, Any], Any], dict[str, tuple[int, ...]], dict[str, str]]] = [
     (by_sdpa, MANY, HEADS),
     (by_matmul, MANY, HEADS),
     (by_sums, MANY, HEADS),
@@ -172,32 +174,40 @@ ATTENTION: list[tuple[Callable[[Any, Tensor], Tensor], dict[str, tuple[int, ...]
 
 @pytest.mark.parametrize(("forward", "shapes", "expected"), ATTENTION, ids=[c[0].__name__ for c in ATTENTION])
 def test_attention(
-    forward: Callable[[Any, Tensor], Tensor], shapes: dict[str, tuple[int, ...]], expected: dict[str, str]
+    forward: Callable[[Any, Any], Any], shapes: dict[str, tuple[int, ...]], expected: dict[str, str]
 ) -> None:
     assert labels(Block(forward, **shapes), torch.randn(2, 6, D, dtype=torch.float64)) == expected
 
 
-def squared(h: Tensor) -> Tensor:
+def squared(h: Any) -> Any:
     return h * (1 + h.square().sum(-1, keepdim=True)).rsqrt()
 
 
-def dotted(h: Tensor) -> Tensor:
+def dotted(h: Any) -> Any:
     return h * (1 + E("...f,...f->...", h, h)).rsqrt()[..., None]
 
 
-def multiplied(h: Tensor) -> Tensor:
+def multiplied(h: Any) -> Any:
     return h * (1 + h[..., None, :] @ h[..., :, None])[..., 0].rsqrt()
 
 
-def vecdot(h: Tensor) -> Tensor:
+def vecdot(h: Any) -> Any:
     return h * (1 + torch.linalg.vecdot(h, h.abs()))[..., None].rsqrt()
 
 
-def shared_out(h: Tensor) -> Tensor:
+def shared_out(h: Any) -> Any:
     return h / (1 + h.abs().sum(-1, keepdim=True))
 
 
-FFN: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
+def after_up(f: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
+    return lambda m, x: f((x @ m.up.mT).relu()) @ m.down.mT
+
+
+def after_gate(f: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
+    return lambda m, x: f(F.silu(x @ m.up.mT) * (x @ m.gate.mT)) @ m.down.mT
+
+
+FFN: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
     "plain": (lambda m, x: (x @ m.up.mT).relu() @ m.down.mT, "ffn"),
     "gated": (lambda m, x: (F.silu(x @ m.up.mT) * (x @ m.gate.mT)) @ m.down.mT, "ffn"),
     "bilinear": (lambda m, x: ((x @ m.up.mT) * (x @ m.gate.mT)) @ m.down.mT, "ffn"),
@@ -205,14 +215,8 @@ FFN: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
     "scaled": (lambda m, x: (x @ m.up.mT * m.scale) @ m.down.mT, "pair"),
     "linear": (lambda m, x: (x @ m.up.mT) @ m.down.mT, "pair"),
     "summed-linear": (lambda m, x: shared_out(x @ m.up.mT * 1) @ m.down.mT, "ffn"),
-    **{
-        f"normalised-{f.__name__}": (lambda m, x, f=f: f((x @ m.up.mT).relu()) @ m.down.mT, "ffn")
-        for f in (squared, dotted, multiplied, vecdot, shared_out)
-    },
-    **{
-        f"gated-{f.__name__}": (lambda m, x, f=f: f(F.silu(x @ m.up.mT) * (x @ m.gate.mT)) @ m.down.mT, "ffn")
-        for f in (squared, dotted, shared_out)
-    },
+    **{f"normalised-{f.__name__}": (after_up(f), "ffn") for f in (squared, dotted, multiplied, vecdot, shared_out)},
+    **{f"gated-{f.__name__}": (after_gate(f), "ffn") for f in (squared, dotted, shared_out)},
     "of-a-product": (
         lambda m, x: (
             ((u := F.silu(x @ m.up.mT)) / (2 + (u * (x @ m.gate.mT)).sum(-1, keepdim=True).tanh())) @ m.down.mT
@@ -244,62 +248,62 @@ SHAPES = {"up": (7, D), "gate": (7, D), "down": (D, 7), "scale": (7,), "square":
 @pytest.mark.parametrize("name", FFN)
 def test_between_two_weights(name: str) -> None:
     forward, kind = FFN[name]
-    code = forward.__code__.co_names
-    model = Block(forward, **{n: s for n, s in SHAPES.items() if n in code or n in ("up", "down")})
+    used = {"up", "down", *forward.__code__.co_names, *(["gate"] if name.startswith("gated") else [])}
+    model = Block(forward, **{n: s for n, s in SHAPES.items() if n in used})
     assert labels(model, torch.randn(2, 6, D, dtype=torch.float64)) == {"7": kind}
 
 
-def chosen(m: Any, x: Tensor) -> Tensor:
+def chosen(m: Any, x: Any) -> Any:
     """The expert of each token, 0 to 2."""
     result: Tensor = (x.detach()[..., :3]).argmax(-1)
     return result
 
 
-def by_index(m: Any, x: Tensor) -> Tensor:
+def by_index(m: Any, x: Any) -> Any:
     at = chosen(m, x)
     hidden = E("btd,btfd->btf", x, m.up[at]).relu()
     return E("btf,btdf->btd", hidden, m.down[at])
 
 
-def weights_first(m: Any, x: Tensor) -> Tensor:
+def weights_first(m: Any, x: Any) -> Any:
     at = chosen(m, x)
     hidden = (m.up[at] @ x[..., None]).relu()
     return (m.down[at] @ hidden)[..., 0]
 
 
-def by_index_select(m: Any, x: Tensor) -> Tensor:
+def by_index_select(m: Any, x: Any) -> Any:
     at = chosen(m, x).flatten()
     hidden = E("nd,nfd->nf", x.flatten(0, 1), m.up.index_select(0, at)).relu()
     return E("nf,ndf->nd", hidden, m.down.index_select(0, at)).view_as(x)
 
 
-def by_embedding(m: Any, x: Tensor) -> Tensor:
+def by_embedding(m: Any, x: Any) -> Any:
     at = chosen(m, x)
-    up, down = (F.embedding(at, w.flatten(1)).unflatten(-1, w.shape[1:]) for w in (m.up, m.down))
+    up, down = (F.embedding(at, w.flatten(1)).view(*at.shape, *w.shape[1:]) for w in (m.up, m.down))
     return E("btf,btdf->btd", E("btd,btfd->btf", x, up).relu(), down)
 
 
-def gated_experts(m: Any, x: Tensor) -> Tensor:
+def gated_experts(m: Any, x: Any) -> Any:
     """All experts of all tokens, weighed before their outputs are summed."""
     hidden = E("btd,efd->btef", x, m.up).relu() * (x @ m.router.mT).relu()[..., None]
     return E("btef,edf->btd", hidden, m.down)
 
 
-def one_output(m: Any, x: Tensor) -> Tensor:
+def one_output(m: Any, x: Any) -> Any:
     """Hidden units of the experts are mixed before one matrix reads them."""
     hidden = E("btd,efd->btef", x, m.up).relu()
     return E("bte,btef->btf", (x @ m.router.mT).softmax(-1), hidden) @ m.out.mT
 
 
-def averaged_weights(m: Any, x: Tensor) -> Tensor:
+def averaged_weights(m: Any, x: Any) -> Any:
     """Each sample has the mean of the experts' matrices by its own gates."""
     gates = (x.mean(1) @ m.router.mT).softmax(-1)
     up, down = E("be,efd->bfd", gates, m.up), E("be,edf->bdf", gates, m.down)
     return E("btf,bdf->btd", E("btd,bfd->btf", x, up).relu(), down)
 
 
-EXPERTS = {"up": (3, 7, D), "down": (3, D, 7)}
-CASES: dict[Callable[[Any, Tensor], Tensor], tuple[dict[str, tuple[int, ...]], dict[str, str]]] = {
+EXPERTS: Shapes = {"up": (3, 7, D), "down": (3, D, 7)}
+CASES: dict[Callable[[Any, Any], Any], tuple[dict[str, tuple[int, ...]], dict[str, str]]] = {
     by_index: (EXPERTS, {"7×3": "ffn"}),
     weights_first: (EXPERTS, {"7×3": "ffn"}),
     by_index_select: (EXPERTS, {"7×3": "ffn"}),
@@ -311,30 +315,30 @@ CASES: dict[Callable[[Any, Tensor], Tensor], tuple[dict[str, tuple[int, ...]], d
 
 
 @pytest.mark.parametrize("forward", CASES, ids=lambda f: f.__name__)
-def test_experts(forward: Callable[[Any, Tensor], Tensor]) -> None:
+def test_experts(forward: Callable[[Any, Any], Any]) -> None:
     shapes, expected = CASES[forward]
     found = labels(Block(forward, **shapes), torch.randn(2, 6, D, dtype=torch.float64))
     assert set(found.values()) == set(expected.values())
     assert {name.partition("×")[0] for name in found} == {name.partition("×")[0] for name in expected}
 
 
-def lora(m: Any, x: Tensor) -> Tensor:
+def lora(m: Any, x: Any) -> Any:
     return x @ (m.w + m.b @ m.a).mT.relu() + x @ m.c.mT @ m.e.mT
 
 
-def lora_on_queries(m: Any, x: Tensor) -> Tensor:
+def lora_on_queries(m: Any, x: Any) -> Any:
     q = (x @ m.q.mT + x @ m.a.mT @ m.b.mT).unflatten(-1, (3, 4)).transpose(1, 2)
     k, v = rows(x, m.k, 3, 4), rows(x, m.v, 3, 5)
     return merged(F.scaled_dot_product_attention(q, k, v)) @ m.o.mT
 
 
-def merged_lora(m: Any, x: Tensor) -> Tensor:
+def merged_lora(m: Any, x: Any) -> Any:
     """The adapter is multiplied out first."""
     hidden = (x @ m.up.mT).relu()
     return hidden @ (m.down + m.b @ m.a).mT
 
 
-def state_space(m: Any, x: Tensor) -> Tensor:
+def state_space(m: Any, x: Any) -> Any:
     """A selective state: each channel keeps 4 numbers, written by one row and read by another."""
     u = F.silu(x @ m.inside.mT)
     write, read = u @ m.write.mT, u @ m.read.mT
@@ -348,35 +352,35 @@ def state_space(m: Any, x: Tensor) -> Tensor:
     return F.pad((torch.stack(outputs, 1) * gate) @ m.out.mT, (0, 0, 0, 3))
 
 
-def cross_attention(m: Any, x: Tensor) -> Tensor:
+def cross_attention(m: Any, x: Any) -> Any:
     other = x.cos()[:, :4]
     q, k, v = rows(x, m.q, 3, 4), rows(other, m.k, 3, 4), rows(other, m.v, 3, 5)
     return merged(F.scaled_dot_product_attention(q, k, v)) @ m.o.mT
 
 
-def pooled_by_attention(m: Any, x: Tensor) -> Tensor:
+def pooled_by_attention(m: Any, x: Any) -> Any:
     weights = ((x @ m.up.mT).tanh() @ m.score).softmax(1)
     return (E("bs,bsv->bv", weights, x @ m.v.mT) @ m.o.mT)[:, None]
 
 
-def pooled_by_mask(m: Any, x: Tensor) -> Tensor:
+def pooled_by_mask(m: Any, x: Any) -> Any:
     mask = (x[..., 0] > 0).to(x.dtype)
     hidden = (x @ m.up.mT).relu()
     return (E("bs,bsf->bf", mask, hidden) @ m.down.mT)[:, None]
 
 
-def normalised_queries(m: Any, x: Tensor) -> Tensor:
+def normalised_queries(m: Any, x: Any) -> Any:
     q, k, v = squared(rows(x, m.q, 3, 4)), dotted(rows(x, m.k, 3, 4)), squared(rows(x, m.v, 3, 5))
     return merged((q @ k.mT).softmax(-1) @ v) @ m.o.mT
 
 
-OTHERS: list[tuple[Callable[[Any, Tensor], Tensor], dict[str, tuple[int, ...]], dict[str, str]]] = [
+OTHERS: list[tuple[Callable[[Any, Any], Any], dict[str, tuple[int, ...]], dict[str, str]]] = [
     (lora, {"w": (D, D), "a": (2, D), "b": (D, 2), "c": (4, D), "e": (D, 4)}, {"2": "pair", "4": "pair"}),
     (lora_on_queries, {**MANY, "a": (2, D), "b": (12, 2)}, {**HEADS, "2": "pair"}),
     (merged_lora, {"up": (7, D), "down": (D, 7), "a": (2, 7), "b": (D, 2)}, {"7": "ffn", "2": "pair"}),
     (
         state_space,
-        dict.fromkeys(("inside", "gate"), (7, D)) | {"write": (4, 7), "read": (4, 7), "step": (7, 7), "out": (D, 7)},
+        {"inside": (7, D), "gate": (7, D), "write": (4, 7), "read": (4, 7), "step": (7, 7), "out": (D, 7)},
         {"7": "vo", "4": "qk"},
     ),
     (cross_attention, MANY, HEADS),
@@ -388,12 +392,12 @@ OTHERS: list[tuple[Callable[[Any, Tensor], Tensor], dict[str, tuple[int, ...]], 
 
 @pytest.mark.parametrize(("forward", "shapes", "expected"), OTHERS, ids=[c[0].__name__ for c in OTHERS])
 def test_others(
-    forward: Callable[[Any, Tensor], Tensor], shapes: dict[str, tuple[int, ...]], expected: dict[str, str]
+    forward: Callable[[Any, Any], Any], shapes: dict[str, tuple[int, ...]], expected: dict[str, str]
 ) -> None:
     assert labels(Block(forward, **shapes), torch.randn(2, 6, D, dtype=torch.float64)) == expected
 
 
-def experts_of_experts(m: Any, x: Tensor) -> Tensor:
+def experts_of_experts(m: Any, x: Any) -> Any:
     hidden = E("btx,xgrf->btgrf", x, m.up).relu() * m.s[:, None]
     return E("btgrf,grfx->btx", hidden, m.down)
 
@@ -410,7 +414,7 @@ def test_a_carrier_whose_choice_differs_along_another_dim_carries_only_what_that
         assert masked_error(model, eco.shrink(model, plan, args), plan, args, {}) <= 1e-12
 
 
-def image(m: Any, x: Tensor) -> Tensor:
+def image(m: Any, x: Any) -> Any:
     """Convolutions, a gate of channels, a pool and a head."""
     h = F.conv2d(x.unflatten(-1, (2, 5)), m.up, padding=1).relu()
     h = h * (h.mean((2, 3)) @ m.gate.mT).sigmoid()[:, :, None, None]
@@ -429,7 +433,7 @@ def test_a_network_of_convolutions_has_no_lines_for_the_taps_of_its_kernels() ->
 def test_taps_that_a_weight_makes_are_listed_with_their_reason() -> None:
     """A kernel made by a linear layer: its taps are rows of that, and somebody may ask for them."""
 
-    def dynamic(m: Any, x: Tensor) -> Tensor:
+    def dynamic(m: Any, x: Any) -> Any:
         kernel = (x.mean((0, 1)) @ m.taps.mT)[None, None].expand(D, 1, 3)
         return F.conv1d(x.mT, kernel, padding=1, groups=D).mT
 

@@ -123,7 +123,8 @@ def nested(depth: int) -> Any:
 
 
 def test_descriptions_of_inputs_are_read_strictly() -> None:
-    for odd in (nested(5000), {"value": [1]}, {"tensor": [2], "dtype": "load"}, {"value": 1, "list": []}, {}, []):
+    odds: list[Any] = [nested(5000), {"value": [1]}, {"tensor": [2], "dtype": "load"}, {"value": 1, "list": []}, {}, []]
+    for odd in odds:
         with pytest.raises(ValueError, match=r".+"):
             blank(odd)
     with pytest.raises(TypeError, match="has no description"):
@@ -137,7 +138,7 @@ def rewritten(folder: Path, change: Callable[[Tensors], Any]) -> None:
     tensors = change(load_file(folder / "weights.safetensors"))
     (folder / "weights.safetensors").unlink()
     torch.save(tensors, folder / "weights.pt")
-    files = {"plan.json": {}, "weights.pt": {}}
+    files: dict[str, Any] = {"plan.json": {}, "weights.pt": {}}
     signed(folder, files=files)
 
 
@@ -283,7 +284,8 @@ def test_a_folder_that_was_made_meanwhile_is_not_replaced(tmp_path: Path, conten
 def test_a_view_is_saved_alone_and_one_memory_for_two_twice(tmp_path: Path, torch_format: None) -> None:
     small = smaller()
     whole = torch.randn(1000, 1000)
-    up, down = (small.get_submodule(n) for n in ("up", "down"))
+    up: Any = small.get_submodule("up")
+    down: Any = small.get_submodule("down")
     up.weight = nn.Parameter(whole[: up.weight.shape[0], :6])
     up.bias = nn.Parameter(down.bias.detach()[: up.bias.numel()])
     eco.save(small, tmp_path / "saved")

@@ -103,17 +103,17 @@ def test_no_other_basis_will_do(name: str) -> None:
     assert sides_of(coupling) is None or turned(model, args, coupling) > 1e-6
 
 
-def shared_key_and_value(m: Any, x: Tensor) -> Tensor:
+def shared_key_and_value(m: Any, x: Any) -> Any:
     q, k = rows(x, m.q, 3, 4), rows(x, m.k, 3, 4)
     return merged((q @ k.mT).softmax(-1) @ k) @ m.o.mT
 
 
-def shared_query_and_key(m: Any, x: Tensor) -> Tensor:
+def shared_query_and_key(m: Any, x: Any) -> Any:
     q, v = rows(x, m.q, 3, 4), rows(x, m.v, 3, 5)
     return merged((q @ q.mT).softmax(-1) @ v) @ m.o.mT
 
 
-def used_twice(m: Any, x: Tensor) -> Tensor:
+def used_twice(m: Any, x: Any) -> Any:
     return by_matmul(m, by_matmul(m, x))
 
 
@@ -127,7 +127,7 @@ def used_twice(m: Any, x: Tensor) -> Tensor:
     ],
     ids=lambda v: getattr(v, "__name__", None),
 )
-def test_queries_and_keys(forward: Callable[[Any, Tensor], Tensor], shapes: Any, symmetry: str) -> None:
+def test_queries_and_keys(forward: Callable[[Any, Any], Any], shapes: Any, symmetry: str) -> None:
     torch.manual_seed(0)
     model, args = Block(forward, **shapes).double(), (torch.randn(2, 6, 10, dtype=torch.float64),)
     (coupling,) = (c for c in eco.detect(model, args).offered if c.kind == "qk")
