@@ -15,14 +15,15 @@ import ecospa_fx as eco
 from ecospa_fx.budget.allocate import choose
 from ecospa_fx.graph.capture import capture
 from ecospa_fx.graph.evaluate import Evaluator
-from ecospa_fx.graph.sites import find_sites
-from ecospa_fx.importance.curvature import Collector
+from ecospa_fx.graph.sites import Site, find_sites
+from ecospa_fx.importance.curvature import Collector, Curvature
 from ecospa_fx.importance.matrices import damped, power
 from ecospa_fx.importance.score import Batch
 from ecospa_fx.importance.second_order import unit_scores
 from ecospa_fx.importance.surgeon import kept_gates, order_scores, remove_all
 from ecospa_fx.importance.views import Views, views_of
-from ecospa_fx.passes.lossy.change_basis import turn_factors, turn_values
+from ecospa_fx.passes.lossy import change_basis
+from ecospa_fx.passes.lossy.change_basis import ChangeBasis, turn_factors, turn_values
 from ecospa_fx.passes.lossy.reconstruct import Reconstruct
 from ecospa_fx.passes.shrink_couplings import shrink_program
 from tests.counting import VOCABULARY, Tokens, data, looked_at, loss_of, pair
@@ -220,6 +221,27 @@ def test_a_change_of_basis_changes_nothing_but_the_basis(rotary: bool, fused: bo
     again = Collector(evaluator, views).run(batches, loss_of)
     for site, moments in curvature.inputs.items():
         torch.testing.assert_close(moments.second, again.inputs[site].second, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(moments.total, again.inputs[site].total, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("quieter", ["q", "k"])
+def test_the_factor_decides_at_which_gradients_tell_less(quieter: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is added to all keys alike shows in the gradients at single keys, and softmax does not see it."""
+    program, _, views = looked_at(Tokens(rotary=False))
+    changes: list[ChangeBasis] = []
+
+    def basis(site: Site, positions: Tensor, curvature: Curvature) -> tuple[Tensor, Tensor]:
+        carriers, units, _ = positions.shape
+        weight = 1.0 if f".{quieter}." in site.parameter else 2.0
+        return torch.eye(units).expand(carriers, -1, -1), torch.full((carriers, units), weight)
+
+    def made(change: ChangeBasis) -> ChangeBasis:
+        changes.append(change)
+        return change
+
+    monkeypatch.setattr(change_basis, "factor_basis", basis)
+    assert turn_factors(views, lambda sites: Curvature(), program, made) == len(changes) == 2
+    assert all(f".{quieter}." in side.member.parameter for change in changes for side in change.first)
 
 
 def test_values_are_uncorrelated_after_the_change_and_fall_in_importance() -> None:
