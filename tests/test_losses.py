@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -98,7 +98,11 @@ def test_scores_are_in_the_unit_of_the_loss_and_no_digit_is_lost(method: str, ha
     degree = 1 if method == "taylor" else 2
     want = score(model, couplings, batches, loss=squares, method=method)
     for factor in (2.0**-40, -(2.0**40)):
-        found = score(model, couplings, batches, loss=lambda y, a, k, f=factor: f * squares(y) + 3 * f, method=method)
+
+        def loss(y: Tensor, args: Any, kwargs: Any, factor: float = factor) -> Tensor:
+            return factor * squares(y) + 3 * factor
+
+        found = score(model, couplings, batches, loss=loss, method=method)
         for name, values in want.values.items():
             assert values.max() > 0
             torch.testing.assert_close(found[name] / abs(factor) ** degree, values, rtol=1e-2 if half else 0, atol=0)
@@ -121,12 +125,14 @@ def test_curvature_is_in_the_unit_of_the_loss() -> None:
 
 def test_curves_are_read_alike_in_any_unit() -> None:
     ffn = tiny_couplings(tiny())["layers.1.ffn:ffn"]
-    lost = [
-        Curves({ffn.name: ((9, 3.0 * unit), (6, 2.0 * unit), (3, 9.0 * unit))}, 1.0)
-        .lost(ffn, range(12, 2, -1), lambda kept, unit=unit: unit * (12.0 - torch.tensor(kept, dtype=torch.float64)))
-        .div(unit)
-        for unit in (1.0, 1e-30, 1e30)
-    ]
+    lost = []
+    for unit in (1.0, 1e-30, 1e30):
+
+        def predicted(kept: Sequence[int], unit: float = unit) -> Tensor:
+            return unit * (12.0 - torch.tensor(kept, dtype=torch.float64))
+
+        curves = Curves({ffn.name: ((9, 3.0 * unit), (6, 2.0 * unit), (3, 9.0 * unit))}, 1.0)
+        lost.append(curves.lost(ffn, range(12, 2, -1), predicted) / unit)
     for other in lost[1:]:
         torch.testing.assert_close(other, lost[0], rtol=1e-9, atol=1e-9)
 
@@ -200,7 +206,7 @@ def test_compress_by_other_methods_and_training_refuse_it_too() -> None:
     with pytest.raises(ScoreError, match=r"no slope at the dense model"):
         eco.compress(MODEL, batches[0][0], ratio=0.4, batches=batches, loss=loss, method="gate-fisher")
     for scores in ("second-order", "gate-fisher"):
-        options = {"schedule": eco.AtStart(), "batches": batches, "loss": loss, "scores": scores}
+        options: dict[str, Any] = {"schedule": eco.AtStart(), "batches": batches, "loss": loss, "scores": scores}
         copy = Block()
         with pytest.raises(ScoreError, match=r"no slope at the dense model"):
             eco.SparseTraining(copy, batches[0][0], target=0.4, **options)
@@ -228,12 +234,7 @@ def test_a_loss_that_says_something_in_one_batch_is_taken() -> None:
     def loss(y: Tensor, args: Any, kwargs: Any) -> Tensor:
         return squares(y) if args[0] is last else 0.0 * squares(y)
 
-    assert (
-        score(MODEL, couplings, batches, loss=loss)[
-            "up:ffn" if "up:ffn" in couplings else couplings.offered[0].name
-        ].max()
-        > 0
-    )
+    assert score(MODEL, couplings, batches, loss=loss)[couplings.offered[0].name].max() > 0
     batch, _ = check_slope(loss, ((batch, answer(*batch[0])) for batch in batches))
     assert batch[0][0] is last
     fitted = check_slope(lambda y, a, k: (y - answer(*a) * 1.001).square().mean(), [(batch, answer(*batch[0]))])
@@ -253,7 +254,8 @@ def test_slopes_have_a_length_about_one_whatever_holds_the_output() -> None:
         def __init__(self, logits: Tensor) -> None:
             self.logits = logits
 
-    logits, nothing = torch.randn(2, 3), ((), {})
+    logits = torch.randn(2, 3)
+    nothing: Batch = ((), {})
     readers: list[tuple[Any, Callable[[Any], Tensor]]] = [
         (logits, lambda y: y),
         ({"a": [logits]}, lambda y: y["a"][0]),
