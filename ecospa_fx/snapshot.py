@@ -3,16 +3,18 @@
 A call of a model may leave anything behind: hooks, attributes, tables in a dictionary, a class. While a model is traced
 all of that is made of tensors without content, and a verb that promises to leave the model alone takes it back whatever
 happens. What a module is: the attributes of all its parts and of the objects that these hold, what is in their
-containers, their classes and modes, and the marks and places of their tensors. What others hold too, such as tables of
-a class, of a Python module or of ``functools.lru_cache``, only loses what has no content.
+containers, their classes and modes, and the marks and places of their tensors. While a model is traced, also what its
+classes hold. What others hold too, such as tables of a Python module, of ``functools.lru_cache``, or of a class while
+other threads run, only loses what has no content.
 
-Out of reach are what compiled code, other threads or context variables hold, and objects of the standard library.
+Out of reach is what compiled code, iterators and context variables hold, and objects of the standard library and NumPy.
 """
 
 from __future__ import annotations
 
 import functools
 import gc
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -57,6 +59,12 @@ def untouched(*models: nn.Module, traced: bool = False) -> Iterator[None]:
         before.restore()
 
 
+def others_run() -> bool:
+    """Whether other threads are running, which may change what they share with this one; what watches bars does not."""
+    others = (t for t in threading.enumerate() if t is not threading.current_thread())
+    return any(not type(thread).__module__.startswith("tqdm.") for thread in others)
+
+
 def exchange(model: nn.Module, others: Mapping[int, Any]) -> None:
     """Put other things, by the identity of those that they stand for, wherever a model holds these. Nothing is written.
 
@@ -99,7 +107,7 @@ class Snapshot:
 
     def __init__(self, models: Iterable[nn.Module], *, traced: bool = False, values: bool = True) -> None:
         self.kept: list[_Kept] = []
-        self._values = values
+        self._values, self._traced = values, traced
         self._tensors: list[_Marks] = []
         self._caches: dict[int, Any] = {}
         self._seen: dict[int, Any] = {}
@@ -171,17 +179,17 @@ class Snapshot:
     def _look_around(self) -> None:
         """Note what the classes of all parts hold, and the Python modules of their code, and of what that calls."""
         for kind in [k for k in self._classes if not is_foreign_module(k.__module__, lent=False)]:
-            self._share(vars(kind), CLASS, kind, kind.__qualname__)
+            self._share(vars(kind), CLASS, kind, kind.__qualname__, shared=others_run())
         for _ in range(2):
             for held, name in list(self._globals.values()):
                 if id(held) not in self._seen:
                     self._seen[id(held)] = held
-                    self._share(held, DICT, held, name)
+                    self._share(held, DICT, held, name, shared=True)
 
-    def _share(self, parts: Mapping[str, Any], kind: Kind, holder: Any, name: str) -> None:
-        self.kept.append(_Kept(holder, kind.read(holder), kind, True, name))
+    def _share(self, parts: Mapping[str, Any], kind: Kind, holder: Any, name: str, *, shared: bool) -> None:
+        self.kept.append(_Kept(holder, kind.read(holder), kind, shared, name))
         held = {n: v for n, v in parts.items() if not (n.startswith("__") and n.endswith("__")) or callable(v)}
-        self._walk(deque((v, f"{name}.{n}") for n, v in held.items() if lends(v)), shared=True)
+        self._walk(deque((v, f"{name}.{n}") for n, v in held.items() if lends(v)), shared=shared)
 
     # -- putting back ------------------------------------------------------------------------------------------
 
@@ -192,7 +200,7 @@ class Snapshot:
 
     def restore(self) -> None:
         """Make everything what it was."""
-        if any(_version(p) != version for p, version in self._parameters):
+        if not self._traced and any(_version(p) != version for p, version in self._parameters):
             return
         for kept in self.kept:
             if not kept.same():

@@ -27,6 +27,7 @@ from ecospa_fx.graph.example_values import ExampleValues
 from ecospa_fx.graph.passes import PassResult
 from ecospa_fx.graph.program import AttributeForm, Program
 from ecospa_fx.graph.ragged import store_ragged
+from ecospa_fx.graph.tracing import one_at_a_time
 from ecospa_fx.graph.where import module_of
 from ecospa_fx.plan import Plan, Selection
 
@@ -53,6 +54,7 @@ class ShrinkCouplings:
         return PassResult(graph_module, changes)
 
 
+@one_at_a_time()
 def shrink_program(program: Program, plan: Plan) -> int:
     """Shrink a program in place. Returns how many parameters and nodes changed."""
     if plan.ragged:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import builtins
 import functools
+import logging
+import math
 import random
 import sys
 import threading
@@ -51,6 +54,7 @@ class Keeps(nn.Module):
 
     shared: ClassVar[dict[Any, Any]] = {}
     last: ClassVar[Any] = None
+    calls: ClassVar[int] = 0
 
     def __init__(self, keep: Callable[[Any, int], None]) -> None:
         super().__init__()
@@ -102,6 +106,7 @@ PLACES: dict[str, Callable[[Any, int], object]] = {
     "closure": lambda m, n: m.function(n),
     "class table": lambda m, n: type(m).shared.setdefault(n, table(n)),
     "class attribute": lambda m, n: setattr(Keeps, "last", table(n)),
+    "class counter": lambda m, n: setattr(Keeps, "calls", Keeps.calls + 1),
     "module table": lambda m, n: AROUND.setdefault(n, table(n)),
     "lru_cache": lambda m, n: remembered(n),
     "plain tensor": lambda m, n: m.count.add_(1),
@@ -305,3 +310,22 @@ def test_threads_wait_for_each_other_and_print_what_they_print(capsys: pytest.Ca
     assert torch.is_grad_enabled()
     printed = capsys.readouterr().out.count("step")
     assert 0 < printed == sum(str(warning.message) == "mine" for warning in warned)
+
+
+def process() -> list[Any]:
+    """What is the whole process's and a verb may change."""
+    loggers = [logging.getLogger(name) for name in ("torch.export", "torch._export", "torch._subclasses.fake_tensor")]
+    return [
+        list(warnings.filters), [logger.level for logger in loggers], sys.stdout, sys.stderr, builtins.max, math.pow,
+        torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads(), torch.get_rng_state().tolist(),
+        torch.backends.mha.get_fastpath_enabled(), torch.are_deterministic_algorithms_enabled(), random.getstate(),
+    ]  # fmt: skip
+
+
+def test_verbs_leave_the_process_as_it_was_whether_they_succeed_or_not() -> None:
+    model, wrong = Counts().double(), torch.randn(2, 7).double()
+    before = process()
+    shrinks(model)
+    with pytest.raises(CaptureError):
+        eco.detect(model, (wrong,))
+    assert process() == before

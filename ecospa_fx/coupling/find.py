@@ -20,6 +20,7 @@ from ecospa_fx.coupling.couplings import Box, Coupling, Couplings, Member, Refus
 from ecospa_fx.coupling.labels import Labels
 from ecospa_fx.errors import InputError
 from ecospa_fx.graph.program import Program
+from ecospa_fx.graph.tracing import one_at_a_time
 from ecospa_fx.graph.where import module_of, operator_of, source_of
 
 
@@ -36,6 +37,7 @@ ALLOWED = ("renormalise", "cache")
 """What `detect` may be allowed."""
 
 
+@one_at_a_time()
 def detected(
     program: Program, model: nn.Module, allow: str | Iterable[str] = (), example: tuple[Any, Any] | None = None
 ) -> Couplings:

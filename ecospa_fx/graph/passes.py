@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from ecospa_fx.errors import PassError
+from ecospa_fx.graph.tracing import one_at_a_time
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,6 +48,7 @@ def check_passes(passes: object) -> None:
         raise PassError(f"passes={passes!r:.60} are no passes: give some of ecospa_fx.passes, or () for none")
 
 
+@one_at_a_time()
 def run_passes(graph_module: fx.GraphModule, passes: Sequence[Pass]) -> PassResult:
     """Run passes one after the other, in place, and check the graph after each.
 

@@ -15,9 +15,10 @@ from ecospa_fx.graph.layer import Code, GraphLayer, Layers, own_copy
 from ecospa_fx.graph.module_stacks import arrange_stacks
 from ecospa_fx.graph.program import ExportedForm
 from ecospa_fx.graph.repeated import calls_compared_in_depth, share_repeated
-from ecospa_fx.graph.tracing import quiet
+from ecospa_fx.graph.tracing import one_at_a_time, quiet
 
 
+@one_at_a_time()
 def restore(
     program: ExportedForm, model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
 ) -> nn.Module:

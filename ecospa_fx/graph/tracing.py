@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import random
 import sys
@@ -15,21 +16,26 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from ecospa_fx.snapshot import others_run
+
 _own = threading.RLock()
 
 
 def _lock() -> Any:
     """The lock under which torch compiles, so that neither waits for the other; our own where there is none."""
-    try:
-        from torch._dynamo.convert_frame import compile_lock
-    except ImportError:
-        return _own
-    return compile_lock
+    with _own:  # what torch loads when something is traced first does not bear being loaded by two threads at once
+        try:
+            return importlib.import_module("torch._dynamo.convert_frame").compile_lock
+        except (ImportError, AttributeError):
+            return _own
 
 
 @contextmanager
 def one_at_a_time() -> Iterator[None]:
-    """Other threads that come here wait: torch.export keeps its modes, and the weights that it swaps, process-wide."""
+    """Other threads that trace, or compute with what exists only in traces, wait: torch keeps modes per process.
+
+    Also a decorator. Where it compiles, torch waits too.
+    """
     with _lock():
         yield
 
@@ -52,56 +58,75 @@ def quiet() -> Iterator[None]:
 
     Other threads print and warn as they did: nothing of theirs is swallowed, whoever enters or leaves first.
     """
-    names = ("torch.export", "torch.fx.experimental.symbolic_shapes", "torch._export", "torch._subclasses.fake_tensor")
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    here = _Here()
-    rule: Any = ("ignore", here, Warning, None, 0)
-    rules = cast(list[Any], warnings.filters)
-    rules.insert(0, rule)
-    # torch prints the graph of a failed trace, whatever the log level
-    streams = [(name, getattr(sys, name), _Muted(getattr(sys, name), here)) for name in ("stdout", "stderr")]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    for name, _, muted in streams:
-        setattr(sys, name, muted)
+    thread = threading.get_ident()
+    with _own:
+        if not _silent:
+            _mute()
+        _silent.append(thread)
     try:
         yield
     finally:
-        here.over = True
-        for name, stream, muted in streams:
-            if getattr(sys, name) is muted:
-                setattr(sys, name, stream)
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        for held in (rules, cast(list[Any], warnings.filters)):
-            if rule in held:
-                held.remove(rule)
+        with _own:
+            _silent.remove(thread)
+            if not _silent:
+                _unmute()
 
 
-class _Here:
-    """A pattern that matches every text in the thread that made it, until it is over."""
+_silent: list[int] = []
+"""The threads that are to be silent, each as often as it said so."""
+_LOGGERS = "torch.export", "torch.fx.experimental.symbolic_shapes", "torch._export", "torch._subclasses.fake_tensor"
+_before: dict[str, Any] = {}
+"""What there was in the places of what keeps threads silent: streams and levels by name, the rules for warnings."""
 
-    def __init__(self) -> None:
-        self.thread, self.over = threading.get_ident(), False
+
+class _Silent:
+    """A pattern that matches every text in silent threads; rules for warnings ask it like a regular expression."""
 
     def match(self, text: str) -> bool:
-        """Whether it is this thread's, as a regular expression of a warnings filter is asked."""
-        return not self.over and threading.get_ident() == self.thread
+        """Whether it is to be swallowed."""
+        return threading.get_ident() in _silent
 
 
 class _Muted:
-    """A stream that swallows what one thread writes."""
+    """A stream that swallows what silent threads write."""
 
-    def __init__(self, stream: TextIO, here: _Here) -> None:
-        self._stream, self._here = stream, here
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
 
     def write(self, text: str) -> int:
         """Write what other threads do."""
-        return len(text) if self._here.match(text) else self._stream.write(text)
+        return len(text) if threading.get_ident() in _silent else self._stream.write(text)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+_RULE: Any = ("ignore", _Silent(), Warning, None, 0)
+
+
+def _mute() -> None:
+    for name in ("stdout", "stderr"):  # torch prints the graph of a failed trace, whatever the log level
+        stream = getattr(sys, name)
+        _before[name] = stream, _Muted(stream)
+        setattr(sys, name, _before[name][1])
+    for name in _LOGGERS:
+        _before[name] = logging.getLogger(name).level
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    _before["rules"] = warnings.filters
+    _before["rules"].insert(0, _RULE)
+
+
+def _unmute() -> None:
+    for name in ("stdout", "stderr"):
+        stream, muted = _before[name]
+        if getattr(sys, name) is muted:
+            setattr(sys, name, stream)
+    for name in _LOGGERS:
+        logging.getLogger(name).setLevel(_before[name])
+    for rules in (_before["rules"], cast(list[Any], warnings.filters)):  # others may have put theirs in that place
+        if _RULE in rules:
+            rules.remove(_RULE)
+    _before.clear()
 
 
 @contextmanager
@@ -115,8 +140,7 @@ def same_chance() -> Iterator[None]:
     try:
         yield
     finally:
-        others = [t for t in threading.enumerate() if t is not threading.current_thread()]
-        if all(type(thread).__module__.startswith("tqdm.") for thread in others):  # they watch bars
+        if not others_run():
             random.setstate(before[0])
             if numpy:
                 numpy.random.set_state(before[1])
