@@ -93,24 +93,24 @@ _NAMES: WeakKeyDictionary[type, tuple[str, ...]] = WeakKeyDictionary()
 
 
 def _slots(kind: type) -> tuple[str, ...]:
-    known = _NAMES.get(kind)
-    if known is not None:
-        return known
+    cached = _NAMES.get(kind)
+    if cached is not None:
+        return cached
     names = (k.__dict__.get("__slots__", ()) for k in kind.__mro__)
-    found = (n for several in names for n in ((several,) if isinstance(several, str) else several))
-    return _NAMES.setdefault(kind, tuple(n for n in found if n not in ("__dict__", "__weakref__")))
+    slots = (n for declared in names for n in ((declared,) if isinstance(declared, str) else declared))
+    return _NAMES.setdefault(kind, tuple(n for n in slots if n not in ("__dict__", "__weakref__")))
 
 
 def _read_slots(holder: Any) -> tuple[Any, ...]:
-    held = ((n, _attribute(holder, n)) for n in _slots(type(holder)))
-    return flat(item for item in held if item[1] is not None)
+    items = ((n, _attribute(holder, n)) for n in _slots(type(holder)))
+    return flat(item for item in items if item[1] is not None)
 
 
 def _write_slots(holder: Any, parts: tuple[Any, ...]) -> None:
-    held = dict(pairs(parts))
-    for name in [name for name, _ in pairs(_read_slots(holder)) if name not in held]:
+    items = dict(pairs(parts))
+    for name in [name for name, _ in pairs(_read_slots(holder)) if name not in items]:
         object.__delattr__(holder, name)
-    for name, value in held.items():
+    for name, value in items.items():
         object.__setattr__(holder, name, value)
 
 
@@ -127,10 +127,10 @@ def _read_type(holder: type) -> tuple[Any, ...]:
 
 
 def _write_type(holder: type, parts: tuple[Any, ...]) -> None:
-    held = dict(pairs(parts))
-    for name in [name for name in vars(holder) if name not in held]:
+    items = dict(pairs(parts))
+    for name in [name for name in vars(holder) if name not in items]:
         delattr(holder, name)
-    for name, value in held.items():
+    for name, value in items.items():
         if vars(holder)[name] is not value:
             setattr(holder, name, value)
 
@@ -153,11 +153,11 @@ def holders(thing: Any) -> Iterator[tuple[Any, Kind]]:
             yield thing, container
     if kind in _BARE:
         return
-    own = isinstance(thing, Tensor | FunctionType)
+    is_code = isinstance(thing, Tensor | FunctionType)
     attributes = _attribute(thing, "__dict__")
-    if type(attributes) is dict and (own or not is_foreign(kind)):
+    if type(attributes) is dict and (is_code or not is_foreign(kind)):
         yield attributes, DICT
-    if not own and not is_foreign(kind):
+    if not is_code and not is_foreign(kind):
         yield thing, CLASS_OF
         if _slots(kind):
             yield thing, _SLOTS
@@ -176,12 +176,12 @@ _FOREIGN: WeakKeyDictionary[type, bool] = WeakKeyDictionary()
 
 def is_foreign(kind: type) -> bool:
     """Whether what objects of a class hold is nobody's business here."""
-    known = _FOREIGN.get(kind)
-    if known is None:
+    cached = _FOREIGN.get(kind)
+    if cached is None:
         closed = issubclass(kind, type | ModuleType | Enum | Tensor | MappingProxyType)
         lent = not is_foreign_module(kind.__module__) or issubclass(kind, nn.Module | SimpleNamespace)
-        known = _FOREIGN[kind] = closed or not lent
-    return known
+        cached = _FOREIGN[kind] = closed or not lent
+    return cached
 
 
 def is_foreign_module(module: str, *, lent: bool = True) -> bool:
@@ -221,5 +221,5 @@ def is_empty(value: Any, depth: int = 4) -> bool:
         return False
     if isinstance(value, tuple | frozenset):
         return any(is_empty(part, depth - 1) for part in value)
-    held = (part for holder, kind in holders(value) if kind is not CLASS_OF for part in kind.read(holder))
-    return any(is_empty(part, depth - 1) for part in held)
+    items = (part for holder, kind in holders(value) if kind is not CLASS_OF for part in kind.read(holder))
+    return any(is_empty(part, depth - 1) for part in items)

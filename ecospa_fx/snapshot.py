@@ -78,7 +78,7 @@ def exchange(model: nn.Module, others: Mapping[int, Any]) -> None:
 
 def _exchanged(part: Any, others: Mapping[int, Any]) -> Any:
     if type(part) is tuple:
-        parts = tuple(_exchanged(one, others) for one in part)
+        parts = tuple(_exchanged(item, others) for item in part)
         return parts if any(a is not b for a, b in zip(parts, part, strict=True)) else part
     return others.get(id(part), part)
 
@@ -181,15 +181,15 @@ class Snapshot:
         for kind in [k for k in self._classes if not is_foreign_module(k.__module__, lent=False)]:
             self._share(vars(kind), CLASS, kind, kind.__qualname__, shared=others_run())
         for _ in range(2):
-            for held, name in list(self._globals.values()):
-                if id(held) not in self._seen:
-                    self._seen[id(held)] = held
-                    self._share(held, DICT, held, name, shared=True)
+            for namespace, name in list(self._globals.values()):
+                if id(namespace) not in self._seen:
+                    self._seen[id(namespace)] = namespace
+                    self._share(namespace, DICT, namespace, name, shared=True)
 
     def _share(self, parts: Mapping[str, Any], kind: Kind, holder: Any, name: str, *, shared: bool) -> None:
         self.kept.append(_Kept(holder, kind.read(holder), kind, shared, name))
-        held = {n: v for n, v in parts.items() if not (n.startswith("__") and n.endswith("__")) or callable(v)}
-        self._walk(deque((v, f"{name}.{n}") for n, v in held.items() if lends(v)), shared=shared)
+        namespace = {n: v for n, v in parts.items() if not (n.startswith("__") and n.endswith("__")) or callable(v)}
+        self._walk(deque((v, f"{name}.{n}") for n, v in namespace.items() if lends(v)), shared=shared)
 
     # -- putting back ------------------------------------------------------------------------------------------
 

@@ -29,14 +29,14 @@ def failed(model: nn.Module, error: Exception, args: Sequence[Any], kwargs: Mapp
     """
     if isinstance(error, CaptureError):
         return error
-    own = _raised_by_call(model, args, kwargs) if type(error).__module__ == "builtins" else None
-    if own is not None:
-        said = "does not take these arguments", _where(model, own), _reason(own), "pass some that it takes"
+    raised = _raised_by_call(model, args, kwargs) if type(error).__module__ == "builtins" else None
+    if raised is not None:
+        said = "does not take these arguments", _where(model, raised), _reason(raised), "pass some that it takes"
     else:
         said = "cannot be exported", _where(model, error), _reason(error), "torch.export must trace it"
-    made = CaptureError("{} {}{}: {}; {}".format(_name(model), *said))
-    made.__cause__ = TorchFailure(own or error)
-    return made
+    refusal = CaptureError("{} {}{}: {}; {}".format(_name(model), *said))
+    refusal.__cause__ = TorchFailure(raised or error)
+    return refusal
 
 
 def _raised_by_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Exception | None:
@@ -80,14 +80,13 @@ def _outside(frames: Iterable[traceback.FrameSummary]) -> list[traceback.FrameSu
 
 def _inner(file: str) -> bool:
     """Whether a file is torch's, ours, Python's own or none at all."""
-    own = file.startswith((_OURS, _TORCH, "<"))
-    return own or (file.startswith(_LIBRARY) and "-packages/" not in file)
+    return file.startswith((_OURS, _TORCH, "<")) or (file.startswith(_LIBRARY) and "-packages/" not in file)
 
 
 def _module(model: nn.Module, frames: TracebackType | None) -> str:
     """The path of the innermost part of the model whose code was running."""
-    names, found = {id(part): path for path, part in model.named_modules()}, ""
+    names, innermost = {id(part): path for path, part in model.named_modules()}, ""
     while frames is not None:
-        found = names.get(id(frames.tb_frame.f_locals.get("self"))) or found
+        innermost = names.get(id(frames.tb_frame.f_locals.get("self"))) or innermost
         frames = frames.tb_next
-    return found
+    return innermost

@@ -22,36 +22,36 @@ def shares(node: fx.Node) -> list[fx.Node]:
         return []
     if node.target is getitem:
         return node.all_input_nodes[:1]
-    own = _storages(node)
+    storages = _storages(node)
     said = _views(node)
-    return [n for n in node.all_input_nodes if n in said or not own.isdisjoint(_storages(n))]
+    return [n for n in node.all_input_nodes if n in said or not storages.isdisjoint(_storages(n))]
 
 
 def written_by(node: fx.Node) -> list[fx.Node]:
     """The arguments that a call writes into, lists of tensors and arguments by name among them."""
-    found = [
+    result = [
         value for argument, value in _given(node) if argument.alias_info is not None and argument.alias_info.is_write
     ]
-    return list(dict.fromkeys(_nodes(found)))
+    return list(dict.fromkeys(_nodes(result)))
 
 
 def bases(node: fx.Node) -> set[fx.Node]:
     """The nodes that made the memory that a node's result may share."""
-    found, seen, waiting = set[fx.Node](), {node}, [node]
+    result, seen, waiting = set[fx.Node](), {node}, [node]
     while waiting:
         current = waiting.pop()
         sources = shares(current)
         if not sources:
-            found.add(current)
+            result.add(current)
         waiting += [source for source in sources if source not in seen]
         seen.update(sources)
-    return _one_of_several(node, found)
+    return _one_of_several(node, result)
 
 
 def written_to(node: fx.Node) -> bool:
     """Whether anything is written in place into the memory that a node's result may share with others."""
     first = bases(node)
-    first |= {other for one in first for other in _beside(one)}
+    first |= {other for base in first for other in _beside(base)}
     seen, waiting = set(first), list(first)
     while waiting:
         for user in waiting.pop().users:
@@ -65,11 +65,11 @@ def written_to(node: fx.Node) -> bool:
 
 def writers(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     """Who writes into what, by the nodes that made the memory."""
-    found: dict[fx.Node, list[fx.Node]] = {}
+    result: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
         for base in dict.fromkeys(base for argument in written_by(node) for base in _all_bases(argument)):
-            found.setdefault(base, []).append(node)
-    return found
+            result.setdefault(base, []).append(node)
+    return result
 
 
 def written(graph: fx.Graph) -> set[fx.Node]:
@@ -99,10 +99,10 @@ def _views(node: fx.Node) -> set[fx.Node]:
         return set()
     returned = [r.alias_info for r in node.target._schema.returns if r.alias_info is not None]
     marked = [(a.alias_info, value) for a, value in _given(node) if a.alias_info is not None]
-    found = [value for info, value in marked if any(_overlap(info, other) for other in returned)]
+    result = [value for info, value in marked if any(_overlap(info, other) for other in returned)]
     if any(argument.name == "train" for argument, _ in _given(node)):  # returns its input in the other mode
-        found += node.all_input_nodes[:1]
-    return set(_nodes(found))
+        result += node.all_input_nodes[:1]
+    return set(_nodes(result))
 
 
 def _overlap(argument: Any, result: Any) -> bool:
@@ -116,31 +116,31 @@ def _overlap(argument: Any, result: Any) -> bool:
 
 def _storages(node: fx.Node) -> set[int]:
     """The memory of a node's example values, by identity."""
-    found = set()
+    result = set()
     for leaf in pytree.tree_leaves(node.meta.get("val")):
         if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided:
             try:
-                found.add(leaf.untyped_storage()._cdata)
+                result.add(leaf.untyped_storage()._cdata)
             except (NotImplementedError, RuntimeError):  # wrapped by a transform: it has none of its own
                 continue
-    return found
+    return result
 
 
-def _one_of_several(node: fx.Node, found: set[fx.Node]) -> set[fx.Node]:
+def _one_of_several(node: fx.Node, result: set[fx.Node]) -> set[fx.Node]:
     """Of the bases of what was one of several results those whose memory it has."""
-    own = _storages(node)
-    certain = {base for base in found if not own.isdisjoint(_storages(base))}
-    return certain if node.target is getitem and certain else found
+    storages = _storages(node)
+    certain = {base for base in result if not storages.isdisjoint(_storages(base))}
+    return certain if node.target is getitem and certain else result
 
 
 def _all_bases(node: fx.Node) -> set[fx.Node]:
     """The bases, and parameters and buffers that lie in the same memory."""
-    found = bases(node)
-    return found | {other for base in found for other in _beside(base)}
+    result = bases(node)
+    return result | {other for base in result for other in _beside(base)}
 
 
 def _beside(node: fx.Node) -> list[fx.Node]:
     """Other stored tensors and inputs in the memory of one."""
-    own = _storages(node) if node.op in ("placeholder", "get_attr") else set()
-    held = (n for op in ("placeholder", "get_attr") for n in node.graph.find_nodes(op=op)) if own else ()
-    return [n for n in held if n is not node and not own.isdisjoint(_storages(n))]
+    storages = _storages(node) if node.op in ("placeholder", "get_attr") else set()
+    stored = (n for op in ("placeholder", "get_attr") for n in node.graph.find_nodes(op=op)) if storages else ()
+    return [n for n in stored if n is not node and not storages.isdisjoint(_storages(n))]
