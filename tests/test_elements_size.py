@@ -19,7 +19,7 @@ def regions(q: Tensor) -> Tensor:
     """Which of many regions a position belongs to, compared in pairs as shifted windows are."""
     index = torch.arange(q.shape[2])
     row, column = (sum((index >= b).long() for b in bounds) for bounds in ((1, 2, 3), (2, 4, 5)))
-    label = row * 7 + column
+    label = torch.as_tensor(row * 7 + column)
     gap = label[:, None] - label[None, :]
     return torch.zeros(gap.shape).masked_fill(gap != 0, -100.0).masked_fill(gap == 0, 0.0).to(q.dtype)
 

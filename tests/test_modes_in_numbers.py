@@ -43,9 +43,9 @@ def test_both_modes_are_right_at_other_sizes(model: nn.Module, exports: int, mon
     made: list[Any] = []
     export = capturing._export
 
-    def counted(view: nn.Module, attempt: Any) -> Any:
+    def counted(model: nn.Module, view: nn.Module, attempt: Any, **options: Any) -> Any:
         made.append(attempt.shapes)
-        return export(view, attempt)
+        return export(model, view, attempt, **options)
 
     monkeypatch.setattr(capturing, "_export", counted)
     small = eco.shrink(model.eval(), NOTHING, (torch.ones(3, 4),))

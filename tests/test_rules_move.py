@@ -178,7 +178,7 @@ EMPTY: list[Callable[[Tensor], Any]] = [
     lambda a: torch.hstack([a.new_zeros(0), a.new_zeros(0)]),
     lambda a: torch.vstack([a[:0], a]),
     lambda a: torch.dstack([a[:0], a[:0]]),
-    lambda a: torch.block_diag(a, a.new_zeros(0, 3)),
+    lambda a: torch.block_diag(a, a.new_zeros(0, 3)),  # type: ignore[no-untyped-call]
     lambda a: torch.split(a, [0, 4])[1],
     lambda a: torch.split(a, [2, 0, 2])[1],
     lambda a: a.tensor_split([0, 2])[1] ,
@@ -216,9 +216,9 @@ EMPTY: list[Callable[[Tensor], Any]] = [
     lambda a: a[:0].squeeze(0),
     lambda a: F.scaled_dot_product_attention(a[None,:0], a[None], a[None]),
     lambda a: a[..., None][..., :0].sum(-1) + a,
-    lambda a: a.unflatten(1, (2, 3))[:, :0].flatten(1),
+    lambda a: a.unflatten(1, (2, 3))[:, :0].flatten(1),  # type: ignore[no-untyped-call]
     lambda a: a[:0].view(0, 3),
-    lambda a: torch.broadcast_tensors(a[:0], a[:1])[1],
+    lambda a: torch.broadcast_tensors(a[:0], a[:1])[1],  # type: ignore[no-untyped-call]
     lambda a: torch.tensordot(a[:, :0], a[:, :0].T, 1),
     lambda a: F.glu(a[:0]),
     lambda a: a.slice_scatter(a[:0], 0, 2, 2),

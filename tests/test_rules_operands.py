@@ -220,7 +220,7 @@ class Deformable(nn.Module):
         super().__init__()
         self.value, self.out, self.stored = nn.Linear(16, 16), nn.Linear(16, 16), stored
         self.offsets, self.weights = nn.Linear(16, 2 * 4 * 2), nn.Linear(16, 4 * 2)
-        self.register_buffer("places", torch.randn(4, 9, 2, 2))
+        self.places = nn.Buffer(torch.randn(4, 9, 2, 2))
 
     def forward(self, x: Tensor) -> Tensor:
         b, n, d = x.shape

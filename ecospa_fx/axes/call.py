@@ -22,13 +22,8 @@ class Call:
 
     def __init__(
         self,
-        node: Any,
-        operator: str,
-        arguments: dict[str, Any],
-        outputs: list[tuple[int, ...]],
-        dims: Dims,
-        record: Record,
-    ) -> None:
+        node: Any, operator: str, arguments: dict[str, Any], outputs: list[tuple[int, ...]], dims: Dims, record: Record,
+    ) -> None:  # fmt: skip
         self.node = node
         self.operator = operator
         self.arguments = arguments
