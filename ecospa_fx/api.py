@@ -124,11 +124,10 @@ def compress(  # noqa: PLR0913  # the data, the method and what may go meet here
     ratio: share of the couplings' parameters to remove; batches: calibration data as (args, kwargs), whose samples
     count as in `score`, however they are batched; loss: (output, args, kwargs) to a scalar, for one sample at a time.
     method: "second-order" chooses units by the loss's curvature, and what stays makes up for what goes: the result is a
-    better model than the masked one; its ingredients are options, the fields of `ecospa_fx.recipe.Recipe`. Any method
-    of `score` only removes, with options `steps` and `progress`; "magnitude" needs no data. couplings: what `detect`
-    found on this model, or a selection. scores: tensors [carriers, units] by name, which say what goes. Options of
-    every method: `allow` of `detect` and those of `plan`, such as exclude, limits and, in place of ratio, widths;
-    round_to=None, the default, keeps widths that the device likes.
+    better model than the masked one; its ingredients, the fields of `ecospa_fx.recipe.Recipe`, are options. Methods of
+    `score` only remove, with options `steps` and `progress`; "magnitude" needs no data. couplings: what `detect` found,
+    or a selection. scores: tensors [carriers, units] by name, which say what goes. Options of all: `allow` of `detect`
+    and those of `plan`, such as exclude, limits and widths; round_to=None, the default, is what the device likes.
 
     Example:
         >>> import torch, ecospa_fx as eco

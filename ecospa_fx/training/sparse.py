@@ -112,8 +112,7 @@ class SparseTraining:
         self._held = _held(self._form.shapes, self._chosen)
         self._keep = {c.name: torch.ones(c.carriers, c.size, dtype=torch.bool) for c in self._chosen}
         self._factors: Mapping[str, Factors] = {}
-        self._step, self._pending, self._said = 0, False, False
-        self.history: list[history.Shrink] = []  # what happened, one record per shrink
+        self._step, self._pending, self._said, self.history = 0, False, False, list[history.Shrink]()
         self._limits = shares(self.couplings, self._chosen, self._settings.limits, TrainingError)
         check_reach(self._chosen, self._settings, target, self._limits, self._form)
         self._model, self._batches = Held(self._form, self._settings.wrap), read(self._settings.batches)
