@@ -106,7 +106,7 @@ class ExampleValues:
     def _strides(self, before: Tensor, after: Tensor, shape: Sequence[Size]) -> list[Size]:
         """Strides from the innermost axis outwards: each is that of the axis inside it times this one's size."""
         numbers = [[self.sizes(s) for s in sizes] for sizes in (before.shape, before.stride())]
-        if numbers[0] == list(after.shape):
+        if numbers == [list(after.shape), list(after.stride())]:
             return list(before.stride())
         found: list[Size] = [0] * len(shape)
         inside: Size = 1
