@@ -198,7 +198,7 @@ def test_allowed_the_caches_shrink_with_the_pair(kind: str, which: str) -> None:
     given = {"past_key_values": makers[which](model)} if which in makers else {}
     args, kwargs = (tokens(1 if which == "static" else 3),), {**given, "use_cache": True}
     couplings = eco.detect(model, args, kwargs, allow="cache")
-    without = eco.detect(model, args, {"use_cache": False})
+    without = eco.detect(model, (tokens(3),), {"use_cache": False})
     assert [(c.name, c.size, c.carriers) for c in couplings.offered] == [
         (c.name, c.size, c.carriers) for c in without.offered
     ]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import ecospa_fx as eco
-from ecospa_fx.errors import CaptureError, TorchFailure
+from ecospa_fx.errors import CaptureError, EcospaError, TorchFailure
 from ecospa_fx.verify import masked_error
 
 
@@ -233,6 +233,6 @@ def test_an_exported_program_is_no_module() -> None:
         lambda: eco.detect(model, args), lambda: eco.shrink(model, plan, args), lambda: eco.shrink_(model, plan, args),
         lambda: eco.SparseTraining(model, args), lambda: masked_error(model, Mlp(), plan, args),
     ):  # fmt: skip
-        with pytest.raises(CaptureError, match=r"pass program\.module\(\)"):
+        with pytest.raises(EcospaError, match=r"pass program\.module\(\)"):
             verb()
     assert eco.detect(program.module(), args).offered

@@ -58,7 +58,7 @@ def test_each_kind_has_its_own_width(join: Join) -> None:
     model, args = TwoKinds(join).double(), (torch.randn(3, 5, 6).double(),)
     couplings = eco.detect(model, args)
     inner = [c for c in couplings.offered if c.size == WIDTH]
-    assert sorted((c.kind, c.carriers) for c in inner) == [("ffn", HEADS), ("vo", HEADS)]
+    assert sorted((c.kind, c.carriers) for c in inner) == [("ffn", HEADS), ("pair", HEADS)]
     for seed in range(2):
         plan = eco.plan(couplings, ratio=0.5, scores="random", seed=seed)
         assert masked_error(model, eco.shrink(model, plan, args), plan, args) <= 1e-9

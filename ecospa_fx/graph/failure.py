@@ -43,7 +43,7 @@ def _raised_by_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, 
     """What the model itself raises for these arguments; nothing remains of the call."""
     try:
         args, kwargs = copied((tuple(args), dict(kwargs)))
-        with quiet(), untouched(model), torch.no_grad():
+        with quiet(), untouched(model):
             model(*args, **kwargs)
     except Exception as error:  # whatever the model's own code says
         return error

@@ -117,7 +117,7 @@ def opened(tree: Any, arguments: Mapping[int, int] | None = None) -> Any:
     def one(leaf: Any) -> Any:
         if id(leaf) in known:
             return Opened([], Skeleton(Argument(known[id(leaf)])))
-        return _open(leaf) if is_object(leaf) or _is_delicate(leaf) else leaf
+        return _open(leaf, known) if is_object(leaf) or _is_delicate(leaf) else leaf
 
     return pytree.tree_map(one, tree, is_leaf=_is_delicate)
 
@@ -157,7 +157,7 @@ def closed(tree: Any, arguments: Sequence[Any] = (), given: Sequence[Any] | None
         if given is not None:
             made.append(given[len(made)])
         else:
-            made.append(arguments[root.number] if isinstance(root, Argument) else _close(leaf))
+            made.append(arguments[root.number] if isinstance(root, Argument) else _close(leaf, arguments))
         return made[-1]
 
     return pytree.tree_map(one, tree, is_leaf=_is_opened), made
@@ -215,7 +215,7 @@ def _is(a: Any, b: Any) -> bool:
 
 def update(target: Any, state: Opened) -> None:
     """Give an object the attributes that its parts say."""
-    _close(state, target)
+    _close(state, into=target)
 
 
 # -- one object --------------------------------------------------------------------------------------------------
@@ -223,8 +223,12 @@ def update(target: Any, state: Opened) -> None:
 
 @dataclass(slots=True)
 class _Opening:
-    """What is known while an object is taken apart. held: keeps identities valid."""
+    """What is known while an object is taken apart.
 
+    arguments: number by identity of the objects that are only referred to; held: keeps identities valid.
+    """
+
+    arguments: Mapping[int, int]
     leaves: list[Any] = field(default_factory=list)
     slots: dict[int, int] = field(default_factory=dict)
     shells: dict[int, int] = field(default_factory=dict)
@@ -247,7 +251,9 @@ class _Opening:
             return Branch(spec, [self.part(child) for child in children])
         return self._shell(value) if not spec.is_leaf() or is_object(value) else value
 
-    def _shell(self, value: Any) -> Shell | Again:
+    def _shell(self, value: Any) -> Shell | Again | Argument:
+        if id(value) in self.arguments:
+            return Argument(self.arguments[id(value)])
         if id(value) in self.shells:
             return Again(self.shells[id(value)])
         self.shells[id(value)] = len(self.shells)
@@ -256,8 +262,8 @@ class _Opening:
         return Shell(type(value), attributes, self.part(contents(value)))
 
 
-def _open(value: Any) -> Opened:
-    opening = _Opening()
+def _open(value: Any, arguments: Mapping[int, int]) -> Opened:
+    opening = _Opening(arguments)
     root = opening._shell(value)
     return Opened(opening.leaves, Skeleton(root))
 
@@ -277,8 +283,8 @@ def _mangled(kind: type, name: str) -> str:
     return f"_{kind.__name__.lstrip('_')}{name}" if private else name
 
 
-def _close(one: Opened, into: Any = None) -> Any:
-    """The object of some parts: a new one, or `into` with their attributes."""
+def _close(one: Opened, arguments: Sequence[Any] = (), *, into: Any = None) -> Any:
+    """The object of some parts: a new one, or `into` with their attributes. arguments: what `Argument` refers to."""
     shells: list[Any] = []
 
     def part(value: Any) -> Any:
@@ -286,6 +292,8 @@ def _close(one: Opened, into: Any = None) -> Any:
             return one.leaves[value.index]
         if isinstance(value, Again):
             return shells[value.number]
+        if isinstance(value, Argument):
+            return arguments[value.number]
         if type(value) in (list, tuple, set, frozenset):
             return type(value)(part(v) for v in value)
         if type(value) is dict:

@@ -56,7 +56,7 @@ class Place:
 
 
 def _held(owner: Any) -> dict[Any, Any]:
-    return owner if isinstance(owner, dict) else vars(owner)
+    return owner if isinstance(owner, dict) else getattr(owner, "__dict__", {})  # slots alone hold no integers of ours
 
 
 @dataclass(frozen=True, slots=True)
