@@ -43,7 +43,7 @@ def image(
 
 
 CASES = [
-    image("conv2d", lambda h, w, b: F.conv2d(h.relu(), w, b).relu(), "ffn 6, ffn 8", "window of", [(6, 8, 2, 2), (6,)]),
+    image("conv2d", lambda h, w, b: F.conv2d(h.relu(), w, b).relu(), "ffn 6, ffn 8", "", [(6, 8, 2, 2), (6,)]),
     image("conv2d", lambda h, w: F.conv2d(h.relu(), w, padding=1, groups=8), shapes=[(8, 1, 3, 3)], label="depthwise"),
     image("conv2d", lambda h, w: F.conv2d(h.relu(), w, groups=2).relu(), "ffn 2, ffn 3×2, ffn 4", "", [(6, 4, 1, 1)],
           label="groups"),

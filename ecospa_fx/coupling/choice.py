@@ -60,7 +60,10 @@ class ModulePaths:
         """Paths that a pattern which matches nothing may have meant: deeper ones first, then those spelt alike."""
         deeper = re.compile(translate(f"*.{pattern}")).match
         found = [path for path in self.known if deeper(path)] or get_close_matches(pattern, self.known, SHOWN, 0.5)
-        return ", ".join(map(repr, found[:SHOWN])) or listed(self.known[:SHOWN])
+        last = {path: path.rpartition(".")[2] for path in self.known}
+        alike = get_close_matches(pattern.rpartition(".")[2], set(last.values()), SHOWN, 0.6)
+        found = found or [path for name in alike for path in self.known if last[path] == name]
+        return ", ".join(map(repr, found[:SHOWN] or self.known[:SHOWN]))
 
 
 def holding(couplings: Iterable[Coupling], parameters: frozenset[str]) -> frozenset[str]:
