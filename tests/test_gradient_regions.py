@@ -151,6 +151,26 @@ def test_gradients_go_on_after_a_custom_function_and_it_is_named() -> None:
     assert {name.partition(".")[0] for name in learns(model, args)} == {"before", "after"}
 
 
+@pytest.mark.parametrize("kind", [Nested, Spanning, Ffn])
+@pytest.mark.parametrize("within", [False, True])
+def test_a_caller_in_inference_mode_gets_what_others_get(kind: type[nn.Module], within: bool) -> None:
+    """within: its example is made there too, and cannot be one of those that gradients need."""
+    torch.manual_seed(0)
+    model, x = kind().double(), torch.randn(3, 4, dtype=torch.float64)
+    couplings = eco.detect(model, (x,))
+    plan = eco.plan(couplings, ratio=0.4, scores="magnitude")
+    with torch.inference_mode():
+        args = (x.clone() if within else x,)
+        assert args[0].is_inference() == within
+        assert [c.name for c in eco.detect(model, args).offered] == [c.name for c in couplings.offered]
+        small = eco.shrink(model, plan, args)
+        assert torch.is_inference_mode_enabled()
+        assert masked_error(model, small, plan, args) < 1e-12
+    with torch.inference_mode():
+        inside = small(x)
+    torch.testing.assert_close(eco.shrink(model, plan, (x,))(x), inside, rtol=0, atol=1e-12)
+
+
 def test_what_tracing_replaces_is_put_back() -> None:
     mode, function = torch.inference_mode.__enter__, torch.autograd.Function.__dict__["apply"]
     with pytest.raises(eco.errors.CaptureError):

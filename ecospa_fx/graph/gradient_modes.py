@@ -9,12 +9,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils import _pytree as pytree
 
 
@@ -25,14 +26,21 @@ def gradient_modes_recorded(functions: dict[str, None]) -> Iterator[None]:
     functions: takes the names of the custom functions that were given something that needs gradients, in order.
     """
 
+    regions, original = torch.inference_mode, cast(Any, Function.apply)
+    entered, left = regions.__enter__, regions.__exit__
+
     def enter(region: Any) -> None:
-        region.before = torch.is_grad_enabled()
-        torch.set_grad_enabled(not region.mode)
+        region.before = torch.is_grad_enabled() if get_proxy_mode() is not None else None
+        if region.before is None:  # torch itself, around what it traces: what stands for a tensor is in its mode
+            entered(region)
+        else:
+            torch.set_grad_enabled(not region.mode)
 
-    def leave(region: Any, *_: Any) -> None:
-        torch.set_grad_enabled(region.before)
-
-    original: Any = Function.apply
+    def leave(region: Any, *raised: Any) -> None:
+        if region.before is None:
+            left(region, *raised)
+        else:
+            torch.set_grad_enabled(region.before)
 
     def apply(kind: Any, *args: Any, **kwargs: Any) -> Any:
         tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
@@ -42,7 +50,6 @@ def gradient_modes_recorded(functions: dict[str, None]) -> Iterator[None]:
         torch.set_grad_enabled(torch.is_grad_enabled())  # its forward may have said otherwise last
         return result
 
-    regions = torch.inference_mode
     with (
         patch.object(regions, "__enter__", enter),
         patch.object(regions, "__exit__", leave),
