@@ -255,7 +255,7 @@ def test_refuses_gradients_that_are_not_finite() -> None:
             "the loss of batch 0 is of type torch.int64, which has no gradient: return a floating one",
         ),
         (lambda o, a, k: None, "the loss of batch 0 is not a scalar but of type NoneType: return its mean or sum"),
-        (3.0, "loss=3.0 is no function: pass one (output, args, kwargs) -> scalar"),
+        (3.0, "loss=3.0 cannot be called: give a function (output, args, kwargs) -> scalar"),
         (
             lambda o, a, k: o.mean() * torch.nan,
             "the loss of batch 0 is nan: leave the batch out or repair the weights",

@@ -41,12 +41,6 @@ REMEDY = "give a loss of the data, such as the one that the model was trained wi
 """What helps where a loss has no slope."""
 
 
-def check_loss(loss: object) -> None:
-    """Raise ScoreError for what is no function."""
-    if not callable(loss):
-        raise ScoreError(f"loss={loss!r:.60} is no function: pass one (output, args, kwargs) -> scalar")
-
-
 def checked_value(value: object, name: str) -> Tensor:
     """What a loss returned, if it is a finite scalar that has a gradient. name: of the batch, for the ScoreError."""
     if not isinstance(value, Tensor) or value.numel() != 1:
@@ -127,7 +121,6 @@ class NormalisedLoss:
     """
 
     def __init__(self, loss: Loss) -> None:
-        check_loss(loss)
         self.factor: float | None = None
         self.is_flat = False
         """Whether there were outputs, and no slope but rounding at any so far."""
