@@ -253,9 +253,9 @@ def _apart(batches: Sequence[Batch], every: int, most: int | None = None) -> tup
 
 
 def _held(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
-    """Batches to score on, and a few to measure sensitivities on."""
+    """Samples to score on, and a few to measure sensitivities on."""
     if len(batches) < HELD:
-        raise ScoreError(f"allocation='sensitivity' holds every {HELD}th batch back: pass at least {HELD}")
+        raise ScoreError(f"allocation='sensitivity' holds every {HELD}th sample back: pass at least {HELD}")
     return _apart(batches, HELD, MOST_HELD)
 
 

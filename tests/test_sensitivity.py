@@ -28,7 +28,7 @@ from ecospa_fx.importance.views import views_of
 from ecospa_fx.origin import origin_of
 from ecospa_fx.plan import Selection
 from ecospa_fx.verify import masked
-from tests.tiny import batches, loss, tiny, tiny_couplings
+from tests.tiny import batches, loss, samples, tiny, tiny_couplings
 
 MODEL = tiny().eval()
 DATA = batches(6)
@@ -197,8 +197,8 @@ def test_compress_measures_when_asked() -> None:
     assert all(s.kept >= s.size / 2 for s in plan if s.kind == "ffn")
     even = origin_of(eco.compress(MODEL, *DATA[0], allocation="uniform", **options)).plan
     assert len({s.kept for s in even if s.kind == "ffn" and s.size == 12}) == 1
-    with pytest.raises(ScoreError, match=r"^allocation='sensitivity' holds every 4th batch back: pass at least 4$"):
-        eco.compress(MODEL, *DATA[0], allocation="sensitivity", **{**options, "batches": batches(3)})
+    with pytest.raises(ScoreError, match=r"^allocation='sensitivity' holds every 4th sample back: pass at least 4$"):
+        eco.compress(MODEL, *DATA[0], allocation="sensitivity", **{**options, "batches": samples(2)[:3]})
     known = "use 'ragged', 'global', 'uniform', 'sensitivity'"
     with pytest.raises(ScoreError, match=f"^allocation='best' is unknown: {known}$"):
         eco.compress(MODEL, *DATA[0], allocation="best", **options)  # type: ignore[arg-type]
