@@ -14,6 +14,7 @@ import ecospa_fx as eco
 from ecospa_fx.axes import registry
 from ecospa_fx.axes.call import Call, Value
 from ecospa_fx.coupling.couplings import Refusal
+from ecospa_fx.errors import PlanError
 from ecospa_fx.verify import masked_error
 
 OPERATOR = "ecospausers.gated"
@@ -75,10 +76,13 @@ def test_it_is_refused_with_what_to_register(parameter: str) -> None:
     assert search(r"test_custom_operators\.py:\d+: .*ops\.ecospausers\.gated", told.source)
 
 
-def test_the_smaller_model_is_the_whole_one() -> None:
+def test_a_plan_is_refused_with_what_to_register() -> None:
     model, args = made()
-    plan = eco.plan(eco.detect(model, args), ratio=0.5, scores="magnitude")
-    assert len(plan) == 0
+    registering = rf"register one with ecospa_fx\.axis_rule\('{OPERATOR}'\)"
+    with pytest.raises(
+        PlanError, match=rf"^there is nothing to remove because no coupling is offered: .*{registering}"
+    ):
+        eco.plan(eco.detect(model, args), ratio=0.5, scores="magnitude")
 
 
 @pytest.mark.usefixtures("registered")

@@ -17,7 +17,7 @@ from ecospa_fx.training.narrow import disjoint, narrowed
 from ecospa_fx.training.running import RunningScores, _unit_sums
 from ecospa_fx.training.schedule import AtStart, Constant, Cubic, Linear, OneShot, check_schedule, default_schedule
 from ecospa_fx.training.surgery import cut_all
-from tests.tiny import Tiny, batches, loss, tiny, tiny_couplings
+from tests.tiny import Tiny, batches, loss, samples, tiny, tiny_couplings
 
 
 def shrunk(model: Tiny, seed: int) -> tuple[list[Coupling], dict[str, Tensor]]:
@@ -69,10 +69,10 @@ def test_of_overlapping_couplings_the_finest_remain() -> None:
 
 @pytest.mark.parametrize("method", ["gate-fisher", "fisher", "taylor"])
 def test_running_scores_are_those_of_scoring_up_to_a_factor(method: str) -> None:
-    """One step over one batch, in eval mode: the same sums of gradient times weight."""
+    """One step over one sample, in eval mode: the same sums of gradient times weight."""
     model = tiny().eval()
     couplings = tiny_couplings(model, heads=False)
-    batch = batches(1)[0]
+    batch = samples(1)[0]
     want = eco.score(model, couplings, [batch], loss=loss, method=method)
     running = RunningScores(method, 10)
     running.follow(couplings.offered, dict(model.named_parameters()), {})
@@ -179,5 +179,7 @@ def test_schedules_that_make_no_sense_are_refused() -> None:
         check_schedule(OneShot(100), 99)
     with pytest.raises(TrainingError, match="total_steps="):
         default_schedule(None)
-    with pytest.raises(TrainingError, match="use one of gate-fisher"):
+    with pytest.raises(
+        TrainingError, match="cannot be taken while training: use one of second-order, gate-fisher, fisher, taylor$"
+    ):
         RunningScores("magnitude", 10)

@@ -272,6 +272,10 @@ def test_activations_that_overflow_are_told() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
     with torch.no_grad():
         model[2].weight.zero_()  # type: ignore[operator]  # a linear layer
-    batches: list[Batch] = [((1e30 * torch.randn(2, 4),), {})]
+    rows = 1e30 * torch.randn(1, 2, 4)
+    batches: list[Batch] = [((rows,), {})]
     with pytest.raises(ScoreError, match=r"input of '2.weight' is not finite in the calibration data"):
         eco.compress(model, batches[0][0], ratio=0.5, batches=batches, loss=lambda y, a, k: (y * 1e-30).sum())
+    alone: list[Batch] = [((rows[0],), {})]  # samples of one row do not vary within
+    small = eco.compress(model, alone[0][0], ratio=0.5, batches=alone, loss=lambda y, a, k: (y * 1e-30).sum())
+    assert all(p.isfinite().all() for p in small.parameters())
