@@ -21,12 +21,16 @@ from ecospa_fx.plan import Plan
 from ecospa_fx.relative_error import RelativeError, relative_error
 from ecospa_fx.snapshot import exchange
 
+HOOKS = "_backward_hooks", "_post_accumulate_grad_hooks"
+"""Where torch keeps what is called with the gradients of a parameter."""
+
 
 @contextmanager
 def masked(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
     """The model with every parameter multiplied by its mask inside, and as it was outside.
 
-    Inside, masked copies stand in the places of its parameters, which are not written into. Raises PlanError where the
+    Inside, masked copies stand in the places of its parameters, which are not written into. Gradients that are there
+    go on accumulating in the copies, and what these have afterwards is the parameters' own. Raises PlanError where the
     plan was made for another model.
     """
     parameters = dict(unwrapped(model).named_parameters())
@@ -37,12 +41,19 @@ def masked(model: nn.Module, plan: Plan) -> Iterator[nn.Module]:
         yield model
     finally:
         exchange(model, {id(copied): parameter for parameter, copied in copies})
+        for parameter, copied in copies:
+            if copied.grad is not parameter.grad:
+                parameter.grad = copied.grad
 
 
 def _masked(parameter: nn.Parameter, mask: Tensor) -> nn.Parameter:
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():  # a tensor made in inference mode takes no gradient
         copied = nn.Parameter(parameter.detach().masked_fill(~mask, 0), parameter.requires_grad)
     vars(copied).update(vars(parameter))
+    copied.grad = parameter.grad
+    for name in HOOKS:
+        if hooks := getattr(parameter, name):
+            setattr(copied, name, hooks)
     return copied
 
 

@@ -12,8 +12,9 @@ import threading
 import warnings
 from collections import deque
 from collections.abc import Callable
+from copy import deepcopy
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import pytest
 import torch
@@ -260,6 +261,52 @@ def test_masking_writes_into_nothing() -> None:
     assert all(p is held[n] for n, p in model.named_parameters())
     pending.backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_gradients_inside_a_mask_are_those_of_the_parameters(before: bool) -> None:
+    """They add to those that were there, and hooks of the parameters see them."""
+    model = Counts().double().eval()
+    plan, weight = eco.plan(eco.detect(model, GIVEN), 0.5), model.up.weight
+    parameters = list(model.parameters())
+    gone = ~plan.masks(model)["up.weight"]
+    other = deepcopy(model)
+    with torch.no_grad():
+        for name, mask in plan.masks(other).items():
+            other.get_parameter(name)[~mask] = 0
+    for p, q in zip(parameters, other.parameters(), strict=True):
+        p.grad = torch.randn_like(p) if before else None
+        q.grad = p.grad.clone() if p.grad is not None else None
+    torch.autograd.backward(other(*GIVEN).square().sum())
+    seen: list[Tensor] = []
+    hooks = weight.register_hook(seen.append), weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.data))
+    versions = [p._version for p in parameters]
+    with masked(model, plan):
+        torch.autograd.backward(model(*GIVEN).square().sum())
+    for p, q in zip(parameters, other.parameters(), strict=True):
+        assert p.grad is not None
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-12)
+    assert [p._version for p in parameters] == versions
+    assert len(seen) == len(hooks)
+    assert (seen[1][gone] == 0).all()
+    with masked(model, plan):
+        model.zero_grad()
+    assert all(p.grad is None for p in parameters)
+
+
+def test_verbs_in_a_mask_leave_gradients_alone() -> None:
+    model = Counts().double().eval()
+    couplings = eco.detect(model, GIVEN)
+    torch.autograd.backward(model(*GIVEN).square().sum())
+    grads = [(p.grad, cast(Tensor, p.grad).clone()) for p in model.parameters()]
+    batches = [(GIVEN, {}) for _ in range(2)]
+    for method in ("gate-fisher", "taylor"):
+        options: Any = {"method": method, "couplings": couplings, "batches": batches}
+        eco.compress(model, GIVEN, ratio=0.5, loss=lambda y, a, k: y.square().mean(), **options)
+    for p, (grad, values) in zip(model.parameters(), grads, strict=True):
+        assert p.grad is grad
+        assert grad is not None
+        assert torch.equal(grad, values)
 
 
 def test_masks_reach_parameters_wherever_a_model_holds_them() -> None:
