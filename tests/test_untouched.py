@@ -279,7 +279,8 @@ def test_gradients_inside_a_mask_are_those_of_the_parameters(before: bool) -> No
         q.grad = p.grad.clone() if p.grad is not None else None
     torch.autograd.backward(other(*GIVEN).square().sum())
     seen: list[Tensor] = []
-    hooks = weight.register_hook(seen.append), weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.data))
+    own: Any = weight  # torch has no types for hooks
+    hooks = own.register_hook(seen.append), own.register_post_accumulate_grad_hook(lambda p: seen.append(p.data))
     versions = [p._version for p in parameters]
     with masked(model, plan):
         torch.autograd.backward(model(*GIVEN).square().sum())
@@ -299,7 +300,7 @@ def test_verbs_in_a_mask_leave_gradients_alone() -> None:
     couplings = eco.detect(model, GIVEN)
     torch.autograd.backward(model(*GIVEN).square().sum())
     grads = [(p.grad, cast(Tensor, p.grad).clone()) for p in model.parameters()]
-    batches = [(GIVEN, {}) for _ in range(2)]
+    batches: list[Any] = [(GIVEN, {}) for _ in range(2)]
     for method in ("gate-fisher", "taylor"):
         options: Any = {"method": method, "couplings": couplings, "batches": batches}
         eco.compress(model, GIVEN, ratio=0.5, loss=lambda y, a, k: y.square().mean(), **options)
