@@ -162,7 +162,7 @@ class Collector:
         self._rescale(1 / unit.unit)
 
     def _rescale(self, factor: float) -> None:
-        """To the unit of the loss itself. factor: a power of two."""
+        """To the unit of the loss itself, which this factor makes of the one that was measured in."""
         for moments in self.curvature.outputs.values():
             moments.total *= factor
             moments.second *= factor**2

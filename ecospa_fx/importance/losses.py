@@ -1,8 +1,9 @@
 """What a loss must be, and a unit for it in which nothing over- or underflows.
 
 Whatever is measured of a loss L is measured of its slope ∂L/∂y at the model's output y. An additive constant therefore
-changes nothing, and a loss may be negative. Its unit must change nothing either, so L is multiplied by a power of two,
-which rounds nothing, that brings the length of its slope to between 1 and 2.
+changes nothing, and a loss may be negative. Its unit must change nothing either, so L is multiplied by the number that
+makes the length of its slope 1. A power of two would round nothing, but leave one of a range of lengths, and what is
+then rounded, or compared with a constant, would be other numbers.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ STEP = 0.01
 ROUNDING = 1e-5
 """What rounding moves an output, in its root mean squares, at most: float32 through many layers."""
 
-EXPONENTS = 0, 12, -12, 24, -24, 36, -36, 48, -48, 60, -60
-"""Powers of two that are tried in turn until a slope can be represented: half precision has few."""
+EXPONENTS = 0, *(sign * size for size in range(12, 109, 12) for sign in (1, -1))
+"""Powers of two that are tried in turn until a slope can be represented: half precision has few, float32 these."""
 
 REMEDY = "give a loss of the data, such as the one that the model was trained with, or use method='magnitude'"
 """What helps where a loss has no slope."""
@@ -114,7 +115,7 @@ def length(tensors: Iterable[Tensor | None]) -> float:
 
 
 class NormalisedLoss:
-    """A loss times the power of two, `factor`, that makes the length of its slope about 1.
+    """A loss times the number, `factor`, that makes the length of its slope 1.
 
     The factor is that of the first output at which there is a slope, and None until then. What is measured of the loss
     is to be divided by `unit`, which is the factor, or 1.
@@ -162,10 +163,11 @@ class NormalisedLoss:
         # Of a distance so small that the slope may be rounding. Other losses are called once per batch.
         reach = length(slopes) * length(leaf for leaf in seen if is_floating(leaf))
         small = abs(float(value.detach())) * factor < ROUNDING * reach
-        self.is_flat = small and _is_rounding(_times(self._loss, factor), output, slopes, batch)
+        self.is_flat = small and _is_rounding(times(self._loss, factor), output, slopes, batch)
 
 
-def _times(loss: Loss, factor: float) -> Loss:
+def times(loss: Loss, factor: float) -> Loss:
+    """The loss in another unit, in at least float32."""
     return lambda output, args, kwargs: _scaled(loss(output, args, kwargs), factor)
 
 
@@ -177,18 +179,19 @@ def _scaled(value: Tensor, factor: float) -> Tensor:
 
 
 def _factor(value: Tensor, seen: Sequence[object]) -> tuple[float, Slopes]:
-    """The power of two by which the slope has a length from 1 to below 2, and that slope; 1 where it has none."""
+    """The number by which the slope has a length of 1, and that slope; 1 where it has none."""
     value, slopes = _scaled(value, 1.0), list[Tensor | None]()
     for exponent in EXPONENTS:
         slopes = _gradients(value, seen, 2.0**exponent, keep=True)
         size = length(slopes)
         if 0 < size < math.inf:
-            # Twice, for half precision may have lost most of it at first.
-            for _ in range(2):
-                exponent -= math.floor(math.log2(size))
-                slopes = _gradients(value, seen, 2.0**exponent, keep=True)
+            factor = 2.0**exponent
+            # Twice each, for half precision may have lost most of it at first, and rounds what is left.
+            for exact in (False, False, True, True):
+                factor /= size if exact else 2.0 ** math.floor(math.log2(size))
+                slopes = _gradients(value, seen, factor, keep=True)
                 size = length(slopes)
-            return 2.0**exponent, slopes
+            return factor, slopes
     return 1.0, slopes
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ecospa_fx.graph.evaluate import Evaluator
-from ecospa_fx.importance.losses import Batch, Loss
+from ecospa_fx.importance.losses import Batch, Loss, NormalisedLoss, times
 from ecospa_fx.importance.separable import Comparison, Output, closed_again, open_tensors
 
 Answer = Callable[[Batch], Any]
@@ -92,17 +92,18 @@ class Splitter:
         """Why a batch is not made of its samples; None where it is, "" where the whole batch will show an error."""
         with torch.no_grad():
             whole = Output.of(self._answer(batch))
-        slopes = whole.slopes(batch, self._loss)
+        unit = NormalisedLoss(self._loss)  # of which slopes neither over- nor underflow
+        slopes = whole.slopes(batch, unit)
         if slopes is None or not isfinite(slopes[0]):
             return ""
         if all(slope is None for slope in slopes[1]):
             return "its loss is no function of what the model returns"
-        comparison = Comparison(whole, *slopes, len(parts), self._types)
+        comparison, loss = Comparison(whole, *slopes, len(parts), self._types), times(self._loss, unit.unit)
         for place, part in enumerate(parts):
             try:
                 with torch.no_grad(), warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # of what a single sample may not be meant for
-                    reason = comparison.add(place, Output.of(self._answer(part)), part, self._loss)
+                    reason = comparison.add(place, Output.of(self._answer(part)), part, loss)
             except Exception as error:  # whatever a model, a graph or a loss says to what it was not written for
                 first = next(iter(str(error).splitlines()), type(error).__name__)
                 return f"a single sample of it cannot be computed ({first[:200]})"
