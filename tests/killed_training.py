@@ -1,6 +1,6 @@
 """A training script that writes a checkpoint after every step and goes on from it: what `test_resume` kills.
 
-    python killed_training.py FOLDER [STEP LAST]
+    python -m tests.killed_training FOLDER [STEP LAST]
 
 With STEP, the process kills itself in the middle of the shrink of that step, between two parameters, once. After step
 LAST it waits to be killed, so that what it reaches does not depend on how fast it is.

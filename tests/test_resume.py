@@ -18,13 +18,14 @@ import ecospa_fx as eco
 from ecospa_fx.errors import TrainingError
 from tests.test_sparse import adamw, mlp, sparse_mlp, train
 
-SCRIPT = Path(__file__).with_name("killed_training.py")
+ROOT = Path(__file__).parents[1]
 STEPS = 14
 
 
 def started(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-W", "ignore", str(SCRIPT), str(folder), *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    """The script, from the root of the checkout, so that it imports this one, installed or not."""
+    command = [sys.executable, "-W", "ignore", "-m", "tests.killed_training", str(folder), *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
 
 
 def run_until(folder: Path, last: int, *arguments: str) -> int:
