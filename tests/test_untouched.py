@@ -278,9 +278,8 @@ def test_gradients_inside_a_mask_are_those_of_the_parameters(before: bool) -> No
         p.grad = torch.randn_like(p) if before else None
         q.grad = p.grad.clone() if p.grad is not None else None
     torch.autograd.backward(other(*GIVEN).square().sum())
-    seen: list[Tensor] = []
-    own: Any = weight  # torch has no types for hooks
-    hooks = own.register_hook(seen.append), own.register_post_accumulate_grad_hook(lambda p: seen.append(p.data))
+    seen, hooked = list[Tensor](), cast(Any, weight)  # torch has no types there
+    hooks = hooked.register_hook(seen.append), hooked.register_post_accumulate_grad_hook(lambda p: seen.append(p.data))
     versions = [p._version for p in parameters]
     with masked(model, plan):
         torch.autograd.backward(model(*GIVEN).square().sum())
