@@ -17,8 +17,8 @@ from tests.fuzz.check import Failure, check, failure_of, reduced
 from tests.fuzz.generate import programs, seeded
 from tests.fuzz.program import Planted, Program, Step
 
-PARTS, EACH = 8, 25
-"""Seeds 0 to 199; `benchmarks/fuzz.py` runs as many as wanted."""
+PARTS, EACH = 8, 12
+"""Seeds 0 to 95; `benchmarks/fuzz.py` runs as many as wanted."""
 
 
 def reported(program: Program, *, whole: bool) -> None:
