@@ -116,8 +116,12 @@ def test_too_many_windows_are_refused() -> None:
         demo.windows("x" * 100, 9, 11)
 
 
-@pytest.mark.parametrize(("error", "status", "verdict"), [(None, 0, "(exact)"), (1e-6, 1, "NOT EXACT")])
+@pytest.mark.parametrize(
+    ("method", "error", "status", "verdict"),
+    [("second-order", None, 0, "(exact)"), ("magnitude", 1e-6, 1, "NOT EXACT")],
+)
 def test_the_demonstration(
+    method: str,
     error: float | None,
     status: int,
     verdict: str,
@@ -125,9 +129,10 @@ def test_the_demonstration(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(command, "VALID_WINDOWS", 4)
+    monkeypatch.setattr(command, "WINDOW", 64)
     if error is not None:
         monkeypatch.setattr(command, "exactness", lambda plan, ids: error)
-    assert command.main(["--windows", "4", "--ratio", "0.25"]) == status
+    assert command.main(["--windows", "8", "--ratio", "0.25", "--method", method]) == status
     printed = capsys.readouterr().out
     assert verdict in printed
     dense, small = re.findall(r"^parameters +([\d,]+) +([\d,]+)$", printed, re.MULTILINE)[0]
