@@ -88,8 +88,10 @@ def test_what_a_module_can_carry_is_compressed_by_whole_heads() -> None:
     def loss(output: Any, args: Any, kwargs: Any) -> Tensor:
         return loss_of(output.logits, args, kwargs)
 
+    couplings = eco.detect(model, batches[0][0], no_cache)
     for uniform in (False, True):
         options: dict[str, Any] = {"ratio": 0.3, "batches": batches, "loss": loss, "distillation": 8}
+        options["couplings"] = couplings
         small = eco.compress(
             model, batches[0][0], no_cache, expressible_in="module", uniform=uniform, round_to=1, **options
         )
