@@ -298,9 +298,12 @@ def test_slopes_have_a_length_about_one_whatever_holds_the_output() -> None:
         def loss(y: Any, args: Any, kwargs: Any, read: Callable[[Any], Tensor] = read) -> Tensor:
             return 1e-9 * squares(read(y))
 
-        unit = NormalisedLoss(loss)
-        (slope,), (exact,) = slopes_of(unit, output, nothing), slopes_of(loss, output, nothing)
+        units = NormalisedLoss(loss), NormalisedLoss(loss, exact=True)
+        slope, scaled, one = (slopes_of(each, output, nothing)[0] for each in (loss, *units))
         assert slope is not None
-        assert exact is not None
-        assert slope.norm().item() == pytest.approx(1, abs=1e-6)
-        torch.testing.assert_close(slope / unit.unit, exact)
+        assert scaled is not None
+        assert one is not None
+        assert 1 <= scaled.norm().item() < 2
+        assert one.norm().item() == pytest.approx(1, abs=1e-6)
+        assert torch.equal(scaled / units[0].unit, slope)
+        torch.testing.assert_close(one / units[1].unit, slope)

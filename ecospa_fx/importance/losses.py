@@ -1,9 +1,9 @@
 """What a loss must be, and a unit for it in which nothing over- or underflows.
 
 Whatever is measured of a loss L is measured of its slope ∂L/∂y at the model's output y. An additive constant therefore
-changes nothing, and a loss may be negative. Its unit must change nothing either, so L is multiplied by the number that
-makes the length of its slope 1. A power of two would round nothing, but leave one of a range of lengths, and what is
-then rounded, or compared with a constant, would be other numbers.
+changes nothing, and a loss may be negative. Its unit must change nothing either, so L is multiplied by a power of two,
+which rounds nothing, that brings the length of its slope to between 1 and 2; where gradients are compared with a
+constant, as by the steps of distillation, by the number that makes it 1.
 """
 
 from __future__ import annotations
@@ -115,13 +115,16 @@ def length(tensors: Iterable[Tensor | None]) -> float:
 
 
 class NormalisedLoss:
-    """A loss times the number, `factor`, that makes the length of its slope 1.
+    """A loss times a number, `factor`, that brings the length of its slope to between 1 and 2; with `exact`, to 1.
 
+    Powers of two round nothing, so that what several processes measure in units of their own adds up to what one
+    measures; where it is learnt by steps that have a size of their own, the length has to be the same in all units.
     The factor is that of the first output at which there is a slope, and None until then. What is measured of the loss
     is to be divided by `unit`, which is the factor, or 1.
     """
 
-    def __init__(self, loss: Loss) -> None:
+    def __init__(self, loss: Loss, *, exact: bool = False) -> None:
+        self._exact = exact
         self.factor: float | None = None
         self.is_flat = False
         """Whether there were outputs, and no slope but rounding at any so far."""
@@ -155,7 +158,7 @@ class NormalisedLoss:
         return value if graded or not isinstance(value, Tensor) else value.detach()
 
     def _decide(self, value: Tensor, seen: Sequence[object], output: object, batch: Batch) -> None:
-        factor, slopes = _factor(value, seen)
+        factor, slopes = _factor(value, seen, self._exact)
         if not length(slopes) > 0:
             self.is_flat |= any(map(is_floating, seen)) and self.factor is None
             return
@@ -178,8 +181,8 @@ def _scaled(value: Tensor, factor: float) -> Tensor:
     return value.to(torch.promote_types(value.dtype, torch.float32)) * factor
 
 
-def _factor(value: Tensor, seen: Sequence[object]) -> tuple[float, Slopes]:
-    """The number by which the slope has a length of 1, and that slope; 1 where it has none."""
+def _factor(value: Tensor, seen: Sequence[object], exact: bool) -> tuple[float, Slopes]:
+    """The number by which the slope has a length from 1 to 2, or of 1, and that slope; 1 where it has none."""
     value, slopes = _scaled(value, 1.0), list[Tensor | None]()
     for exponent in EXPONENTS:
         slopes = _gradients(value, seen, 2.0**exponent, keep=True)
@@ -187,8 +190,8 @@ def _factor(value: Tensor, seen: Sequence[object]) -> tuple[float, Slopes]:
         if 0 < size < math.inf:
             factor = 2.0**exponent
             # Twice each, for half precision may have lost most of it at first, and rounds what is left.
-            for exact in (False, False, True, True):
-                factor /= size if exact else 2.0 ** math.floor(math.log2(size))
+            for whole in (False, False, True, True)[: 4 if exact else 2]:
+                factor /= size if whole else 2.0 ** math.floor(math.log2(size))
                 slopes = _gradients(value, seen, factor, keep=True)
                 size = length(slopes)
             return factor, slopes

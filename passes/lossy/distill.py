@@ -73,7 +73,7 @@ class Distill:
         changed. Nor has anything where the loss differs more from the dense model's by its slopes. Raises ScoreError
         where the divergence is not finite before, or below zero.
         """
-        leaves, unit = _trained(dense, small), NormalisedLoss(loss)
+        leaves, unit = _trained(dense, small), NormalisedLoss(loss, exact=True)
         if not leaves or not _is_told(dense, small, batches, unit):
             return 0.0, 0.0
         pair = _Pair(dense, small, dense.weights(), small.weights(), leaves, unit)
