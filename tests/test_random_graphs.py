@@ -90,10 +90,10 @@ def test_programs_are_of_every_kind() -> None:
 def rules() -> Iterator[None]:
     """Rules that a test replaces are back after it."""
     registry.load()
-    before = copy.copy(registry._RULES)
+    before = copy.copy(registry._ENTRIES)
     yield
-    registry._RULES.clear()
-    registry._RULES.update(before)
+    registry._ENTRIES.clear()
+    registry._ENTRIES.update(before)
 
 
 def use(operator: str, rule: Callable[[Call], Value | list[Value]]) -> None:

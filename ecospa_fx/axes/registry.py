@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -18,9 +19,17 @@ if TYPE_CHECKING:
 Result = Any  # Value, or a list of Values for an operator with several outputs
 Rule = Callable[["Call"], "Value | list[Value]"]
 
-_RULES: dict[str, Rule] = {}
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What is registered for an operator."""
+
+    rule: Rule
+    linear: bool
+
+
+_ENTRIES: dict[str, Entry] = {}
 _REFUSED: dict[str, Reason] = {}
-_LINEAR: set[str] = set()
 _FAMILIES = (
     "pointwise",
     "view",
@@ -57,10 +66,9 @@ def axis_rule(*operators: str, linear: bool | Collection[str] = False) -> Callab
         if not callable(rule):
             raise InputError(f"the axis rule {rule!r:.60} cannot be called: give a function of a Call")
         for operator in operators:
-            if operator in _RULES or operator in _REFUSED:
+            if operator in _ENTRIES or operator in _REFUSED:
                 raise InputError(f"operator {operator} has an axis rule already; unregister(...) it first")
-            _RULES[operator] = rule
-        _LINEAR.update(operators if linear is True else linear or ())
+            _ENTRIES[operator] = Entry(rule, linear if isinstance(linear, bool) else operator in linear)
         return rule
 
     return register
@@ -75,7 +83,7 @@ def refuse(why: str, *operators: str, remedy: str = NOTHING) -> None:
     if not isinstance(why, str):
         raise InputError(f"the reason {why!r:.60} is no text: say why, then name operators")
     for operator in operators:
-        if operator in _RULES or operator in _REFUSED:
+        if operator in _ENTRIES or operator in _REFUSED:
             raise InputError(f"operator {operator} has an axis rule already; unregister(...) it first")
         _REFUSED[operator] = Reason(why, remedy)
 
@@ -102,9 +110,8 @@ def check_operators(verb: str, operators: tuple[object, ...]) -> None:
 def unregister(operator: str) -> None:
     """Forget a rule or refusal, for instance to replace it. Raises KeyError naming similar operators."""
     load()
-    _LINEAR.discard(operator)
-    if _RULES.pop(operator, None) is None and _REFUSED.pop(operator, None) is None:
-        near = get_close_matches(operator, [*_RULES, *_REFUSED], n=3)
+    if _ENTRIES.pop(operator, None) is None and _REFUSED.pop(operator, None) is None:
+        near = get_close_matches(operator, [*_ENTRIES, *_REFUSED], n=3)
         raise KeyError(f"no axis rule for {operator}; near it: {', '.join(near) or 'none'}")
 
 
@@ -116,13 +123,18 @@ def load() -> None:
 
 def find(operator: str) -> Rule | None:
     """The rule of an operator, or None."""
-    rule = _RULES.get(operator)
-    return rule if rule is not None else _RULES.get(operator.removesuffix("_"))
+    entry = _entry(operator)
+    return entry.rule if entry is not None else None
 
 
 def is_linear(operator: str) -> bool:
     """Whether another basis may be chosen along the axes that pass an operator."""
-    return (operator if operator in _RULES else operator.removesuffix("_")) in _LINEAR
+    entry = _entry(operator)
+    return entry is not None and entry.linear
+
+
+def _entry(operator: str) -> Entry | None:
+    return _ENTRIES.get(operator) or _ENTRIES.get(operator.removesuffix("_"))
 
 
 def refusal(operator: str) -> Reason:
@@ -137,7 +149,7 @@ def refusal(operator: str) -> Reason:
 def operators() -> tuple[str, ...]:
     """Names of all operators with rules."""
     load()
-    return tuple(sorted(_RULES))
+    return tuple(sorted(_ENTRIES))
 
 
 def refused() -> dict[str, str]:
