@@ -104,3 +104,37 @@ def test_models_without_values_are_shrunk_as_before() -> None:
     model, x = Ffn("sign").eval().to("meta"), torch.randn(3, 8, device="meta")
     plan = eco.plan(eco.detect(model, (x,)), ratio=0.5, scores="random")
     assert eco.shrink(model, plan, (x,)).get_parameter("up.weight").is_meta
+
+
+class Memory:
+    """Keeps a tensor that a call writes into, as a cache of fixed length does."""
+
+    def __init__(self) -> None:
+        self.rows, self.calls = torch.zeros(3, 8, dtype=torch.float64), torch.zeros((), dtype=torch.long)
+
+
+class Writing(nn.Module):
+    """Writes into what its argument holds, and returns the argument with its answer."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.ffn = how, Ffn()
+
+    def forward(self, x: Tensor, memory: Memory) -> Any:
+        y = self.ffn(x)["y"]
+        row = -1.0 if self.how == "sign" and torch.compiler.is_exporting() else 1.0
+        memory.rows.mul_(0.5)[1:].add_(y[1:] * row)
+        memory.calls.add_(1)
+        return x + memory.rows.sum() if self.how == "not returned" else (y, memory)
+
+
+@pytest.mark.parametrize(("how", "said"), [("returned", 0), ("not returned", 0), ("sign", 1)])
+def test_arguments_that_a_call_writes_into_are_compared_as_they_are_left(how: str, said: int) -> None:
+    model, x, memory = Writing(how).double().eval(), torch.randn(3, 8, dtype=torch.float64), Memory()
+    plan = eco.plan(eco.detect(model, (x, memory)), ratio=0.5, scores="random")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        eco.shrink(model, plan, (x, memory))
+    assert len([one for one in told if "what was traced" in str(one.message)]) == said
+    assert not memory.rows.any()
+    assert not memory.calls

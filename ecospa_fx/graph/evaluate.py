@@ -44,7 +44,8 @@ class Evaluator:
         for place, node in enumerate(self.order):
             for read in node.all_input_nodes:
                 self._last[read] = place
-        for read in self.output.all_input_nodes:
+        written = program.inputs if self.overwrites else ()  # what the graph may write into is read at the end
+        for read in (*self.output.all_input_nodes, *written):
             self._last[read] = len(self.order)
         self._place = {node: place for place, node in enumerate(self.order)}
 
@@ -109,7 +110,12 @@ class Evaluator:
     def returned(self, values: Values, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """What the module returns for these arguments, which stay as they are, once all nodes have run."""
         leaves: Any = fx.node.map_arg(self.output.args[0], values.__getitem__)
-        return self._calling.returned(list(leaves), *copied((tuple(args), dict(kwargs))))
+        given = copied((tuple(args), dict(kwargs)))
+        if self.overwrites and self._calling.stateful:  # objects among the arguments come back as the graph left them
+            for node, leaf in zip(self.program.inputs, self._calling.flat(*given), strict=True):
+                if isinstance(leaf, Tensor):
+                    leaf.detach().copy_(values[node])
+        return self._calling.returned(list(leaves), *given)
 
 
 def _overwrites(node: fx.Node) -> bool:
