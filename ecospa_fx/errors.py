@@ -43,9 +43,9 @@ class PassError(EcospaError):
 
 
 def warn_caller(message: str) -> None:
-    """Warn once, at the line outside of this library that called it."""
+    """Warn once, at the line outside of this library, and of torch on the way to it, that called it."""
     level, frame = 2, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in {__package__, "torch"}:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, stacklevel=level)
 

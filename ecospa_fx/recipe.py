@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -15,7 +14,7 @@ from ecospa_fx.budget.allocate import choose
 from ecospa_fx.budget.allocate import plan as make_plan
 from ecospa_fx.budget.measured import Sensitivity
 from ecospa_fx.coupling.couplings import Coupling, Couplings
-from ecospa_fx.errors import PlanError, ScoreError
+from ecospa_fx.errors import PlanError, ScoreError, warn_caller
 from ecospa_fx.graph.evaluate import Evaluator
 from ecospa_fx.graph.program import ExportedForm
 from ecospa_fx.graph.quick import quick
@@ -286,10 +285,9 @@ def _reached(couplings: Couplings, idle: Sequence[str]) -> Couplings:
     if not idle:
         return couplings
     told = ", ".join(idle[:4]) + (f" and {len(idle) - 4} more" if len(idle) > 4 else "")
-    warnings.warn(
+    warn_caller(
         f"the calibration data never reaches {told}, which therefore stay whole; the ratio counts the other couplings: "
-        "calibrate with more or other data",
-        stacklevel=2,
+        "calibrate with more or other data"
     )
     left = couplings.select(predicate=lambda c: c.name not in idle)
     if not left.offered:

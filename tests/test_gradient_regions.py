@@ -177,3 +177,38 @@ def test_what_tracing_replaces_is_put_back() -> None:
         eco.detect(nn.Linear(2, 2), (torch.ones(3, 5),))
     assert torch.inference_mode.__enter__ is mode
     assert torch.autograd.Function.__dict__.get("apply") is function
+
+
+@torch.library.custom_op("ecospagradients::tripled", mutates_args=())
+def tripled(x: Tensor) -> Tensor:
+    return x * 3
+
+
+@tripled.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+tripled.register_autograd(lambda ctx, gradient: gradient * 3)
+
+
+class Operator(nn.Module):
+    """An operator of the user's, which has a backward of its own, after an FFN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.after = Ffn(), Ffn()
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.after(torch.ops.ecospagradients.tripled(self.before(x)))
+        return result
+
+
+def test_operators_with_a_backward_of_their_own_keep_it() -> None:
+    model, args = Operator().double().eval(), (torch.randn(2, 4, dtype=torch.float64),)
+    plan = eco.plan(eco.detect(model, args), ratio=0.5, scores="random")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        small = eco.shrink(model, plan, args)
+    assert learns(small, args) == learns(model, args)
+    assert masked_error(model, small, plan, args) < 1e-12

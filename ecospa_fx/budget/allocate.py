@@ -8,7 +8,6 @@ Allocation merges the rungs of all ladders into one order and cuts it where the 
 
 from __future__ import annotations
 
-import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -34,7 +33,7 @@ from ecospa_fx.budget.settings import RATIO, PlanSettings
 from ecospa_fx.budget.spending import Flops, Parameters, Spending
 from ecospa_fx.coupling.choice import choosable, named, shares
 from ecospa_fx.coupling.couplings import Coupling, Couplings, check_couplings
-from ecospa_fx.errors import PlanError
+from ecospa_fx.errors import PlanError, warn_caller
 from ecospa_fx.importance.score import magnitudes
 from ecospa_fx.importance.scores import Given, given_scores
 from ecospa_fx.importance.sensitivity import Curves
@@ -90,10 +89,9 @@ def _meant(scores: Given | None) -> Given:
     """The scores, with a warning at the user's line where there are none."""
     if scores is not None:
         return scores
-    warnings.warn(
+    warn_caller(
         "plan() has no scores=, so that units go by their magnitude, which costs most quality by far: pass what "
-        "ecospa_fx.score returned, or scores='magnitude' where that is meant",
-        stacklevel=3,
+        "ecospa_fx.score returned, or scores='magnitude' where that is meant"
     )
     return "magnitude"
 

@@ -6,7 +6,6 @@ with a backward of its own runs without gradients, and ends that.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -17,6 +16,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils import _pytree as pytree
+
+from ecospa_fx.errors import warn_caller
 
 
 @contextmanager
@@ -44,7 +45,8 @@ def gradient_modes_recorded(functions: dict[str, None]) -> Iterator[None]:
 
     def apply(kind: Any, *args: Any, **kwargs: Any) -> Any:
         tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        of_operator = kind.__module__.startswith("torch._library.")  # the graph holds the operator, and so its backward
+        if not of_operator and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             functions.setdefault(f"{kind.__module__}.{kind.__qualname__}")
         result = original.__func__(kind, *args, **kwargs)
         torch.set_grad_enabled(torch.is_grad_enabled())  # its forward may have said otherwise last
@@ -61,8 +63,7 @@ def gradient_modes_recorded(functions: dict[str, None]) -> Iterator[None]:
 def warn_of_custom_functions(names: Collection[str]) -> None:
     """Say that gradients through custom functions are not those of the original."""
     if names:
-        warnings.warn(
+        warn_caller(
             f"the model calls {', '.join(names)}, whose own backward is not part of a graph: the smaller "
-            "model computes the same, but gradients there are those of its forward, and none where that runs without",
-            stacklevel=2,
+            "model computes the same, but gradients there are those of its forward, and none where that runs without"
         )

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ecospa_fx.errors import warn_caller
 from ecospa_fx.graph.evaluate import Evaluator
 from ecospa_fx.importance.losses import Batch, Loss, NormalisedLoss, times
 from ecospa_fx.importance.separable import Comparison, Output, closed_again, open_tensors
@@ -66,15 +67,14 @@ class Splitter:
     def left_out(self, number: int) -> None:
         """Say that a sample of batch `number` has no finite loss, though the batch may have."""
         if not self._told_empty:
-            warnings.warn(
-                f"a sample of batch {number} is left out because its own loss is not finite: check that it has labels",
-                stacklevel=3,
+            warn_caller(
+                f"a sample of batch {number} is left out because its own loss is not finite: check that it has labels"
             )
         self._told_empty = True
 
     def _warn(self, told: str) -> None:
         if not self._told:
-            warnings.warn(f"{told}: where it holds several, pass each as a batch of its own", stacklevel=4)
+            warn_caller(f"{told}: where it holds several, pass each as a batch of its own")
         self._told = True
 
     def _is_finite(self, part: Batch) -> bool:

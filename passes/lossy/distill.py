@@ -7,7 +7,6 @@ squares layer by layer cannot see that the errors of several layers add up; this
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx, nn
 
-from ecospa_fx.errors import ScoreError
+from ecospa_fx.errors import ScoreError, warn_caller
 from ecospa_fx.graph.evaluate import Evaluator, Values
 from ecospa_fx.graph.quick import quick, quick_products
 from ecospa_fx.importance.losses import Batch, Loss, NormalisedLoss, Slopes, leaves_of, slopes_of
@@ -184,10 +183,9 @@ class _Pair:
         way, least = _best_way(cost, before.value)
         go(way)
         if negative and way == 0:
-            warnings.warn(
+            warn_caller(
                 "the loss is not convex in what the model returns, so that it led away from the dense model's answers, "
-                "and distillation is left out",
-                stacklevel=2,
+                "and distillation is left out"
             )
         return least
 
@@ -242,11 +240,10 @@ def _is_told(dense: Evaluator, small: Evaluator, batches: Sequence[Batch], loss:
             if not _equal(*(slopes_of(loss, answer, batch) for answer in answers)):
                 return True
     if differ:
-        warnings.warn(
+        warn_caller(
             "the loss is linear in what the model returns, so it does not tell how far two outputs are apart, and "
             "distillation is left out: compute the loss from the model's predictions (its logits), not from a loss "
-            "that it returns",
-            stacklevel=2,
+            "that it returns"
         )
     return False
 
