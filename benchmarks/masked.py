@@ -18,25 +18,25 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import ecospa_fx as eco
-from ecospa_fx.budget.elements import removed_elements
-from ecospa_fx.coupling.couplings import Coupling
-from ecospa_fx.graph.capture import captures
-from ecospa_fx.graph.evaluate import Evaluator
-from ecospa_fx.graph.sites import Site, find_sites
-from ecospa_fx.importance.compensated import Compensated
+from ecospa_fx.capture.export import captures
+from ecospa_fx.coupling.types import Coupling
+from ecospa_fx.coupling.unit_elements import removed_elements
+from ecospa_fx.importance.compensation import Compensated
 from ecospa_fx.importance.curvature import Collector, Curvature
-from ecospa_fx.importance.matrices import regular_inverse
+from ecospa_fx.importance.linalg import regular_inverse
+from ecospa_fx.importance.linear_views import Views, views_of
 from ecospa_fx.importance.second_order import unit_scores
-from ecospa_fx.importance.views import Views, views_of
+from ecospa_fx.ir.linears import Site, find_sites
 from ecospa_fx.passes.lossy.change_basis import ChangeBasis, balanced, turn_factors, turn_values
 from ecospa_fx.plan import Plan, Selection
+from ecospa_fx.runtime.interpreter import Evaluator
 from ecospa_fx.training.allocation import allocate, bounds
-from ecospa_fx.training.cut import cuts_between
-from ecospa_fx.training.narrow import narrowed
-from ecospa_fx.training.running import RunningScores
+from ecospa_fx.training.moving_scores import RunningScores
+from ecospa_fx.training.optimizer_basis import turn_gradient
+from ecospa_fx.training.remaining_couplings import narrowed
 from ecospa_fx.training.second_order import LOOKS
 from ecospa_fx.training.settings import Settings, chosen
-from ecospa_fx.training.turning import turn_gradient
+from ecospa_fx.training.tensor_cuts import cuts_between
 
 Compensation = Literal["none", "solve", "full"]
 

@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM
 
 from ecospa_fx.api import scored
 from ecospa_fx.budget.allocate import plan
-from ecospa_fx.coupling.couplings import Couplings
+from ecospa_fx.coupling.types import Couplings
 from ecospa_fx.importance.score import Batch, score
 from ecospa_fx.importance.scores import Scores
 from ecospa_fx.verify import masked

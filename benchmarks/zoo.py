@@ -32,9 +32,9 @@ from tabulate import tabulate
 from torch.utils import _pytree as pytree
 
 import ecospa_fx as eco
-from ecospa_fx.graph.attempts import attempts, takes_one
-from ecospa_fx.graph.objects import opened
-from ecospa_fx.graph.seen import seen
+from ecospa_fx.capture.attempts import attempts, takes_one
+from ecospa_fx.capture.export_view import seen
+from ecospa_fx.ir.pytrees import opened
 from ecospa_fx.verify import masked_error
 
 HERE = Path(__file__).resolve().parent

@@ -1,31 +1,55 @@
-"""Structured compression of any transformer: coupled weight pairs found by dataflow analysis, removed exactly."""
+"""Structured compression of any transformer: coupled weight pairs found by dataflow analysis, removed exactly.
+
+The public names are imported when they are first asked for, so that importing this package loads no pass. What they are
+stands in ``__init__.pyi``, for editors and type checkers.
+"""
 
 from importlib import import_module
 
-from ecospa_fx.api import compress as compress
-from ecospa_fx.api import detect as detect
-from ecospa_fx.api import shrink as shrink
-from ecospa_fx.axes.registry import axis_rule as axis_rule
-from ecospa_fx.budget.allocate import plan as plan
-from ecospa_fx.compiling import backend as backend
-from ecospa_fx.importance.score import score as score
-from ecospa_fx.importance.scores import Scores as Scores
-from ecospa_fx.inplace.shrink import shrink_ as shrink_
-from ecospa_fx.plan import Plan as Plan
-from ecospa_fx.plan import Selection as Selection
-from ecospa_fx.storage import load as load
-from ecospa_fx.storage import save as save
-from ecospa_fx.training.schedule import AtStart as AtStart
-from ecospa_fx.training.schedule import Constant as Constant
-from ecospa_fx.training.schedule import Cubic as Cubic
-from ecospa_fx.training.schedule import Linear as Linear
-from ecospa_fx.training.schedule import OneShot as OneShot
-from ecospa_fx.training.sparse import SparseTraining as SparseTraining
 from ecospa_fx.version import __version__ as __version__
+
+_MODULES = {
+    "AtStart": "training.schedule",
+    "Constant": "training.schedule",
+    "Cubic": "training.schedule",
+    "Linear": "training.schedule",
+    "OneShot": "training.schedule",
+    "Plan": "plan",
+    "Scores": "importance.scores",
+    "Selection": "plan",
+    "SparseTraining": "training.sparse",
+    "axis_rule": "axes.registry",
+    "backend": "torch_compile",
+    "compress": "api",
+    "detect": "api",
+    "load": "storage.models",
+    "plan": "budget.allocate",
+    "save": "storage.models",
+    "score": "importance.score",
+    "shrink": "api",
+    "shrink_": "inplace.shrink",
+}
+"""Where each public name is defined."""
+
+
+# Imported now, because importing a submodule puts it into the package, where the verb of the same name has to be.
+import_module("ecospa_fx.plan")
+del globals()["plan"]
 
 
 def __getattr__(name: str) -> object:
-    """``ecospa_fx.passes`` is imported when it is first asked for."""
-    if name == "passes":
-        return import_module("ecospa_fx.passes")
+    """A public name, or a module of the package, which is imported first."""
+    if name in _MODULES:
+        globals()[name] = value = getattr(import_module(f"ecospa_fx.{_MODULES[name]}"), name)
+        return value
+    path = f"ecospa_fx.{name}"
+    try:
+        return import_module(path)
+    except ModuleNotFoundError as error:
+        if error.name != path:
+            raise
     raise AttributeError(f"module 'ecospa_fx' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

@@ -10,23 +10,23 @@ import torch
 from torch import Tensor, nn
 
 from ecospa_fx.budget.allocate import plan as make_plan
+from ecospa_fx.capture.export import capture, captures
+from ecospa_fx.checks import CompressOptions, check_data, check_options, check_whole
 from ecospa_fx.compression import Compression
 from ecospa_fx.coupling.choice import choosable
-from ecospa_fx.coupling.couplings import Couplings, check_couplings
-from ecospa_fx.coupling.find import check_allow, detected
+from ecospa_fx.coupling.detection import check_allow, detected
+from ecospa_fx.coupling.types import Couplings, check_couplings
 from ecospa_fx.errors import PlanError, ScoreError
-from ecospa_fx.fitted import first_fit, shrunk
-from ecospa_fx.graph.capture import capture, captures
-from ecospa_fx.graph.looking import leaves_untouched
-from ecospa_fx.graph.owned import owned
-from ecospa_fx.graph.passes import Pass, run_passes
-from ecospa_fx.graph.restore import restore
 from ecospa_fx.importance.score import Batch, Loss, score_samples, splitter_of
 from ecospa_fx.importance.scores import Given, Scores
-from ecospa_fx.options import CompressOptions, check_data, check_options, check_whole
+from ecospa_fx.ir.passes import Pass, run_passes
 from ecospa_fx.origin import origin, remember
 from ecospa_fx.plan import Plan
 from ecospa_fx.recipe import SECOND_ORDER, Task, checked, compress_program
+from ecospa_fx.rewrite import first_fit, shrunk
+from ecospa_fx.runtime.guards import leaves_untouched
+from ecospa_fx.runtime.lift_parameters import owned
+from ecospa_fx.runtime.restore import restore
 from ecospa_fx.trace_check import compared
 from ecospa_fx.verify import masked
 

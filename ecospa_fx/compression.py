@@ -7,10 +7,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ecospa_fx.budget.settings import RATIO, PlanSettings
+from ecospa_fx.checks import check_flag, check_whole
 from ecospa_fx.errors import OptionError, PlanError, ScoreError
 from ecospa_fx.importance.methods import method_named
 from ecospa_fx.importance.scores import Scores
-from ecospa_fx.options import check_flag, check_whole
 from ecospa_fx.recipe import SECOND_ORDER, Recipe
 
 SHARED = ("allocation", "progress")

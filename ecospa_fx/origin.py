@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 
 from ecospa_fx.errors import PlanError
-from ecospa_fx.graph.wrappers import unwrapped
-from ecospa_fx.inputs import described
+from ecospa_fx.example_inputs import described
 from ecospa_fx.plan import Plan
+from ecospa_fx.wrappers import unwrapped
 
 ATTRIBUTE = "ecospa_origin"
 

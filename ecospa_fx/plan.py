@@ -17,13 +17,13 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from ecospa_fx.budget import elements
+from ecospa_fx.coupling import unit_elements
 from ecospa_fx.coupling.choice import near_names
-from ecospa_fx.coupling.couplings import Coupling, Couplings, Member, check_couplings, parameter_shapes
 from ecospa_fx.coupling.masks import check_mask, keep_mask
 from ecospa_fx.coupling.members import check_member, shape_told
+from ecospa_fx.coupling.types import Coupling, Couplings, Member, check_couplings, parameter_shapes
 from ecospa_fx.errors import PlanError
-from ecospa_fx.graph.wrappers import unwrapped
+from ecospa_fx.wrappers import unwrapped
 
 FORMAT = "ecospa-fx-plan"
 VERSION = 1
@@ -183,9 +183,9 @@ class Plan:
                     f"plan and {shape_told(have.get(name))} in the model; detect and plan again on this one"
                 )
 
-    def factors(self) -> dict[str, elements.Factors]:
-        """Kept positions per axis of every parameter that loses elements; see `ecospa_fx.budget.elements`."""
-        return elements.keep_factors(dict(self.shapes), self._removals(self.selections))
+    def factors(self) -> dict[str, unit_elements.Factors]:
+        """Kept positions per axis of every parameter that loses elements; see `ecospa_fx.coupling.unit_elements`."""
+        return unit_elements.keep_factors(dict(self.shapes), self._removals(self.selections))
 
     def masks(self, model: nn.Module) -> dict[str, Tensor]:
         """BoolTensor of the dense shape, True where an element stays, for every parameter that loses elements.
@@ -198,7 +198,7 @@ class Plan:
         found = {}
         for name, factors in self.factors().items():
             weight = parameters[name]
-            found[name] = elements.mask(weight.shape, factors, None if weight.is_meta else weight.device)
+            found[name] = unit_elements.mask(weight.shape, factors, None if weight.is_meta else weight.device)
         return found
 
     @property
@@ -219,16 +219,16 @@ class Plan:
     @property
     def removed_parameters(self) -> int:
         """Elements that go, each counted once."""
-        return elements.removed_elements(dict(self.shapes), self._removals(self.selections))
+        return unit_elements.removed_elements(dict(self.shapes), self._removals(self.selections))
 
     @property
     def coupled_parameters(self) -> int:
         """Elements that the selected couplings hold, each counted once."""
         whole = [(s.members, torch.ones(s.carriers, s.size, dtype=torch.bool)) for s in self.selections]
-        return elements.removed_elements(dict(self.shapes), whole)
+        return unit_elements.removed_elements(dict(self.shapes), whole)
 
     @staticmethod
-    def _removals(selections: Iterable[Selection]) -> Iterator[elements.Removal]:
+    def _removals(selections: Iterable[Selection]) -> Iterator[unit_elements.Removal]:
         return ((s.members, s.removed) for s in selections)
 
     # -- printing ----------------------------------------------------------------------------------------------
@@ -245,7 +245,7 @@ class Plan:
                 s.layer,
                 s.kind + (" (inexact)" if s.inexact else "") + (" (narrower cache)" if s.resized else ""),
                 _width(s),
-                f"{elements.removed_elements(shapes, self._removals([s])):,}",
+                f"{unit_elements.removed_elements(shapes, self._removals([s])):,}",
             ]
             for s in self.selections
         ]

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict
 from typing import cast, get_args
 
-from ecospa_fx.coupling.couplings import Box, Member, Role
+from ecospa_fx.coupling.types import Box, Member, Role
 from ecospa_fx.errors import PlanError
 from ecospa_fx.plan import FORMAT, VERSION, Plan, Selection
 

@@ -12,24 +12,24 @@ from torch import Tensor, nn
 
 from ecospa_fx.budget.allocate import choose
 from ecospa_fx.budget.allocate import plan as make_plan
-from ecospa_fx.budget.measured import Sensitivity
-from ecospa_fx.coupling.couplings import Coupling, Couplings
+from ecospa_fx.checks import check_data, check_flag, check_share, check_whole, is_number
+from ecospa_fx.coupling.types import Coupling, Couplings
 from ecospa_fx.errors import PlanError, ScoreError, warn_caller
-from ecospa_fx.graph.evaluate import Evaluator
-from ecospa_fx.graph.program import ExportedForm
-from ecospa_fx.graph.quick import quick
-from ecospa_fx.graph.sites import Site, find_sites
-from ecospa_fx.importance.compensated import Compensated
+from ecospa_fx.importance.compensation import Compensated
 from ecospa_fx.importance.curvature import Collector, Curvature
+from ecospa_fx.importance.linear_views import Views, views_of
 from ecospa_fx.importance.losses import Batch, Loss, check_slope
-from ecospa_fx.importance.progress import watched
 from ecospa_fx.importance.samples import grouped, samples_of
 from ecospa_fx.importance.score import arguments
 from ecospa_fx.importance.scores import Scores, given_scores
 from ecospa_fx.importance.second_order import unit_scores, without_traffic
-from ecospa_fx.importance.views import Views, views_of
-from ecospa_fx.options import check_data, check_flag, check_share, check_whole, is_number
+from ecospa_fx.ir.linears import Site, find_sites
+from ecospa_fx.ir.program import ExportedForm
 from ecospa_fx.plan import Plan
+from ecospa_fx.progress import watched
+from ecospa_fx.runtime.bfloat16 import quick
+from ecospa_fx.runtime.interpreter import Evaluator
+from ecospa_fx.sensitivity_search import Sensitivity
 
 Item = TypeVar("Item")
 
@@ -169,8 +169,8 @@ def compress_program(program: ExportedForm, task: Task, ratio: float, recipe: Re
     planning: further options of `plan`. The model itself is not changed. Raises PlanError where the plan does not fit
     the program, ScoreError and InputError for data that tells nothing or does not fit.
     """
-    from ecospa_fx.passes.lossy.distill import Distill
-    from ecospa_fx.passes.lossy.mix import filled
+    from ecospa_fx.distillation.distill import Distill
+    from ecospa_fx.distillation.token_mixing import filled
     from ecospa_fx.passes.lossy.reconstruct import Reconstruct
     from ecospa_fx.passes.shrink_couplings import shrink_program
 
@@ -209,7 +209,7 @@ def _at_once(curvature: Curvature | None, samples: int) -> int:
 
 def _check_loss(dense: Evaluator, task: Task, *, distilled: bool) -> None:
     """Raise ScoreError, before anything slow, for a loss that tells nothing at the dense model."""
-    from ecospa_fx.passes.lossy.divergence import answer_of, check_convex
+    from ecospa_fx.distillation.divergence import answer_of, check_convex
 
     weights = dense.weights()
     with torch.no_grad():

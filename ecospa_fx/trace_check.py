@@ -13,10 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from ecospa_fx.errors import warn_caller
-from ecospa_fx.graph.evaluate import Evaluator
-from ecospa_fx.graph.objects import copied, opened
-from ecospa_fx.graph.program import ExportedForm
+from ecospa_fx.ir.program import ExportedForm
+from ecospa_fx.ir.pytrees import copied, opened
 from ecospa_fx.relative_error import relative_error
+from ecospa_fx.runtime.interpreter import Evaluator
 from ecospa_fx.snapshot import untouched
 from ecospa_fx.verify import without_fast_path
 

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ecospa_fx.axes.kept import take
+from ecospa_fx.axes.narrowing import take
 from ecospa_fx.errors import warn_caller
-from ecospa_fx.graph.looking import leaves_untouched
-from ecospa_fx.graph.objects import copied, objects, opened
-from ecospa_fx.graph.owned import owned
-from ecospa_fx.graph.tracing import same_chance
-from ecospa_fx.graph.wrappers import unwrapped
+from ecospa_fx.ir.pytrees import copied, objects, opened
+from ecospa_fx.ir.tracing import same_chance
 from ecospa_fx.plan import Plan
 from ecospa_fx.relative_error import RelativeError, relative_error
+from ecospa_fx.runtime.guards import leaves_untouched
+from ecospa_fx.runtime.lift_parameters import owned
 from ecospa_fx.snapshot import exchange
+from ecospa_fx.wrappers import unwrapped
 
 HOOKS = "_backward_hooks", "_post_accumulate_grad_hooks"
 """Where torch keeps what is called with the gradients of a parameter."""

@@ -3,9 +3,9 @@
 if __name__ != "ecospa_fx.passes":
     raise ImportError("the folder passes/ is installed as ecospa_fx.passes; import it by that name")
 
-from ecospa_fx.graph.passes import Pass as Pass
-from ecospa_fx.graph.passes import PassResult as PassResult
-from ecospa_fx.graph.passes import run_passes as run_passes
+from ecospa_fx.ir.passes import Pass as Pass
+from ecospa_fx.ir.passes import PassResult as PassResult
+from ecospa_fx.ir.passes import run_passes as run_passes
 from ecospa_fx.passes.causal_attention import CausalAttention as CausalAttention
 from ecospa_fx.passes.equal_widths import EqualWidths as EqualWidths
 from ecospa_fx.passes.follow_mode import FollowMode as FollowMode

@@ -14,9 +14,9 @@ import torch
 from torch import fx
 
 from ecospa_fx.axes.flow import named_arguments
-from ecospa_fx.elements.call import shape_of
-from ecospa_fx.graph.edit import allow_other_strides, insert
-from ecospa_fx.graph.passes import PassResult
+from ecospa_fx.indexing.call import shape_of
+from ecospa_fx.ir.build import allow_other_strides, insert
+from ecospa_fx.ir.passes import PassResult
 
 aten = torch.ops.aten
 ATTENTION = aten.scaled_dot_product_attention.default

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from ecospa_fx.graph.modes import follow_notes, note_dropout
-from ecospa_fx.graph.passes import PassResult
+from ecospa_fx.ir.modes import follow_notes, note_dropout
+from ecospa_fx.ir.passes import PassResult
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,12 +15,12 @@ import torch
 from torch import fx
 
 from ecospa_fx.axes.flow import named_arguments
-from ecospa_fx.elements.call import shape_of
-from ecospa_fx.elements.evaluate import Elements
-from ecospa_fx.elements.values import Value, position
-from ecospa_fx.graph.edit import allow_other_strides
-from ecospa_fx.graph.memory import bases, written
-from ecospa_fx.graph.passes import PassResult
+from ecospa_fx.indexing.call import shape_of
+from ecospa_fx.indexing.evaluate import Elements
+from ecospa_fx.indexing.values import Value, position
+from ecospa_fx.ir.alias import bases, written
+from ecospa_fx.ir.build import allow_other_strides
+from ecospa_fx.ir.passes import PassResult
 
 ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 

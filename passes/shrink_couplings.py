@@ -15,20 +15,20 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
+from ecospa_fx.axes.findings import Gather, several
 from ecospa_fx.axes.flow import Flow, named_arguments, operator_name
-from ecospa_fx.axes.kept import Choice, Kept, cut_of, take
-from ecospa_fx.axes.record import Gather, several
+from ecospa_fx.axes.narrowing import Choice, Kept, cut_of, take
 from ecospa_fx.axes.resize import Resize, find_resize
-from ecospa_fx.coupling.couplings import Member
-from ecospa_fx.coupling.find import Found, find_couplings
+from ecospa_fx.coupling.detection import Found, find_couplings
+from ecospa_fx.coupling.types import Member
 from ecospa_fx.errors import PlanError
-from ecospa_fx.graph.edit import evaluate, inherit, layout
-from ecospa_fx.graph.example_values import ExampleValues
-from ecospa_fx.graph.passes import PassResult
-from ecospa_fx.graph.program import AttributeForm, Program
-from ecospa_fx.graph.ragged import store_ragged
-from ecospa_fx.graph.tracing import one_at_a_time
-from ecospa_fx.graph.where import module_of
+from ecospa_fx.ir.build import evaluate, inherit, layout
+from ecospa_fx.ir.passes import PassResult
+from ecospa_fx.ir.program import AttributeForm, Program
+from ecospa_fx.ir.provenance import module_of
+from ecospa_fx.ir.tracing import one_at_a_time
+from ecospa_fx.passes.example_values import ExampleValues
+from ecospa_fx.passes.ragged_parameters import store_ragged
 from ecospa_fx.plan import Plan, Selection
 
 aten = torch.ops.aten

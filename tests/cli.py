@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from ecospa_fx.cli import main
+from ecospa_fx.cli.main import main
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")

@@ -11,13 +11,13 @@ from torch.nn.functional import cross_entropy
 
 import ecospa_fx as eco
 from ecospa_fx.budget.allocate import choose
-from ecospa_fx.graph.capture import capture
-from ecospa_fx.graph.evaluate import Evaluator
-from ecospa_fx.graph.program import ExportedForm
-from ecospa_fx.graph.sites import find_sites
+from ecospa_fx.capture.export import capture
+from ecospa_fx.importance.linear_views import Views, views_of
 from ecospa_fx.importance.score import Batch
-from ecospa_fx.importance.views import Views, views_of
+from ecospa_fx.ir.linears import find_sites
+from ecospa_fx.ir.program import ExportedForm
 from ecospa_fx.passes.shrink_couplings import shrink_program
+from ecospa_fx.runtime.interpreter import Evaluator
 
 VOCABULARY = 29
 

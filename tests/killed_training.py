@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 import ecospa_fx as eco
-from ecospa_fx.training import surgery
-from ecospa_fx.training.cut import Cut
+from ecospa_fx.training import optimizer_surgery
+from ecospa_fx.training.tensor_cuts import Cut
 
 STEPS = 14
 
@@ -47,7 +47,7 @@ def built() -> tuple[eco.SparseTraining, torch.optim.AdamW]:
 
 def kill_at_second_parameter() -> None:
     """Let the second parameter that is cut be the last thing that this process does."""
-    narrow, cut, module = surgery.narrow, [], cast(Any, surgery)
+    narrow, cut, module = optimizer_surgery.narrow, [], cast(Any, optimizer_surgery)
 
     def killing(tensor: torch.Tensor, how: Cut) -> None:
         cut.append(how)

@@ -18,11 +18,11 @@ from torch import Tensor, fx, nn
 import ecospa_fx as eco
 from ecospa_fx.axes.call import Value
 from ecospa_fx.axes.flow import Flow, flow, named_arguments, operator_name
-from ecospa_fx.axes.kept import Choice, Kept, cut_of, take
+from ecospa_fx.axes.narrowing import Choice, Kept, cut_of, take
 from ecospa_fx.axes.resize import Resize, find_resize
-from ecospa_fx.coupling.couplings import Couplings
-from ecospa_fx.graph.capture import capture
-from ecospa_fx.graph.program import ExportedForm
+from ecospa_fx.capture.export import capture
+from ecospa_fx.coupling.types import Couplings
+from ecospa_fx.ir.program import ExportedForm
 from ecospa_fx.verify import masked_error
 
 EXACT = 1e-9

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from ecospa_fx.axes.algebra import Axis, Dims, Misaligned, Origin, Piece
+from ecospa_fx.axes.dims import Axis, Dims, Misaligned, Origin, Piece
 
 P, S, B = Origin.PARAMETER, Origin.STORED, Origin.BLANK
 Label = tuple[tuple[int, int], ...]

@@ -13,7 +13,7 @@ from torch import nn
 import ecospa_fx as eco
 from ecospa_fx.budget import alignment
 from ecospa_fx.budget.alignment import liked
-from ecospa_fx.coupling.couplings import Box, Coupling, Member
+from ecospa_fx.coupling.types import Box, Coupling, Member
 from ecospa_fx.errors import PlanError, TrainingError
 from ecospa_fx.plan import Plan
 from tests.hugging import tiny

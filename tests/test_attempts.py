@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import ecospa_fx as eco
-from ecospa_fx.graph import capture as capturing
-from ecospa_fx.graph.attempts import TimeLimit, TooSlow, attempts
+from ecospa_fx.capture import export as capturing
+from ecospa_fx.capture.attempts import TimeLimit, TooSlow, attempts
 from ecospa_fx.verify import masked_error
 
 

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ecospa_fx.budget import elements
 from ecospa_fx.budget.allocate import plan
-from ecospa_fx.coupling.couplings import Couplings, Member
+from ecospa_fx.coupling import unit_elements
+from ecospa_fx.coupling.types import Couplings, Member
 from ecospa_fx.errors import PlanError, ScoreError
 from ecospa_fx.importance.scores import Scores
 from ecospa_fx.plan import Plan
@@ -26,7 +26,7 @@ COUPLINGS = tiny_couplings(MODEL)
 DIMS = tiny_couplings(MODEL, heads=False)
 
 
-def by_position(removals: Sequence[elements.Removal]) -> dict[str, Tensor]:
+def by_position(removals: Sequence[unit_elements.Removal]) -> dict[str, Tensor]:
     """Masks written one position at a time."""
     masks = {n: torch.ones(p.shape, dtype=torch.bool) for n, p in MODEL.named_parameters()}
     for members, gone in removals:
@@ -61,28 +61,28 @@ removals = st.lists(
 
 @settings(max_examples=60, deadline=None)
 @given(removals)
-def test_masks_and_counts_agree_with_single_positions(chosen: list[elements.Removal]) -> None:
-    want, factors = by_position(chosen), elements.keep_factors(COUPLINGS.shapes, chosen)
+def test_masks_and_counts_agree_with_single_positions(chosen: list[unit_elements.Removal]) -> None:
+    want, factors = by_position(chosen), unit_elements.keep_factors(COUPLINGS.shapes, chosen)
     for name, shape in COUPLINGS.shapes.items():
-        mask = elements.mask(shape, factors.get(name, {}))
+        mask = unit_elements.mask(shape, factors.get(name, {}))
         assert torch.equal(mask, want[name])
-        assert elements.kept_elements(shape, factors.get(name, {})) == int(mask.sum())
-    assert elements.removed_elements(COUPLINGS.shapes, chosen) == sum(int((~m).sum()) for m in want.values())
+        assert unit_elements.kept_elements(shape, factors.get(name, {})) == int(mask.sum())
+    assert unit_elements.removed_elements(COUPLINGS.shapes, chosen) == sum(int((~m).sum()) for m in want.values())
 
 
 def test_the_hand_written_parameter_counts_are_right() -> None:
     for c in COUPLINGS.offered:
         whole = [(c.members, torch.ones(c.carriers, c.size, dtype=torch.bool))]
-        assert elements.removed_elements(COUPLINGS.shapes, whole) == c.parameters
+        assert unit_elements.removed_elements(COUPLINGS.shapes, whole) == c.parameters
 
 
 def test_a_carrier_axis_after_the_units_axis() -> None:
     """Two experts along the last axis; the second loses its first unit."""
     shapes, gone = {"w": (3, 5, 2)}, torch.tensor([[False] * 3, [True, False, False]])
-    factors = elements.keep_factors(shapes, [([Member("w", 0, "producer", 2, (box(),), 2, 3)], gone)])
-    mask = elements.mask(shapes["w"], factors["w"])
+    factors = unit_elements.keep_factors(shapes, [([Member("w", 0, "producer", 2, (box(),), 2, 3)], gone)])
+    mask = unit_elements.mask(shapes["w"], factors["w"])
     assert (~mask).nonzero()[:, [0, 2]].unique(dim=0).tolist() == [[0, 1]]  # type: ignore[no-untyped-call]
-    assert elements.kept_elements(shapes["w"], factors["w"]) == 30 - 5
+    assert unit_elements.kept_elements(shapes["w"], factors["w"]) == 30 - 5
 
 
 # -- what a plan removes -------------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ecospa_fx as eco
+from ecospa_fx.coupling.report import couplings_json, explain
 from ecospa_fx.errors import InputError, PlanError
-from ecospa_fx.report import couplings_json, explain
 from ecospa_fx.verify import masked, masked_error, narrowed
 
 transformers = pytest.importorskip("transformers")

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ecospa_fx import cli, text
-from ecospa_fx.cli import main
+from ecospa_fx.cli import main as cli
+from ecospa_fx.cli import text
+from ecospa_fx.cli.main import main
 from tests.cli import Capture, prose, refused, tiny_config
 
 transformers = pytest.importorskip("transformers")

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from ecospa_fx import cli, text
-from ecospa_fx.cli import main
+from ecospa_fx.cli import main as cli
+from ecospa_fx.cli import text
+from ecospa_fx.cli.main import main
 from ecospa_fx.plan import Plan
-from ecospa_fx.storage import load
+from ecospa_fx.storage.models import load
 from tests.cli import Capture, compress_arguments, prose, refused
 
 transformers = pytest.importorskip("transformers")

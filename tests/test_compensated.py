@@ -12,13 +12,13 @@ from torch.nn.functional import linear
 
 import ecospa_fx as eco
 from ecospa_fx.budget.allocate import choose
-from ecospa_fx.graph.capture import capture
-from ecospa_fx.graph.evaluate import Evaluator
-from ecospa_fx.graph.sites import find_sites
-from ecospa_fx.importance.compensated import Compensated
+from ecospa_fx.capture.export import capture
+from ecospa_fx.importance.compensation import Compensated
 from ecospa_fx.importance.curvature import Collector
+from ecospa_fx.importance.linear_views import views_of
 from ecospa_fx.importance.score import Batch
-from ecospa_fx.importance.views import views_of
+from ecospa_fx.ir.linears import find_sites
+from ecospa_fx.runtime.interpreter import Evaluator
 
 
 class Layers(nn.Module):

@@ -13,7 +13,7 @@ from torch.library import custom_op
 import ecospa_fx as eco
 from ecospa_fx.axes import registry
 from ecospa_fx.axes.call import Call, Value
-from ecospa_fx.coupling.couplings import Refusal
+from ecospa_fx.coupling.types import Refusal
 from ecospa_fx.errors import PlanError
 from ecospa_fx.verify import masked_error
 

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
 
 import ecospa_fx as eco
+from ecospa_fx.distillation import distill
+from ecospa_fx.distillation.distill import Distill
+from ecospa_fx.distillation.divergence import divergence
 from ecospa_fx.errors import ScoreError
-from ecospa_fx.graph.evaluate import Evaluator
 from ecospa_fx.importance.curvature import Collector
 from ecospa_fx.importance.losses import Batch, Loss, slopes_of
-from ecospa_fx.passes.lossy import distill
-from ecospa_fx.passes.lossy.distill import Distill
-from ecospa_fx.passes.lossy.divergence import divergence
 from ecospa_fx.passes.lossy.reconstruct import Reconstruct
+from ecospa_fx.runtime.interpreter import Evaluator
 from tests.counting import VOCABULARY, data, loss_of, pair
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ecospa_fx.elements.evaluate import Elements
-from ecospa_fx.elements.values import LARGEST, Values, all_of, at_least_zero, position
+from ecospa_fx.indexing.evaluate import Elements
+from ecospa_fx.indexing.values import LARGEST, Values, all_of, at_least_zero, position
 from ecospa_fx.passes import CLEANUP, CausalAttention, RemoveInert, run_passes
 from tests.attention import Masked, attention_arguments, inputs, traced
 

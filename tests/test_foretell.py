@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ecospa_fx.passes.lossy.foretell import Foretold
-from ecospa_fx.passes.lossy.mix import Mix, filled
+from ecospa_fx.distillation.teacher_samples import Foretold
+from ecospa_fx.distillation.token_mixing import Mix, filled
 
 CLASSES = 40
 

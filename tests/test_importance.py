@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ecospa_fx.coupling.couplings import Coupling, Couplings, Member
+from ecospa_fx.coupling.types import Coupling, Couplings, Member
 from ecospa_fx.errors import ScoreError
 from ecospa_fx.importance.methods import Method, method_named, register
-from ecospa_fx.importance.progress import line, watched
 from ecospa_fx.importance.score import magnitudes, score
+from ecospa_fx.progress import line, watched
 from tests.tiny import HIDDEN, Tiny, batches, loss, samples, tiny, tiny_couplings
 
 METHODS = ["taylor", "fisher", "gate-fisher"]

@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import ecospa_fx as eco
 from ecospa_fx.errors import PlanError
 from ecospa_fx.inplace.calls import varied
-from ecospa_fx.inplace.proof import Bench
+from ecospa_fx.inplace.equivalence import Bench
 from ecospa_fx.plan import Plan
 from tests.hugging import tiny
 from tests.inplace import assert_same, half, kept, largest, masked_twin, plan_of, state, uneven

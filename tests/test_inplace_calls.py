@@ -15,12 +15,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils import _pytree as pytree
 
 import ecospa_fx as eco
+from ecospa_fx.capture.export import capture
 from ecospa_fx.errors import PlanError
-from ecospa_fx.graph.capture import capture
-from ecospa_fx.graph.objects import opened
-from ecospa_fx.inplace import proof
+from ecospa_fx.inplace import equivalence
 from ecospa_fx.inplace.calls import Call, constant, others, shuffled, varied
-from ecospa_fx.inplace.proof import Bench, equal
+from ecospa_fx.inplace.equivalence import Bench, equal
+from ecospa_fx.ir.pytrees import opened
 from tests.inplace import half, largest, masked_twin, plan_of
 
 WIDTH, HEADS = 8, 2
@@ -254,7 +254,7 @@ def test_what_objects_hold_is_compared() -> None:
     """An edit that is wrong in an object alone is no edit."""
     model, x = Answers(lambda y: (y.new_ones(3), Answer(y))).double(), torch.randn(3, 16, dtype=torch.float64)
     bench = Bench(model, (x,), {})
-    reference = proof.Reference(tuple((call, bench.run(call)) for call in bench.calls), {})
+    reference = equivalence.Reference(tuple((call, bench.run(call)) for call in bench.calls), {})
     assert bench.equals(reference)
     with torch.no_grad():
         bench.model.get_parameter("down.bias")[3] += 1e-3

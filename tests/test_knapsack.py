@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ecospa_fx.budget import knapsack
-from ecospa_fx.budget.ladders import Bounds
-from ecospa_fx.budget.spending import Parameters
-from ecospa_fx.coupling.couplings import Box, Coupling
+from ecospa_fx.budget.cost import Parameters
+from ecospa_fx.budget.removal_order import Bounds
+from ecospa_fx.coupling.types import Box, Coupling
 from tests.tiny import tiny, tiny_couplings
 
 DIMS = tiny_couplings(tiny(), heads=False)

@@ -20,7 +20,7 @@ from ecospa_fx.importance.score import score
 from ecospa_fx.importance.sensitivity import Curves
 from ecospa_fx.origin import origin_of
 from ecospa_fx.plan import Plan
-from ecospa_fx.training.running import RunningScores
+from ecospa_fx.training.moving_scores import RunningScores
 from tests.counting import Tokens, data, looked_at, loss_of
 from tests.tiny import tiny, tiny_couplings
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ecospa_fx.importance.matrices import inverse, regular_inverse
-from ecospa_fx.importance.surgeon import gate_roots
+from ecospa_fx.importance.brain_surgeon import gate_roots
+from ecospa_fx.importance.linalg import inverse, regular_inverse
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ecospa_fx.passes.lossy.mix import Mix
+from ecospa_fx.distillation.token_mixing import Mix
 
 
 def ids(rows: int, positions: int, *more: int, seed: int) -> Tensor:

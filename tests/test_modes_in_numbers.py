@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import ecospa_fx as eco
-from ecospa_fx.graph import capture as capturing
+from ecospa_fx.capture import export as capturing
 from ecospa_fx.plan import Plan
 
 NOTHING = Plan((), ())

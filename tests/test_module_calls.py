@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 
 import ecospa_fx as eco
-from ecospa_fx.graph.edit import sync_users
-from ecospa_fx.graph.module_stacks import KEY, arrange_stacks, stack_between
+from ecospa_fx.ir.build import sync_users
+from ecospa_fx.ir.module_stacks import KEY, arrange_stacks, stack_between
 from ecospa_fx.verify import masked_error
 
 

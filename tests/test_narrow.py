@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 
 import ecospa_fx as eco
-from ecospa_fx.budget.elements import removed_elements
-from ecospa_fx.coupling.couplings import Coupling, parameter_shapes
+from ecospa_fx.coupling.types import Coupling, parameter_shapes
+from ecospa_fx.coupling.unit_elements import removed_elements
 from ecospa_fx.errors import TrainingError
-from ecospa_fx.importance.reduce import margin, margin_key, unit_sums
+from ecospa_fx.importance.unit_reduction import margin, margin_key, unit_sums
 from ecospa_fx.training.allocation import allocate, bounds
-from ecospa_fx.training.cut import cuts_between
-from ecospa_fx.training.narrow import disjoint, narrowed
-from ecospa_fx.training.running import RunningScores, _unit_sums
+from ecospa_fx.training.moving_scores import RunningScores, _unit_sums
+from ecospa_fx.training.optimizer_surgery import cut_all
+from ecospa_fx.training.remaining_couplings import disjoint, narrowed
 from ecospa_fx.training.schedule import AtStart, Constant, Cubic, Linear, OneShot, check_schedule, default_schedule
-from ecospa_fx.training.surgery import cut_all
+from ecospa_fx.training.tensor_cuts import cuts_between
 from tests.tiny import Tiny, batches, loss, samples, tiny, tiny_couplings
 
 

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 import ecospa_fx as eco
-from ecospa_fx.graph import quick as module
-from ecospa_fx.graph.capture import capture
-from ecospa_fx.graph.evaluate import Evaluator
-from ecospa_fx.graph.quick import FEW_ROWS, _Rounded, quick, quick_products
+from ecospa_fx.capture.export import capture
+from ecospa_fx.distillation.distill import Distill
 from ecospa_fx.importance.curvature import Collector
-from ecospa_fx.passes.lossy.distill import Distill
+from ecospa_fx.runtime import bfloat16 as module
+from ecospa_fx.runtime.bfloat16 import FEW_ROWS, _Rounded, quick, quick_products
+from ecospa_fx.runtime.interpreter import Evaluator
 from tests.counting import data, loss_of, mean_loss
 
 

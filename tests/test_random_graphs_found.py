@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ecospa_fx as eco
-from ecospa_fx.graph.capture import capture
+from ecospa_fx.capture.export import capture
 from ecospa_fx.plan import Plan, Selection
 from ecospa_fx.verify import masked_error
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from ecospa_fx import cli
 from ecospa_fx.axes import registry
+from ecospa_fx.cli import main as cli
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 import ecospa_fx as eco
 from ecospa_fx.errors import EcospaError, InputError, PlanError, ScoreError
-from ecospa_fx.graph import quick
 from ecospa_fx.importance.score import Batch
 from ecospa_fx.origin import origin_of
 from ecospa_fx.recipe import Recipe
+from ecospa_fx.runtime import bfloat16
 from tests.counting import VOCABULARY, Tokens, data, learnt, loss_of, mean_loss
 
 
@@ -149,8 +149,8 @@ class InPlace(nn.Module):
 
 @pytest.mark.parametrize("rounded", [False, True])
 def test_what_overwrites_is_compressed_like_what_does_not(rounded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quick, "_multiplies_bfloat16", lambda: rounded)
-    monkeypatch.setattr(quick, "FEW_ROWS", 0)
+    monkeypatch.setattr(bfloat16, "_multiplies_bfloat16", lambda: rounded)
+    monkeypatch.setattr(bfloat16, "FEW_ROWS", 0)
     batches: list[Batch] = [((torch.randn(8, 6),), {}) for _ in range(8)]
     found = [
         eco.compress(

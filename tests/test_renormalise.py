@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ecospa_fx as eco
+from ecospa_fx.coupling.report import couplings_json, explain
 from ecospa_fx.errors import InputError, PlanError
 from ecospa_fx.importance.score import Batch
 from ecospa_fx.origin import origin_of
-from ecospa_fx.report import couplings_json, explain
 from ecospa_fx.verify import masked_error
 
 HIDDEN, WIDTH = 6, 12

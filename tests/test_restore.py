@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 import ecospa_fx as eco
 from ecospa_fx.errors import InputError
-from ecospa_fx.graph.layer import GraphLayer
 from ecospa_fx.plan import Plan
+from ecospa_fx.runtime.layer import GraphLayer
 from tests.attention import CAUSAL
 
 HEADS, GROUPS, WIDTH, HIDDEN, FFN, DEPTH = 4, 2, 8, 16, 24, 3

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import ecospa_fx as eco
-from ecospa_fx.graph.objects import copied, difference, opened, put_together
+from ecospa_fx.ir.pytrees import copied, difference, opened, put_together
 from ecospa_fx.verify import masked, masked_error
 
 T = TypeVar("T")

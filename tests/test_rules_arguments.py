@@ -20,7 +20,7 @@ import ecospa_fx as eco
 from ecospa_fx.axes import registry
 from ecospa_fx.axes.call import Value
 from ecospa_fx.axes.flow import flow
-from ecospa_fx.graph.capture import capture
+from ecospa_fx.capture.export import capture
 from ecospa_fx.verify import masked_error
 from tests.oracle import OfParameters, Sandwich, check_exact, check_literal, check_rule, sandwich, tagged
 

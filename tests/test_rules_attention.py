@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as attend
 
 import ecospa_fx as eco
-from ecospa_fx.graph.layer import GraphLayer
+from ecospa_fx.runtime.layer import GraphLayer
 from tests.oracle import Case, check_exact, check_literal, check_rule, prepared, tagged
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ecospa_fx.axes import registry
-from ecospa_fx.axes.algebra import Dims
-from ecospa_fx.axes.kept import Kept
+from ecospa_fx.axes.dims import Dims
+from ecospa_fx.axes.narrowing import Kept
 from ecospa_fx.axes.resize import Resize, find_resize
 from tests.oracle import Case, check_exact, check_literal, check_rule, sandwich, tagged
 

@@ -13,19 +13,19 @@ from torch import Tensor, nn
 
 import ecospa_fx as eco
 from ecospa_fx.budget.allocate import choose
-from ecospa_fx.graph.capture import capture
-from ecospa_fx.graph.evaluate import Evaluator
-from ecospa_fx.graph.sites import Site, find_sites
+from ecospa_fx.capture.export import capture
+from ecospa_fx.importance.brain_surgeon import kept_gates, order_scores, remove_all
 from ecospa_fx.importance.curvature import Collector, Curvature
-from ecospa_fx.importance.matrices import damped, power
+from ecospa_fx.importance.linalg import damped, power
+from ecospa_fx.importance.linear_views import Views, views_of
 from ecospa_fx.importance.score import Batch
 from ecospa_fx.importance.second_order import unit_scores
-from ecospa_fx.importance.surgeon import kept_gates, order_scores, remove_all
-from ecospa_fx.importance.views import Views, views_of
+from ecospa_fx.ir.linears import Site, find_sites
 from ecospa_fx.passes.lossy import change_basis
 from ecospa_fx.passes.lossy.change_basis import ChangeBasis, turn_factors, turn_values
 from ecospa_fx.passes.lossy.reconstruct import Reconstruct
 from ecospa_fx.passes.shrink_couplings import shrink_program
+from ecospa_fx.runtime.interpreter import Evaluator
 from tests.counting import VOCABULARY, Tokens, data, looked_at, loss_of, pair
 
 # -- the surgeon -------------------------------------------------------------------------------------------------

@@ -14,10 +14,10 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 import ecospa_fx as eco
 from ecospa_fx.errors import TrainingError
-from ecospa_fx.importance.compensated import Compensated
+from ecospa_fx.importance.brain_surgeon import remove_all
+from ecospa_fx.importance.compensation import Compensated
+from ecospa_fx.importance.linear_views import sides_of
 from ecospa_fx.importance.score import Batch
-from ecospa_fx.importance.surgeon import remove_all
-from ecospa_fx.importance.views import sides_of
 from ecospa_fx.passes.lossy.reconstruct import Reconstruct
 
 VOCABULARY, WIDTH, HEADS, LENGTH = 13, 16, 2, 10

@@ -14,19 +14,19 @@ from torch import Tensor, nn
 
 import ecospa_fx as eco
 from ecospa_fx.budget.allocate import choose
-from ecospa_fx.budget.measured import Sensitivity, around
-from ecospa_fx.coupling.couplings import Couplings
+from ecospa_fx.capture.export import capture
+from ecospa_fx.coupling.types import Couplings
 from ecospa_fx.errors import PlanError, ScoreError
-from ecospa_fx.graph.capture import capture
-from ecospa_fx.graph.evaluate import Evaluator
-from ecospa_fx.graph.sites import find_sites
-from ecospa_fx.importance.compensated import Compensated
+from ecospa_fx.importance.compensation import Compensated
 from ecospa_fx.importance.curvature import Collector
+from ecospa_fx.importance.linear_views import views_of
 from ecospa_fx.importance.scores import Scores
 from ecospa_fx.importance.sensitivity import Bench, Curves, Trial, least, measured
-from ecospa_fx.importance.views import views_of
+from ecospa_fx.ir.linears import find_sites
 from ecospa_fx.origin import origin_of
 from ecospa_fx.plan import Selection
+from ecospa_fx.runtime.interpreter import Evaluator
+from ecospa_fx.sensitivity_search import Sensitivity, around
 from ecospa_fx.verify import masked
 from tests.tiny import batches, loss, samples, tiny, tiny_couplings
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import ecospa_fx as eco
-from ecospa_fx.graph.sink import sink_concatenations
+from ecospa_fx.passes.canonicalise.sink_concatenations import sink_concatenations
 from ecospa_fx.verify import masked_error
 
 HEADS, WIDTH = 2, 4

@@ -19,11 +19,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import ecospa_fx as eco
 from ecospa_fx import demo
 from ecospa_fx.budget import latency
-from ecospa_fx.budget.ladders import Bounds
+from ecospa_fx.budget.cost import Flops, Priced
+from ecospa_fx.budget.graph_cost import Operation, flops
 from ecospa_fx.budget.latency import Latency, Table
-from ecospa_fx.budget.spending import Flops, Priced
-from ecospa_fx.budget.work import Operation, flops
-from ecospa_fx.coupling.couplings import Coupling, Couplings
+from ecospa_fx.budget.removal_order import Bounds
+from ecospa_fx.coupling.types import Coupling, Couplings
 from ecospa_fx.errors import PlanError
 from ecospa_fx.importance.scores import Scores
 from ecospa_fx.importance.sensitivity import Curves

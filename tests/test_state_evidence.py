@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ecospa_fx.errors import TrainingError
-from ecospa_fx.training.surgery import check_states, cut_all
+from ecospa_fx.training.optimizer_surgery import check_states, cut_all
 from tests.test_surgery import rows
 
 State = Mapping[str, Any]

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 import ecospa_fx as eco
-from ecospa_fx import folder, storage
 from ecospa_fx.errors import EcospaError, StorageError
-from ecospa_fx.inputs import blank, described
+from ecospa_fx.example_inputs import blank, described
 from ecospa_fx.origin import origin, remember
 from ecospa_fx.plan import Plan
-from ecospa_fx.storage import load, save
+from ecospa_fx.storage import folder
+from ecospa_fx.storage import models as storage
+from ecospa_fx.storage.models import load, save
 
 HIDDEN, FFN = 8, 24
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 import ecospa_fx as eco
-from ecospa_fx import folder as folders
 from ecospa_fx.errors import StorageError
-from ecospa_fx.inputs import blank, described
+from ecospa_fx.example_inputs import blank, described
+from ecospa_fx.storage import folder as folders
 
 Tensors = dict[Any, Any]
 

@@ -13,7 +13,7 @@ import ecospa_fx as eco
 from ecospa_fx.errors import StorageError
 from ecospa_fx.origin import origin_of
 from ecospa_fx.plan import Plan
-from ecospa_fx.storage import load, save
+from ecospa_fx.storage.models import load, save
 from tests.hugging import tiny
 from tests.inplace import assert_loaded, kept, plan_of, uneven
 from tests.test_beyond import write_rows

@@ -13,9 +13,9 @@ from torch.optim import Optimizer, lr_scheduler
 
 import ecospa_fx as eco
 from ecospa_fx.errors import TrainingError
-from ecospa_fx.training import surgery
-from ecospa_fx.training.cut import Cut, cuts_between
-from ecospa_fx.training.surgery import check_optimizers, check_states, cut_all, held_bytes
+from ecospa_fx.training import optimizer_surgery
+from ecospa_fx.training.optimizer_surgery import check_optimizers, check_states, cut_all, held_bytes
+from ecospa_fx.training.tensor_cuts import Cut, cuts_between
 from tests.tiny import Tiny, tiny, tiny_couplings
 
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
@@ -139,13 +139,13 @@ def test_one_parameter_is_cut_after_the_other(monkeypatch: pytest.MonkeyPatch) -
     torch.autograd.backward(model(torch.randn(2, 64)).sum())
     optimizer.step()
     held = [own_bytes(model, optimizer)]
-    original = surgery.narrow
+    original = optimizer_surgery.narrow
 
     def watched(tensor: Tensor, cut: Cut) -> None:
         original(tensor, cut)
         held.append(own_bytes(model, optimizer))
 
-    monkeypatch.setattr(surgery, "narrow", watched)
+    monkeypatch.setattr(optimizer_surgery, "narrow", watched)
     cut_all([optimizer], dict(model.named_parameters()), {n: rows(n, p, 32) for n, p in model.named_parameters()})
     falls = [before - after for before, after in pairwise(held)]
     assert falls == [4 * 4 * 64 * 32, 4 * 4 * 32] * 8

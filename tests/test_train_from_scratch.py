@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 import ecospa_fx as eco
 from ecospa_fx import demo
-from ecospa_fx.training.surgery import held_bytes
+from ecospa_fx.training.optimizer_surgery import held_bytes
 
 STEPS, BATCH, LENGTH, WIDTH, HEADS = 240, 12, 32, 48, 4
 

@@ -15,8 +15,8 @@ from torch.optim.swa_utils import AveragedModel
 
 import ecospa_fx as eco
 from ecospa_fx.errors import CaptureError, EcospaError, PlanError, TrainingError
-from ecospa_fx.graph.wrappers import unwrapped
 from ecospa_fx.verify import masked, masked_error
+from ecospa_fx.wrappers import unwrapped
 
 X = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
 

@@ -16,8 +16,8 @@ import ecospa_fx as eco
 from ecospa_fx.axes.registry import refuse
 from ecospa_fx.axes.resize import resize_rule
 from ecospa_fx.budget.settings import PlanSettings
+from ecospa_fx.checks import CompressOptions, PlanOptions, TrainingOptions
 from ecospa_fx.errors import EcospaError
-from ecospa_fx.options import CompressOptions, PlanOptions, TrainingOptions
 from ecospa_fx.recipe import Recipe
 from ecospa_fx.training.settings import Settings
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 import ecospa_fx as eco
-from ecospa_fx.coupling.couplings import Coupling
-from ecospa_fx.graph.capture import capture
-from ecospa_fx.importance.matrices import damped, inverse, least_squares, power, regular_inverse
-from ecospa_fx.importance.surgeon import gate_roots, order_scores, remove_all
-from ecospa_fx.importance.views import sides_of
+from ecospa_fx.capture.export import capture
+from ecospa_fx.coupling.types import Coupling
+from ecospa_fx.importance.brain_surgeon import gate_roots, order_scores, remove_all
+from ecospa_fx.importance.linalg import damped, inverse, least_squares, power, regular_inverse
+from ecospa_fx.importance.linear_views import sides_of
 from ecospa_fx.passes.lossy.change_basis import ChangeBasis, balanced
 
 SIZE = 192

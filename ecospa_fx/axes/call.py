@@ -6,11 +6,11 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from ecospa_fx.axes.algebra import Axis, Dims, Misaligned, Origin, Piece
+from ecospa_fx.axes.dims import Axis, Dims, Misaligned, Origin, Piece
+from ecospa_fx.axes.findings import Descent, Event, Gather, Obstacle, Record
+from ecospa_fx.axes.findings import Value as Value
 from ecospa_fx.axes.products import descent_of, events_of, factors_of, note_product, note_sides, squares
 from ecospa_fx.axes.reasons import NOTHING, PARAMETER, RENORMALISE, WHOLE, ZERO, Reason
-from ecospa_fx.axes.record import Descent, Event, Gather, Obstacle, Record
-from ecospa_fx.axes.record import Value as Value
 from ecospa_fx.axes.shapes import regrouped
 
 Zero = Literal["all", "any", "lost"]

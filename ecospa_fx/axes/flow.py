@@ -17,11 +17,11 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from ecospa_fx.axes import registry
-from ecospa_fx.axes.algebra import Axis, Dims, Misaligned, Origin
 from ecospa_fx.axes.call import Call
+from ecospa_fx.axes.dims import Axis, Dims, Misaligned, Origin
+from ecospa_fx.axes.findings import Obstacle, Record, Value, several
 from ecospa_fx.axes.reasons import CACHE, RETURNED, Reason
-from ecospa_fx.axes.record import Obstacle, Record, Value, several
-from ecospa_fx.graph.memory import shares, written_by
+from ecospa_fx.ir.alias import shares, written_by
 
 Sizes = Callable[[Any], int]
 """From a size (an int or a symbol) to a concrete number."""

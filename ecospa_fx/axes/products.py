@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING
 
-from ecospa_fx.axes.algebra import Axis, Origin
+from ecospa_fx.axes.dims import Axis, Origin
+from ecospa_fx.axes.findings import Descent, Product, Value
 from ecospa_fx.axes.reasons import ZERO
-from ecospa_fx.axes.record import Descent, Product, Value
 
 if TYPE_CHECKING:
     from ecospa_fx.axes.call import Call

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ecospa_fx.axes.algebra import Axis
 from ecospa_fx.axes.call import Value
-from ecospa_fx.axes.kept import Kept
+from ecospa_fx.axes.dims import Axis
+from ecospa_fx.axes.narrowing import Kept
 from ecospa_fx.axes.registry import check_operators
 from ecospa_fx.errors import InputError
 

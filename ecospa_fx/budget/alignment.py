@@ -7,7 +7,7 @@ from math import gcd, lcm, prod
 
 from torch import Tensor
 
-from ecospa_fx.coupling.couplings import Coupling
+from ecospa_fx.coupling.types import Coupling
 
 LIKED = {"cuda": 16}
 """Bytes of which rows should be a multiple, by type of device: NVIDIA's tensor cores are fast from 16 on, that is 8

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from ecospa_fx.budget import knapsack
+from ecospa_fx.budget.cost import Flops, Parameters, Spending
 from ecospa_fx.budget.knapsack import Lost
-from ecospa_fx.budget.ladders import (
+from ecospa_fx.budget.latency import Latency
+from ecospa_fx.budget.removal_order import (
     Bounds,
     Climb,
     Ladder,
@@ -28,20 +30,18 @@ from ecospa_fx.budget.ladders import (
     in_uniform_step,
     removed_at,
 )
-from ecospa_fx.budget.latency import Latency
 from ecospa_fx.budget.settings import RATIO, PlanSettings
-from ecospa_fx.budget.spending import Flops, Parameters, Spending
+from ecospa_fx.checks import PlanOptions, check_options, check_whole
 from ecospa_fx.coupling.choice import choosable, named, shares
-from ecospa_fx.coupling.couplings import Coupling, Couplings, check_couplings
+from ecospa_fx.coupling.types import Coupling, Couplings, check_couplings
 from ecospa_fx.errors import PlanError, warn_caller
 from ecospa_fx.importance.score import magnitudes
 from ecospa_fx.importance.scores import Given, given_scores
 from ecospa_fx.importance.sensitivity import Curves
-from ecospa_fx.options import PlanOptions, check_options, check_whole
 from ecospa_fx.plan import Plan, Selection
 
 if TYPE_CHECKING:
-    from ecospa_fx.inplace.express import Carried
+    from ecospa_fx.inplace.expressible import Carried
 
 TRIES = 8
 """Of a knapsack whose couplings hold the same elements, each for what the one before was short of."""
@@ -62,8 +62,8 @@ def plan(
     "magnitude", from the weights, which costs most quality (None: the same, with a warning); or "random", drawn from
     `seed` alone, for tests. round_to: kept units per carrier are a multiple of it; a coupling with fewer stays whole;
     None: of what their device likes (`ecospa_fx.budget.alignment.liked`). Which couplings may lose units, and how many
-    at most: kinds, exclude, limits, floor, as in `ecospa_fx.options.ChoiceOptions`. Further options, as in
-    `ecospa_fx.options.PlanOptions`:
+    at most: kinds, exclude, limits, floor, as in `ecospa_fx.checks.ChoiceOptions`. Further options, as in
+    `ecospa_fx.checks.PlanOptions`:
 
     budget: what the ratio counts: "parameters", each once; "flops" of the example call that `detect` saw; "latency",
     seconds of its products on this machine, measured once and kept on disk (`ecospa_fx.budget.latency`). allocation:
@@ -177,7 +177,7 @@ def _is_random(scores: object) -> bool:
 
 def _carried(couplings: Couplings, chosen: Sequence[Coupling], how: str | Curves) -> Carried:
     """What the model's own module can carry."""
-    from ecospa_fx.inplace.express import carried_by  # which imports plans
+    from ecospa_fx.inplace.expressible import carried_by  # which imports plans
 
     if isinstance(how, Curves):
         raise PlanError("expressible_in='module' keeps couplings in step, which curves do not: use allocation='global'")

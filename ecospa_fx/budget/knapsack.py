@@ -15,8 +15,8 @@ from math import ceil, inf
 import torch
 from torch import Tensor
 
-from ecospa_fx.budget.spending import Spending
-from ecospa_fx.coupling.couplings import Coupling
+from ecospa_fx.budget.cost import Spending
+from ecospa_fx.coupling.types import Coupling
 
 STEPS = 20_000
 """Steps of what is held altogether; a group frees up to one step more than is counted."""

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ecospa_fx.budget.spending import Priced
-from ecospa_fx.budget.work import Blank, Operation, Work, flops
-from ecospa_fx.coupling.couplings import Couplings
+from ecospa_fx.budget.cost import Priced
+from ecospa_fx.budget.graph_cost import Blank, Operation, Work, flops
+from ecospa_fx.coupling.types import Couplings
 from ecospa_fx.errors import PlanError
-from ecospa_fx.graph.edit import evaluate
-from ecospa_fx.graph.passes import run_passes
+from ecospa_fx.ir.build import evaluate
+from ecospa_fx.ir.passes import run_passes
 
 INTERVALS = 32
 """Steps of the grid of a call that one coupling narrows; of one that several narrow, this many combinations."""

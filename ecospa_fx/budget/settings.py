@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
-from ecospa_fx.budget.spending import Spending
+from ecospa_fx.budget.cost import Spending
+from ecospa_fx.checks import check_flag, check_whole, is_number
 from ecospa_fx.coupling.choice import checked_limits, texts
 from ecospa_fx.errors import PlanError
 from ecospa_fx.importance.sensitivity import Curves
-from ecospa_fx.options import check_flag, check_whole, is_number
 
 if TYPE_CHECKING:
     from ecospa_fx.importance.scores import Given

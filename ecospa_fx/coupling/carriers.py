@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from ecospa_fx.axes.algebra import Axis, Dims, Origin
+from ecospa_fx.axes.dims import Axis, Dims, Origin
 from ecospa_fx.axes.flow import Flow
 
 

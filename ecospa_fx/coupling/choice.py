@@ -21,7 +21,7 @@ from torch import nn
 from ecospa_fx.errors import EcospaError, PlanError
 
 if TYPE_CHECKING:
-    from ecospa_fx.coupling.couplings import Coupling, Couplings
+    from ecospa_fx.coupling.types import Coupling, Couplings
 
 Refused = type[EcospaError]
 """What a verb raises for a choice that makes no sense."""

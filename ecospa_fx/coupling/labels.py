@@ -25,9 +25,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from ecospa_fx.axes.algebra import Axis, Dims
+from ecospa_fx.axes.dims import Axis, Dims
+from ecospa_fx.axes.findings import Event, Product
 from ecospa_fx.axes.flow import Flow
-from ecospa_fx.axes.record import Event, Product
 
 
 @dataclass(slots=True)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ecospa_fx.coupling.couplings import Coupling
+from ecospa_fx.coupling.types import Coupling
 from ecospa_fx.errors import PlanError
 
 

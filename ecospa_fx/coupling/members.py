@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import prod
 
-from ecospa_fx.coupling.couplings import Box, Member
+from ecospa_fx.coupling.types import Box, Member
 from ecospa_fx.errors import PlanError
 
 

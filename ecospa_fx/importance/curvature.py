@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from ecospa_fx.errors import ScoreError
-from ecospa_fx.graph.evaluate import Evaluator, Values
-from ecospa_fx.graph.sites import Site
+from ecospa_fx.importance.linear_views import Views
 from ecospa_fx.importance.losses import NormalisedLoss, no_slope
 from ecospa_fx.importance.methods import GATE_FISHER, GradientStatistic
-from ecospa_fx.importance.reduce import accumulator_dtype
 from ecospa_fx.importance.score import Batch, Loss, one_batch
-from ecospa_fx.importance.views import Views
+from ecospa_fx.importance.unit_reduction import accumulator_dtype
+from ecospa_fx.ir.linears import Site
+from ecospa_fx.runtime.interpreter import Evaluator, Values
 
 Total = Callable[[Tensor], None]
 """Replaces a tensor by its sum over all processes, in place."""

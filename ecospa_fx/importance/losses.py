@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ecospa_fx.errors import ScoreError
-from ecospa_fx.graph.objects import closed, opened
-from ecospa_fx.importance.reduce import accumulator_dtype
+from ecospa_fx.importance.unit_reduction import accumulator_dtype
+from ecospa_fx.ir.pytrees import closed, opened
 
 Batch = tuple[Sequence[Any], Mapping[str, Any]]
 """Positional and keyword arguments of one call of the model."""

@@ -33,9 +33,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ecospa_fx.coupling.couplings import Coupling, Member, Role
+from ecospa_fx.coupling.types import Coupling, Member, Role
 from ecospa_fx.errors import ScoreError
-from ecospa_fx.importance.reduce import MarginKey, accumulator_dtype, exact, margin, margin_key, unit_sums
+from ecospa_fx.importance.unit_reduction import MarginKey, accumulator_dtype, exact, margin, margin_key, unit_sums
 
 Values = dict[str, Tensor]
 """Coupling name to float64 CPU tensor [carriers, units]."""

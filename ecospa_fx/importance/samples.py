@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ecospa_fx.errors import warn_caller
-from ecospa_fx.graph.evaluate import Evaluator
 from ecospa_fx.importance.losses import Batch, Loss, NormalisedLoss, times
 from ecospa_fx.importance.separable import Comparison, Output, closed_again, open_tensors
+from ecospa_fx.runtime.interpreter import Evaluator
 
 Answer = Callable[[Batch], Any]
 """What the model returns for some arguments."""

@@ -9,20 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ecospa_fx.checks import check_data
 from ecospa_fx.coupling.choice import nothing_offered
-from ecospa_fx.coupling.couplings import Couplings, check_couplings
+from ecospa_fx.coupling.types import Couplings, check_couplings
 from ecospa_fx.errors import ScoreError
-from ecospa_fx.graph.looking import leaves_untouched
-from ecospa_fx.graph.wrappers import unwrapped
 from ecospa_fx.importance.losses import Batch as Batch
 from ecospa_fx.importance.losses import Loss as Loss
 from ecospa_fx.importance.losses import NormalisedLoss, checked_value, no_slope
 from ecospa_fx.importance.methods import Method, Statistic, Values, method_named
-from ecospa_fx.importance.progress import watched
 from ecospa_fx.importance.samples import Splitter
 from ecospa_fx.importance.scores import Scores
 from ecospa_fx.importance.separable import copied
-from ecospa_fx.options import check_data
+from ecospa_fx.progress import watched
+from ecospa_fx.runtime.guards import leaves_untouched
+from ecospa_fx.wrappers import unwrapped
 
 
 @leaves_untouched(calls=True)

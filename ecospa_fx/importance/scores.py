@@ -14,7 +14,7 @@ from ecospa_fx.coupling.choice import near_names
 from ecospa_fx.errors import EcospaError, PlanError, ScoreError
 
 if TYPE_CHECKING:
-    from ecospa_fx.coupling.couplings import Coupling, Couplings
+    from ecospa_fx.coupling.types import Coupling, Couplings
 
 
 @dataclass(frozen=True, slots=True, eq=False)

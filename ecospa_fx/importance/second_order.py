@@ -17,11 +17,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ecospa_fx.graph.sites import Site
+from ecospa_fx.importance.brain_surgeon import order_scores, remove_all
 from ecospa_fx.importance.curvature import Curvature
-from ecospa_fx.importance.matrices import damped, power
-from ecospa_fx.importance.surgeon import order_scores, remove_all
-from ecospa_fx.importance.views import Views
+from ecospa_fx.importance.linalg import damped, power
+from ecospa_fx.importance.linear_views import Views
+from ecospa_fx.ir.linears import Site
 
 
 def unit_scores(

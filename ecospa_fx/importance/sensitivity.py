@@ -15,11 +15,11 @@ from math import isfinite
 import torch
 from torch import Tensor, fx
 
-from ecospa_fx.coupling.couplings import Coupling
+from ecospa_fx.coupling.types import Coupling
 from ecospa_fx.errors import ScoreError
-from ecospa_fx.graph.evaluate import Evaluator, Values
-from ecospa_fx.importance.compensated import Compensated, Gone
+from ecospa_fx.importance.compensation import Compensated, Gone
 from ecospa_fx.importance.score import Batch, Loss
+from ecospa_fx.runtime.interpreter import Evaluator, Values
 
 Weights = Mapping[str, Tensor]
 """Parameters by name, of their dense shapes."""

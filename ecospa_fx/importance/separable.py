@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ecospa_fx.graph.objects import closed, is_object, opened
 from ecospa_fx.importance.losses import Batch, Loss, Slopes
+from ecospa_fx.ir.pytrees import closed, is_object, opened
 
 MIXED = 0.1
 """Up to this share, gradients may come from what a loss makes of several samples at once, as a balance of experts."""

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from ecospa_fx.graph.objects import is_object
 from ecospa_fx.inplace.edits import Edits
+from ecospa_fx.ir.pytrees import is_object
 
 INTERNAL = frozenset(vars(nn.Module()))
 LOOKUP = "__getattribute__"

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from ecospa_fx.graph.objects import closed, opened
-from ecospa_fx.graph.program import ExportedForm
+from ecospa_fx.ir.program import ExportedForm
+from ecospa_fx.ir.pytrees import closed, opened
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from ecospa_fx.coupling.couplings import parameter_shapes
-from ecospa_fx.graph.objects import is_object
+from ecospa_fx.coupling.types import parameter_shapes
 from ecospa_fx.inplace.attributes import INTERNAL, integers, integers_of
+from ecospa_fx.inplace.buffers import Spot
 from ecospa_fx.inplace.edits import Edits
-from ecospa_fx.inplace.follow import Rule, edits_of, options_of
+from ecospa_fx.inplace.equivalence import Bench
 from ecospa_fx.inplace.groups import Group, components, narrowed_axes, part
-from ecospa_fx.inplace.proof import Bench
-from ecospa_fx.inplace.tables import Spot
+from ecospa_fx.inplace.integer_search import Rule, edits_of, options_of
 from ecospa_fx.inplace.trial import edited
+from ecospa_fx.ir.pytrees import is_object
 from ecospa_fx.plan import Plan
 
 TRIALS = 500

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ecospa_fx.inplace.attributes import Found, Place, integers_of
+from ecospa_fx.inplace.buffers import Cut, Spot
 from ecospa_fx.inplace.constructor import Constructed, Shapes, constructed, shapes_of
+from ecospa_fx.inplace.equivalence import Bench
 from ecospa_fx.inplace.groups import narrowed_axes, role_of
-from ecospa_fx.inplace.proof import Bench
-from ecospa_fx.inplace.tables import Cut, Spot
 from ecospa_fx.inplace.trial import Values, edited
 from ecospa_fx.plan import Plan
 

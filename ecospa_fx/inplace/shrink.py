@@ -11,24 +11,24 @@ import torch
 from torch import nn
 
 from ecospa_fx.errors import PlanError
-from ecospa_fx.graph.looking import leaves_untouched
-from ecospa_fx.graph.owned import check_call
-from ecospa_fx.graph.wrappers import unwrapped
+from ecospa_fx.inplace.buffers import Spot
 from ecospa_fx.inplace.calls import Call
 from ecospa_fx.inplace.configuration import builders, configured, told_by
-from ecospa_fx.inplace.describe import described
 from ecospa_fx.inplace.edits import Edits
-from ecospa_fx.inplace.follow import counted, solve
+from ecospa_fx.inplace.equivalence import Bench, equal, numbers
 from ecospa_fx.inplace.groups import Group, components, grouped
-from ecospa_fx.inplace.proof import Bench, equal, numbers
+from ecospa_fx.inplace.integer_search import counted, solve
+from ecospa_fx.inplace.serialise import told
 from ecospa_fx.inplace.stale_configuration import warn_of_stale
-from ecospa_fx.inplace.tables import Spot
 from ecospa_fx.inplace.trial import apply, edited
-from ecospa_fx.inplace.written import told
+from ecospa_fx.inplace.unread_integers import described
 from ecospa_fx.origin import ATTRIBUTE, origin, remember
 from ecospa_fx.plan import Plan, check_plan
+from ecospa_fx.runtime.guards import leaves_untouched
+from ecospa_fx.runtime.lift_parameters import check_call
 from ecospa_fx.snapshot import untouched
 from ecospa_fx.verify import masked
+from ecospa_fx.wrappers import unwrapped
 
 Model = TypeVar("Model", bound=nn.Module)
 OWN_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from ecospa_fx.inplace.buffers import Spot
 from ecospa_fx.inplace.edits import Edits
-from ecospa_fx.inplace.tables import Spot
 from ecospa_fx.plan import Plan
 
 Values = Mapping[Spot, int]

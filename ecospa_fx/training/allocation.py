@@ -10,10 +10,10 @@ from math import ceil, floor
 import torch
 from torch import Tensor
 
-from ecospa_fx.budget.elements import Shapes
-from ecospa_fx.budget.ladders import Climb, Ladder, Track, least_units, numbered
-from ecospa_fx.budget.spending import Parameters
-from ecospa_fx.coupling.couplings import Coupling
+from ecospa_fx.budget.cost import Parameters
+from ecospa_fx.budget.removal_order import Climb, Ladder, Track, least_units, numbered
+from ecospa_fx.coupling.types import Coupling
+from ecospa_fx.coupling.unit_elements import Shapes
 
 Bounds = tuple[int, int]
 """Least and most units that one coupling may have afterwards."""

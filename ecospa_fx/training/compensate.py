@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ecospa_fx.errors import TrainingError
-from ecospa_fx.graph.evaluate import Evaluator
 from ecospa_fx.importance.score import Batch, arguments
 from ecospa_fx.plan import Plan
+from ecospa_fx.runtime.interpreter import Evaluator
 from ecospa_fx.training.distributed import add_up, of_first
 
 Made = Callable[[Plan, Mapping[str, Tensor]], Evaluator]

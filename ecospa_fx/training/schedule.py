@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Protocol
 
+from ecospa_fx.checks import is_number
 from ecospa_fx.errors import TrainingError
-from ecospa_fx.options import is_number
 
 
 class Schedule(Protocol):

@@ -20,19 +20,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ecospa_fx.coupling.couplings import Coupling
+from ecospa_fx.coupling.types import Coupling
 from ecospa_fx.errors import EcospaError, TrainingError
-from ecospa_fx.graph.evaluate import Evaluator
-from ecospa_fx.graph.sites import Site, find_sites
-from ecospa_fx.importance.compensated import Compensated, Gone
+from ecospa_fx.importance.compensation import Compensated, Gone
 from ecospa_fx.importance.curvature import Collector, Curvature
+from ecospa_fx.importance.linear_views import Views, views_of
 from ecospa_fx.importance.samples import samples_of
 from ecospa_fx.importance.score import Batch, Loss
 from ecospa_fx.importance.second_order import unit_scores, without_traffic
-from ecospa_fx.importance.views import Views, views_of
+from ecospa_fx.ir.linears import Site, find_sites
+from ecospa_fx.runtime.interpreter import Evaluator
 from ecospa_fx.training.distributed import add_up, fail_together, of_first
-from ecospa_fx.training.held import Held
 from ecospa_fx.training.settings import SECOND_ORDER
+from ecospa_fx.training.tracked_model import Held
 
 log = logging.getLogger(__name__)
 

@@ -12,21 +12,21 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ecospa_fx.budget.alignment import liked
-from ecospa_fx.budget.elements import removed_elements
+from ecospa_fx.checks import check_data, check_flag, check_function, check_share, check_whole, is_number
 from ecospa_fx.coupling.choice import checked_limits, choosable, texts
-from ecospa_fx.coupling.couplings import Coupling, Couplings, check_couplings
-from ecospa_fx.coupling.find import check_allow
+from ecospa_fx.coupling.detection import check_allow
+from ecospa_fx.coupling.types import Coupling, Couplings, check_couplings
+from ecospa_fx.coupling.unit_elements import removed_elements
 from ecospa_fx.errors import TrainingError
-from ecospa_fx.graph.owned import check_call
 from ecospa_fx.importance.methods import gate_members
 from ecospa_fx.importance.score import Batch, Loss
 from ecospa_fx.importance.scores import Scores
-from ecospa_fx.options import check_data, check_flag, check_function, check_share, check_whole, is_number
+from ecospa_fx.runtime.lift_parameters import check_call
 from ecospa_fx.training.allocation import bounds, uniform_share
-from ecospa_fx.training.narrow import disjoint
+from ecospa_fx.training.remaining_couplings import disjoint
 
 if TYPE_CHECKING:
-    from ecospa_fx.training.form import GraphForm
+    from ecospa_fx.training.graph_model import GraphForm
 
 SECOND_ORDER = "second-order"
 """The name of scores that are measured on batches at each shrink."""

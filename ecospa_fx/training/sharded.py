@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ecospa_fx.errors import TrainingError
-from ecospa_fx.training.cut import Cut
+from ecospa_fx.training.tensor_cuts import Cut
 
 
 def is_sharded(parameters: Iterable[Tensor]) -> bool:

@@ -15,26 +15,24 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ecospa_fx.budget.elements import Factors, removed_elements
+from ecospa_fx.checks import TrainingOptions, check_options
 from ecospa_fx.coupling.choice import shares
-from ecospa_fx.coupling.couplings import Coupling, Couplings
+from ecospa_fx.coupling.types import Coupling, Couplings
+from ecospa_fx.coupling.unit_elements import Factors, removed_elements
 from ecospa_fx.errors import TrainingError
-from ecospa_fx.graph.wrappers import unwrapped
 from ecospa_fx.importance.score import score
 from ecospa_fx.importance.scores import Scores, given_scores
-from ecospa_fx.options import TrainingOptions, check_options
 from ecospa_fx.origin import origin
 from ecospa_fx.plan import Plan, Selection
 from ecospa_fx.training import history
 from ecospa_fx.training.allocation import allocate, bounds, uniform_share
 from ecospa_fx.training.checkpoint import packed, unpacked
 from ecospa_fx.training.compensate import Compensation, read
-from ecospa_fx.training.cut import cuts_between
 from ecospa_fx.training.distributed import all_agree, averaged, check_same
-from ecospa_fx.training.form import GraphForm
-from ecospa_fx.training.held import Held
-from ecospa_fx.training.narrow import narrowed
-from ecospa_fx.training.running import RunningScores
+from ecospa_fx.training.graph_model import GraphForm
+from ecospa_fx.training.moving_scores import RunningScores
+from ecospa_fx.training.optimizer_surgery import held_bytes
+from ecospa_fx.training.remaining_couplings import narrowed
 from ecospa_fx.training.schedule import AtStart, Schedule, check_schedule, default_schedule
 from ecospa_fx.training.second_order import Measured, SecondOrder, second_order
 from ecospa_fx.training.settings import (
@@ -48,7 +46,9 @@ from ecospa_fx.training.settings import (
     other_owners,
 )
 from ecospa_fx.training.sharded import whole
-from ecospa_fx.training.surgery import held_bytes
+from ecospa_fx.training.tensor_cuts import cuts_between
+from ecospa_fx.training.tracked_model import Held
+from ecospa_fx.wrappers import unwrapped
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class SparseTraining:
     parameters to have removed by the end. schedule: when; by default late in `total_steps`, see `default_schedule`.
     scores: "second-order", measured at each shrink on a few batches (`batches`, `loss`), by what units cost once others
     have made up for them, in bases of linear couplings (V with O, Q with K) that suit removal: see
-    `ecospa_fx.training.second_order`, and `ecospa_fx.training.turning` for what becomes of the optimizer's states. Or
+    `ecospa_fx.training.second_order`, and `ecospa_fx.training.optimizer_basis` for the optimizer's states. Or
     "gate-fisher", "fisher" or "taylor", taken from the gradients of training, where a step counts as one sample, for
     their sum is all that is there; of `batches` every sample counts, as in `score`. By default the first where batches
     and a loss are given, "gate-fisher" elsewhere. Tensors [carriers, units] by name of coupling are taken where the

@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ecospa_fx.graph.program import Program
-from ecospa_fx.graph.sites import Site
 from ecospa_fx.importance.curvature import Curvature
-from ecospa_fx.importance.matrices import NOISE, power, regular_inverse
-from ecospa_fx.importance.views import Gate, Inputs, Side, Views, sides_of
+from ecospa_fx.importance.linalg import NOISE, power, regular_inverse
+from ecospa_fx.importance.linear_views import Gate, Inputs, Side, Views, sides_of
+from ecospa_fx.ir.linears import Site
+from ecospa_fx.ir.program import Program
 
 FLOOR = 1e-6
 """Directions with less than this share of the largest second moment are not blown up any further."""

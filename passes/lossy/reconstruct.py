@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from ecospa_fx.errors import ScoreError
-from ecospa_fx.graph.evaluate import Evaluator, Values, detached
-from ecospa_fx.graph.sites import Site, find_sites
 from ecospa_fx.importance.curvature import Moments, Total
-from ecospa_fx.importance.matrices import least_squares
+from ecospa_fx.importance.linalg import least_squares
 from ecospa_fx.importance.score import Batch
+from ecospa_fx.ir.linears import Site, find_sites
+from ecospa_fx.runtime.interpreter import Evaluator, Values, detached
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,11 +19,11 @@ from torch.utils import _pytree as pytree
 
 import ecospa_fx as eco
 from ecospa_fx.budget.allocate import may_be_ragged
-from ecospa_fx.coupling.couplings import Coupling, Couplings
-from ecospa_fx.coupling.find import detected as couplings_of
+from ecospa_fx.capture.export import capture
+from ecospa_fx.coupling.detection import detected as couplings_of
+from ecospa_fx.coupling.types import Coupling, Couplings
 from ecospa_fx.errors import PlanError
-from ecospa_fx.graph.capture import capture
-from ecospa_fx.graph.program import ExportedForm
+from ecospa_fx.ir.program import ExportedForm
 from ecospa_fx.passes.shrink_couplings import shrink_program
 from ecospa_fx.plan import Plan, Selection
 from ecospa_fx.verify import masked, masked_error

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from math import sqrt
 
-from ecospa_fx.axes.algebra import Misaligned, Origin
 from ecospa_fx.axes.call import Call, Value
+from ecospa_fx.axes.dims import Misaligned, Origin
 from ecospa_fx.axes.reasons import WHOLE
 from ecospa_fx.axes.registry import axis_rule, refuse
 from ecospa_fx.axes.resize import Resize, resize_rule

@@ -6,8 +6,8 @@ from dataclasses import replace
 from re import search
 from typing import Any
 
-from ecospa_fx.axes.algebra import Misaligned, Origin
 from ecospa_fx.axes.call import Call, Value
+from ecospa_fx.axes.dims import Misaligned, Origin
 from ecospa_fx.axes.reasons import WHOLE
 from ecospa_fx.axes.registry import axis_rule
 from ecospa_fx.axes.resize import Resize, resize_rule

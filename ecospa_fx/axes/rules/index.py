@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from ecospa_fx.axes.algebra import Axis, Origin
 from ecospa_fx.axes.call import UNIT, Call, Value
+from ecospa_fx.axes.dims import Axis, Origin
 from ecospa_fx.axes.products import picked_from
 from ecospa_fx.axes.reasons import WHERE
 from ecospa_fx.axes.registry import axis_rule

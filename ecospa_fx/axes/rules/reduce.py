@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ecospa_fx.axes.algebra import Origin
 from ecospa_fx.axes.call import UNIT, Call, Value
+from ecospa_fx.axes.dims import Origin
 from ecospa_fx.axes.products import note_sum
 from ecospa_fx.axes.reasons import EVAL
 from ecospa_fx.axes.registry import axis_rule

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ecospa_fx.axes.algebra import Origin
 from ecospa_fx.axes.call import Call, Value
+from ecospa_fx.axes.dims import Origin
 from ecospa_fx.axes.reasons import PARAMETER
 from ecospa_fx.axes.registry import axis_rule
 from ecospa_fx.axes.resize import Resize, resize_rule

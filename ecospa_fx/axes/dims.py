@@ -1,0 +1,391 @@
+"""The algebra of dims: how the positions of a tensor axis decompose into index sets.
+
+A *dim* is an index set with a size. An *axis* of a tensor is a disjoint union of *pieces*; a piece is a product of
+dims, each with a stride, starting at an offset: piece ``(offset, ((d0, s0), (d1, s1)))`` holds the positions
+``offset + i0·s0 + i1·s1``. Row-major reshapes, slices (with steps), concatenations and their inverses stay inside this
+form, so no size is ever matched by guessing:
+
+    fused QKV        [q ‖ k ‖ v]             three pieces of one dim each
+    heads            heads · head_dim        one piece, two dims
+    rotary halves    [r ‖ r]                 two pieces of the same dim
+
+Dims are refined lazily: splitting a dim replaces it everywhere by pieces over smaller dims, and making two dims the
+same replaces one by the other. Both are one substitution table, so every axis recorded earlier follows.
+
+Costs are independent of sizes; they grow with the number of pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from math import gcd, prod
+
+from ecospa_fx.axes.axis import Axis as Axis
+from ecospa_fx.axes.axis import Meeting as Meeting
+from ecospa_fx.axes.axis import Misaligned as Misaligned
+from ecospa_fx.axes.axis import Origin as Origin
+from ecospa_fx.axes.axis import Piece as Piece
+
+
+class Dims:
+    """The dims of one graph and what has been learnt about them."""
+
+    REFINEMENTS = 256
+    """Steps of one unification before it is given up: shifted self-overlaps would refine down to single positions."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+        self.origins: list[Origin] = []
+        self._replaced: list[tuple[Piece, ...] | None] = []
+        self.generation = 0
+        """Grows with every substitution; a resolved axis is valid while it stands still."""
+        self._resolved: dict[Axis, tuple[int, Axis]] = {}
+
+    # -- making ------------------------------------------------------------------------------------------------
+
+    def new(self, size: int, origin: Origin) -> int:
+        """A fresh dim."""
+        self.sizes.append(size)
+        self.origins.append(origin)
+        self._replaced.append(None)
+        return len(self.sizes) - 1
+
+    def fresh(self, size: int, origin: Origin) -> Axis:
+        """An axis of one fresh dim; an axis of size 1 holds no dim."""
+        return Axis(size, (self._piece_of(size, origin),) if size else ())
+
+    def _piece_of(self, size: int, origin: Origin) -> Piece:
+        return Piece(0, ((self.new(size, origin), 1),) if size > 1 else ())
+
+    # -- looking up --------------------------------------------------------------------------------------------
+
+    def roots(self, dim: int) -> tuple[Piece, ...]:
+        """The pieces over unreplaced dims that `dim` stands for, with path compression."""
+        replaced = self._replaced[dim]
+        if replaced is None:
+            return (Piece(0, ((dim, 1),)),)
+        if all(self._replaced[d] is None for piece in replaced for d, _ in piece.dims):
+            return replaced
+        result = tuple(new for piece in replaced for new in self._expand(piece))
+        self._replaced[dim] = result
+        return result
+
+    def _expand(self, piece: Piece) -> Iterator[Piece]:
+        """`piece` over unreplaced dims, in no particular order."""
+        partial = [Piece(piece.offset, ())]
+        for dim, stride in piece.dims:
+            if self._replaced[dim] is None:
+                partial = [Piece(p.offset, (*p.dims, (dim, stride))) for p in partial]
+                continue
+            partial = [
+                Piece(p.offset + sub.offset * stride, (*p.dims, *((d, s * stride) for d, s in sub.dims)))
+                for p in partial
+                for sub in self.roots(dim)
+            ]
+        for p in partial:
+            yield Piece(p.offset, tuple(sorted(p.dims, key=lambda ds: -ds[1])))
+
+    def resolve(self, axis: Axis) -> Axis:
+        """The same axis over unreplaced dims, pieces ordered by offset."""
+        known = self._resolved.get(axis)
+        if known is not None and known[0] == self.generation:
+            return known[1]
+        if all(self._replaced[d] is None for p in axis.pieces for d, _ in p.dims):
+            result = axis
+        else:
+            pieces = [new for piece in axis.pieces for new in self._expand(piece)]
+            result = Axis(axis.size, tuple(sorted(pieces, key=lambda p: (p.offset, p.dims))))
+        self._resolved[axis] = (self.generation, result)
+        return result
+
+    def dims_of(self, axis: Axis) -> tuple[int, ...]:
+        """The distinct unreplaced dims of an axis."""
+        return tuple(dict.fromkeys(d for p in self.resolve(axis).pieces for d, _ in p.dims))
+
+    def cuttable(self, axis: Axis) -> bool:
+        """Whether some dim of the axis indexes a parameter."""
+        return any(self.origins[d] is Origin.PARAMETER for d in self.dims_of(axis))
+
+    def span(self, piece: Piece) -> int:
+        """One past the last position of the piece, from its offset."""
+        return 1 + sum((self.sizes[d] - 1) * s for d, s in piece.dims)
+
+    # -- refining ----------------------------------------------------------------------------------------------
+
+    def replace(self, dim: int, pieces: tuple[Piece, ...]) -> None:
+        """Let `dim` stand for `pieces` from now on, everywhere."""
+        self._replaced[dim] = pieces
+        self.generation += 1
+        self._resolved.clear()
+
+    def factor(self, dim: int, inner: int) -> None:
+        """Split a dim into outer · inner, row-major."""
+        size, origin = self.sizes[dim], self.origins[dim]
+        parts = [(size // inner, inner), (inner, 1)]
+        self.replace(dim, (Piece(0, tuple((self.new(n, origin), s) for n, s in parts if n > 1)),))
+
+    def cut(self, dim: int, at: int) -> None:
+        """Split a dim into [0, at) ‖ [at, size)."""
+        size, origin = self.sizes[dim], self.origins[dim]
+        first, second = self._piece_of(at, origin), self._piece_of(size - at, origin)
+        self.replace(dim, (first, Piece(at, second.dims)))
+
+    def tie(self, a: int, b: int) -> None:
+        """Make two unreplaced dims of equal size the same index set."""
+        if a == b:
+            return
+        rank = {Origin.PARAMETER: 0, Origin.STORED: 1, Origin.BLANK: 2}
+        keep, gone = sorted((a, b), key=lambda d: (rank[self.origins[d]], d))
+        self.replace(gone, (Piece(0, ((keep, 1),)),))
+
+    # -- moving ------------------------------------------------------------------------------------------------
+
+    def concat(self, axes: Sequence[Axis]) -> Axis:
+        """The axis of ``torch.cat`` along it."""
+        pieces, at = [], 0
+        for axis in axes:
+            pieces += [Piece(at + p.offset, p.dims) for p in axis.pieces]
+            at += axis.size
+        return Axis(at, tuple(pieces))
+
+    def merge(self, axes: Sequence[Axis]) -> Axis:
+        """The axis that flattening adjacent axes gives (row-major)."""
+        result = Axis(1, (Piece(0, ()),))
+        for axis in axes:
+            pieces = tuple(
+                Piece(p.offset * axis.size + q.offset, (*((d, s * axis.size) for d, s in p.dims), *q.dims))
+                for p in result.pieces
+                for q in axis.pieces
+            )
+            result = Axis(result.size * axis.size, pieces)
+        return result
+
+    def take(self, axis: Axis, start: int, stop: int, step: int = 1) -> Axis:
+        """Positions start, start+step, … below stop."""
+        count = max(0, -(-(stop - start) // step))
+        if count == axis.size:
+            return axis
+        if step == 1 or count <= 1:
+            return self._interval(axis, start, start + count)
+        if all(self.origins[d] is Origin.STORED for d in self.dims_of(axis)):
+            return self.fresh(count, Origin.STORED)  # nothing of it is ever cut, so which positions does not matter
+        first = start // step
+        return self._interval(self._every(axis, start % step, step), first, first + count)
+
+    def _every(self, axis: Axis, first: int, step: int) -> Axis:
+        """Positions first, first + step, …: what lies between them is dealt out to dims of their own."""
+        for _ in range(self.REFINEMENTS):
+            found = ((d, s) for p in self.resolve(axis).pieces for d, s in p.dims if s % step)
+            dim, stride = next(found, (None, 0))
+            if dim is None:
+                break
+            self._deal(dim, step // gcd(stride, step))
+        else:
+            raise Misaligned(f"every {step}th position of {axis.size} from {first}")
+        inside = [p for p in self.resolve(axis).pieces if p.offset % step == first]
+        thinner = [Piece(p.offset // step, tuple((d, s // step) for d, s in p.dims)) for p in inside]
+        return Axis(-(-(axis.size - first) // step), tuple(thinner))
+
+    def _deal(self, dim: int, hands: int) -> None:
+        """Split a dim into positions 0, hands, … ‖ 1, hands + 1, … ‖ …, each a dim of its own."""
+        size, origin = self.sizes[dim], self.origins[dim]
+        sizes = [-(-(size - hand) // hands) for hand in range(min(hands, size))]
+        dims = [tuple((d, hands) for d, _ in self._piece_of(n, origin).dims) for n in sizes]
+        self.replace(dim, tuple(Piece(hand, own) for hand, own in enumerate(dims)))
+
+    def _interval(self, axis: Axis, start: int, stop: int) -> Axis:
+        for edge in (start, stop):
+            self._separate(axis, edge)
+        inside = [p for p in self.resolve(axis).pieces if start <= p.offset and p.offset + self.span(p) <= stop]
+        return Axis(stop - start, tuple(Piece(p.offset - start, p.dims) for p in inside))
+
+    def _separate(self, axis: Axis, edge: int) -> None:
+        """Refine until no piece of the axis crosses `edge`."""
+        for _ in range(self.REFINEMENTS):
+            across = next(
+                (p for p in self.resolve(axis).pieces if p.offset < edge < p.offset + self.span(p)),
+                None,
+            )
+            if across is None:
+                return
+            dim, stride = across.dims[0]
+            index, rest = divmod(edge - across.offset, stride)
+            if index == 0 or rest == 0:
+                self.cut(dim, max(index, 1))
+            else:
+                inner = self.span(Piece(0, across.dims[1:]))
+                self.cut(dim, index + 1 if rest >= inner and index + 1 < self.sizes[dim] else index)
+        raise Misaligned(f"cut at {edge} of {axis.size}")
+
+    def split(self, axis: Axis, sizes: Sequence[int]) -> list[Axis]:
+        """The axes that viewing one axis as `sizes` gives (row-major)."""
+        if prod(sizes) != axis.size:
+            raise Misaligned(f"{axis.size} positions viewed as {tuple(sizes)}")
+        result, rest = [], axis
+        for index, size in enumerate(sizes):
+            outer, rest = self._split_two(rest, size, prod(sizes[index + 1 :]))
+            result.append(outer)
+        return result
+
+    def _split_two(self, axis: Axis, outer: int, inner: int) -> tuple[Axis, Axis]:
+        if inner == 1:
+            return axis, Axis(1, (Piece(0, ()),))
+        if outer == 1:
+            return Axis(1, (Piece(0, ()),)), axis
+        for _ in range(self.REFINEMENTS):
+            if not self._refine_straddling(self.resolve(axis), inner) and not self._line_up(self.resolve(axis), inner):
+                break
+        else:
+            raise Misaligned(f"{axis.size} positions viewed as {outer}·{inner}")
+        rows: dict[Piece, list[Piece]] = {}
+        for piece in self.resolve(axis).pieces:
+            outside = tuple((d, s // inner) for d, s in piece.dims if s >= inner)
+            inside = tuple((d, s) for d, s in piece.dims if s < inner)
+            row, column = divmod(piece.offset, inner)
+            rows.setdefault(Piece(row, outside), []).append(Piece(column, inside))
+        blocks = [Axis(inner, tuple(columns)) for columns in rows.values()]
+        for other in blocks[1:]:
+            if self.unify(blocks[0], other):
+                raise Misaligned(f"rows of {inner} positions, of which some are stored and others are not")
+        return Axis(outer, tuple(rows)), blocks[0]
+
+    def _line_up(self, axis: Axis, inner: int) -> bool:
+        """One step towards the same dims of rows in all columns that begin in one row; False where they are."""
+        begun: dict[int, Piece] = {}
+        for piece in axis.pieces:
+            row = Piece(piece.offset // inner, tuple((d, s // inner) for d, s in piece.dims if s >= inner))
+            known = begun.setdefault(row.offset, row)
+            if known == row:
+                continue
+            if self._shape(known) != self._shape(row):
+                self._refine_pair(known, row)
+                return True
+            for (d, _), (e, _) in zip(known.dims, row.dims, strict=True):
+                if self._tie_current(d, e):
+                    raise Misaligned(f"rows of {inner} positions, of which some are stored and others are not")
+            return True
+        return False
+
+    def _refine_straddling(self, axis: Axis, inner: int) -> bool:
+        """One refinement of a dim that lies across rows of `inner` positions; False where none does."""
+        for piece in axis.pieces:
+            column = piece.offset % inner
+            for dim, stride in reversed(piece.dims):
+                size = self.sizes[dim]
+                if stride >= inner:
+                    if stride % inner:
+                        raise Misaligned(f"stride {stride} against rows of {inner}")
+                    continue
+                if column + (size - 1) * stride < inner:
+                    column += (size - 1) * stride
+                    continue
+                per_row = -(-(inner - column) // stride)
+                whole = inner // stride
+                if column < stride and inner % stride == 0 and size % whole == 0:
+                    self.factor(dim, whole)
+                else:
+                    self.cut(dim, per_row)
+                return True
+        return False
+
+    # -- tying -------------------------------------------------------------------------------------------------
+
+    def unify(self, a: Axis, b: Axis) -> list[Meeting]:
+        """Make two axes of equal size the same index set, position by position.
+
+        A stored dim is never tied to a parameter's: each place where the two meet is returned. A gather of the
+        stored side makes up for it. Raises Misaligned without a common refinement.
+        """
+        if a.size != b.size:
+            raise Misaligned(f"{a.size} positions against {b.size}")
+        whole = self._whole_stored(a, b)
+        if whole is not None:
+            stored_first = whole is a
+            return [Meeting(d, stored_first) for d in self.dims_of(b if stored_first else a) if self._cut_by(d)]
+        for _ in range(self.REFINEMENTS):
+            if not self._refine_first_difference(self.resolve(a), self.resolve(b)):
+                break
+        else:
+            raise Misaligned(f"no common refinement of {a.size} positions")
+        meetings = []
+        for p, q in zip(self.resolve(a).pieces, self.resolve(b).pieces, strict=True):
+            for (d, _), (e, _) in zip(p.dims, q.dims, strict=True):
+                meetings += self._tie_current(d, e)
+        return meetings
+
+    def _cut_by(self, dim: int) -> bool:
+        return self.origins[dim] is Origin.PARAMETER
+
+    def _whole_stored(self, a: Axis, b: Axis) -> Axis | None:
+        """The axis that is stored as a whole where the other is not; it is not refined in vain."""
+        for x, y in ((a, b), (b, a)):
+            mine, other = ({self.origins[d] for d in self.dims_of(axis)} for axis in (x, y))
+            if mine == {Origin.STORED} and Origin.PARAMETER in other and Origin.STORED not in other:
+                return x
+        return None
+
+    def _tie_current(self, d: int, e: int) -> list[Meeting]:
+        (p,), (q,) = self.roots(d), self.roots(e)
+        x, y = p.dims[0][0], q.dims[0][0]
+        if {self.origins[x], self.origins[y]} == {Origin.PARAMETER, Origin.STORED}:
+            return [Meeting(y, True) if self._cut_by(y) else Meeting(x, False)]
+        self.tie(x, y)
+        return []
+
+    def _refine_first_difference(self, a: Axis, b: Axis) -> bool:
+        """One refinement towards equal pieces; False where they are equal already."""
+        for p, q in zip(a.pieces, b.pieces, strict=False):
+            if p.offset != q.offset:
+                raise Misaligned(f"pieces start at {p.offset} and {q.offset}")
+            if self._shape(p) != self._shape(q):
+                self._refine_pair(p, q)
+                return True
+        if len(a.pieces) != len(b.pieces):
+            raise Misaligned("pieces left over")
+        return False
+
+    def _shape(self, piece: Piece) -> tuple[tuple[int, int], ...]:
+        return tuple((self.sizes[d], s) for d, s in piece.dims)
+
+    def _refine_pair(self, p: Piece, q: Piece) -> None:
+        """Refine the innermost dim in which two pieces of equal offset differ; runs of unequal length are cut first."""
+        if self._cut_run(p, q):
+            return
+        for depth in range(1, 1 + max(len(p.dims), len(q.dims))):
+            if depth > len(p.dims) or depth > len(q.dims):
+                longer = p if depth <= len(p.dims) else q
+                self.cut(longer.dims[-depth][0], 1)
+                return
+            (x, s), (y, t) = p.dims[-depth], q.dims[-depth]
+            m, n = self.sizes[x], self.sizes[y]
+            if (s, m) == (t, n):
+                continue
+            if s > t or (s == t and m < n):
+                (x, s, m, p), (y, t, n, q) = (y, t, n, q), (x, s, m, p)
+            self._refine_finer(x, s, t, n, next_stride=q.dims[-depth - 1][1] if depth < len(q.dims) else 0)
+            return
+
+    def _cut_run(self, p: Piece, q: Piece) -> bool:
+        """Cut the longer of two runs of positions where the shorter ends: what follows need not have its shape."""
+        short, long = sorted((p, q), key=self.span)
+        length = self.span(short)
+        if length == self.span(long) or not all(prod(self.sizes[d] for d, _ in r.dims) == self.span(r) for r in (p, q)):
+            return False
+        dim, stride = long.dims[0]
+        if length % stride:
+            return False
+        self.cut(dim, length // stride)
+        return True
+
+    def _refine_finer(self, x: int, s: int, t: int, n: int, next_stride: int) -> None:
+        """Refine x (the denser or longer dim, stride s) against a dim of size n and stride t."""
+        m = self.sizes[x]
+        if s == t:
+            if m % n == 0 and next_stride == s * n:
+                self.factor(x, n)
+            else:
+                self.cut(x, n)
+        elif s * m > t and t % s == 0 and m % (t // s) == 0:
+            self.factor(x, t // s)
+        else:
+            self.cut(x, 1)

@@ -1,0 +1,193 @@
+"""What a graph's operators do at other widths: each call with the shapes that its operands would have.
+
+The axes of every tensor say how its shape follows from the widths of the couplings, and the resize rules say how
+arguments follow, so that nothing here knows an operator. Products are the calls of which torch counts FLOPs; what is
+inside of higher-order operators is not looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils.flop_counter import FlopCounterMode
+
+from ecospa_fx.axes.dims import Axis
+from ecospa_fx.axes.findings import Value, several
+from ecospa_fx.axes.flow import Flow, Sizes, named_arguments, operator_name
+from ecospa_fx.axes.narrowing import Choice, Kept
+from ecospa_fx.axes.resize import Resize, find_resize
+from ecospa_fx.errors import PlanError
+
+if TYPE_CHECKING:
+    from ecospa_fx.coupling.detection import Found
+
+META = torch.device("meta")
+
+Widths = Mapping[str, int]
+"""Units that couplings keep per carrier, by name; a coupling that is not there is whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class Blank:
+    """A tensor without its values."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One call of an operator on tensors without values; equal operations cost the same.
+
+    arguments: (name in the schema, value) pairs; lists are tuples, tensors are blanks.
+    """
+
+    operator: Any
+    arguments: tuple[tuple[str, Any], ...]
+
+    @property
+    def operands(self) -> list[Blank]:
+        """The tensors among the arguments, those in lists included."""
+        flat = [one for _, value in self.arguments for one in (value if isinstance(value, tuple) else (value,))]
+        return [one for one in flat if isinstance(one, Blank)]
+
+    def filled(self, device: torch.device) -> list[Tensor]:
+        """The operands with real values on a device, in order."""
+        found: list[Tensor] = [_filled(blank, device) for blank in self.operands]
+        return found
+
+    def on(self, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments with real values on a device: normal ones, ones, or on ``meta`` none at all."""
+        given = {name: _filled(value, device) for name, value in self.arguments}
+        positional = [a.name for a in self.operator._schema.arguments if not a.kwarg_only and a.name in given]
+        return tuple(given.pop(name) for name in positional), given
+
+    def __str__(self) -> str:
+        told = ", ".join(f"{name}={_told(value)}" for name, value in self.arguments)
+        return f"{self.operator}({told})"
+
+
+def _filled(value: Any, device: torch.device) -> Any:
+    if isinstance(value, tuple):
+        return [_filled(one, device) for one in value]
+    if not isinstance(value, Blank):
+        return value
+    if value.dtype.is_floating_point or value.dtype.is_complex:
+        return torch.randn(value.shape, dtype=torch.float32, device=device).to(value.dtype)
+    return torch.ones(value.shape, dtype=value.dtype, device=device)
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, Blank):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    return f"[{', '.join(map(_told, value))}]" if isinstance(value, tuple) else str(value)
+
+
+@lru_cache(maxsize=65536)
+def flops(operation: Operation) -> int:
+    """FLOPs of one call as torch counts them; 0 for what is no product."""
+    args, kwargs = operation.on(META)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        try:
+            operation.operator(*args, **kwargs)
+        except (RuntimeError, IndexError) as error:
+            raise PlanError(f"the FLOPs of {operation} cannot be counted: {error}; use budget='parameters'") from error
+    return int(counter.get_total_flops())
+
+
+class Work:
+    """The calls of one graph that couplings narrow. Made by `detect`; nothing is computed before it is asked for."""
+
+    def __init__(self, walked: Flow, found: Sequence[Found], sizes: Sizes) -> None:
+        self._walked, self._sizes = walked, sizes
+        self._gathered: dict[tuple[fx.Node, fx.Node], list[tuple[int, Axis]]] = {}
+        for g in walked.record.gathers:
+            met = (g.operand_axis, g.target[g.target_axis])
+            self._gathered.setdefault((g.user, g.operand.node), []).append(met)
+        self._found = {f.coupling.name: f for f in found if f.coupling.blocked is None}
+        self._names = {f.dim: name for name, f in self._found.items()}
+        self._calls: dict[fx.Node, tuple[str, ...]] | None = None
+        self._known: dict[tuple[tuple[str, int], ...], Kept] = {}
+
+    @property
+    def calls(self) -> Mapping[fx.Node, tuple[str, ...]]:
+        """The products that couplings narrow, with the names of these."""
+        if self._calls is None:
+            found = {n: names for n in self._walked.values if (names := self._narrowing(n))}
+            self._calls = {n: names for n, names in found.items() if flops(self.operation(n, {}))}
+        return self._calls
+
+    def _narrowing(self, node: fx.Node) -> tuple[str, ...]:
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            return ()
+        operands = [v for n in _tensors(node) for v in several(self._walked.values.get(n))]
+        if len(operands) < 2:
+            return ()
+        values = [*operands, *several(self._walked.values[node])]
+        dims = dict.fromkeys(d for v in values for axis in v.axes for d in self._walked.dims.dims_of(axis))
+        return tuple(self._names[d] for d in dims if d in self._names)
+
+    def size(self, name: str) -> int:
+        """Units of a coupling per carrier."""
+        return self._found[name].coupling.size
+
+    def operation(self, node: fx.Node, widths: Widths) -> Operation:
+        """A call at other widths."""
+        kept = self._kept(tuple(sorted((name, width) for name, width in widths.items() if width < self.size(name))))
+        given = {**named_arguments(node), **self._edits(node, kept)}
+        return Operation(node.target, tuple((name, self._blank(node, value, kept)) for name, value in given.items()))
+
+    def _kept(self, widths: tuple[tuple[str, int], ...]) -> Kept:
+        if widths not in self._known:
+            self._known[widths] = Kept(self._walked.dims, self._choices(widths))
+        return self._known[widths]
+
+    def _choices(self, widths: Iterable[tuple[str, int]]) -> dict[int, Choice]:
+        dims, choices = self._walked.dims, {}
+        for name, width in widths:
+            entry = self._found[name]
+            sizes = [dims.sizes[c] for c in entry.carriers]
+            keep = torch.arange(dims.sizes[entry.dim]) < width  # which ones does not matter to sizes
+            choices[entry.dim] = Choice(entry.carriers, keep.expand(*sizes, -1))
+        return choices
+
+    def _edits(self, node: fx.Node, kept: Kept) -> dict[str, Any]:
+        """How arguments other than tensors follow."""
+        rule = find_resize(operator_name(node.target))
+        if rule is None:
+            return {}
+        inputs = [v for n in _tensors(node) for v in several(self._walked.values.get(n))]
+        outputs = several(self._walked.values[node])
+        resize = Resize(node, operator_name(node.target), named_arguments(node), (inputs, outputs), kept, _scaled)
+        rule(resize)
+        return resize.edits
+
+    def _blank(self, user: fx.Node, value: Any, kept: Kept) -> Any:
+        """An argument of a call, tensors without their values."""
+        if isinstance(value, list | tuple):
+            return tuple(self._blank(user, one, kept) for one in value)
+        example = value.meta.get("val") if isinstance(value, fx.Node) else value
+        if isinstance(example, torch.SymInt):
+            return self._sizes(example)
+        if not isinstance(value, fx.Node) or not isinstance(example, Tensor):
+            return example
+        sizes, held = [self._sizes(size) for size in example.shape], self._walked.values.get(value)
+        axes = list(enumerate(held.axes)) if isinstance(held, Value) else []
+        for i, axis in [*axes, *self._gathered.get((user, value), ())]:
+            if kept.changed(axis):
+                sizes[i] = kept.count(axis)
+        return Blank(tuple(sizes), example.dtype)
+
+
+def _scaled(size: Any, old: int, new: int) -> int:
+    return int(size) * new // old
+
+
+def _tensors(node: fx.Node) -> list[fx.Node]:
+    flat = [one for v in named_arguments(node).values() for one in (v if isinstance(v, list | tuple) else (v,))]
+    return [one for one in flat if isinstance(one, fx.Node) and isinstance(one.meta.get("val"), Tensor)]

@@ -1,0 +1,213 @@
+"""From a module to a graph: `torch.export`, sub-graphs inlined, parameters known by name and identity."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from ecospa_fx.capture.attempts import Attempt, TimeLimit, attempts, bound_arguments, takes_one
+from ecospa_fx.capture.export_view import seen
+from ecospa_fx.capture.failure import failed
+from ecospa_fx.capture.functorch import write_out_transforms
+from ecospa_fx.capture.gradient_modes import gradient_modes_recorded, warn_of_custom_functions
+from ecospa_fx.errors import CaptureError
+from ecospa_fx.ir.build import allow_other_strides, sync_users
+from ecospa_fx.ir.modes import Aligned, align, note_dropout
+from ecospa_fx.ir.program import ExportedForm
+from ecospa_fx.ir.pytrees import closed, opened
+from ecospa_fx.ir.tracing import one_at_a_time, quiet, same_chance
+from ecospa_fx.passes.canonicalise.drop_whole_slices import drop_whole_slices
+from ecospa_fx.passes.canonicalise.explicit_shapes import write_out_shapes
+from ecospa_fx.passes.canonicalise.hoist_selections import hoist_selections
+from ecospa_fx.passes.canonicalise.inline_regions import inline_regions
+from ecospa_fx.passes.canonicalise.read_sizes import read_sizes_off_inputs
+from ecospa_fx.passes.canonicalise.refuse_parameter_writes import refuse_parameter_writes
+from ecospa_fx.passes.canonicalise.sink_concatenations import sink_concatenations
+from ecospa_fx.passes.canonicalise.slice_constant_indices import slice_constant_indices
+from ecospa_fx.snapshot import untouched
+
+log = logging.getLogger(__name__)
+
+
+def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, *, dynamic: bool) -> ExportedForm:
+    """Export a module, which stays untouched.
+
+    dynamic: sizes of the inputs become symbols wherever the model allows it; otherwise the graph holds for the example
+    sizes only, which is enough to find couplings and takes half the time. Raises CaptureError with torch's reason and
+    the line of the user's code.
+    """
+    return next(captures(model, args, kwargs, dynamic=dynamic))
+
+
+def captures(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, *, dynamic: bool
+) -> Iterator[ExportedForm]:
+    """The exports of a module that torch can make, from most to fewest symbolic sizes. Raises CaptureError for none."""
+    parts: tuple[tuple[Any, ...], dict[str, Any]] = opened((tuple(args), dict(kwargs or {})))
+    args, kwargs = parts
+    _refuse_quantised(model)
+    _refuse_sharded(model)
+    bound_arguments(model, args, kwargs)
+    view, failure, made, functions = seen(model, kwargs), None, False, dict[str, None]()
+    for attempt in attempts(view, args, kwargs) if dynamic else [Attempt(args, kwargs, None)]:
+        result = _attempted(model, view, attempt, functions if dynamic else None)
+        if isinstance(result, ExportedForm):
+            if dynamic and not made:
+                warn_of_custom_functions(functions)
+            made = True
+            yield result
+        failure = result if isinstance(result, Exception) else failure
+    if failure is not None and not made:
+        raise failed(model, failure, *closed((args, kwargs))[0])
+
+
+def _attempted(
+    model: nn.Module, view: nn.Module, attempt: Attempt, functions: dict[str, None] | None
+) -> ExportedForm | Exception | None:
+    """What an attempt makes, what torch raised instead, or None where it does not take the user's own batch.
+
+    functions: takes the names of custom functions where sizes may be symbols; None where they are those of the example.
+    """
+    with one_at_a_time():
+        try:
+            program = _export(model, view, attempt, functions=functions)
+        except Exception as error:
+            log.debug("an attempt at exporting %s failed: %s", type(model).__name__, error)
+            return error
+        if attempt.doubled and not takes_one(program):
+            return None
+        program = program if functions is None else _in_both_modes(model, view, program, attempt)
+        return ExportedForm(_normalised(program), model)
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "device_mesh"):  # a DTensor, of which this process has a part
+            raise CaptureError(
+                f"parameter {name!r} is sharded over devices, and a plan takes whole rows: shrink the model first and "
+                "shard the result"
+            )
+
+
+def _refuse_quantised(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if ".quantized" in type(module).__module__ and "torch.ao" in type(module).__module__:
+            raise CaptureError(
+                f"module {name!r} ({type(module).__qualname__}) holds quantised weights: "
+                "compress the float model first and quantise the result"
+            )
+
+
+def _normalised(program: ExportedProgram) -> ExportedProgram:
+    """The program with what the exporter wraps unwrapped, and views in the order in which they say most."""
+    module, constants = program.graph_module, _constants(program)
+    sync_users(module.graph)  # the exporter's own passes leave some behind
+    for node, value in constants.items():
+        node.meta["constant"] = value
+    inline_regions(module)
+    refuse_parameter_writes(program)
+    drop_whole_slices(module)
+    write_out_shapes(module)
+    slice_constant_indices(module, constants)
+    read_sizes_off_inputs(module)
+    hoist_selections(module)
+    sink_concatenations(module)
+    return program
+
+
+def _export(
+    model: nn.Module,
+    view: nn.Module,
+    attempt: Attempt,
+    *,
+    functions: dict[str, None] | None = None,
+    training: bool | None = None,
+) -> ExportedProgram:
+    """functions: takes the names of custom functions that gradients would go through; training: the mode of all parts,
+    by default the one that each is in."""
+    args, kwargs, shapes, _ = attempt
+    with (
+        quiet(),
+        same_chance(),
+        untouched(model, view, traced=True),
+        _marks_kept((args, kwargs)),
+        gradient_modes_recorded(functions if functions is not None else {}),
+        nullcontext() if shapes is None else TimeLimit(),
+    ):
+        if training is not None:
+            for part in (view, *model.modules()):
+                part.training = training
+        return write_out_transforms(torch.export.export(view, args, kwargs, strict=False, dynamic_shapes=shapes))
+
+
+def _in_both_modes(model: nn.Module, view: nn.Module, program: ExportedProgram, attempt: Attempt) -> ExportedProgram:
+    """A program that notes what depends on the mode, from a second export in the other one.
+
+    The second one is of the example's sizes, which takes a third of the time, unless it has to stand for the first or
+    is not like it. Where that fails, or the modes differ in more than literals, the program holds for the mode of the
+    model, but for dropouts that are in it.
+    """
+    if attempt.shapes is not None:
+        fixed = _in_other_mode(model, view, attempt._replace(shapes=None))
+        aligned = _aligned(model, program, fixed, numbers=True)
+        if aligned is not None and (aligned.complete or model.training):
+            aligned.note(training=model.training)
+            allow_other_strides(program.graph)
+            return program
+    other = _in_other_mode(model, view, attempt)
+    aligned = _aligned(model, program, other)
+    if other is None or aligned is None:
+        note_dropout(program.graph)
+        return program
+    own = aligned.complete or model.training
+    aligned.note(training=model.training or not own)
+    chosen = program if own else other
+    allow_other_strides(chosen.graph)
+    return chosen
+
+
+def _aligned(
+    model: nn.Module, program: ExportedProgram, other: ExportedProgram | None, numbers: bool = False
+) -> Aligned | None:
+    """How the programs of the model's own and of the other mode correspond; None where they do not."""
+    if other is None:
+        return None
+    training, evaluation = (program, other) if model.training else (other, program)
+    aligned = align(training.graph, evaluation.graph, numbers)
+    return None if isinstance(aligned, str) else aligned
+
+
+def _in_other_mode(model: nn.Module, view: nn.Module, attempt: Attempt) -> ExportedProgram | None:
+    """The export of the model in the mode in which it is not; None where there is none."""
+    try:
+        return _export(model, view, attempt, training=not model.training)
+    except Exception:
+        return None
+
+
+def _constants(program: ExportedProgram) -> dict[fx.Node, Tensor]:
+    """Placeholders of tensors that the model's code holds literally, such as ``torch.tensor([-2])``."""
+    literal = program.graph_signature.inputs_to_lifted_tensor_constants
+    placeholders = [n for n in program.graph_module.graph.nodes if n.op == "placeholder" and n.name in literal]
+    values = {n: program.constants[literal[n.name]] for n in placeholders}
+    return {n: v for n, v in values.items() if isinstance(v, Tensor) and not v.is_meta}
+
+
+@contextmanager
+def _marks_kept(inputs: Any) -> Iterator[None]:
+    """Attributes of the example's tensors: an export that fails leaves on them which axes it took for symbols."""
+    tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
+    before = [dict(t.__dict__) for t in tensors]
+    try:
+        yield
+    finally:
+        for tensor, attributes in zip(tensors, before, strict=True):
+            tensor.__dict__.clear()
+            tensor.__dict__.update(attributes)

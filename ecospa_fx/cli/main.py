@@ -1,0 +1,318 @@
+"""The command line: `ecospa-fx inspect` and `ecospa-fx compress`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import ecospa_fx as eco
+from ecospa_fx.cli import options, text
+from ecospa_fx.cli.sources import Source, open_source
+from ecospa_fx.coupling.report import couplings_data, explain, reason_lines
+from ecospa_fx.coupling.types import Coupling, Couplings
+from ecospa_fx.errors import EcospaError, PlanError, ScoreError, StorageError
+from ecospa_fx.huggingface import is_causal
+from ecospa_fx.origin import origin, origin_of
+from ecospa_fx.plan import Plan
+from ecospa_fx.progress import watched
+from ecospa_fx.recipe import SECOND_ORDER
+from ecospa_fx.storage.models import save
+from ecospa_fx.verify import masked_error
+
+REFUSED = 2
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5}
+LENGTH, HELD_OUT = 512, 64
+BYTES = "bytes"
+Result = TypeVar("Result")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command. 0 where it was done; 2 where it was refused, after one sentence on stderr; 130 if interrupted."""
+    try:
+        arguments = parser().parse_args(argv)
+        command: Callable[[argparse.Namespace], None] = arguments.command
+        command(arguments)
+    except EcospaError as error:
+        print(f"ecospa-fx: {' '.join(str(error).split())}", file=sys.stderr)
+        return REFUSED
+    except KeyboardInterrupt:
+        print("ecospa-fx: interrupted, nothing was saved", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """Both commands with all their options."""
+    return options.parser(inspect, compress)
+
+
+# -- inspect -----------------------------------------------------------------------------------------------------
+
+
+def inspect(arguments: argparse.Namespace) -> None:
+    """Print the couplings of a model."""
+    source = open_source(arguments.source, weights=False)
+    begin = time.perf_counter()
+    couplings = eco.detect(source.model, source.args, source.kwargs, allow=arguments.allow)
+    seconds = time.perf_counter() - begin
+    if arguments.explain is not None:
+        print(explain(coupling_named(couplings, arguments.explain)))
+    elif arguments.json:
+        print(json.dumps({**couplings_data(couplings), "source": arguments.source, "seconds": round(seconds, 3)}))
+    else:
+        print(couplings)
+        for line in (*reason_lines(couplings, "inexact"), *reason_lines(couplings, "blocked")):
+            print(line)
+        print(f"{type(source.model).__name__}, detected in {seconds:.1f} s")
+
+
+def coupling_named(couplings: Couplings, name: str) -> Coupling:
+    """The coupling, or an error with names like it."""
+    names = [c.name for c in couplings]
+    if name in names:
+        return couplings[name]
+    near = get_close_matches(name, names, n=3, cutoff=0.4) or names[:3]
+    raise options.UsageError(f"there is no coupling {name!r}; near it: {', '.join(near) or 'none, nothing was found'}")
+
+
+# -- compress ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """Token ids: calibration [windows, length] and held-out [windows, length + 1], which do not overlap."""
+
+    calibration: Tensor
+    held_out: Tensor
+
+
+class Watch:
+    """Runs steps, says each on stderr, and remembers their seconds by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, step: str, function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
+        print(f"{step} …", file=sys.stderr)
+        begin = time.perf_counter()
+        result = function(*args, **kwargs)
+        self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - begin
+        return result
+
+
+def compress(arguments: argparse.Namespace) -> None:
+    """Shrink a language model, save it, and print what it cost. Everything cheap is checked before anything slow."""
+    options.check_options(arguments)
+    watch = Watch()
+    calibration, held_out = held_apart(arguments)
+    encode = encoder(arguments)
+    source, stored = watch("load", open_model, arguments)
+    model, reader = source.model, text.Reader(source.args, source.kwargs)
+    length = window_length(arguments.length, model)
+    vocabulary = vocabulary_of(model, reader)
+    texts = watch("tokenise", tokenised, arguments, (calibration, held_out), encode, length)
+    check_tokens(texts, vocabulary)
+    texts = Texts(texts.calibration.to(arguments.device), texts.held_out.to(arguments.device))
+
+    couplings = watch("detect", eco.detect, model, source.args, source.kwargs, allow=arguments.allow)
+    which = {"round_to": arguments.round_to, "exclude": arguments.exclude, "limits": options.limits(arguments)}
+    eco.plan(couplings, arguments.ratio, "magnitude", **which)  # refuses what cannot be reached
+    small = watch("compress", smaller, arguments, source, couplings, reader, texts)
+    plan = origin_of(small).plan
+    error, limit = watch("check", exactness, source, plan, reader, texts.held_out[:1, :-1])
+    if not error <= limit:
+        raise PlanError(f"removing differs from masking by {error:.1e}, so nothing was saved")
+    rows = watch("measure", measured, (model, small), reader, texts.held_out, stored)
+    watch("save", save, small, arguments.output, origin=origin(model, plan, source.args, source.kwargs), dtypes=stored)
+    print(plan)
+    for line in reason_lines(couplings, "inexact"):
+        print(line)
+    print(closing(rows, error, watch, arguments.output, plan))
+
+
+def held_apart(arguments: argparse.Namespace) -> tuple[str, str]:
+    """Calibration and held-out text; of one file the last tenth is held out."""
+    whole = text.read_text(arguments.calibration)
+    return (whole, text.read_text(arguments.eval)) if arguments.eval else text.split(whole)
+
+
+def encoder(arguments: argparse.Namespace) -> text.Encoder:
+    """The tokenizer that was named, or the first one beside the model or the calibration text."""
+    if arguments.tokenizer == BYTES:
+        return text.bytes_encoder
+    if arguments.tokenizer:
+        return text.read_tokenizer(Path(arguments.tokenizer))
+    folders = dict.fromkeys(f for f in (Path(arguments.source), arguments.calibration.parent) if f.is_dir())
+    for folder in folders:
+        if (folder / "tokenizer.json").is_file():
+            return text.read_tokenizer(folder / "tokenizer.json")
+    looked = " or ".join(map(str, folders))
+    raise StorageError(f"there is no tokenizer.json in {looked}: pass --tokenizer FILE, or 'bytes' for a byte model")
+
+
+def open_model(arguments: argparse.Namespace) -> tuple[Source, dict[str, torch.dtype]]:
+    """The model in float32 on the device, and the types that its tensors are stored in."""
+    source = open_source(arguments.source, weights=True)
+    model = source.model.eval()
+    if not is_causal(model):
+        raise ScoreError(
+            f"{type(model).__name__} is no causal language model, and next-token perplexity is all that this command "
+            "measures: call eco.compress with batches and a loss of your own"
+        )
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise StorageError(f"parameter {name!r} is on meta and has no values: load the weights first")
+        if not parameter.isfinite().all():
+            raise StorageError(f"parameter {name!r} holds values that are not finite: repair the weights first")
+    stored = {n: t.dtype for n, t in [*model.named_parameters(), *model.named_buffers()]}
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+    args, kwargs = pytree.tree_map(
+        lambda leaf: leaf.to(arguments.device) if isinstance(leaf, Tensor) else leaf, (source.args, source.kwargs)
+    )
+    return Source(model.to(arguments.device), args, kwargs, source.folder), stored
+
+
+def window_length(asked: int | None, model: nn.Module) -> int:
+    """Tokens per window, within what the model's configuration allows."""
+    config = getattr(model, "config", None)
+    most = getattr(config, "max_position_embeddings", None)
+    most = most if isinstance(most, int) and most > 0 else math.inf
+    if asked is not None and asked > most:
+        raise options.UsageError(f"--length is {asked} and this model reads at most {most} tokens")
+    return asked or int(min(LENGTH, most))
+
+
+def vocabulary_of(model: nn.Module, reader: text.Reader) -> int:
+    """Size of the vocabulary, from one run on two tokens."""
+    device = next(model.parameters()).device
+    try:
+        with torch.no_grad():
+            return reader.logits(model, torch.zeros(1, 2, dtype=torch.long, device=device)).shape[-1]
+    except EcospaError:
+        raise
+    except Exception as error:  # the user's own code
+        raise ScoreError(f"{type(model).__name__} fails on one sequence of two tokens: {error}") from error
+
+
+def tokenised(arguments: argparse.Namespace, parts: tuple[str, str], encode: text.Encoder, length: int) -> Texts:
+    """Windows of both texts."""
+    calibration, held_out = (text.tokens(part, encode) for part in parts)
+    return Texts(
+        text.drawn_windows(calibration, length, arguments.windows, arguments.seed),
+        text.first_windows(held_out, length, HELD_OUT),
+    )
+
+
+def check_tokens(texts: Texts, vocabulary: int) -> None:
+    """Raise StorageError where the tokenizer is not the model's."""
+    largest = max(int(texts.calibration.max()), int(texts.held_out.max()))
+    if largest >= vocabulary:
+        raise StorageError(
+            f"the tokenizer gives token {largest} and the model knows {vocabulary:,}: pass the model's own tokenizer"
+        )
+
+
+def smaller(
+    arguments: argparse.Namespace, source: Source, couplings: Couplings, reader: text.Reader, texts: Texts
+) -> nn.Module:
+    """The smaller model, with one batch per calibration window."""
+    only_removes = arguments.method not in {SECOND_ORDER, "magnitude"}
+    return eco.compress(
+        source.model,
+        source.args,
+        source.kwargs,
+        ratio=arguments.ratio,
+        batches=[reader.batch(window[None]) for window in texts.calibration],
+        loss=reader.loss,
+        method=arguments.method,
+        couplings=couplings,
+        round_to=arguments.round_to,
+        exclude=arguments.exclude,
+        limits=options.limits(arguments),
+        progress=True,
+        **({"steps": arguments.passes} if only_removes else {}),
+    )
+
+
+def exactness(source: Source, plan: Plan, reader: text.Reader, ids: Tensor) -> tuple[float, float]:
+    """(difference, limit): the smaller model against the masked one on one window.
+
+    In float64, or in float32 where the model's own code does not run in float64. What was allowed to be inexact is
+    left out: it differs by what was asked for.
+    """
+    plan = Plan(tuple(s for s in plan if not s.inexact), plan.shapes)
+    model, args, kwargs = deepcopy(source.model).double(), source.args, source.kwargs
+    try:
+        with torch.no_grad():
+            reader.logits(model, ids)
+    except RuntimeError:
+        model = deepcopy(source.model)
+    small = eco.shrink(model, plan, args, kwargs)
+    inputs = reader.batch(ids.expand(2, -1) if ids.shape[0] == 1 else ids)
+    return masked_error(model, small, plan, *inputs), TOLERANCE[next(model.parameters()).dtype]
+
+
+def measured(
+    models: Sequence[nn.Module], reader: text.Reader, held_out: Tensor, stored: dict[str, torch.dtype]
+) -> list[list[str]]:
+    """Rows of the closing table: parameters, bytes as stored, FLOPs per token, perplexity."""
+    counts, sizes, flops, perplexities = [], [], [], []
+    for name, model in zip(("dense", "small"), models, strict=True):
+        parameters = dict(model.named_parameters())
+        counts.append(sum(p.numel() for p in parameters.values()))
+        sizes.append(sum(p.numel() * stored.get(n, p.dtype).itemsize for n, p in parameters.items()))
+        flops.append(flops_per_token(model, reader, held_out[:1, :-1]))
+        perplexities.append(text.perplexity(model, reader, watched(held_out, f"perplexity, {name}")))
+    rows = [
+        [label, *(f"{n:,}" for n in pair), f"{pair[1] / max(pair[0], 1):.1%}"]
+        for label, pair in (("parameters", counts), ("bytes", sizes), ("FLOPs per token", flops))
+    ]
+    return [*rows, ["perplexity", *(f"{p:.2f}" for p in perplexities), f"{perplexities[1] / perplexities[0]:.1%}"]]
+
+
+def flops_per_token(model: nn.Module, reader: text.Reader, ids: Tensor) -> int:
+    """Forward floating-point operations per token of one window, attention included.
+
+    The fused attention kernels are not counted alike on all devices, so attention runs as matrix products here.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        reader.logits(model, ids)
+    return round(counter.get_total_flops() / ids.numel())
+
+
+def closing(rows: list[list[str]], error: float, watch: Watch, output: Path, plan: Plan) -> str:
+    """What changed, how exact it is, how long it took, and how to load it."""
+    align = ("left", "right", "right", "right")
+    table = tabulate(rows, ["", "dense", "small", "small/dense"], colalign=align, disable_numparse=True)
+    inexact = sum(bool(s.inexact) for s in plan)
+    apart = f", without {inexact:,} inexact couplings (--allow {plan.allow[0]})" if inexact else ""
+    seconds = ", ".join(f"{step} {spent:.1f}" for step, spent in watch.seconds.items())
+    return (
+        f"\n{table}\n\nremoving against masking: largest relative difference {error:.1e}{apart}\n"
+        f"seconds: {seconds}, together {sum(watch.seconds.values()):.1f}\n"
+        f'saved: model = ecospa_fx.load("{output}")'
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

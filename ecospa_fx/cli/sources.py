@@ -1,0 +1,218 @@
+"""Where a model comes from: a Hugging Face folder, a config.json alone, or a function that builds one."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ecospa_fx.errors import CaptureError, EcospaError, StorageError
+from ecospa_fx.huggingface import build, import_transformers, model_class
+from ecospa_fx.storage.folder import MANIFEST
+from ecospa_fx.storage.models import load_with_inputs
+
+BATCH, LENGTH, FRAMES = 2, 16, 4000
+"""Sizes of example inputs: sequences, tokens of each, samples of raw audio."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A model with example inputs. folder: where it was read from; None for a function."""
+
+    model: nn.Module
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
+
+
+def open_source(text: str, *, weights: bool) -> Source:
+    """The model that `text` names, in eval mode unless a function set its mode.
+
+    text: a Hugging Face folder, a ``config.json``, or ``package.module:function``, where the function returns
+    (model, args, kwargs); without weights also a folder that `save` wrote. weights: whether the values are needed;
+    without them a Hugging Face model is built on ``meta`` whatever its size. No code from a folder is executed.
+    Raises StorageError for what is not there or is not a model, CaptureError where no example inputs are known for it.
+    """
+    path = Path(text)
+    if path.exists():
+        return _from_path(path, weights)
+    module, colon, function = text.rpartition(":")
+    if colon and module and function.isidentifier():
+        return from_function(_function(module, function), text)
+    raise StorageError(
+        f"there is no {text!r}: name a Hugging Face folder, a config.json, or package.module:function "
+        "for a function that returns (model, args, kwargs)"
+    )
+
+
+# -- functions ---------------------------------------------------------------------------------------------------
+
+
+def _function(module: str, name: str) -> Callable[[], Any]:
+    """Import a function, from the current folder too."""
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        found: Callable[[], Any] | None = getattr(import_module(module), name, None)
+    except Exception as error:
+        raise StorageError(f"module {module!r} cannot be imported: {_told(error)}") from error
+    finally:
+        sys.path.remove(str(Path.cwd()))
+    if not callable(found):
+        raise StorageError(f"module {module!r} has no function {name!r}: name one that returns (model, args, kwargs)")
+    return found
+
+
+def from_function(function: Callable[[], Any], name: str) -> Source:
+    """What a function returned: (model, args, kwargs). Raises StorageError for anything else, or where it fails."""
+    try:
+        made = function()
+    except Exception as error:
+        raise StorageError(f"{name} failed: {_told(error)}") from error
+    if not isinstance(made, tuple | list) or len(made) != 3:
+        raise StorageError(f"{name} returned {type(made).__name__}: it must return (model, args, kwargs)")
+    model, args, kwargs = made
+    if not (isinstance(model, nn.Module) and isinstance(args, tuple | list) and isinstance(kwargs, Mapping)):
+        told = ", ".join(type(part).__name__ for part in made)
+        raise StorageError(f"{name} returned ({told}): it must return an nn.Module, a tuple and a dict")
+    return Source(model, tuple(args), dict(kwargs))
+
+
+def _told(error: Exception) -> str:
+    """An error of somebody else's code on one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+# -- Hugging Face ------------------------------------------------------------------------------------------------
+
+
+def _from_path(path: Path, weights: bool) -> Source:
+    folder = path if path.is_dir() else path.parent
+    if (path / MANIFEST).is_file():
+        if weights:
+            raise StorageError(f"{path} was compressed already: compress the original model with a higher ratio")
+        return Source(*load_with_inputs(path), folder)
+    described = path / "config.json" if path.is_dir() else path
+    if not described.is_file():
+        raise StorageError(f"{path} has no config.json: name a Hugging Face folder or a config.json")
+    if weights and not path.is_dir():
+        raise StorageError(f"{path} describes a model without its weights: name the folder that holds them")
+    config = _config(described)
+    try:
+        if weights:
+            model = model_class(config).from_pretrained(folder, config=config, dtype="auto", local_files_only=True)
+        else:
+            model = build(config, "meta")
+    except EcospaError:
+        raise
+    except Exception as error:
+        raise StorageError(f"{path} is not a model that transformers can read: {_told(error)}") from error
+    return Source(model.eval(), (), example_inputs(model), folder)
+
+
+def _config(path: Path) -> Any:
+    """The configuration in a file; its class is the one in transformers, never one from the folder."""
+    transformers = import_transformers()
+    try:
+        described = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise StorageError(f"{path} is not a readable config.json: {_told(error)}") from error
+    if not isinstance(described, dict) or "model_type" not in described:
+        raise StorageError(f"{path} names no model_type: it is not the config.json of a transformers model")
+    try:
+        return transformers.AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    except Exception as error:
+        raise StorageError(f"{path} is not a configuration that transformers knows: {_told(error)}") from error
+
+
+def example_inputs(model: Any) -> dict[str, Any]:
+    """Keyword arguments that a transformers model accepts, on its device, from its configuration alone.
+
+    Raises CaptureError where its main input is of a kind not known here.
+    """
+    accepted = inspect.signature(model.forward).parameters
+    name = model.main_input_name
+    maker = _MAKERS.get(name) if isinstance(name, str) else None
+    if maker is None:
+        raise CaptureError(
+            f"no example is known for input {name!r} of {type(model).__name__}: "
+            "name a function that returns (model, args, kwargs)"
+        )
+    inputs: dict[str, Any] = {name: maker(model)}
+    if "decoder_input_ids" in accepted and getattr(model.config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = _ids(model)
+    if name == "input_ids" and hasattr(model.config, "vision_config") and not _generates(model):
+        inputs["pixel_values"] = _pixels(model)
+    if name == "pixel_values" and "input_ids" in accepted and hasattr(model.config, "text_config"):
+        inputs["input_ids"] = _ids(model)
+    if "use_cache" in accepted:
+        inputs["use_cache"] = False
+    return inputs
+
+
+def _generates(model: Any) -> bool:
+    return bool(getattr(model, "can_generate", bool)())
+
+
+def _ids(model: Any) -> Tensor:
+    """Token ids [2, 16], all different where the vocabulary allows it, none of the first ones, which are special."""
+    size = int(getattr(model.config.get_text_config(), "vocab_size", None) or 2)
+    first = min(4, size - 1)
+    ids = torch.arange(BATCH * LENGTH).remainder(size - first).add(first)
+    return ids.view(BATCH, LENGTH).to(model.device)
+
+
+def _pixels(model: Any) -> Tensor:
+    config = getattr(model.config, "vision_config", model.config)
+    size = getattr(config, "image_size", 224)
+    height, width = size if isinstance(size, tuple | list) else (size, size)
+    shape = [BATCH, getattr(config, "num_channels", 3), height, width]
+    frames = getattr(config, "num_frames", None)
+    return _floats(model, shape if frames is None else [BATCH, frames, *shape[1:]])
+
+
+def _features(model: Any) -> Tensor:
+    """Log-mel features: [2, bins, frames] where a convolution reads them (Whisper), else [2, frames, bins]."""
+    config = getattr(model.config, "audio_config", model.config)
+    if hasattr(config, "max_source_positions") and hasattr(config, "num_mel_bins"):
+        return _floats(model, [BATCH, config.num_mel_bins, 2 * config.max_source_positions])
+    names = ("feature_projection_input_dim", "input_feat_per_channel", "num_mel_bins", "feature_size")
+    bins = next((getattr(config, name) for name in names if hasattr(config, name)), 80)
+    return _floats(model, [BATCH, 8 * LENGTH, bins])
+
+
+def _samples(model: Any) -> Tensor:
+    """A raw waveform [2, samples], or a spectrogram [2, frames, bins] for models of patches."""
+    config = model.config
+    if hasattr(config, "num_mel_bins") and hasattr(config, "max_length"):
+        return _floats(model, [BATCH, config.max_length, config.num_mel_bins])
+    return _floats(model, [BATCH, FRAMES])
+
+
+def _embeddings(model: Any) -> Tensor:
+    return _floats(model, [BATCH, LENGTH, model.config.get_text_config().hidden_size])
+
+
+def _floats(model: Any, shape: list[int]) -> Tensor:
+    """Reproducible noise of the model's own type."""
+    if model.device.type == "meta":
+        return torch.empty(shape, dtype=model.dtype, device="meta")
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(model.device, model.dtype)
+
+
+_MAKERS: dict[str, Callable[[Any], Tensor]] = {
+    "input_ids": _ids,
+    "pixel_values": _pixels,
+    "pixel_values_videos": _pixels,
+    "input_features": _features,
+    "input_values": _samples,
+    "inputs_embeds": _embeddings,
+}

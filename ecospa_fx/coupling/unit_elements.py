@@ -1,0 +1,72 @@
+"""Which elements of each parameter a choice of units keeps: as masks, and as counts that need no masks.
+
+Along one axis a choice is a vector of kept positions; where the carrier is an axis itself it is a matrix
+[slice, position]. These *factors* multiply: an element stays where every factor of its parameter keeps it. The number
+of kept elements is therefore one contraction over the factors, whatever the parameter's size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from ecospa_fx.coupling.types import Member
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Dense shape of every parameter by name."""
+
+Factors = dict[tuple[int, ...], Tensor]
+"""Of one parameter: (axis,) to BoolTensor [positions], (carrier axis, axis) to BoolTensor [slices, positions]."""
+
+Removal = tuple[Sequence[Member], Tensor]
+"""Members of one coupling and BoolTensor [carriers, units], True where a unit goes."""
+
+
+def keep_factors(shapes: Shapes, removals: Iterable[Removal]) -> dict[str, Factors]:
+    """The factors of every parameter that loses elements; True where positions stay."""
+    found: dict[str, Factors] = {}
+    for members, removed in removals:
+        gone = removed.flatten().nonzero().flatten()
+        if not len(gone):
+            continue
+        for member in members:
+            shape, positions = shapes[member.parameter], member.indices.flatten(0, 1).index_select(0, gone)
+            axes = (member.axis,) if member.carrier_axis is None else (member.carrier_axis, member.axis)
+            if member.carrier_axis is not None:
+                positions = positions + (gone // member.units)[:, None] * shape[member.axis]
+            factors = found.setdefault(member.parameter, {})
+            if axes not in factors:
+                factors[axes] = torch.ones([shape[a] for a in axes], dtype=torch.bool)
+            factors[axes].view(-1).index_fill_(0, positions.flatten(), False)
+    return found
+
+
+def mask(shape: Sequence[int], factors: Factors, device: torch.device | None = None) -> Tensor:
+    """BoolTensor of `shape`, True where an element stays."""
+    result = torch.ones(tuple(shape), dtype=torch.bool, device=device)
+    for axes, kept in factors.items():
+        ordered = kept if list(axes) == sorted(axes) else kept.T
+        view = [size if axis in axes else 1 for axis, size in enumerate(shape)]
+        result &= ordered.to(result.device).reshape(view)
+    return result
+
+
+def kept_elements(shape: Sequence[int], factors: Factors) -> int:
+    """How many True elements `mask` would hold."""
+    operands: list[Tensor | list[int]] = []
+    for axes, kept in factors.items():
+        operands += [kept.to(torch.float64), list(axes)]
+    count = int(torch.einsum(*operands, []).item()) if operands else 1
+    covered = {axis for axes in factors for axis in axes}
+    for axis, size in enumerate(shape):
+        count *= 1 if axis in covered else size
+    return count
+
+
+def removed_elements(shapes: Shapes, removals: Iterable[Removal]) -> int:
+    """How many parameter elements go, each counted once however many couplings hold it."""
+    factors = keep_factors(shapes, removals)
+    return sum(prod(shapes[name]) - kept_elements(shapes[name], of) for name, of in factors.items())

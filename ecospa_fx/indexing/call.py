@@ -1,0 +1,105 @@
+"""What a rule of elements sees: a call with its arguments by name; where it does not know, it returns None."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from ecospa_fx.axes.flow import named_arguments
+from ecospa_fx.indexing.values import Element, Value, Values, as_number, combined, constant, position
+
+Known = dict[fx.Node, Value]
+Rule = Callable[["Call"], Value | None]
+NodeRule = Callable[[fx.Node, Known], Value | None]
+RULES: dict[Any, NodeRule] = {}
+
+
+class Call:
+    """A call as a rule sees it: arguments by name, defaults included."""
+
+    def __init__(self, node: fx.Node, known: Known) -> None:
+        target: Any = node.target
+        self.node, self.known = node, known
+        defaults = {a.name: a.default_value for a in target._schema.arguments if a.has_default_value()}
+        self.arguments = {**defaults, **named_arguments(node)}
+        self.shape = shape_of(node)
+        self.dtype: torch.dtype = node.meta["val"].dtype
+
+    def __getitem__(self, name: str) -> Any:
+        """An argument; sizes as numbers or symbols, tensors as nodes."""
+        given = self.arguments.get(name)
+        return _scalar(given)
+
+    def rank(self, name: str = "self") -> int:
+        """How many axes a tensor argument has."""
+        return len(shape_of(self[name]))
+
+    def axis(self, name: str, rank: int) -> int:
+        """An axis argument, counted from the left."""
+        return int(self[name]) % max(rank, 1)
+
+    def value(self, name: str = "self") -> Value:
+        """What the elements of a tensor argument are, in their own positions."""
+        given = self[name]
+        return self.known[given] if isinstance(given, fx.Node) else constant(given)
+
+    def aligned(self, name: str) -> Values | None:
+        """What the elements of an argument are, in the positions of the result; None for those of other tensors."""
+        given, value = self[name], self.value(name)
+        if not isinstance(value, Values):
+            return None
+        shape = shape_of(given) if isinstance(given, fx.Node) else ()
+        offset, places = len(self.shape) - len(shape), {}
+        for axis, size in enumerate(shape):
+            if same(size, self.shape[axis + offset]):
+                places[position(axis)] = position(axis + offset)
+            elif same(size, 1):
+                places[position(axis)] = sympy.Integer(0)
+            else:
+                return None
+        return value.at(places)
+
+    def pointwise(self, function: Callable[..., Any], *names: str) -> Values | None:
+        """A function of numbers, position by position."""
+        values = [self.aligned(name) for name in names]
+        return None if any(v is None for v in values) else combined(function, *(v for v in values if v is not None))
+
+    def moved(self, places: Sequence[Any]) -> Value:
+        """The elements of ``self`` at other positions: one expression for each of its axes."""
+        return self.value().at({position(axis): sympy.sympify(place) for axis, place in enumerate(places)})
+
+
+def _scalar(given: Any) -> Any:
+    if isinstance(given, fx.Node) and not isinstance(given.meta.get("val"), Tensor):
+        return given.meta["val"]
+    return given
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two sizes are equal, whatever the symbols stand for."""
+    return bool(sympy.expand(as_number(a) - as_number(b)) == 0)
+
+
+def element_rule(*operators: Any) -> Callable[[Rule], Rule]:
+    """Register a rule for operators."""
+
+    def register(rule: Rule) -> Rule:
+        for operator in operators:
+            RULES[operator] = lambda node, known: rule(Call(node, known))
+        return rule
+
+    return register
+
+
+def shape_of(node: Any) -> tuple[Any, ...]:
+    """The sizes of a node's tensor."""
+    return tuple(node.meta["val"].shape)
+
+
+def itself(node: fx.Node) -> Element:
+    """An element of the node's own tensor."""
+    return Element(node, tuple(position(axis) for axis in range(len(shape_of(node)))))

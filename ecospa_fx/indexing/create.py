@@ -1,0 +1,46 @@
+"""Tensors made of nothing."""
+
+from __future__ import annotations
+
+import torch
+
+from ecospa_fx.indexing.call import Call, element_rule
+from ecospa_fx.indexing.values import TRUE, Value, as_number, constant, merged, position
+
+aten = torch.ops.aten
+
+
+@element_rule(aten.arange.default, aten.arange.start, aten.arange.start_step)
+def arange(call: Call) -> Value | None:
+    """Whole numbers only: floating-point steps round."""
+    if call.dtype.is_floating_point:
+        return None
+    start, step = (
+        as_number(0 if call["start"] is None else call["start"]),
+        as_number(call["step"] if call["step"] is not None else 1),
+    )
+    return merged([(TRUE, start + step * position(0))]) if start.is_integer and step.is_integer else None
+
+
+@element_rule(aten.full.default, aten.full_like.default, aten.new_full.default)
+def full(call: Call) -> Value | None:
+    """One number."""
+    return constant(call["fill_value"])
+
+
+@element_rule(aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default)
+def zeros(call: Call) -> Value | None:
+    """Zero."""
+    return constant(0)
+
+
+@element_rule(aten.ones.default, aten.ones_like.default, aten.new_ones.default)
+def ones(call: Call) -> Value | None:
+    """One."""
+    return constant(1)
+
+
+@element_rule(aten.scalar_tensor.default)
+def scalar(call: Call) -> Value | None:
+    """A number as a tensor."""
+    return constant(call["s"])

@@ -1,0 +1,227 @@
+"""The bench on which an edit is proven: a copy of the model with weights that hide nothing, and several calls.
+
+Weights that are zero, equal or symmetric would let a wrong edit pass, so the copy's are shaken; it computes in float64
+where its code does, and in evaluation mode, as dropout would differ by chance.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ecospa_fx.capture.export import capture
+from ecospa_fx.errors import PlanError
+from ecospa_fx.inplace.calls import Call, constant, flipped, others, shuffled, varied
+from ecospa_fx.ir.pytrees import closed, copied, opened
+from ecospa_fx.plan import Plan
+from ecospa_fx.runtime.restore import restore
+from ecospa_fx.verify import masked, narrowed, unwritten, without_fast_path
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+LARGEST = 300_000_000
+"""Parameters up to which the copy computes in float64."""
+
+
+class Bench:
+    """A copy of a model that edits are tried on.
+
+    model: the copy; calls: the example, the example in other sizes, and with its flags the other way round, as far as
+    the dense model takes them; tolerance: largest relative difference that counts as equal.
+    """
+
+    def __init__(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        if any(p.is_meta for p in model.parameters()):
+            raise PlanError("the model is on meta, where no edit can be proven by numbers: load its weights first")
+        self.model, self.dtype = _copied(model), torch.float64
+        if sum(p.numel() for p in model.parameters()) > LARGEST or not self._runs(args, kwargs):
+            self.model, self.dtype = _shaken(_copied(model).float()), torch.float32
+        self.tolerance = TOLERANCE[self.dtype]
+        self.read: set[tuple[int, Any]] | None = None
+        """Attributes that running the model reads, by identity of their owner and name; None: not known yet."""
+        example = Call(*self._typed(tuple(args), dict(kwargs)))
+        with torch.no_grad():
+            self.run(example)
+        self.program = capture(self.model, example.args, example.kwargs, dynamic=True)
+        more = [*others(self.program, example), *flipped(example)]
+        self.calls = [example, *(call for call in more if self.attempt(call) is not None)]
+        if constant(example):
+            same = self.calls if not varied(example) else [example]
+            self.calls += [other for call in same if (other := self._varied(call)) is not None]
+            self._check_varied()
+
+    def _runs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        self.model = _shaken(self.model.double())
+        return self.attempt(Call(*self._typed(tuple(args), dict(kwargs)))) is not None
+
+    def _typed(self, args: Any, kwargs: Any) -> Any:
+        parts = pytree.tree_map(
+            lambda t: t.to(self.dtype) if isinstance(t, Tensor) and t.is_floating_point() else t, opened((args, kwargs))
+        )
+        return closed(parts)[0]
+
+    def _varied(self, call: Call) -> Call | None:
+        """The call with other numbers in tensors that hold one everywhere, None where the model takes no such call."""
+        return next((other for other in shuffled(call) if self.attempt(other) is not None), None)
+
+    def _check_varied(self) -> None:
+        if not any(varied(call) for call in self.calls):
+            raise PlanError(
+                "the tensors of the example hold the same number everywhere, which hides wrong edits of attention: "
+                "pass inputs that differ, such as random tokens"
+            )
+
+    def run(self, call: Call) -> list[Tensor]:
+        """The numbers in what the model returns, its buffers unchanged afterwards."""
+        with unwritten(self.model):
+            return numbers(self.model, call)
+
+    def attempt(self, call: Call) -> list[Tensor] | None:
+        """What `run` returns, None where the model does not take the call."""
+        try:
+            return self.run(call)
+        except Exception:  # whatever the model's code raises says that this call, or this edit, is none
+            return None
+
+    def reference(self, plan: Plan) -> Reference:
+        """What a model shrunk by a plan must do: what the masked model does.
+
+        Where masking is not what the plan means, or where the model keeps what it computes from call to call in
+        buffers, inputs or outputs, what the rewritten graph does.
+        """
+        if not plan.allow and not self.program.state:
+            with masked(self.model, plan):
+                return Reference(tuple((call, self.run(call)) for call in self.calls), {})
+        return self.graph_reference(plan, self.traced())
+
+    def graph_reference(self, plan: Plan, calls: Sequence[Call] | None = None) -> Reference:
+        """What the rewritten graph does with some calls, or all strict ones, and the buffers that got narrower in it.
+
+        Calls that it does not take are left out, but for the example: what was traced may hold for fewer.
+        """
+        small, results = self._shrunk(plan), []
+        with unwritten(small):
+            for call in (c for c in (self.calls if calls is None else calls) if c.strict):
+                narrow = Call(*narrowed(small, call.args, call.kwargs))
+                try:
+                    results.append((narrow, numbers(small, narrow)))
+                except Exception as error:  # whatever the graph's operators raise says that it takes no such call
+                    if call is self.calls[0]:
+                        raise PlanError(f"the rewritten graph does not take the example: {error}") from error
+        dense = dict(self.model.named_buffers())
+        cut = {n: t for n, t in small.named_buffers() if n in dense and t.shape != dense[n].shape}
+        return Reference(tuple(results), cut)
+
+    def traced(self) -> list[Call]:
+        """The example, and the strict calls for which the graph does what the model does."""
+        example, *rest = self.calls
+        graph = restore(self.program.frozen(), self.model, example.args, example.kwargs)
+        strict, own = [call for call in rest if call.strict], self.model
+        wanted = Reference(tuple((call, self.run(call)) for call in strict), {})
+        try:
+            self.model = graph
+            wrong = self.differing(wanted)
+        finally:
+            self.model = own
+        return [example, *(call for call in strict if all(call is not other for other in wrong))]
+
+    def _shrunk(self, plan: Plan) -> nn.Module:
+        """The rewritten graph of the copy, from the capture that is there unless another one is needed."""
+        from ecospa_fx.api import smaller  # which imports this module
+        from ecospa_fx.passes.shrink_couplings import shrink_program
+
+        example, program = self.calls[0], self.program.frozen()
+        try:
+            shrink_program(program, plan)
+        except PlanError:
+            return smaller(self.model, plan, example.args, example.kwargs)
+        return restore(program, self.model, example.args, example.kwargs)
+
+    def equals(self, reference: Reference) -> bool:
+        """Whether the model, as it is now, does what the reference does."""
+        return next(self._differing(reference), None) is None
+
+    def differing(self, reference: Reference) -> list[Call]:
+        """The calls for which the model, as it is now, does something else than the reference."""
+        return list(self._differing(reference))
+
+    def _differing(self, reference: Reference) -> Iterator[Call]:
+        for call, want in reference.results:
+            got = self.attempt(call)
+            if got is None or not equal(got, want, self.tolerance, strict=call.strict):
+                yield call
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reference:
+    """Calls with what they must return, and the buffers that have other shapes then, by name."""
+
+    results: tuple[tuple[Call, list[Tensor]], ...]
+    buffers: dict[str, Tensor]
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        twin = copy.deepcopy(model).eval()
+    except Exception as error:
+        raise PlanError(f"{type(model).__name__} cannot be copied, so no edit of it can be tried: {error}") from error
+    for module, other in zip(model.modules(), twin.modules(), strict=True):
+        forward = vars(module).get("forward")
+        if forward is not None and forward is vars(other).get("forward") and _refers_to_modules(forward):
+            raise PlanError(
+                f"{type(module).__name__}.forward was replaced by a function that calls the original in every copy, so "
+                "no edit can be tried: take it away while shrinking, or put it there with functools.partial"
+            )
+    return twin
+
+
+def _refers_to_modules(function: Any) -> bool:
+    held = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    return any(isinstance(getattr(one, "__self__", one), nn.Module) for one in held)
+
+
+def _shaken(model: nn.Module) -> nn.Module:
+    """The model with noise on its weights, as large as they are, or as weights of their shape should be."""
+    source = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                usual = parameter.shape[-1] ** -0.5 if parameter.dim() else 1.0
+                size = max(parameter.square().mean().sqrt().item(), usual)
+                noise = torch.randn(parameter.shape, generator=source, dtype=torch.float32)
+                parameter.add_((0.5 * size * noise).to(parameter))
+    return model
+
+
+def numbers(model: nn.Module, call: Call) -> list[Tensor]:
+    """The tensors of numbers in what a model returns, however it is structured, as the model's own code makes them."""
+    args, kwargs = copied((call.args, call.kwargs))
+    with torch.no_grad(), without_fast_path(), torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of edits that are only tried
+        result = model(*args, **kwargs)
+    leaves = pytree.tree_leaves(opened(result))
+    return [t for t in leaves if isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex())]
+
+
+def equal(got: Sequence[Tensor], want: Sequence[Tensor], tolerance: float, *, strict: bool = True) -> bool:
+    """Whether the same numbers are in the same places, up to a share of the largest of each tensor."""
+    if len(got) != len(want):
+        return False
+    pairs = [(g, w) for g, w in zip(got, want, strict=True) if strict or g.shape == w.shape]
+    return bool(pairs) and all(_equal(g, w, tolerance) for g, w in pairs)
+
+
+def _equal(got: Tensor, want: Tensor, tolerance: float) -> bool:
+    if got.shape != want.shape or got.dtype != want.dtype:
+        return False
+    finite = want.isfinite()
+    if not torch.equal(finite, got.isfinite()):
+        return False
+    scale = want[finite].abs().max().item() if finite.any() else 0.0
+    return bool((got[finite] - want[finite]).abs().le(tolerance * max(scale, 1e-12)).all())

@@ -1,0 +1,68 @@
+"""An edit that was proven once, as JSON, and carried out again on another copy of the model when it is loaded."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ecospa_fx.errors import StorageError
+from ecospa_fx.inplace.attributes import Place
+from ecospa_fx.inplace.buffers import Spot
+from ecospa_fx.inplace.edits import Edits
+from ecospa_fx.inplace.trial import apply
+from ecospa_fx.plan import Plan
+
+
+def told(values: Mapping[Spot, int]) -> Any:
+    """Places and their new integers as JSON, or None where a key on the way has no place in JSON.
+
+    Buffers that were cut are saved with the weights, and say themselves how wide they are.
+    """
+    places = {place: value for place, value in values.items() if isinstance(place, Place)}
+    if not all(type(key) in (str, int) for place in places for key in (*place.steps, place.name)):
+        return None
+    return [[place.module, list(place.steps), place.name, place.index, value] for place, value in places.items()]
+
+
+def rewritten(dense: nn.Module, plan: Plan, integers: Any, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of the dense model with a plan's parameters cut, integers written and narrower buffers of `tensors`.
+
+    Only integers that are there are replaced, by integers. Raises StorageError for anything else, PlanError where the
+    plan was made for another model.
+    """
+    model = copy.deepcopy(dense)
+    plan.check(model)
+    buffers = {n: tensors[n] for n, b in model.named_buffers() if n in tensors and _narrower(tensors[n], b)}
+    apply(model, plan, dict(_read(entry, model) for entry in _entries(integers)), buffers, Edits())
+    return model
+
+
+def _narrower(new: Tensor, old: Tensor) -> bool:
+    return (
+        new.dim() == old.dim()
+        and new.shape != old.shape
+        and all(a <= b for a, b in zip(new.shape, old.shape, strict=True))
+    )
+
+
+def _entries(integers: Any) -> list[Any]:
+    if not isinstance(integers, list):
+        raise StorageError("what is written back into the module is no list of integers: save the model again")
+    return integers
+
+
+def _read(entry: Any, model: nn.Module) -> tuple[Spot, int]:
+    try:
+        module, steps, name, index, value = entry
+        place = Place(module, tuple(steps), name, index)
+        found = type(place.value(model)) is int and type(value) is int and value > 0
+    except (TypeError, ValueError, AttributeError, KeyError, IndexError):
+        found = False
+    if not found:
+        raise StorageError(
+            f"the model has no integer at {entry!r:.120}: the architecture is not the one that was saved"
+        )
+    return place, value

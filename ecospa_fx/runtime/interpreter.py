@@ -1,0 +1,129 @@
+"""Running a captured program on real values, some nodes at a time.
+
+Unlike a call of the module, the caller sees every value on the way, can leave off anywhere, and can go on with other
+values in place of those that were computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ecospa_fx.errors import InputError
+from ecospa_fx.ir.modes import evaluation_arguments
+from ecospa_fx.ir.program import ExportedForm
+from ecospa_fx.ir.pytrees import copied
+from ecospa_fx.runtime.signature import calling
+
+Values = dict[fx.Node, Any]
+"""What nodes have computed."""
+
+
+class Evaluator:
+    """Runs the nodes of one program in evaluation mode, whatever mode it was captured in.
+
+    model, args, kwargs: what the program was captured from.
+    """
+
+    def __init__(self, program: ExportedForm, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        self.program = program
+        nodes = list(program.graph.nodes)
+        self.order = [node for node in nodes if node.op == "call_function"]
+        """The nodes that compute, in the order of the graph."""
+        (self.output,) = (node for node in nodes if node.op == "output")
+        self._calling = calling(program, model, args, kwargs)
+        self.overwrites = any(_overwrites(node) for node in self.order)
+        """Whether some node changes a value that another one has computed."""
+        self.instead: Mapping[fx.Node, Callable[[Values], Any]] = {}
+        """What is computed in place of a node's operator, from the values that the node reads."""
+        self._arguments = {node: evaluation_arguments(node) for node in self.order}
+        self._last: dict[fx.Node, int] = {}
+        for place, node in enumerate(self.order):
+            for read in node.all_input_nodes:
+                self._last[read] = place
+        written = program.inputs if self.overwrites else ()  # what the graph may write into is read at the end
+        for read in (*self.output.all_input_nodes, *written):
+            self._last[read] = len(self.order)
+        self._place = {node: place for place, node in enumerate(self.order)}
+
+    def start(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Values:
+        """The values that a call of the dense model begins with, but for the parameters: arguments and buffers.
+
+        All that the graph may write into is copied, so that a call can be repeated.
+        Raises InputError where the graph does not hold for these arguments.
+        """
+        given = copied((tuple(args), dict(kwargs)))
+        try:
+            leaves = self._calling.flat(*given)
+        except TypeError as error:
+            raise InputError(f"the call of a batch is not that of the example: {error}") from error
+        values: Values = dict(zip(self.program.inputs, leaves, strict=True))
+        program, lifted = self.program, self.program.exported.graph_signature.inputs_to_lifted_tensor_constants
+        for node in program.graph.nodes:
+            if node.op != "placeholder" or node in values or node in program.parameters:
+                continue
+            if node in program.stored:
+                held = program.buffer(program.stored[node])
+                values[node] = held.clone() if node in program.state else held
+            elif node.name in lifted:
+                values[node] = program.exported.constants[lifted[node.name]]
+            else:
+                values[node] = self._added(node)
+        return values
+
+    def weights(self) -> Values:
+        """The parameters as they are now, without gradients."""
+        return {node: self.program.tensor(name).detach() for node, name in self.program.parameters.items()}
+
+    def _added(self, node: fx.Node) -> Tensor:
+        """A constant that a pass has added."""
+        exported = self.program.exported
+        (spec,) = (s for s in exported.graph_signature.input_specs if getattr(s.arg, "name", None) == node.name)
+        found: Tensor = exported.constants[str(spec.target)]
+        return found
+
+    def run(self, nodes: Iterable[fx.Node], values: Values) -> None:
+        """Compute nodes, given in the order of the graph, into `values`; what nothing reads any more is dropped."""
+        for node in nodes:
+            values[node] = self._computed(node, values)
+            place = self._place[node]
+            for read in {node, *node.all_input_nodes}:
+                if self._last.get(read, -1) <= place:
+                    values.pop(read, None)
+
+    def _computed(self, node: fx.Node, values: Values) -> Any:
+        if node in self.instead:
+            return self.instead[node](values)
+        args, kwargs = fx.node.map_arg(self._arguments[node], values.__getitem__)
+        target: Any = node.target
+        return target(*args, **kwargs)
+
+    def answer(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """What the module returns for these arguments, which stay as they are."""
+        values = {**self.start(args, kwargs), **self.weights()}
+        self.run(self.order, values)
+        return self.returned(values, args, kwargs)
+
+    def returned(self, values: Values, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """What the module returns for these arguments, which stay as they are, once all nodes have run."""
+        leaves: Any = fx.node.map_arg(self.output.args[0], values.__getitem__)
+        given = copied((tuple(args), dict(kwargs)))
+        if self.overwrites and self._calling.stateful:  # objects among the arguments come back as the graph left them
+            for node, leaf in zip(self.program.inputs, self._calling.flat(*given), strict=True):
+                if isinstance(leaf, Tensor):
+                    leaf.detach().copy_(values[node])
+        return self._calling.returned(list(leaves), *given)
+
+
+def _overwrites(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def detached(value: Any) -> Any:
+    """A value without its history; sizes and other constants as they are."""
+    if isinstance(value, list | tuple):
+        return type(value)(detached(one) for one in value)
+    return value.detach() if isinstance(value, torch.Tensor) else value

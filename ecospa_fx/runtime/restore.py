@@ -1,0 +1,109 @@
+"""From a graph back to a tree of modules with the names that the user knows."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from types import FunctionType
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from ecospa_fx.ir.module_stacks import arrange_stacks
+from ecospa_fx.ir.program import ExportedForm
+from ecospa_fx.ir.tracing import one_at_a_time, quiet
+from ecospa_fx.runtime.layer import Code, GraphLayer, Layers, own_copy
+from ecospa_fx.runtime.repeated_calls import calls_compared_in_depth, share_repeated
+from ecospa_fx.runtime.signature import Calling, calling
+
+
+@one_at_a_time()
+def restore(
+    program: ExportedForm, model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+) -> nn.Module:
+    """The program as a module with the hierarchy, parameter names and mode of `model`.
+
+    It is called like `model`: constants of the example arguments may be left out, and any argument may be given by
+    position or by name. Parameters that kept their shape are shared with `model`, not copied; buffers are copied.
+    """
+    exported = program.exported
+    names = {alias: name for name, aliases in _aliases(model).items() for alias in aliases}
+    stand_ins = {name: _stand_in(value) for name, value in program.values.items()}
+    for name in list(exported.state_dict):
+        if name in names:
+            exported.state_dict[name] = stand_ins[names[name]]
+    arrange_stacks(program.graph, {path for path, _ in model.named_modules(remove_duplicate=False)})
+    exported.graph_module.recompile()
+    with calls_compared_in_depth(), quiet():  # torch 2.13 prints a line per node for some graphs
+        module: nn.Module = torch.export.unflatten(exported)
+    for alias, name in names.items():
+        path, _, attribute = alias.rpartition(".")
+        try:
+            owner = module.get_submodule(path)
+        except AttributeError:
+            continue
+        if attribute in owner._parameters:
+            owner._parameters[attribute] = program.values[name]
+    share_repeated(module)
+    return _with_modes(_rooted(program, module, model, args, dict(kwargs or {})), model)
+
+
+class GraphModel(GraphLayer):
+    """The root of a restored model: takes the arguments of the original and returns what it returned."""
+
+    _graph_calling: Calling
+
+    @classmethod
+    def _graph_running(cls, name: str, code: Code) -> type[GraphLayer]:
+        """A subclass for some code, which becomes ``_graph_run``; ``forward`` goes around it."""
+        methods = {
+            "_graph_run": code.function(),
+            "forward": own_copy(cast(FunctionType, _forward)),
+            "_graph_code": code,
+            "__module__": __name__,
+        }
+        return type(name, (cls,), methods)
+
+
+def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    return self._graph_calling.call(self._graph_run, args, kwargs)
+
+
+def _rooted(
+    program: ExportedForm, module: Any, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> nn.Module:
+    """An unflattened module as layers that run their own code.
+
+    torch's own wrapper interprets node by node, and shuts the compiler out of its handling of arguments.
+    """
+    root: Any = Layers(model).convert(module, base=GraphModel)
+    root._graph_calling = calling(program, model, args, kwargs)
+    told = inspect.signature(model.forward)
+    itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    # trainers and exporters look for the names of the arguments there
+    type(root).forward.__signature__ = told.replace(parameters=[itself, *told.parameters.values()])
+    return cast(nn.Module, root)
+
+
+def _with_modes(module: nn.Module, model: nn.Module) -> nn.Module:
+    """Every part in the mode of the part that it came from."""
+    module.train(model.training)
+    modes = {path: part.training for path, part in model.named_modules(remove_duplicate=False)}
+    for path, part in module.named_modules(remove_duplicate=False):
+        part.training = modes.get(path.partition("@")[0], part.training)
+    return module
+
+
+def _stand_in(value: nn.Parameter) -> nn.Parameter:
+    """No memory, the same shape: unflattening copies what it is given."""
+    return nn.Parameter(torch.empty_like(value, device="meta"), requires_grad=value.requires_grad)
+
+
+def _aliases(model: nn.Module) -> dict[str, list[str]]:
+    """All names of every parameter by its first one."""
+    first: dict[int, str] = {}
+    result: dict[str, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        result.setdefault(first.setdefault(id(parameter), name), []).append(name)
+    return result

@@ -1,0 +1,77 @@
+"""Allocation by measured sensitivity: from a plan by scores to one that held-out data likes better.
+
+Couplings do not add up: what one of them costs depends on what the others have lost. So each is tried around the plan
+so far, the others at its widths, and the knapsack is solved again; the plan that loses least on the held-out data is
+taken, the first one included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ecospa_fx.budget.allocate import plan as make_plan
+from ecospa_fx.coupling.types import Couplings
+from ecospa_fx.importance.compensation import Compensated
+from ecospa_fx.importance.score import Batch, Loss
+from ecospa_fx.importance.scores import Scores
+from ecospa_fx.importance.sensitivity import Bench, Trial, Watch, measured
+from ecospa_fx.plan import Plan
+from ecospa_fx.runtime.interpreter import Evaluator
+
+STEPS = (0.5, 1.0, 1.5, 2.0)
+"""Where a coupling is tried, in multiples of the share of its units that the plan so far removes."""
+
+MOST = 0.95
+"""The largest share of a coupling's units that is tried."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sensitivity:
+    """``Sensitivity(…).plan(couplings, ratio, scores)``.
+
+    evaluator: runs the dense program; weights: what it becomes with units gone; batches: held out from the scores;
+    rounds: how often the curves are measured, each time around the plan before.
+    """
+
+    evaluator: Evaluator
+    weights: Compensated
+    batches: Sequence[Batch]
+    loss: Loss
+    rounds: int = 2
+    watch: Watch = field(default=lambda trials: trials)
+
+    def plan(self, couplings: Couplings, ratio: float, scores: Scores, **planning: Any) -> Plan:
+        """The best of the plan by scores and those by curves. planning: further options of `plan`."""
+        best = last = make_plan(couplings, ratio, scores, **planning)
+        least = self.loss_of(best)
+        for _ in range(self.rounds):
+            base = {s.name: s.removed for s in last}
+            bench = self._bench(last)
+            widths = {s.name: around(s.size, s.size - s.kept, ratio) for s in last}
+            curves = measured(bench, self.weights, scores.values, widths, base, self.watch)
+            made = make_plan(couplings, ratio, scores, **{**planning, "allocation": curves})
+            if made == last:
+                break
+            last, loss = made, self.loss_of(made)
+            if loss < least:
+                best, least = made, loss
+        return best
+
+    def loss_of(self, plan: Plan) -> float:
+        """Mean loss on the held-out data with a plan's units gone."""
+        (found,) = self._bench(plan).losses([Trial("", (), [dict])])[""]
+        return found
+
+    def _bench(self, plan: Plan) -> Bench:
+        gone = {s.name: s.removed for s in plan}
+        names = {name for c in self.weights.couplings if c.name in gone for name in self.weights.touched(c)}
+        return Bench(self.evaluator, self.batches, self.loss, self.weights.weights(gone, names))
+
+
+def around(size: int, removed: int, ratio: float) -> list[int]:
+    """Kept units to try, from most to fewest, around a plan that removes some of a coupling's units."""
+    share = max(removed / size, ratio / 2)
+    tried = {min(max(round(size * (1 - min(step * share, MOST))), 1), size - 1) for step in STEPS}
+    return sorted(tried, reverse=True)

@@ -1,0 +1,153 @@
+"""What a shrink leaves of one tensor: kept positions per axis, of the tensor as it is now.
+
+Two sets of factors of the dense parameter (see `ecospa_fx.coupling.unit_elements`), before and after, give the
+positions to take from what is there. The same cut applies to the parameter, its gradient, and whatever an optimizer
+keeps beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ecospa_fx.coupling.unit_elements import Factors
+from ecospa_fx.errors import TrainingError
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AxisCut:
+    """Positions kept along one axis.
+
+    carrier: None and positions [kept], or the axis along which the choice differs and positions [slices, kept].
+    """
+
+    axis: int
+    carrier: int | None
+    positions: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Cut:
+    """What stays of one parameter and of everything shaped like it.
+
+    before, after: its shape; axes: what is taken, those whose choice differs along another axis last.
+    """
+
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    axes: tuple[AxisCut, ...]
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """The kept part of a tensor of shape `before`, contiguous, in memory of its own."""
+        return self._taken(tensor, self.axes).contiguous()
+
+    def beside(self, tensor: Tensor) -> Tensor | None:
+        """The kept part of what an optimizer stores beside the parameter, or None where that cannot be told.
+
+        Per-parameter numbers stay. A tensor of the parameter's shape is cut like it; one that is reduced over some
+        axes, of size 1 there or without them, is cut along the others, if only one way of matching them exists.
+        Quantised values (integers or 8-bit floats of the parameter's shape) come with scales of unknown layout: None.
+        """
+        if tensor.numel() == 1:
+            return tensor
+        wide = tensor.is_floating_point() and tensor.element_size() > 1
+        if not (wide or tensor.is_complex() or tensor.dtype is torch.bool) or tensor.layout is not torch.strided:
+            return None
+        present = _matching(tuple(tensor.shape), self.before)
+        if present is None:
+            return None
+        lost = [a for a in range(len(self.before)) if a not in present]
+        if any(c.carrier in lost and c.axis in present for c in self.axes):
+            return None
+        full = tensor.reshape([n if a in present else 1 for a, n in enumerate(self.before)])
+        taken = self._taken(full, [c for c in self.axes if c.axis in present])
+        if tensor.dim() < len(self.before):
+            taken = taken.reshape([n for a, n in enumerate(taken.shape) if a in present])
+        return taken.contiguous()
+
+    @staticmethod
+    def _taken(tensor: Tensor, axes: Sequence[AxisCut]) -> Tensor:
+        for cut in axes:
+            positions = cut.positions.to(tensor.device)
+            if cut.carrier is None:
+                tensor = tensor.index_select(cut.axis, positions)
+                continue
+            view = [1] * tensor.dim()
+            view[cut.carrier], view[cut.axis] = positions.shape
+            ordered = positions if cut.carrier < cut.axis else positions.T
+            tensor = torch.take_along_dim(tensor, ordered.reshape(view), cut.axis)
+        return tensor
+
+
+def _matching(shape: tuple[int, ...], whole: tuple[int, ...]) -> set[int] | None:
+    """The axes of `whole` that a reduced tensor has; None where there is no way, or more than one."""
+    if len(shape) == len(whole):
+        fits = all(n in (1, m) for n, m in zip(shape, whole, strict=True))
+        return {a for a, (n, m) in enumerate(zip(shape, whole, strict=True)) if n == m} if fits else None
+    if len(shape) != len(whole) - 1:
+        return None
+    ways = [a for a in range(len(whole)) if shape == (*whole[:a], *whole[a + 1 :])]
+    return set(range(len(whole))) - {ways[0]} if len(ways) == 1 else None
+
+
+def cuts_between(
+    shapes: Mapping[str, tuple[int, ...]], before: Mapping[str, Factors], after: Mapping[str, Factors]
+) -> dict[str, Cut]:
+    """The cut of every parameter that `after` leaves less of than `before` does. shapes: dense."""
+    found = {}
+    for name, factors in after.items():
+        cut = _cut(name, shapes[name], before.get(name, {}), factors)
+        if cut.before != cut.after:
+            found[name] = cut
+    return found
+
+
+def _cut(name: str, shape: tuple[int, ...], before: Factors, after: Factors) -> Cut:
+    old, new = _Grid.of(name, shape, before), _Grid.of(name, shape, after)
+    plain, carried = [], []
+    for axis in range(len(shape)):
+        carrier = new.carriers.get(axis)
+        if carrier is None:
+            kept, there = new.masks[axis][0], old.masks[axis][0]
+            plain.append(AxisCut(axis, None, kept[there].nonzero().flatten()))
+        else:
+            places = new.masks[carrier][0]
+            there = old.masks[axis].expand(shape[carrier], -1)[places]
+            kept = new.masks[axis][places]
+            rows = [k[t].nonzero().flatten() for k, t in zip(kept, there, strict=True)]
+            carried.append(AxisCut(axis, carrier, torch.stack(rows)))
+    cut = [c for c in (*plain, *carried) if c.positions.shape[-1] < old.size(c.axis)]
+    return Cut(old.shape, new.shape, tuple(cut))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Grid:
+    """Kept positions of a parameter: per axis a mask [1 or slices, positions], and the axis that its slices are of."""
+
+    shape: tuple[int, ...]
+    masks: tuple[Tensor, ...]
+    carriers: Mapping[int, int]
+
+    @classmethod
+    def of(cls, name: str, shape: tuple[int, ...], factors: Factors) -> _Grid:
+        masks = [torch.ones(1, size, dtype=torch.bool) for size in shape]
+        carriers: dict[int, int] = {}
+        for axes, kept in factors.items():
+            axis = axes[-1]
+            if len(axes) == 2 and carriers.setdefault(axis, axes[0]) != axes[0]:
+                raise TrainingError(f"axis {axis} of parameter {name!r} differs along two others: leave one kind out")
+            masks[axis] = masks[axis] & (kept if len(axes) == 2 else kept[None])
+        if any(carriers.get(c) is not None for c in carriers.values()):
+            raise TrainingError(f"parameter {name!r} has an axis that differs along one which differs along another")
+        sizes = []
+        for axis, mask in enumerate(masks):
+            rows = mask[masks[carriers[axis]][0]] if axis in carriers else mask
+            sizes.append(int(rows[0].sum()))
+        return cls(tuple(sizes), tuple(masks), carriers)
+
+    def size(self, axis: int) -> int:
+        """Positions kept along an axis."""
+        return self.shape[axis]

@@ -1,0 +1,116 @@
+"""Regions that the exporter wraps into sub-graphs (no_grad, autocast) become part of the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from ecospa_fx.errors import CaptureError
+from ecospa_fx.ir.build import evaluate, insert
+from ecospa_fx.ir.module_stacks import KEY, stack_between
+from ecospa_fx.ir.provenance import source_of
+
+_WRAPPERS = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
+"""Higher-order operators that call a sub-graph, and at which argument it stands."""
+
+
+def inline_regions(module: fx.GraphModule) -> bool:
+    """Inline every wrapped region, in place. Returns whether there was any.
+
+    A region without gradients keeps that: its floating-point outputs are detached. Of an autocast region the casts are
+    written out. Raises CaptureError where they cannot be told.
+    """
+    changed = False
+    while regions := [n for n in module.graph.nodes if n.op == "call_function" and str(n.target) in _WRAPPERS]:
+        for node in regions:
+            _inline(module, node)
+        changed = True
+    if changed:
+        module.graph.lint()
+    return changed
+
+
+def _inline(module: fx.GraphModule, node: fx.Node) -> None:
+    at = _WRAPPERS[str(node.target)]
+    region = node.args[at]
+    assert isinstance(region, fx.Node)  # the operator's own contract
+    body = getattr(module, str(region.target))
+    known: dict[fx.Node, Any] = dict(
+        zip((n for n in body.graph.nodes if n.op == "placeholder"), node.args[at + 1 :], strict=True)
+    )
+    frozen = str(node.target) == "wrap_with_set_grad_enabled" and node.args[0] is False
+    with module.graph.inserting_before(node):
+        results = module.graph.graph_copy(body.graph, known)
+        for inner in (n for n in body.graph.nodes if n.op == "get_attr"):  # regions within the region, above all
+            known[inner].target = f"{region.target}_{inner.target}"
+            setattr(module, known[inner].target, getattr(body, str(inner.target)))
+        if str(node.target) == "wrap_with_autocast" and node.args[2]:
+            _write_out_casts([known[n] for n in body.graph.nodes if n.op == "call_function"], str(node.args[0]))
+        readers = set(node.users)
+        after = next((n for n in _following(node) if n not in readers), None)
+        node.meta[KEY] = stack_between(node.prev, after, node.meta.get(KEY) or {})
+        outputs = [_detached(module.graph, r, like=node) if frozen else r for r in _several(results)]
+    for user in list(node.users):
+        position: Any = user.args[1]
+        user.replace_all_uses_with(outputs[position])
+        module.graph.erase_node(user)
+    module.graph.erase_node(node)
+    if not region.users:
+        module.graph.erase_node(region)
+        module.delete_submodule(str(region.target))
+
+
+def _write_out_casts(nodes: Sequence[fx.Node], device: str) -> None:
+    """Let nodes compute in the types that they were traced in under autocast, without it."""
+    for node in nodes:
+        if not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        wanted = _types(node.meta.get("val"))
+        if not wanted or _computed(node, device) == wanted:
+            continue
+        for read in node.all_input_nodes:
+            if _types(read.meta.get("val")) not in ([], wanted[:1]):
+                with node.graph.inserting_before(node):
+                    cast = insert(node.graph, torch.ops.aten.to.dtype, (read, wanted[0]), like=node)
+                node.replace_input_with(read, cast)
+        if _computed(node, device) != wanted:
+            raise CaptureError(
+                f"{node.target} under autocast{f' at {place}' if (place := source_of(node)) else ''} computes in "
+                f"{wanted[0]}, and by which casts cannot be told: write them yourself, or convert the model"
+            )
+
+
+def _computed(node: fx.Node, device: str) -> list[torch.dtype]:
+    """The floating-point types of a node's results without autocast; none where it does not compute."""
+    try:
+        with torch.autocast(device, enabled=False):
+            return _types(evaluate(node))
+    except (RuntimeError, TypeError):  # its inputs have types that do not go together
+        return []
+
+
+def _types(value: Any) -> list[torch.dtype]:
+    leaves = pytree.tree_leaves(value)
+    return [t.dtype for t in leaves if isinstance(t, torch.Tensor) and t.is_floating_point()]
+
+
+def _following(node: fx.Node) -> Iterator[fx.Node]:
+    while node.next.op != "root":
+        node = node.next
+        yield node
+
+
+def _several(results: Any) -> list[Any]:
+    return list(results) if isinstance(results, list | tuple) else [results]
+
+
+def _detached(graph: fx.Graph, node: Any, like: fx.Node) -> Any:
+    """The node without gradients; it belongs to the module that left them out, not to the one that made the node."""
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        return node
+    return insert(graph, torch.ops.aten.detach.default, (node,), like=like)
