@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ecospa_fx.axes.narrowing import take
 from ecospa_fx.errors import warn_caller
 from ecospa_fx.ir.pytrees import copied, objects, opened
+from ecospa_fx.ir.slices import take
 from ecospa_fx.ir.tracing import same_chance
 from ecospa_fx.plan import Plan
 from ecospa_fx.relative_error import RelativeError, relative_error

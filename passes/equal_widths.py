@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from ecospa_fx.axes.flow import named_arguments
 from ecospa_fx.indexing.call import shape_of
 from ecospa_fx.ir.build import allow_other_strides, insert
 from ecospa_fx.ir.passes import PassResult
+from ecospa_fx.ir.schema import named_arguments
 
 aten = torch.ops.aten
 ATTENTION = aten.scaled_dot_product_attention.default

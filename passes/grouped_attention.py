@@ -14,13 +14,13 @@ import sympy
 import torch
 from torch import fx
 
-from ecospa_fx.axes.flow import named_arguments
 from ecospa_fx.indexing.call import shape_of
 from ecospa_fx.indexing.evaluate import Elements
 from ecospa_fx.indexing.values import Value, position
 from ecospa_fx.ir.alias import bases, written
 from ecospa_fx.ir.build import allow_other_strides
 from ecospa_fx.ir.passes import PassResult
+from ecospa_fx.ir.schema import named_arguments
 
 ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 

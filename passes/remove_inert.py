@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from ecospa_fx.axes.flow import named_arguments
 from ecospa_fx.indexing.evaluate import shows_all
 from ecospa_fx.ir.alias import written_by
 from ecospa_fx.ir.modes import drops_nothing
 from ecospa_fx.ir.passes import PassResult
+from ecospa_fx.ir.schema import named_arguments
 
 aten = torch.ops.aten
 _ASSERTIONS = {aten._assert_tensor_metadata.default}

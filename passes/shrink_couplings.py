@@ -6,7 +6,7 @@ Exact: the result equals the graph with every parameter multiplied by its mask.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
 from typing import Any
@@ -16,8 +16,8 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from ecospa_fx.axes.findings import Gather, several
-from ecospa_fx.axes.flow import Flow, named_arguments, operator_name
-from ecospa_fx.axes.narrowing import Choice, Kept, cut_of, take
+from ecospa_fx.axes.flow import Flow
+from ecospa_fx.axes.narrowing import DimSelection, Narrowing, slice_of
 from ecospa_fx.axes.resize import Resize, find_resize
 from ecospa_fx.coupling.detection import Found, find_couplings
 from ecospa_fx.coupling.types import Member
@@ -26,6 +26,8 @@ from ecospa_fx.ir.build import evaluate, inherit, layout
 from ecospa_fx.ir.passes import PassResult
 from ecospa_fx.ir.program import AttributeForm, Program
 from ecospa_fx.ir.provenance import module_of
+from ecospa_fx.ir.schema import is_operator, named_arguments, operator_name, tensor_arguments, with_arguments
+from ecospa_fx.ir.slices import take
 from ecospa_fx.ir.tracing import one_at_a_time
 from ecospa_fx.passes.example_values import ExampleValues
 from ecospa_fx.passes.ragged_parameters import store_ragged
@@ -60,7 +62,7 @@ def shrink_program(program: Program, plan: Plan) -> int:
     if plan.ragged:
         return shrink_program(program, plan.even()) + store_ragged(program, plan)
     walked = program.flow(plan.allow)
-    kept = Kept(walked.dims, _choices(plan, find_couplings(walked, program.shapes), walked))
+    kept = Narrowing(walked.dims, _choices(plan, find_couplings(walked, program.shapes), walked))
     if not kept.choices:
         return 0
     cut = _cut_parameters(program, walked, kept)
@@ -86,7 +88,7 @@ def _key(members: Sequence[Member]) -> frozenset[Any]:
     return frozenset((m.parameter, m.axis, m.carrier_axis, m.carriers, m.units, frozenset(m.boxes)) for m in members)
 
 
-def _choices(plan: Plan, found: Sequence[Found], walked: Flow) -> dict[int, Choice]:
+def _choices(plan: Plan, found: Sequence[Found], walked: Flow) -> dict[int, DimSelection]:
     """Per dim what a plan keeps; couplings are recognised by their members."""
     known = {_key(f.coupling.members): f for f in found}
     choices = {}
@@ -98,7 +100,7 @@ def _choices(plan: Plan, found: Sequence[Found], walked: Flow) -> dict[int, Choi
                 "detect and plan again on this model and these inputs"
             )
         sizes = [walked.dims.sizes[c] for c in entry.carriers]
-        choices[entry.dim] = Choice(entry.carriers, (~selection.removed).view(*sizes, selection.size))
+        choices[entry.dim] = DimSelection(entry.carriers, (~selection.removed).view(*sizes, selection.size))
     return choices
 
 
@@ -116,47 +118,47 @@ def _why(selection: Selection, found: Sequence[Found]) -> str:
 # -- parameters --------------------------------------------------------------------------------------------------
 
 
-def _cut_parameters(program: Program, walked: Flow, kept: Kept) -> set[str]:
+def _cut_parameters(program: Program, walked: Flow, kept: Narrowing) -> set[str]:
     cut = set()
     for name, value in walked.parameters.items():
         if any(kept.changed(axis) for axis in value.axes):
             with torch.no_grad():
-                program.replace_parameter(name, take(program.tensor(name), cut_of(kept, value.axes)))
+                program.replace_parameter(name, take(program.tensor(name), slice_of(kept, value.axes)))
             cut.add(name)
     return cut
 
 
-def _cut_state(program: Program, walked: Flow, kept: Kept) -> set[fx.Node]:
+def _cut_state(program: Program, walked: Flow, kept: Narrowing) -> set[fx.Node]:
     """Buffers that the graph writes into, such as caches, get the widths of what is written."""
     cut = set()
     for node, name in program.state.items():
         value = walked.values.get(node)
         if any(kept.changed(axis) for one in several(value) for axis in one.axes):
             (one,) = several(value)
-            program.cut_buffers[name] = cut_of(kept, one.axes)
+            program.cut_buffers[name] = slice_of(kept, one.axes)
             program.replace_buffer(node, name, take(program.buffer(name), program.cut_buffers[name]))
             cut.add(node)
     return cut
 
 
-def _narrow_inputs(program: Program, walked: Flow, kept: Kept) -> set[fx.Node]:
+def _narrow_inputs(program: Program, walked: Flow, kept: Narrowing) -> set[fx.Node]:
     """Inputs that the caller allowed to get narrower."""
     cut = set()
     for node in program.inputs:
         for one in several(walked.values.get(node)):
             if any(kept.changed(axis) for axis in one.axes):
                 sizes = [kept.count(axis) if kept.changed(axis) else None for axis in one.axes]
-                program.narrow_input(node, cut_of(kept, one.axes), sizes)
+                program.narrow_input(node, slice_of(kept, one.axes), sizes)
                 cut.add(node)
     return cut
 
 
-def _note_outputs(program: Program, walked: Flow, kept: Kept) -> None:
+def _note_outputs(program: Program, walked: Flow, kept: Narrowing) -> None:
     """How outputs get narrower, for whoever compares them with the dense ones."""
     for node in (source for end in program.graph.find_nodes(op="output") for source in end.all_input_nodes):
         for one in several(walked.values.get(node)):
             if any(kept.changed(axis) for axis in one.axes):
-                program.narrowed[node] = cut_of(kept, one.axes)
+                program.narrowed[node] = slice_of(kept, one.axes)
 
 
 # -- stored operands ---------------------------------------------------------------------------------------------
@@ -165,7 +167,7 @@ def _note_outputs(program: Program, walked: Flow, kept: Kept) -> None:
 class _Gathers:
     """Reduces stored operands where they are used; equal reductions of one operand are made once."""
 
-    def __init__(self, program: Program, kept: Kept) -> None:
+    def __init__(self, program: Program, kept: Narrowing) -> None:
         self.program, self.kept = program, kept
         self.made: dict[Any, fx.Node] = {}
         self.current: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
@@ -270,15 +272,15 @@ class _Gathers:
 # -- literal sizes -----------------------------------------------------------------------------------------------
 
 
-def _resize(program: Program, walked: Flow, kept: Kept, node: fx.Node) -> int:
+def _resize(program: Program, walked: Flow, kept: Narrowing, node: fx.Node) -> int:
     """Apply the operator's resize rule. Returns 1 where an argument changed."""
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not is_operator(node):
         return 0
     name = operator_name(node.target)
     rule = find_resize(name)
     if rule is None:
         return 0
-    inputs = [v for n in _tensor_arguments(node) for v in several(walked.values.get(n))]
+    inputs = [v for n in tensor_arguments(node) for v in several(walked.values.get(n))]
     outputs = several(walked.values[node])
     if not any(kept.changed(axis) for v in [*inputs, *outputs] for axis in v.axes):
         return 0
@@ -297,13 +299,6 @@ def _resize(program: Program, walked: Flow, kept: Kept, node: fx.Node) -> int:
     return _edited(program, node, resize)
 
 
-def _tensor_arguments(node: fx.Node) -> Iterator[fx.Node]:
-    for argument in named_arguments(node).values():
-        for one in argument if isinstance(argument, list | tuple) else [argument]:
-            if isinstance(one, fx.Node):
-                yield one
-
-
 def _edited(program: Program, node: fx.Node, resize: Resize) -> int:
     if resize.replacement is not None:
         qualified, arguments = resize.replacement
@@ -313,16 +308,7 @@ def _edited(program: Program, node: fx.Node, resize: Resize) -> int:
         return 1
     if not resize.edits:
         return 0
-    target: Any = node.target
-    names = [a.name for a in target._schema.arguments]
-    args, kwargs = list(node.args), dict(node.kwargs)
-    for name, value in resize.edits.items():
-        at = names.index(name)
-        if at < len(args):
-            args[at] = value
-        else:
-            kwargs[name] = value
-    node.args, node.kwargs = tuple(args), kwargs
+    node.args, node.kwargs = with_arguments(node, resize.edits)
     return 1
 
 
@@ -337,7 +323,7 @@ def _stored(program: Program, node: fx.Node, argument: Any) -> Any:
 # -- values ------------------------------------------------------------------------------------------------------
 
 
-def _propagate(program: Program, walked: Flow, kept: Kept, stale: set[fx.Node]) -> None:
+def _propagate(program: Program, walked: Flow, kept: Narrowing, stale: set[fx.Node]) -> None:
     """New example values for every node that a change reaches, checked against what the axes predict."""
     examples = ExampleValues(program.sizes)
     for node in program.graph.nodes:
@@ -371,7 +357,7 @@ def _free_of_strides(program: Program, node: fx.Node) -> None:
         node.args = (copy,)
 
 
-def _check(program: Program, walked: Flow, kept: Kept, node: fx.Node) -> None:
+def _check(program: Program, walked: Flow, kept: Narrowing, node: fx.Node) -> None:
     found = node.meta["val"]
     tensors = [t for t in (found if isinstance(found, list | tuple) else [found]) if isinstance(t, Tensor)]
     for tensor, value in zip(tensors, several(walked.values.get(node)), strict=False):

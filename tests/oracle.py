@@ -17,12 +17,14 @@ from torch import Tensor, fx, nn
 
 import ecospa_fx as eco
 from ecospa_fx.axes.call import Value
-from ecospa_fx.axes.flow import Flow, flow, named_arguments, operator_name
-from ecospa_fx.axes.narrowing import Choice, Kept, cut_of, take
+from ecospa_fx.axes.flow import Flow, flow
+from ecospa_fx.axes.narrowing import DimSelection, Narrowing, slice_of
 from ecospa_fx.axes.resize import Resize, find_resize
 from ecospa_fx.capture.export import capture
 from ecospa_fx.coupling.types import Couplings
 from ecospa_fx.ir.program import ExportedForm
+from ecospa_fx.ir.schema import named_arguments, operator_name
+from ecospa_fx.ir.slices import take
 from ecospa_fx.verify import masked_error
 
 EXACT = 1e-9
@@ -184,7 +186,7 @@ def check_rule(
     walked = flow(program.graph, program.parameters, program.shapes, program.sizes)
     kept = _free(walked, seed)
     dense = {name: program.tensor(name).detach() for name in program.shapes}
-    small = {name: take(tensor, cut_of(kept, walked.parameters[name].axes)) for name, tensor in dense.items()}
+    small = {name: take(tensor, slice_of(kept, walked.parameters[name].axes)) for name, tensor in dense.items()}
     if masked:
         dense = {name: _masked(tensor, kept, walked.parameters[name]) for name, tensor in dense.items()}
     whole, cut = _run(program, walked, dense, None), _run(program, walked, small, kept)
@@ -194,7 +196,7 @@ def check_rule(
     return len(kept.choices)
 
 
-def _free(walked: Flow, seed: int) -> Kept:
+def _free(walked: Flow, seed: int) -> Narrowing:
     """Half of every parameter's dim that nothing blocks; being the output is no obstacle here."""
     dims, source = walked.dims, torch.Generator().manual_seed(seed)
     blocks = [(o.dim, o.node) for o in walked.record.blocks if o.node.op != "output"]
@@ -206,18 +208,18 @@ def _free(walked: Flow, seed: int) -> Kept:
         if dim not in blocked and size > 1:
             keep = torch.zeros(size, dtype=torch.bool)
             keep[torch.randperm(size, generator=source)[: (size + 1) // 2]] = True
-            choices[dim] = Choice((), keep)
-    return Kept(dims, choices)
+            choices[dim] = DimSelection((), keep)
+    return Narrowing(dims, choices)
 
 
-def _masked(tensor: Tensor, kept: Kept, value: Value) -> Tensor:
+def _masked(tensor: Tensor, kept: Narrowing, value: Value) -> Tensor:
     result = tensor.clone()
     for i in range(len(value.axes)):
         result.index_fill_(i, (~kept.mask(value.axes, i)[0]).nonzero().flatten(), 0)
     return result
 
 
-def _run(program: ExportedForm, walked: Flow, tensors: dict[str, Tensor], kept: Kept | None) -> dict[fx.Node, Any]:
+def _run(program: ExportedForm, walked: Flow, tensors: dict[str, Tensor], kept: Narrowing | None) -> dict[fx.Node, Any]:
     """Interpret the graph; with `kept`, arguments are resized and stored operands gathered."""
     buffers = program.exported.graph_signature.inputs_to_buffers
     constants = {**dict(program.exported.named_buffers()), **program.exported.constants}
@@ -233,7 +235,7 @@ def _run(program: ExportedForm, walked: Flow, tensors: dict[str, Tensor], kept: 
     return env
 
 
-def _call(node: fx.Node, walked: Flow, env: dict[fx.Node, Any], kept: Kept | None) -> Any:
+def _call(node: fx.Node, walked: Flow, env: dict[fx.Node, Any], kept: Narrowing | None) -> Any:
     local = dict(env)
     for gather in walked.record.gathers if kept is not None else ():
         if gather.user is node and kept is not None:
@@ -248,7 +250,7 @@ def _call(node: fx.Node, walked: Flow, env: dict[fx.Node, Any], kept: Kept | Non
     return target(*args, **kwargs)
 
 
-def _resized(node: fx.Node, walked: Flow, kept: Kept) -> tuple[Any, dict[str, Any]]:
+def _resized(node: fx.Node, walked: Flow, kept: Narrowing) -> tuple[Any, dict[str, Any]]:
     """The operator and its arguments by name after the resize rule."""
     arguments, name = named_arguments(node), operator_name(node.target)
     rule = find_resize(name)
@@ -275,11 +277,11 @@ def _several(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
-def _compare(node: fx.Node, value: Any, want: Any, got: Any, kept: Kept, *, flags: bool) -> None:
+def _compare(node: fx.Node, value: Any, want: Any, got: Any, kept: Narrowing, *, flags: bool) -> None:
     if not isinstance(value, Value) or not isinstance(want, Tensor) or any(n >= UNKNOWN for n in value.shape):
         return
     assert value.shape == tuple(want.shape), f"{node.name}: the rule says {value.shape}, torch {tuple(want.shape)}"
-    expected = take(want, cut_of(kept, value.axes))
+    expected = take(want, slice_of(kept, value.axes))
     assert expected.shape == got.shape, f"{node.name}: {tuple(got.shape)} where {tuple(expected.shape)} was predicted"
     assert torch.allclose(expected, got, rtol=EXACT, atol=EXACT, equal_nan=True), f"{node.name} differs"
     for i, zero in enumerate(value.zero if flags else ()):

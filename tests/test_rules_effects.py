@@ -9,7 +9,7 @@ import torch
 
 from ecospa_fx.axes import registry
 from ecospa_fx.axes.dims import Dims
-from ecospa_fx.axes.narrowing import Kept
+from ecospa_fx.axes.narrowing import Narrowing
 from ecospa_fx.axes.resize import Resize, find_resize
 from tests.oracle import Case, check_exact, check_literal, check_rule, sandwich, tagged
 
@@ -39,7 +39,7 @@ def test_one_call() -> None:
 def test_assertions_about_sizes_are_dropped(given: dict[str, Any], edits: dict[str, Any]) -> None:
     registry.load()
     name = "aten._assert_tensor_metadata"
-    resize = Resize(None, name, given, ([], []), Kept(Dims(), {}), lambda size, old, new: size)
+    resize = Resize(None, name, given, ([], []), Narrowing(Dims(), {}), lambda size, old, new: size)
     rule = find_resize(name)
     assert rule is not None
     rule(resize)

@@ -6,7 +6,7 @@ This file knows no operator. A node whose operator has no rule blocks every dim 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from operator import getitem
@@ -22,9 +22,7 @@ from ecospa_fx.axes.dims import Axis, Dims, Misaligned, Origin
 from ecospa_fx.axes.findings import Obstacle, Record, Value, several
 from ecospa_fx.axes.reasons import CACHE, RETURNED, Reason
 from ecospa_fx.ir.alias import shares, written_by
-
-Sizes = Callable[[Any], int]
-"""From a size (an int or a symbol) to a concrete number."""
+from ecospa_fx.ir.schema import Sizes, is_operator, named_arguments, operator_name
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -181,7 +179,7 @@ class _Walk:
         return [tuple(self.sizes(s) for s in t.shape) for t in tensors if isinstance(t, torch.Tensor)]
 
     def _call(self, node: fx.Node) -> None:
-        if not isinstance(node.target, torch._ops.OpOverload):
+        if not is_operator(node):
             self._python(node)
             return
         arguments = {name: self._value(a) for name, a in named_arguments(node).items()}
@@ -303,16 +301,3 @@ class _Walk:
         """The dims of a node's tensors that are not stored."""
         dims = (d for one in several(self.values.get(node)) for axis in one.axes for d in self.dims.dims_of(axis))
         return [d for d in dims if self.dims.origins[d] is not Origin.STORED]
-
-
-def operator_name(target: Any) -> str:
-    """The qualified name of an operator without its overload: ``aten.linear``."""
-    namespace, _, name = target._schema.name.partition("::")
-    return f"{namespace}.{name}"
-
-
-def named_arguments(node: fx.Node) -> dict[str, Any]:
-    """Raw arguments by the names of the operator's schema; those left out are absent."""
-    target: Any = node.target
-    names: Iterable[str] = (a.name for a in target._schema.arguments)
-    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}

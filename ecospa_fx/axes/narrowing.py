@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,10 +9,11 @@ import torch
 from torch import Tensor
 
 from ecospa_fx.axes.dims import Axis, Dims, Piece
+from ecospa_fx.ir.slices import AxisSlice, TensorSlice
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Choice:
+class DimSelection:
     """The units of one dim that stay: BoolTensor [carrier₀, …, units] over its carriers' sizes."""
 
     carriers: tuple[int, ...]
@@ -25,10 +25,10 @@ class Choice:
         return int(self.keep.flatten(0, -2)[0].sum()) if self.keep.dim() > 1 else int(self.keep.sum())
 
 
-class Kept:
+class Narrowing:
     """Choices for some dims of one graph; every other dim stays whole."""
 
-    def __init__(self, dims: Dims, choices: Mapping[int, Choice]) -> None:
+    def __init__(self, dims: Dims, choices: Mapping[int, DimSelection]) -> None:
         self.dims = dims
         self.choices = {d: c for d, c in choices.items() if c.count < dims.sizes[d]}
         self._counts = {d: c.count for d, c in self.choices.items()}
@@ -111,58 +111,18 @@ class Kept:
         return found[:1] if bool((found == found[:1]).all()) else found
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Step:
-    """One axis reduced to some positions.
-
-    size: positions that it had; other: None, or an axis along which the choice differs; positions: LongTensor of those
-    that stay, [positions] or a view that broadcasts over the other axes.
-    """
-
-    axis: int
-    size: int
-    other: int | None
-    positions: Tensor
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """The tensor with this axis reduced."""
-        positions = self.positions.to(tensor.device)
-        if self.other is None:
-            return tensor.index_select(self.axis, positions)
-        return torch.take_along_dim(tensor, positions, self.axis)
-
-
-Cut = tuple[Step, ...]
-"""A tensor reduced to the kept positions of all its axes."""
-
-
-def cut_of(kept: Kept, axes: Sequence[Axis]) -> Cut:
+def slice_of(kept: Narrowing, axes: Sequence[Axis]) -> TensorSlice:
     """How a tensor with these axes is reduced; axes whose choice differs along another come last."""
     order = sorted(range(len(axes)), key=lambda i: kept.carrier_axis(axes, i) is not None)
     return tuple(_step(kept, axes, index) for index in order if kept.changed(axes[index]))
 
 
-def _step(kept: Kept, axes: Sequence[Axis], index: int) -> Step:
+def _step(kept: Narrowing, axes: Sequence[Axis], index: int) -> AxisSlice:
     mask, other, size = kept.mask(axes, index), kept.carrier_axis(axes, index), axes[index].size
     if other is None:
-        return Step(index, size, None, mask[0].nonzero().flatten())
+        return AxisSlice(index, size, None, mask[0].nonzero().flatten())
     rows = mask[kept.mask(axes, other)[0]]
     positions = rows.nonzero()[:, 1].reshape(len(rows), -1)
     view = [1] * len(axes)
     view[other], view[index] = positions.shape
-    return Step(index, size, other, (positions if other < index else positions.T).reshape(view))
-
-
-def take_more(tensor: Tensor, before: Cut, after: Cut, shape: Sequence[int]) -> Tensor:
-    """`tensor`, of this shape before it was reduced by a cut, reduced to what another one keeps, which is a part."""
-    whole = torch.arange(math.prod(shape), device=tensor.device).view(*shape)
-    had, wanted = take(whole, before), take(whole, after)
-    order, sorted_ = had.flatten().argsort(), had.flatten().sort().values
-    return tensor.flatten()[order[torch.searchsorted(sorted_, wanted)]]
-
-
-def take(tensor: Tensor, cut: Cut) -> Tensor:
-    """`tensor` reduced to what stays."""
-    for step in cut:
-        tensor = step.of(tensor)
-    return tensor
+    return AxisSlice(index, size, other, (positions if other < index else positions.T).reshape(view))

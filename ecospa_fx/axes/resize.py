@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ecospa_fx.axes.call import Value
 from ecospa_fx.axes.dims import Axis
-from ecospa_fx.axes.narrowing import Kept
+from ecospa_fx.axes.narrowing import Narrowing
 from ecospa_fx.axes.registry import check_operators
 from ecospa_fx.errors import InputError
 
@@ -51,7 +51,7 @@ class Resize:
         operator: str,
         arguments: dict[str, Any],
         values: tuple[list[Value], list[Value]],
-        kept: Kept,
+        kept: Narrowing,
         scale: Callable[[Any, int, int], Any],
     ) -> None:
         self.node = node

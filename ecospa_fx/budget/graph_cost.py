@@ -18,10 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ecospa_fx.axes.dims import Axis
 from ecospa_fx.axes.findings import Value, several
-from ecospa_fx.axes.flow import Flow, Sizes, named_arguments, operator_name
-from ecospa_fx.axes.narrowing import Choice, Kept
+from ecospa_fx.axes.flow import Flow
+from ecospa_fx.axes.narrowing import DimSelection, Narrowing
 from ecospa_fx.axes.resize import Resize, find_resize
 from ecospa_fx.errors import PlanError
+from ecospa_fx.ir.schema import Sizes, call_arguments, is_operator, named_arguments, operator_name, tensor_arguments
 
 if TYPE_CHECKING:
     from ecospa_fx.coupling.detection import Found
@@ -63,9 +64,7 @@ class Operation:
 
     def on(self, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments with real values on a device: normal ones, ones, or on ``meta`` none at all."""
-        given = {name: _filled(value, device) for name, value in self.arguments}
-        positional = [a.name for a in self.operator._schema.arguments if not a.kwarg_only and a.name in given]
-        return tuple(given.pop(name) for name in positional), given
+        return call_arguments(self.operator, {name: _filled(value, device) for name, value in self.arguments})
 
     def __str__(self) -> str:
         told = ", ".join(f"{name}={_told(value)}" for name, value in self.arguments)
@@ -112,7 +111,7 @@ class Work:
         self._found = {f.coupling.name: f for f in found if f.coupling.blocked is None}
         self._names = {f.dim: name for name, f in self._found.items()}
         self._calls: dict[fx.Node, tuple[str, ...]] | None = None
-        self._known: dict[tuple[tuple[str, int], ...], Kept] = {}
+        self._known: dict[tuple[tuple[str, int], ...], Narrowing] = {}
 
     @property
     def calls(self) -> Mapping[fx.Node, tuple[str, ...]]:
@@ -123,7 +122,7 @@ class Work:
         return self._calls
 
     def _narrowing(self, node: fx.Node) -> tuple[str, ...]:
-        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        if not is_operator(node):
             return ()
         operands = [v for n in _tensors(node) for v in several(self._walked.values.get(n))]
         if len(operands) < 2:
@@ -142,21 +141,21 @@ class Work:
         given = {**named_arguments(node), **self._edits(node, kept)}
         return Operation(node.target, tuple((name, self._blank(node, value, kept)) for name, value in given.items()))
 
-    def _kept(self, widths: tuple[tuple[str, int], ...]) -> Kept:
+    def _kept(self, widths: tuple[tuple[str, int], ...]) -> Narrowing:
         if widths not in self._known:
-            self._known[widths] = Kept(self._walked.dims, self._choices(widths))
+            self._known[widths] = Narrowing(self._walked.dims, self._choices(widths))
         return self._known[widths]
 
-    def _choices(self, widths: Iterable[tuple[str, int]]) -> dict[int, Choice]:
+    def _choices(self, widths: Iterable[tuple[str, int]]) -> dict[int, DimSelection]:
         dims, choices = self._walked.dims, {}
         for name, width in widths:
             entry = self._found[name]
             sizes = [dims.sizes[c] for c in entry.carriers]
             keep = torch.arange(dims.sizes[entry.dim]) < width  # which ones does not matter to sizes
-            choices[entry.dim] = Choice(entry.carriers, keep.expand(*sizes, -1))
+            choices[entry.dim] = DimSelection(entry.carriers, keep.expand(*sizes, -1))
         return choices
 
-    def _edits(self, node: fx.Node, kept: Kept) -> dict[str, Any]:
+    def _edits(self, node: fx.Node, kept: Narrowing) -> dict[str, Any]:
         """How arguments other than tensors follow."""
         rule = find_resize(operator_name(node.target))
         if rule is None:
@@ -167,7 +166,7 @@ class Work:
         rule(resize)
         return resize.edits
 
-    def _blank(self, user: fx.Node, value: Any, kept: Kept) -> Any:
+    def _blank(self, user: fx.Node, value: Any, kept: Narrowing) -> Any:
         """An argument of a call, tensors without their values."""
         if isinstance(value, list | tuple):
             return tuple(self._blank(user, one, kept) for one in value)
@@ -189,5 +188,4 @@ def _scaled(size: Any, old: int, new: int) -> int:
 
 
 def _tensors(node: fx.Node) -> list[fx.Node]:
-    flat = [one for v in named_arguments(node).values() for one in (v if isinstance(v, list | tuple) else (v,))]
-    return [one for one in flat if isinstance(one, fx.Node) and isinstance(one.meta.get("val"), Tensor)]
+    return [one for one in tensor_arguments(node) if isinstance(one.meta.get("val"), Tensor)]

@@ -27,6 +27,7 @@ from ecospa_fx.coupling.types import Couplings
 from ecospa_fx.errors import PlanError
 from ecospa_fx.ir.build import evaluate
 from ecospa_fx.ir.passes import run_passes
+from ecospa_fx.ir.schema import call_arguments
 
 INTERVALS = 32
 """Steps of the grid of a call that one coupling narrows; of one that several narrow, this many combinations."""
@@ -165,12 +166,8 @@ def as_shrunk(operation: Operation, device: torch.device) -> fx.GraphModule:
             node.meta["val"] = tensor
             return node
 
-        node = graph.call_function(operation.operator, (), {name: held(value) for name, value in operation.arguments})
-        positional = [a.name for a in operation.operator._schema.arguments if not a.kwarg_only]
-        given = [name for name in positional if name in node.kwargs]
-        if given == positional[: len(given)]:  # as export writes calls
-            node.args = tuple(node.kwargs[name] for name in given)
-            node.kwargs = {name: value for name, value in node.kwargs.items() if name not in given}
+        args, kwargs = call_arguments(operation.operator, {name: held(value) for name, value in operation.arguments})
+        node = graph.call_function(operation.operator, args, kwargs)
         node.meta["val"] = evaluate(node)
     graph.output(node)
     return run_passes(fx.GraphModule(torch.nn.Module(), graph), CLEANUP).graph_module

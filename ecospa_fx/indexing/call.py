@@ -9,8 +9,8 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from ecospa_fx.axes.flow import named_arguments
 from ecospa_fx.indexing.values import Element, Value, Values, as_number, combined, constant, position
+from ecospa_fx.ir.schema import named_arguments
 
 Known = dict[fx.Node, Value]
 Rule = Callable[["Call"], Value | None]
@@ -22,10 +22,8 @@ class Call:
     """A call as a rule sees it: arguments by name, defaults included."""
 
     def __init__(self, node: fx.Node, known: Known) -> None:
-        target: Any = node.target
         self.node, self.known = node, known
-        defaults = {a.name: a.default_value for a in target._schema.arguments if a.has_default_value()}
-        self.arguments = {**defaults, **named_arguments(node)}
+        self.arguments = named_arguments(node, defaults=True)
         self.shape = shape_of(node)
         self.dtype: torch.dtype = node.meta["val"].dtype
 

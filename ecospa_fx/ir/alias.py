@@ -15,6 +15,8 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from ecospa_fx.ir.schema import is_operator, named_arguments, schema_of
+
 
 def shares(node: fx.Node) -> list[fx.Node]:
     """The arguments whose memory a call's result may show."""
@@ -82,11 +84,10 @@ def written(graph: fx.Graph) -> set[fx.Node]:
 
 def _given(node: fx.Node) -> Iterator[tuple[Any, Any]]:
     """The arguments of an operator's schema with what a call gives for each."""
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+    if not is_operator(node):
         return
-    for i, argument in enumerate(node.target._schema.arguments):
-        if i < len(node.args) or argument.name in node.kwargs:
-            yield argument, node.args[i] if i < len(node.args) else node.kwargs[argument.name]
+    named = named_arguments(node)
+    yield from ((argument, named[argument.name]) for argument in schema_of(node).arguments if argument.name in named)
 
 
 def _nodes(values: Any) -> list[fx.Node]:
@@ -95,9 +96,9 @@ def _nodes(values: Any) -> list[fx.Node]:
 
 def _views(node: fx.Node) -> set[fx.Node]:
     """The arguments that the schema says the results are views of, or that they are where there is nothing to do."""
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not is_operator(node):
         return set()
-    returned = [r.alias_info for r in node.target._schema.returns if r.alias_info is not None]
+    returned = [r.alias_info for r in schema_of(node).returns if r.alias_info is not None]
     marked = [(a.alias_info, value) for a, value in _given(node) if a.alias_info is not None]
     result = [value for info, value in marked if any(_overlap(info, other) for other in returned)]
     if any(argument.name == "train" for argument, _ in _given(node)):  # returns its input in the other mode

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from ecospa_fx.axes.flow import Sizes
+from ecospa_fx.ir.schema import Sizes
 
 
 def concrete_sizes(graph: fx.Graph) -> Sizes:

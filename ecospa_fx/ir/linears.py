@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from ecospa_fx.axes.flow import named_arguments
 from ecospa_fx.ir.program import Program
+from ecospa_fx.ir.schema import named_arguments
 
 aten = torch.ops.aten
 

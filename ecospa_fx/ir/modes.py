@@ -7,7 +7,7 @@ literals depend on it, whatever the operators are.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from ecospa_fx.axes.flow import named_arguments
+from ecospa_fx.ir.schema import is_operator, named_arguments, with_arguments
 
 KEY = "by_mode"
 """Where a node keeps {argument: (in training, in evaluation)} in its meta data."""
@@ -154,10 +154,9 @@ def _numeric(value: Any) -> bool:
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not is_operator(node):
         return {"args": node.args, "kwargs": dict(node.kwargs)}
-    defaults = {a.name: a.default_value for a in node.target._schema.arguments if a.has_default_value()}
-    return {**defaults, **named_arguments(node)}
+    return named_arguments(node, defaults=True)
 
 
 def _literals(node: fx.Node, other: fx.Node | None) -> dict[str, tuple[Any, Any]]:
@@ -172,7 +171,7 @@ def evaluation_arguments(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]
     noted = node.meta.get(KEY)
     if not noted:
         return node.args, dict(node.kwargs)
-    return _with_values(node, {name: evaluation for name, (_, evaluation) in noted.items()})
+    return with_arguments(node, {name: evaluation for name, (_, evaluation) in noted.items()})
 
 
 # -- from notes to code ------------------------------------------------------------------------------------------
@@ -208,7 +207,7 @@ def follow_notes(graph: fx.Graph, of: str = "") -> int:
     for node in noted:
         with graph.inserting_before(node):
             chosen = {name: _chosen(graph, mode, *values) for name, values in node.meta.pop(KEY).items()}
-        node.args, node.kwargs = _with_values(node, chosen)
+        node.args, node.kwargs = with_arguments(node, chosen)
     return len(noted)
 
 
@@ -217,17 +216,3 @@ def _chosen(graph: fx.Graph, mode: fx.Node, training: Any, evaluation: Any) -> f
         return mode if training else graph.call_function(operator.not_, (mode,))
     part = graph.call_function(operator.mul, (training - evaluation, mode))
     return part if evaluation == 0 else graph.call_function(operator.add, (evaluation, part))
-
-
-def _with_values(node: fx.Node, values: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a call with some of them, by name, replaced."""
-    target: Any = node.target
-    names = [a.name for a in target._schema.arguments]
-    args, kwargs = list(node.args), dict(node.kwargs)
-    for name, value in values.items():
-        at = names.index(name)
-        if at < len(args):
-            args[at] = value
-        else:
-            kwargs[name] = value
-    return tuple(args), kwargs

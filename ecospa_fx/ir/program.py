@@ -18,11 +18,12 @@ from torch._guards import detect_fake_mode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
-from ecospa_fx.axes.flow import Flow, Sizes, carried, flow
-from ecospa_fx.axes.narrowing import Cut
+from ecospa_fx.axes.flow import Flow, carried, flow
 from ecospa_fx.errors import CaptureError
 from ecospa_fx.ir.alias import written
 from ecospa_fx.ir.concrete_sizes import concrete_sizes
+from ecospa_fx.ir.schema import Sizes
+from ecospa_fx.ir.slices import TensorSlice
 
 
 class Program(ABC):
@@ -39,8 +40,8 @@ class Program(ABC):
     sizes: Sizes
     state: Mapping[fx.Node, str]
     inputs: Collection[fx.Node]
-    narrowed: dict[fx.Node, Cut]
-    cut_buffers: dict[str, Cut]
+    narrowed: dict[fx.Node, TensorSlice]
+    cut_buffers: dict[str, TensorSlice]
 
     def flow(self, allow: Collection[str] = ()) -> Flow:
         """The axes of every tensor. allow: see `detect`; with "cache" the inputs that hold one are cut like buffers."""
@@ -49,7 +50,7 @@ class Program(ABC):
         held = carried(walked, self.inputs, written(self.graph)) if "cache" in allow else ()
         return flow(*known, held) if held else walked
 
-    def narrow_input(self, node: fx.Node, cut: Cut, sizes: Sequence[int | None]) -> None:
+    def narrow_input(self, node: fx.Node, cut: TensorSlice, sizes: Sequence[int | None]) -> None:
         """Let an input be narrower. sizes: per axis, None where it stays as it is."""
         old = node.meta["val"]
         self.narrowed[node] = cut

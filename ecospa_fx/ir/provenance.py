@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from ecospa_fx.axes.flow import operator_name
+from ecospa_fx.ir.schema import operator_name
 
 
 def operator_of(node: fx.Node) -> str:

@@ -16,6 +16,7 @@ from ecospa_fx.errors import InputError
 from ecospa_fx.ir.modes import evaluation_arguments
 from ecospa_fx.ir.program import ExportedForm
 from ecospa_fx.ir.pytrees import copied
+from ecospa_fx.ir.schema import is_operator, schema_of
 from ecospa_fx.runtime.signature import calling
 
 Values = dict[fx.Node, Any]
@@ -119,7 +120,7 @@ class Evaluator:
 
 
 def _overwrites(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    return is_operator(node) and schema_of(node).is_mutable
 
 
 def detached(value: Any) -> Any:

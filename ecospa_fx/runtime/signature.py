@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from ecospa_fx.axes.narrowing import Cut, take
 from ecospa_fx.errors import InputError
 from ecospa_fx.ir.alias import written
 from ecospa_fx.ir.program import ExportedForm
@@ -27,6 +26,7 @@ from ecospa_fx.ir.pytrees import (
     unchanged,
     update,
 )
+from ecospa_fx.ir.slices import TensorSlice, take
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Leaf:
     name: str
     sizes: tuple[int | str | None, ...] | None
     constant: Any = None
-    cut: Cut = ()
+    cut: TensorSlice = ()
     written: bool = False
 
     def fit(self, value: Any) -> Any:
@@ -91,7 +91,7 @@ def _same(value: Any, constant: Any) -> bool:
     return value is constant or (type(value) is type(constant) and repr(value) == repr(constant))
 
 
-def leaf(node: fx.Node, example: Any, cut: Cut, changed: bool) -> Leaf:
+def leaf(node: fx.Node, example: Any, cut: TensorSlice, changed: bool) -> Leaf:
     """What a placeholder requires; example: its value among the example arguments; cut, changed: see `Leaf`."""
     value = node.meta.get("val")
     if isinstance(value, Tensor):
@@ -117,7 +117,7 @@ class Calling:
 
     def __init__(
         self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], signature: Any, leaves: Sequence[Leaf],
-        cuts: Sequence[Cut | None],
+        cuts: Sequence[TensorSlice | None],
     ) -> None:  # fmt: skip
         parameters = inspect.signature(model.forward).parameters.values()
         kinds = inspect.Parameter
@@ -191,7 +191,7 @@ class Calling:
         made: tuple[tuple[Any, ...], dict[str, Any]] = closed(pytree.tree_unflatten(cut, spec))[0]
         return made
 
-    def cuts_of_results(self) -> list[Cut]:
+    def cuts_of_results(self) -> list[TensorSlice]:
         """How every leaf of (result, objects given) is narrowed. Numbers go the way of the tensors."""
         known = [*(leaf.cut for leaf in self.leaves), *self.cuts]
         marks = [None if cut is None else torch.tensor(i) for i, cut in enumerate(known)]

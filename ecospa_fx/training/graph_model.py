@@ -18,7 +18,6 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.nn.modules.batchnorm import _NormBase
 
-from ecospa_fx.axes.narrowing import Cut, take_more
 from ecospa_fx.budget.allocate import plan as make_plan
 from ecospa_fx.capture.export import capture, captures
 from ecospa_fx.coupling.detection import detected
@@ -26,6 +25,7 @@ from ecospa_fx.coupling.types import Coupling, Couplings, parameter_shapes
 from ecospa_fx.errors import CaptureError, PlanError
 from ecospa_fx.ir.passes import run_passes
 from ecospa_fx.ir.program import ExportedForm
+from ecospa_fx.ir.slices import TensorSlice, take_more
 from ecospa_fx.plan import Plan
 from ecospa_fx.rewrite import fitted
 from ecospa_fx.runtime.interpreter import Evaluator
@@ -70,7 +70,7 @@ class GraphForm:
         self.chosen = choose(self.couplings)
         names = {c.name for c in self.chosen}
         self._trial = make_plan(self.couplings.select(predicate=lambda c: c.name in names), 0.5, "random")
-        self._exported, self._cut = [self._captured(training)], dict[str, Cut]()
+        self._exported, self._cut = [self._captured(training)], dict[str, TensorSlice]()
         self.module = self._restored(_cleaned(self._program(self._exported[0])))
         copy_modes(model, self.module)
         if self._eval_difference() > self._rounding:

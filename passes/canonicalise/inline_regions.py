@@ -13,6 +13,7 @@ from ecospa_fx.errors import CaptureError
 from ecospa_fx.ir.build import evaluate, insert
 from ecospa_fx.ir.module_stacks import KEY, stack_between
 from ecospa_fx.ir.provenance import source_of
+from ecospa_fx.ir.schema import is_operator
 
 _WRAPPERS = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
 """Higher-order operators that call a sub-graph, and at which argument it stands."""
@@ -67,7 +68,7 @@ def _inline(module: fx.GraphModule, node: fx.Node) -> None:
 def _write_out_casts(nodes: Sequence[fx.Node], device: str) -> None:
     """Let nodes compute in the types that they were traced in under autocast, without it."""
     for node in nodes:
-        if not isinstance(node.target, torch._ops.OpOverload):
+        if not is_operator(node):
             continue
         wanted = _types(node.meta.get("val"))
         if not wanted or _computed(node, device) == wanted:
