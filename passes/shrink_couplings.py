@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from ecospa_fx.axes.findings import Gather, several
-from ecospa_fx.axes.flow import Flow
+from ecospa_fx.axes.flow import AxisFlow, analyse
 from ecospa_fx.axes.narrowing import DimSelection, Narrowing, slice_of
 from ecospa_fx.axes.resize import Resize, find_resize
 from ecospa_fx.coupling.detection import Found, find_couplings
@@ -61,7 +61,7 @@ def shrink_program(program: Program, plan: Plan) -> int:
     """Shrink a program in place. Returns how many parameters and nodes changed."""
     if plan.ragged:
         return shrink_program(program, plan.even()) + store_ragged(program, plan)
-    walked = program.flow(plan.allow)
+    walked = analyse(program, plan.allow)
     kept = Narrowing(walked.dims, _choices(plan, find_couplings(walked, program.shapes), walked))
     if not kept.choices:
         return 0
@@ -88,7 +88,7 @@ def _key(members: Sequence[Member]) -> frozenset[Any]:
     return frozenset((m.parameter, m.axis, m.carrier_axis, m.carriers, m.units, frozenset(m.boxes)) for m in members)
 
 
-def _choices(plan: Plan, found: Sequence[Found], walked: Flow) -> dict[int, DimSelection]:
+def _choices(plan: Plan, found: Sequence[Found], walked: AxisFlow) -> dict[int, DimSelection]:
     """Per dim what a plan keeps; couplings are recognised by their members."""
     known = {_key(f.coupling.members): f for f in found}
     choices = {}
@@ -118,7 +118,7 @@ def _why(selection: Selection, found: Sequence[Found]) -> str:
 # -- parameters --------------------------------------------------------------------------------------------------
 
 
-def _cut_parameters(program: Program, walked: Flow, kept: Narrowing) -> set[str]:
+def _cut_parameters(program: Program, walked: AxisFlow, kept: Narrowing) -> set[str]:
     cut = set()
     for name, value in walked.parameters.items():
         if any(kept.changed(axis) for axis in value.axes):
@@ -128,7 +128,7 @@ def _cut_parameters(program: Program, walked: Flow, kept: Narrowing) -> set[str]
     return cut
 
 
-def _cut_state(program: Program, walked: Flow, kept: Narrowing) -> set[fx.Node]:
+def _cut_state(program: Program, walked: AxisFlow, kept: Narrowing) -> set[fx.Node]:
     """Buffers that the graph writes into, such as caches, get the widths of what is written."""
     cut = set()
     for node, name in program.state.items():
@@ -141,7 +141,7 @@ def _cut_state(program: Program, walked: Flow, kept: Narrowing) -> set[fx.Node]:
     return cut
 
 
-def _narrow_inputs(program: Program, walked: Flow, kept: Narrowing) -> set[fx.Node]:
+def _narrow_inputs(program: Program, walked: AxisFlow, kept: Narrowing) -> set[fx.Node]:
     """Inputs that the caller allowed to get narrower."""
     cut = set()
     for node in program.inputs:
@@ -153,7 +153,7 @@ def _narrow_inputs(program: Program, walked: Flow, kept: Narrowing) -> set[fx.No
     return cut
 
 
-def _note_outputs(program: Program, walked: Flow, kept: Narrowing) -> None:
+def _note_outputs(program: Program, walked: AxisFlow, kept: Narrowing) -> None:
     """How outputs get narrower, for whoever compares them with the dense ones."""
     for node in (source for end in program.graph.find_nodes(op="output") for source in end.all_input_nodes):
         for one in several(walked.values.get(node)):
@@ -272,7 +272,7 @@ class _Gathers:
 # -- literal sizes -----------------------------------------------------------------------------------------------
 
 
-def _resize(program: Program, walked: Flow, kept: Narrowing, node: fx.Node) -> int:
+def _resize(program: Program, walked: AxisFlow, kept: Narrowing, node: fx.Node) -> int:
     """Apply the operator's resize rule. Returns 1 where an argument changed."""
     if not is_operator(node):
         return 0
@@ -323,7 +323,7 @@ def _stored(program: Program, node: fx.Node, argument: Any) -> Any:
 # -- values ------------------------------------------------------------------------------------------------------
 
 
-def _propagate(program: Program, walked: Flow, kept: Narrowing, stale: set[fx.Node]) -> None:
+def _propagate(program: Program, walked: AxisFlow, kept: Narrowing, stale: set[fx.Node]) -> None:
     """New example values for every node that a change reaches, checked against what the axes predict."""
     examples = ExampleValues(program.sizes)
     for node in program.graph.nodes:
@@ -357,7 +357,7 @@ def _free_of_strides(program: Program, node: fx.Node) -> None:
         node.args = (copy,)
 
 
-def _check(program: Program, walked: Flow, kept: Narrowing, node: fx.Node) -> None:
+def _check(program: Program, walked: AxisFlow, kept: Narrowing, node: fx.Node) -> None:
     found = node.meta["val"]
     tensors = [t for t in (found if isinstance(found, list | tuple) else [found]) if isinstance(t, Tensor)]
     for tensor, value in zip(tensors, several(walked.values.get(node)), strict=False):

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 import ecospa_fx as eco
 from ecospa_fx.axes.call import Value
-from ecospa_fx.axes.flow import Flow, flow
+from ecospa_fx.axes.flow import AxisFlow, analyse
 from ecospa_fx.axes.narrowing import DimSelection, Narrowing, slice_of
 from ecospa_fx.axes.resize import Resize, find_resize
 from ecospa_fx.capture.export import capture
@@ -183,7 +183,7 @@ def check_rule(
     """
     with torch.no_grad():
         program = capture(OfParameters(function, parameters, buffers), (), None, dynamic=False)
-    walked = flow(program.graph, program.parameters, program.shapes, program.sizes)
+    walked = analyse(program)
     kept = _free(walked, seed)
     dense = {name: program.tensor(name).detach() for name in program.shapes}
     small = {name: take(tensor, slice_of(kept, walked.parameters[name].axes)) for name, tensor in dense.items()}
@@ -196,7 +196,7 @@ def check_rule(
     return len(kept.choices)
 
 
-def _free(walked: Flow, seed: int) -> Narrowing:
+def _free(walked: AxisFlow, seed: int) -> Narrowing:
     """Half of every parameter's dim that nothing blocks; being the output is no obstacle here."""
     dims, source = walked.dims, torch.Generator().manual_seed(seed)
     blocks = [(o.dim, o.node) for o in walked.record.blocks if o.node.op != "output"]
@@ -219,7 +219,9 @@ def _masked(tensor: Tensor, kept: Narrowing, value: Value) -> Tensor:
     return result
 
 
-def _run(program: ExportedForm, walked: Flow, tensors: dict[str, Tensor], kept: Narrowing | None) -> dict[fx.Node, Any]:
+def _run(
+    program: ExportedForm, walked: AxisFlow, tensors: dict[str, Tensor], kept: Narrowing | None
+) -> dict[fx.Node, Any]:
     """Interpret the graph; with `kept`, arguments are resized and stored operands gathered."""
     buffers = program.exported.graph_signature.inputs_to_buffers
     constants = {**dict(program.exported.named_buffers()), **program.exported.constants}
@@ -235,7 +237,7 @@ def _run(program: ExportedForm, walked: Flow, tensors: dict[str, Tensor], kept: 
     return env
 
 
-def _call(node: fx.Node, walked: Flow, env: dict[fx.Node, Any], kept: Narrowing | None) -> Any:
+def _call(node: fx.Node, walked: AxisFlow, env: dict[fx.Node, Any], kept: Narrowing | None) -> Any:
     local = dict(env)
     for gather in walked.record.gathers if kept is not None else ():
         if gather.user is node and kept is not None:
@@ -250,7 +252,7 @@ def _call(node: fx.Node, walked: Flow, env: dict[fx.Node, Any], kept: Narrowing 
     return target(*args, **kwargs)
 
 
-def _resized(node: fx.Node, walked: Flow, kept: Narrowing) -> tuple[Any, dict[str, Any]]:
+def _resized(node: fx.Node, walked: AxisFlow, kept: Narrowing) -> tuple[Any, dict[str, Any]]:
     """The operator and its arguments by name after the resize rule."""
     arguments, name = named_arguments(node), operator_name(node.target)
     rule = find_resize(name)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 import ecospa_fx as eco
 from ecospa_fx.axes import registry
 from ecospa_fx.axes.call import Value
-from ecospa_fx.axes.flow import flow
+from ecospa_fx.axes.flow import analyse
 from ecospa_fx.capture.export import capture
 from ecospa_fx.verify import masked_error
 from tests.oracle import OfParameters, Sandwich, check_exact, check_literal, check_rule, sandwich, tagged
@@ -53,7 +53,7 @@ def claims_zero(function: Callable[..., Tensor]) -> bool:
     """Whether the rules say that the result is 0 at the positions of removed elements, along every axis."""
     with torch.no_grad():
         program = capture(OfParameters(function, [signed(4, 6)], []), (), None, dynamic=False)
-    walked = flow(program.graph, program.parameters, program.shapes, program.sizes)
+    walked = analyse(program)
     (output,) = program.graph.find_nodes(op="output")
     value = walked.values[output.args[0][0]]
     assert isinstance(value, Value)

@@ -6,7 +6,7 @@ This file knows no operator. A node whose operator has no rule blocks every dim 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from operator import getitem
@@ -21,12 +21,13 @@ from ecospa_fx.axes.call import Call
 from ecospa_fx.axes.dims import Axis, Dims, Misaligned, Origin
 from ecospa_fx.axes.findings import Obstacle, Record, Value, several
 from ecospa_fx.axes.reasons import CACHE, RETURNED, Reason
-from ecospa_fx.ir.alias import shares, written_by
-from ecospa_fx.ir.schema import Sizes, is_operator, named_arguments, operator_name
+from ecospa_fx.ir.alias import shares, written, written_by
+from ecospa_fx.ir.program import Program
+from ecospa_fx.ir.schema import is_operator, named_arguments, operator_name
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Flow:
+class AxisFlow:
     """The axes of every tensor of a graph.
 
     values: per node a Value, or a list of them for several outputs; parameters: the Value of each parameter.
@@ -38,29 +39,25 @@ class Flow:
     parameters: dict[str, Value]
 
 
-def flow(
-    graph: fx.Graph,
-    parameters: Mapping[fx.Node, str],
-    shapes: Mapping[str, tuple[int, ...]],
-    sizes: Sizes,
-    allow: Collection[str] = (),
-    state: Collection[fx.Node] = (),
-    inputs: Collection[fx.Node] = (),
-) -> Flow:
-    """Walk a graph.
+def analyse(program: Program, allow: Collection[str] = ()) -> AxisFlow:
+    """The axes of every tensor of a program.
 
-    parameters: which nodes stand for which parameter; shapes: of the parameters; allow: see `detect`;
-    state: nodes of buffers that the graph writes into, which are cut like what is written; inputs: of these, those
-    that the caller gives.
+    allow: see `detect`; with "cache" the inputs that hold one are cut like the buffers that the graph writes into.
     """
     registry.load()
-    state = {*state, *inputs}
-    walked = _Walk(parameters, shapes, sizes, allow, state).run(graph, inputs)
-    shared = _shared(walked)
-    return _Walk(parameters, shapes, sizes, allow, state, shared).run(graph, inputs) if shared else walked
+    result = _walked(program, allow)
+    caches = _caches(result, program.inputs, written(program.graph)) if "cache" in allow else set()
+    return _walked(program, allow, caches) if caches else result
 
 
-def carried(walked: Flow, inputs: Iterable[fx.Node], changed: Collection[fx.Node]) -> set[fx.Node]:
+def _walked(program: Program, allow: Collection[str], caches: Collection[fx.Node] = ()) -> AxisFlow:
+    """Walk a program, and once more where parameters turn out to be shared. caches: inputs that are cut."""
+    first = _Walk(program, allow, caches).run(program.graph, caches)
+    shared = _shared(first)
+    return _Walk(program, allow, caches, shared).run(program.graph, caches) if shared else first
+
+
+def _caches(walked: AxisFlow, inputs: Iterable[fx.Node], changed: Collection[fx.Node]) -> set[fx.Node]:
     """Inputs that hold what the model keeps from call to call, where `detect` allows that it gets narrower.
 
     Their elements become elements of something that activations are multiplied with, and that is returned, or written
@@ -92,7 +89,7 @@ def _roots(dims: Dims, dim: int) -> set[int]:
     return {root for piece in dims.roots(dim) for root, _ in piece.dims}
 
 
-def _shared(walked: Flow) -> frozenset[str]:
+def _shared(walked: AxisFlow) -> frozenset[str]:
     """Parameters that belong to no coupling alone, such as a learnt table of rotations that every layer reads.
 
     They only ever multiply elementwise, and do so with what different weights made. They are read like something
@@ -110,20 +107,18 @@ def _shared(walked: Flow) -> frozenset[str]:
 class _Walk:
     def __init__(
         self,
-        parameters: Mapping[fx.Node, str],
-        shapes: Mapping[str, tuple[int, ...]],
-        sizes: Sizes,
+        program: Program,
         allow: Collection[str],
-        state: Collection[fx.Node],
+        caches: Collection[fx.Node],
         shared: Collection[str] = (),
     ) -> None:
         self.shared = shared
-        self.state = state
-        self.dims, self.record, self.sizes = Dims(), Record(allow), sizes
-        self.names = parameters
+        self.state = {*program.state, *caches}
+        self.dims, self.record, self.sizes = Dims(), Record(allow), program.sizes
+        self.names = program.parameters
         self.outputs: list[fx.Node] = []
         self.values: dict[fx.Node, Any] = {}
-        self.parameters = {name: self._parameter(name, shape) for name, shape in shapes.items()}
+        self.parameters = {name: self._parameter(name, shape) for name, shape in program.shapes.items()}
         self.aliases: dict[fx.Node, set[fx.Node]] = {}
         self.views: dict[fx.Node, list[fx.Node]] = {}
 
@@ -134,7 +129,7 @@ class _Walk:
         axes = tuple(self.dims.fresh(size, Origin.PARAMETER) for size in shape)
         return Value(axes, (True,) * len(axes), (name,), None, (name,))
 
-    def run(self, graph: fx.Graph, inputs: Collection[fx.Node]) -> Flow:
+    def run(self, graph: fx.Graph, inputs: Collection[fx.Node]) -> AxisFlow:
         for node in graph.nodes:
             if node.op == "output":
                 self.outputs.append(node)
@@ -150,7 +145,7 @@ class _Walk:
         for node in inputs:
             narrower = Reason("an input gets narrower", "")
             self.record.resized += [Obstacle(dim, node, narrower, node) for dim in self._cuttable(node)]
-        return Flow(self.dims, self.record, self.values, self.parameters)
+        return AxisFlow(self.dims, self.record, self.values, self.parameters)
 
     def _tie_routes(self) -> None:
         """Axes that the same rows belong to, by the same key, are the same index set."""

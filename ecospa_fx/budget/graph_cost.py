@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ecospa_fx.axes.dims import Axis
 from ecospa_fx.axes.findings import Value, several
-from ecospa_fx.axes.flow import Flow
+from ecospa_fx.axes.flow import AxisFlow
 from ecospa_fx.axes.narrowing import DimSelection, Narrowing
 from ecospa_fx.axes.resize import Resize, find_resize
 from ecospa_fx.errors import PlanError
@@ -102,7 +102,7 @@ def flops(operation: Operation) -> int:
 class Work:
     """The calls of one graph that couplings narrow. Made by `detect`; nothing is computed before it is asked for."""
 
-    def __init__(self, walked: Flow, found: Sequence[Found], sizes: Sizes) -> None:
+    def __init__(self, walked: AxisFlow, found: Sequence[Found], sizes: Sizes) -> None:
         self._walked, self._sizes = walked, sizes
         self._gathered: dict[tuple[fx.Node, fx.Node], list[tuple[int, Axis]]] = {}
         for g in walked.record.gathers:

@@ -11,10 +11,10 @@ from collections import Counter
 from collections.abc import Iterable
 
 from ecospa_fx.axes.dims import Axis, Dims, Origin
-from ecospa_fx.axes.flow import Flow
+from ecospa_fx.axes.flow import AxisFlow
 
 
-def carriers_of(flow: Flow, wanted: Iterable[int]) -> dict[int, tuple[int, ...]]:
+def carriers_of(flow: AxisFlow, wanted: Iterable[int]) -> dict[int, tuple[int, ...]]:
     """Carriers of each wanted dim, in no particular order."""
     dims = flow.dims
     result: dict[int, set[int] | None] = dict.fromkeys(wanted)
@@ -43,7 +43,7 @@ def carriers_of(flow: Flow, wanted: Iterable[int]) -> dict[int, tuple[int, ...]]
     }
 
 
-def _outer(flow: Flow) -> dict[int, int]:
+def _outer(flow: AxisFlow) -> dict[int, int]:
     """A rank by which, of two dims that always go together, the outer one carries the inner one."""
     order: dict[int, int] = {}
     for value in flow.parameters.values():

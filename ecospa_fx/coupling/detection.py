@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from ecospa_fx.axes.dims import Axis, Dims, Origin, Piece
 from ecospa_fx.axes.findings import Event, Obstacle, several
-from ecospa_fx.axes.flow import Flow
+from ecospa_fx.axes.flow import AxisFlow, analyse
 from ecospa_fx.axes.reasons import Reason
 from ecospa_fx.budget.graph_cost import Work
 from ecospa_fx.coupling.carriers import carriers_of
@@ -42,7 +42,7 @@ def detected(
     program: Program, model: nn.Module, allow: str | Iterable[str] = (), example: tuple[Any, Any] | None = None
 ) -> Couplings:
     """The couplings of a model captured with an example. allow: see `detect`; raises InputError for anything else."""
-    walked = program.flow(check_allow(allow))
+    walked = analyse(program, check_allow(allow))
     found = find_couplings(walked, program.shapes)
     return Couplings((_advised(f.coupling) for f in found), model, Work(walked, found, program.sizes), example)
 
@@ -67,7 +67,7 @@ def _advised(coupling: Coupling) -> Coupling:
     return replace(coupling, blocked=replace(told, message=f"{told.message}; a parametrization reads it: {how}"))
 
 
-def find_couplings(flow: Flow, shapes: Mapping[str, tuple[int, ...]]) -> list[Found]:
+def find_couplings(flow: AxisFlow, shapes: Mapping[str, tuple[int, ...]]) -> list[Found]:
     """Every dim of a parameter that something is done to, as a coupling or a refusal, in graph order."""
     events = _by_dim(flow.dims, flow.record.events)
     record = flow.record
@@ -109,7 +109,7 @@ def _by_dim(dims: Dims, events: Iterable[Event]) -> dict[int, list[Event]]:
     return result
 
 
-def _refusals(flow: Flow, recorded: Iterable[Obstacle]) -> dict[int, Refusal]:
+def _refusals(flow: AxisFlow, recorded: Iterable[Obstacle]) -> dict[int, Refusal]:
     """The first obstacle of every dim that has one."""
     result: dict[int, Refusal] = {}
     made: dict[tuple[Reason, fx.Node, fx.Node], Refusal] = {}
@@ -128,7 +128,7 @@ def _refusal(reason: Reason, node: fx.Node, shown: fx.Node) -> Refusal:
     return Refusal(str(reason), node.name, operator_of(node), source_of(shown), reason.remedy)
 
 
-def _squared(flow: Flow) -> dict[int, Refusal]:
+def _squared(flow: AxisFlow) -> dict[int, Refusal]:
     """Dims that a reshape merges with themselves: what a unit holds there is a cross of rows and columns."""
     result: dict[int, Refusal] = {}
     reason = Reason("it is merged with itself into one axis, where its units would be crosses")
@@ -148,7 +148,7 @@ Place = tuple[str, int, tuple[Axis, ...]]
 """Parameter, axis, and all axes of the parameter."""
 
 
-def _places(flow: Flow) -> dict[int, list[Place]]:
+def _places(flow: AxisFlow) -> dict[int, list[Place]]:
     """Where each dim occurs among the parameters, in the order of the parameters."""
     result: dict[int, list[Place]] = {}
     for name, value in flow.parameters.items():
@@ -270,7 +270,7 @@ def _coupling(
                     _symmetry(kind, actions), members, 0, refusal)  # fmt: skip
 
 
-def _paths(flow: Flow, events: Mapping[int, Sequence[Event]]) -> dict[int, tuple[Step, ...]]:
+def _paths(flow: AxisFlow, events: Mapping[int, Sequence[Event]]) -> dict[int, tuple[Step, ...]]:
     """Per dim every node that carries it or does something to it, in graph order."""
     actions: dict[int, dict[fx.Node, dict[str, None]]] = {d: {} for d in events}
     for node, value in flow.values.items():
@@ -303,7 +303,7 @@ def _symmetry(kind: str, actions: set[str]) -> Symmetry:
     return "permutation" if "multiplied" in actions else "linear"
 
 
-def _opposed(flow: Flow) -> dict[int, list[tuple[tuple[str, ...], tuple[str, ...], bool]]]:
+def _opposed(flow: AxisFlow) -> dict[int, list[tuple[tuple[str, ...], tuple[str, ...], bool]]]:
     result: dict[int, list[tuple[tuple[str, ...], tuple[str, ...], bool]]] = {}
     for dim, first, second, apart in flow.record.opposed:
         for root in _roots(flow.dims, dim):

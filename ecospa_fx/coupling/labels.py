@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 
 from ecospa_fx.axes.dims import Axis, Dims
 from ecospa_fx.axes.findings import Event, Product
-from ecospa_fx.axes.flow import Flow
+from ecospa_fx.axes.flow import AxisFlow
 
 
 @dataclass(slots=True)
@@ -49,7 +49,7 @@ class _Evidence:
 class Labels:
     """The kinds of the dims of one graph."""
 
-    def __init__(self, flow: Flow) -> None:
+    def __init__(self, flow: AxisFlow) -> None:
         self._dims = flow.dims
         self._together, self._outer = _together(flow)
         self._evidence = self._products(flow.record.products)
@@ -118,7 +118,7 @@ class Labels:
         return {dim for axis in axes for dim in self._dims.dims_of(axis)}
 
 
-def _together(flow: Flow) -> tuple[dict[int, set[int]], dict[int, set[int]]]:
+def _together(flow: AxisFlow) -> tuple[dict[int, set[int]], dict[int, set[int]]]:
     """Per dim those that index the elements of a weight with it on the same side, and of these the ones inside of it.
 
     Sides are what a weight produces and what it consumes. Parameters that only scale elementwise say nothing.

@@ -18,7 +18,6 @@ from torch._guards import detect_fake_mode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
-from ecospa_fx.axes.flow import Flow, carried, flow
 from ecospa_fx.errors import CaptureError
 from ecospa_fx.ir.alias import written
 from ecospa_fx.ir.concrete_sizes import concrete_sizes
@@ -42,13 +41,6 @@ class Program(ABC):
     inputs: Collection[fx.Node]
     narrowed: dict[fx.Node, TensorSlice]
     cut_buffers: dict[str, TensorSlice]
-
-    def flow(self, allow: Collection[str] = ()) -> Flow:
-        """The axes of every tensor. allow: see `detect`; with "cache" the inputs that hold one are cut like buffers."""
-        known = (self.graph, self.parameters, self.shapes, self.sizes, allow, self.state)
-        walked = flow(*known)
-        held = carried(walked, self.inputs, written(self.graph)) if "cache" in allow else ()
-        return flow(*known, held) if held else walked
 
     def narrow_input(self, node: fx.Node, cut: TensorSlice, sizes: Sequence[int | None]) -> None:
         """Let an input be narrower. sizes: per axis, None where it stays as it is."""
