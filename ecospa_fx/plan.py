@@ -7,8 +7,9 @@ and refuses any other one.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from math import prod
 from typing import NoReturn
@@ -23,6 +24,7 @@ from ecospa_fx.coupling.masks import check_mask, keep_mask
 from ecospa_fx.coupling.members import check_member, shape_told
 from ecospa_fx.coupling.types import Coupling, Couplings, Member, check_couplings, parameter_shapes
 from ecospa_fx.errors import PlanError
+from ecospa_fx.strict_json import from_plain
 from ecospa_fx.wrappers import unwrapped
 
 FORMAT = "ecospa-fx-plan"
@@ -265,16 +267,39 @@ class Plan:
 
     def to_json(self) -> str:
         """The plan as JSON text; `from_json` gives back an equal plan."""
-        from ecospa_fx.plan_json import write  # which knows plans
-
-        return write(self)
+        shapes = {name: list(shape) for name, shape in self.shapes}
+        selections = [_as_plain(s) for s in self.selections]
+        return json.dumps({"format": FORMAT, "version": VERSION, "shapes": shapes, "selections": selections})
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Plan:
         """Read what `to_json` wrote; anything else is refused with a PlanError, and nothing in it is executed."""
-        from ecospa_fx.plan_json import read  # which knows plans
+        try:
+            data = json.loads(text)
+            _check_header(data)
+            shapes = from_plain(dict[str, tuple[int, ...]], data["shapes"])
+            return cls(from_plain(tuple[Selection, ...], data["selections"]), tuple(shapes.items()))
+        except KeyError as error:
+            raise PlanError(f"this is not a readable plan: field {error} is missing; save the plan again") from error
+        except (TypeError, ValueError, RecursionError) as error:
+            raise PlanError(f"this is not a readable plan: {error}; save the plan again") from error
 
-        return read(text)
+
+def _as_plain(selection: Selection) -> dict[str, object]:
+    """A selection as JSON has it; the lists of kept units, which are long, are not copied."""
+    names = ("name", "kind", "layer", "size", "carriers", "keep")
+    notes = {n: getattr(selection, n) for n in ("inexact", "resized") if getattr(selection, n)}
+    return {**{n: getattr(selection, n) for n in names}, "members": [asdict(m) for m in selection.members], **notes}
+
+
+def _check_header(data: object) -> None:
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise PlanError(f"this is not a plan: its format is not {FORMAT!r}; pass what Plan.to_json returned")
+    if data.get("version") != VERSION:
+        raise PlanError(
+            f"the plan has format version {data.get('version')!r} and this library reads version {VERSION}: "
+            "read it with the version of ecospa_fx that wrote it"
+        )
 
 
 def check_plan(plan: object) -> None:

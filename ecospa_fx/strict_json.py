@@ -1,10 +1,17 @@
-"""JSON as it is meant: finite numbers, each key once, no deeper than can be read."""
+"""JSON as it is meant: finite numbers, each key once, no deeper than can be read; and dataclasses out of it."""
 
 from __future__ import annotations
 
 import json
 import math
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+Kind = TypeVar("Kind")
+
+_NAMES: dict[object, str] = {int: "a whole number", str: "a text", bool: "a flag", float: "a number"}
 
 
 def strict_json(text: str | bytes) -> Any:
@@ -35,3 +42,60 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         raise ValueError("a key stands in it twice")
     return found
+
+
+# -- dataclasses -------------------------------------------------------------------------------------------------
+
+
+def from_plain(kind: type[Kind], value: object) -> Kind:
+    """A value of a type from what JSON holds of it: lists become tuples, objects become dataclasses or mappings.
+
+    kind: int, float, bool, str, None, a literal, a union, a tuple, a mapping by names, or a dataclass of these. Fields
+    that are missing have their defaults. Raises KeyError with the name of a field that has none, TypeError for a value
+    of another type and ValueError for one that no literal is, each in words that say what stands where.
+
+    >>> from_plain(tuple[int, ...], [1, 2])
+    (1, 2)
+    """
+    return cast(Kind, _read(kind, value))
+
+
+def _read(kind: Any, value: object) -> Any:
+    origin, inner = get_origin(kind), get_args(kind)
+    if is_dataclass(kind):
+        return _dataclass(kind, value)
+    if origin in (Union, UnionType):
+        rest = [one for one in inner if one is not NoneType]
+        return None if value is None and len(rest) < len(inner) else _read(rest[0], value)
+    if origin is Literal:
+        if value not in inner:
+            raise ValueError(f"{value!r:.40} stands where one of {', '.join(map(str, inner))} belongs")
+        return value
+    if origin is tuple:
+        items = _of(list, value, "a list")
+        kinds = [inner[0]] * len(items) if inner[-1] is Ellipsis else inner
+        if len(kinds) != len(items):
+            raise ValueError(f"{value!r:.40} stands where a list of {len(kinds)} belongs")
+        return tuple(_read(one, item) for one, item in zip(kinds, items, strict=True))
+    if origin in (dict, Mapping):
+        return {name: _read(inner[1], item) for name, item in _of(dict, value, "an object").items()}
+    return _plain(kind, value)
+
+
+def _dataclass(kind: Any, value: object) -> Any:
+    told, types = _of(dict, value, "an object"), get_type_hints(kind)
+    needed = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
+    given = [f.name for f in fields(kind) if f.name in told or f.name in needed]
+    return kind(**{name: _read(types[name], told[name]) for name in given})
+
+
+def _plain(kind: Any, value: object) -> Any:
+    if type(value) is kind or (kind is float and type(value) is int):
+        return value
+    raise TypeError(f"{value!r:.40} stands where {_NAMES[kind]} belongs")
+
+
+def _of(kind: Any, value: object, name: str) -> Any:
+    if not isinstance(value, kind):
+        raise TypeError(f"{value!r:.40} stands where {name} belongs")
+    return value

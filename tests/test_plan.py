@@ -231,11 +231,11 @@ def _set(**fields: Any) -> Callable[[dict[str, Any]], None]:
         (_set(keep=0), "this is not a readable plan: 0 stands where a list belongs; save the plan again"),
         (_set(members=[1]), "this is not a readable plan: 1 stands where an object belongs; save the plan again"),
         (_set(keep=[[0], [9]]), "the selection of coupling 'layers.0.attention:qk' keeps units that are not ascending"),
-        (lambda data: data["selections"][0]["members"][0].update(role="both"), "this is not a readable plan: role 'bo"),
+        (lambda data: data["selections"][0]["members"][0].update(role="both"), "this is not a readable plan: 'both' "),
         (lambda data: data["selections"][0].pop("layer"), "this is not a readable plan: field 'layer' is missing; "),
         (
             lambda data: data["selections"][0]["members"][0]["boxes"][0].update(width=[[1, 2, 3]]),
-            "this is not a readable plan: too many values to unpack",
+            "this is not a readable plan: [1, 2, 3] stands where a list of 2 belongs",
         ),
     ],
 )
