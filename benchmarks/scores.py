@@ -31,10 +31,10 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from ecospa_fx.api import scored
-from ecospa_fx.budget.allocate import plan
-from ecospa_fx.coupling.types import Couplings
+from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.importance.score import Batch, score
 from ecospa_fx.importance.scores import Scores
+from ecospa_fx.planning import plan
 from ecospa_fx.verify import masked
 
 WINDOW = 512

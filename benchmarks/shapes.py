@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from ecospa_fx.coupling.types import Couplings
+from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.plan import Plan, Selection
 
 MODELS: dict[str, dict[str, Any]] = {

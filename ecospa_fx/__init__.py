@@ -23,7 +23,7 @@ _MODULES = {
     "compress": "api",
     "detect": "api",
     "load": "storage.models",
-    "plan": "budget.allocate",
+    "plan": "planning",
     "save": "storage.models",
     "score": "importance.score",
     "shrink": "api",

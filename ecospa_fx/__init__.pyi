@@ -5,12 +5,12 @@ from ecospa_fx.api import compress as compress
 from ecospa_fx.api import detect as detect
 from ecospa_fx.api import shrink as shrink
 from ecospa_fx.axes.registry import axis_rule as axis_rule
-from ecospa_fx.budget.allocate import plan as plan
 from ecospa_fx.importance.score import score as score
 from ecospa_fx.importance.scores import Scores as Scores
 from ecospa_fx.inplace.shrink import shrink_ as shrink_
 from ecospa_fx.plan import Plan as Plan
 from ecospa_fx.plan import Selection as Selection
+from ecospa_fx.planning import plan as plan
 from ecospa_fx.storage.models import load as load
 from ecospa_fx.storage.models import save as save
 from ecospa_fx.torch_compile import backend as backend

@@ -9,21 +9,22 @@ from typing import Any, Unpack, cast
 import torch
 from torch import Tensor, nn
 
-from ecospa_fx.budget.allocate import plan as make_plan
 from ecospa_fx.capture.export import capture, captures
-from ecospa_fx.checks import CompressOptions, check_data, check_options, check_whole
-from ecospa_fx.compression import Compression
+from ecospa_fx.checks import check_data, check_options, check_whole
+from ecospa_fx.compression import Compression, CompressOptions
 from ecospa_fx.coupling.choice import choosable
+from ecospa_fx.coupling.couplings import Couplings, check_couplings
 from ecospa_fx.coupling.detection import check_allow, detected
-from ecospa_fx.coupling.types import Couplings, check_couplings
 from ecospa_fx.errors import PlanError, ScoreError
 from ecospa_fx.importance.score import Batch, Loss, score_samples, splitter_of
 from ecospa_fx.importance.scores import Given, Scores
 from ecospa_fx.ir.passes import Pass, run_passes
 from ecospa_fx.origin import origin, remember
+from ecospa_fx.passes import CLEANUP
 from ecospa_fx.plan import Plan
+from ecospa_fx.planning import plan as make_plan
 from ecospa_fx.recipe import SECOND_ORDER, Task, checked, compress_program
-from ecospa_fx.rewrite import first_fit, shrunk
+from ecospa_fx.rewrite import first_fit, smaller
 from ecospa_fx.runtime.guards import leaves_untouched
 from ecospa_fx.runtime.lift_parameters import owned
 from ecospa_fx.runtime.restore import restore
@@ -88,21 +89,6 @@ def shrink(
         (16, 8)
     """
     return smaller(model, plan, args, kwargs, passes, compare=True)
-
-
-def smaller(
-    model: nn.Module,
-    plan: Plan,
-    args: Sequence[Any] = (),
-    kwargs: Mapping[str, Any] | None = None,
-    passes: Sequence[Pass] | None = None,
-    *,
-    compare: bool = False,
-) -> nn.Module:
-    """What `shrink` returns. compare: warn where what was traced is not what the model computes on the example."""
-    model, args, kwargs = owned(model, args, kwargs)
-    program = shrunk(model, plan, args, kwargs, passes, compare=compare)
-    return remember(restore(program, model, args, kwargs), origin(model, plan, args, kwargs))
 
 
 @leaves_untouched(calls=True)
@@ -174,7 +160,6 @@ def _scores(
 
 def _rebuilt(task: Task, asked: Compression) -> nn.Module:
     """What `compress` returns for second-order compression."""
-    from ecospa_fx.passes import CLEANUP
 
     model, args, kwargs, by = task.model, task.args, task.kwargs, task.scores
     # What cannot be reached, or is not of this model, is refused before anything slow.

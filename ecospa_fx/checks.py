@@ -1,98 +1,13 @@
-"""The options of the verbs that take many, typed for editors and type checkers, and checked before anything slow.
-
-Defaults stand where the options are read: `ecospa_fx.budget.settings.PlanSettings`, `ecospa_fx.recipe.Recipe`,
-`ecospa_fx.training.settings.Settings`.
-"""
+"""Checks of what users pass: each says in one sentence what is wrong, and what is taken in its place."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from inspect import signature
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import Any
 
 from ecospa_fx.errors import EcospaError, OptionError
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from ecospa_fx.budget.cost import Spending
-    from ecospa_fx.coupling.types import Couplings
-    from ecospa_fx.importance.score import Batch, Loss
-    from ecospa_fx.importance.sensitivity import Curves
-
-
-class ChoiceOptions(TypedDict, total=False):
-    """Which couplings may lose units, and how many at most: options of `plan`, `compress` and `SparseTraining`."""
-
-    kinds: str | Sequence[str] | None
-    """Only couplings of these kinds; None: all offered, heads only where what is in them is not."""
-    exclude: str | Sequence[str]
-    """Shell patterns on module paths whose parameters stay whole, see `ecospa_fx.coupling.choice`; () for none. The
-    ratio counts what may go."""
-    limits: Mapping[str, float] | None
-    """Largest share, 0 to 1, that each coupling of a kind or under a pattern may lose; of several the least counts."""
-    floor: float
-    """Least share of its units that a coupling keeps, 0 to below 1, at least one unit; 0.05."""
-
-
-class PlanOptions(ChoiceOptions, total=False):
-    """Options of `plan` beside those in its signature."""
-
-    allocation: Literal["global", "ragged", "uniform"] | Curves
-    """How the ratio is spread, "global" by default."""
-    uniform: bool
-    """True: the same as allocation="uniform", the same share everywhere."""
-    budget: Literal["parameters", "flops", "latency"] | Spending
-    """What the ratio is counted in, "parameters" by default."""
-    expressible_in: Literal["module"] | None
-    """"module": only what `shrink_` can write back into the user's own code."""
-    widths: Mapping[str, int] | None
-    """In place of a ratio: units per carrier to keep, by name of a coupling or shell pattern on names."""
-
-
-class CompressOptions(ChoiceOptions, total=False):
-    """Options of `compress` beside those in its signature; those of `Recipe` go with method="second-order"."""
-
-    allow: str | Iterable[str]
-    seed: int
-    round_to: int | None
-    uniform: bool
-    budget: Literal["parameters", "flops", "latency"] | Spending
-    expressible_in: Literal["module"] | None
-    widths: Mapping[str, int] | None
-    allocation: Literal["ragged", "global", "uniform", "sensitivity"] | None
-    progress: bool
-    steps: int
-    basis: bool | None
-    damping: float
-    gates: bool
-    gate_damping: float
-    least_squares: bool | str
-    least_squares_damping: float
-    rounds: int
-    distillation: int | None
-    rate: float
-    step: int
-    mixed: float
-    predicted: float
-
-
-class TrainingOptions(ChoiceOptions, total=False):
-    """Options of `SparseTraining` beside those in its signature, see `ecospa_fx.training.settings.Settings`."""
-
-    total_steps: int | None
-    allocation: Literal["global", "uniform"]
-    band: tuple[float, float] | None
-    round_to: int | None
-    couplings: Couplings | None
-    allow: str | Iterable[str]
-    window: int
-    compensate: bool | None
-    batches: Iterable[Batch] | None
-    loss: Loss | None
-    wrap: Callable[[nn.Module], nn.Module] | None
-    group: Any
 
 
 def check_known(verb: str, options: Iterable[str], known: Iterable[str]) -> None:

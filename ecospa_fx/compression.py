@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
+from ecospa_fx.budget.cost import Spending
 from ecospa_fx.budget.settings import RATIO, PlanSettings
 from ecospa_fx.checks import check_flag, check_whole
+from ecospa_fx.coupling.choice import ChoiceOptions
 from ecospa_fx.errors import OptionError, PlanError, ScoreError
 from ecospa_fx.importance.methods import method_named
 from ecospa_fx.importance.scores import Scores
@@ -18,6 +20,33 @@ SHARED = ("allocation", "progress")
 
 STEPS = 4
 """Scoring passes of methods that only remove, by default."""
+
+
+class CompressOptions(ChoiceOptions, total=False):
+    """Options of `compress` beside those in its signature; those of `Recipe` go with method="second-order"."""
+
+    allow: str | Iterable[str]
+    seed: int
+    round_to: int | None
+    uniform: bool
+    budget: Literal["parameters", "flops", "latency"] | Spending
+    expressible_in: Literal["module"] | None
+    widths: Mapping[str, int] | None
+    allocation: Literal["ragged", "global", "uniform", "sensitivity"] | None
+    progress: bool
+    steps: int
+    basis: bool | None
+    damping: float
+    gates: bool
+    gate_damping: float
+    least_squares: bool | str
+    least_squares_damping: float
+    rounds: int
+    distillation: int | None
+    rate: float
+    step: int
+    mixed: float
+    predicted: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from ecospa_fx.coupling import unit_elements
 from ecospa_fx.coupling.choice import near_names
+from ecospa_fx.coupling.couplings import Couplings, check_couplings, parameter_shapes
 from ecospa_fx.coupling.masks import check_mask, keep_mask
 from ecospa_fx.coupling.members import check_member, shape_told
-from ecospa_fx.coupling.types import Coupling, Couplings, Member, check_couplings, parameter_shapes
+from ecospa_fx.coupling.types import Coupling, Member
 from ecospa_fx.errors import PlanError
 from ecospa_fx.strict_json import from_plain
 from ecospa_fx.wrappers import unwrapped

@@ -11,9 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ecospa_fx.budget.allocate import choose
-from ecospa_fx.budget.allocate import plan as make_plan
 from ecospa_fx.checks import check_data, check_flag, check_share, check_whole, is_number
-from ecospa_fx.coupling.types import Coupling, Couplings
+from ecospa_fx.coupling.couplings import Couplings
+from ecospa_fx.coupling.types import Coupling
+from ecospa_fx.distillation.distill import Distill
+from ecospa_fx.distillation.divergence import answer_of, check_convex
+from ecospa_fx.distillation.token_mixing import filled
 from ecospa_fx.errors import PlanError, ScoreError, warn_caller
 from ecospa_fx.importance.compensation import Compensated
 from ecospa_fx.importance.curvature import Collector, Curvature
@@ -25,7 +28,11 @@ from ecospa_fx.importance.scores import Scores, given_scores
 from ecospa_fx.importance.second_order import unit_scores, without_traffic
 from ecospa_fx.ir.linears import Site, find_sites
 from ecospa_fx.ir.program import ExportedForm
+from ecospa_fx.passes.lossy.change_basis import turn_factors, turn_values
+from ecospa_fx.passes.lossy.reconstruct import Reconstruct
+from ecospa_fx.passes.shrink_couplings import shrink_program
 from ecospa_fx.plan import Plan
+from ecospa_fx.planning import plan as make_plan
 from ecospa_fx.progress import watched
 from ecospa_fx.runtime.bfloat16 import quick
 from ecospa_fx.runtime.interpreter import Evaluator
@@ -169,10 +176,6 @@ def compress_program(program: ExportedForm, task: Task, ratio: float, recipe: Re
     planning: further options of `plan`. The model itself is not changed. Raises PlanError where the plan does not fit
     the program, ScoreError and InputError for data that tells nothing or does not fit.
     """
-    from ecospa_fx.distillation.distill import Distill
-    from ecospa_fx.distillation.token_mixing import filled
-    from ecospa_fx.passes.lossy.reconstruct import Reconstruct
-    from ecospa_fx.passes.shrink_couplings import shrink_program
 
     evaluator = Evaluator(program, task.model, task.args, task.kwargs)
     task = replace(task, batches=samples_of(task.batches, evaluator, task.loss))
@@ -209,7 +212,6 @@ def _at_once(curvature: Curvature | None, samples: int) -> int:
 
 def _check_loss(dense: Evaluator, task: Task, *, distilled: bool) -> None:
     """Raise ScoreError, before anything slow, for a loss that tells nothing at the dense model."""
-    from ecospa_fx.distillation.divergence import answer_of, check_convex
 
     weights = dense.weights()
     with torch.no_grad():
@@ -262,7 +264,6 @@ def _measured(
     program: ExportedForm, evaluator: Evaluator, task: Task, recipe: Recipe, chosen: Sequence[Coupling]
 ) -> tuple[Views, Curvature]:
     """Views of the chosen couplings and what the data says of them, in the bases that suit removal."""
-    from ecospa_fx.passes.lossy.change_basis import turn_factors, turn_values
 
     rounded = quick(evaluator, {member.parameter for coupling in chosen for member in coupling.members})
 

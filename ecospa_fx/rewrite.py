@@ -11,7 +11,12 @@ from ecospa_fx.capture.export import captures
 from ecospa_fx.errors import PlanError
 from ecospa_fx.ir.passes import Pass, check_passes, run_passes
 from ecospa_fx.ir.program import ExportedForm, Program
+from ecospa_fx.origin import origin, remember
+from ecospa_fx.passes import CLEANUP
+from ecospa_fx.passes.shrink_couplings import shrink_program
 from ecospa_fx.plan import Plan, check_plan
+from ecospa_fx.runtime.lift_parameters import owned
+from ecospa_fx.runtime.restore import restore
 from ecospa_fx.trace_check import compared
 
 Form = TypeVar("Form", bound=Program)
@@ -32,8 +37,6 @@ def shrunk(
     compare: warn where what was traced is not what the model computes on the example.
     Raises PlanError where the plan was made for another model, CaptureError where that cannot be traced.
     """
-    from ecospa_fx.passes import CLEANUP
-
     check_plan(plan)
     plan.check(model)
     if passes is not None:
@@ -44,13 +47,26 @@ def shrunk(
     return program
 
 
+def smaller(
+    model: nn.Module,
+    plan: Plan,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    passes: Sequence[Pass] | None = None,
+    *,
+    compare: bool = False,
+) -> nn.Module:
+    """What `shrink` returns. compare: warn where what was traced is not what the model computes on the example."""
+    model, args, kwargs = owned(model, args, kwargs)
+    program = shrunk(model, plan, args, kwargs, passes, compare=compare)
+    return remember(restore(program, model, args, kwargs), origin(model, plan, args, kwargs))
+
+
 def fitted(programs: Iterable[Form], plan: Plan) -> Form:
     """The first program that a plan fits, shrunk by it in place. Raises the first one's PlanError where there is none.
 
     programs: at least one, from most to fewest symbolic sizes; made only as far as they are needed.
     """
-    from ecospa_fx.passes.shrink_couplings import shrink_program
-
     return first_fit(programs, lambda program: shrink_program(program, plan))[0]
 
 

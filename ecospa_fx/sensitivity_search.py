@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ecospa_fx.budget.allocate import plan as make_plan
-from ecospa_fx.coupling.types import Couplings
+from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.importance.compensation import Compensated
 from ecospa_fx.importance.score import Batch, Loss
 from ecospa_fx.importance.scores import Scores
 from ecospa_fx.importance.sensitivity import Bench, Trial, Watch, measured
 from ecospa_fx.plan import Plan
+from ecospa_fx.planning import plan as make_plan
 from ecospa_fx.runtime.interpreter import Evaluator
 
 STEPS = (0.5, 1.0, 1.5, 2.0)

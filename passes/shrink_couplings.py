@@ -19,8 +19,8 @@ from ecospa_fx.axes.findings import Gather, several
 from ecospa_fx.axes.flow import AxisFlow, analyse
 from ecospa_fx.axes.narrowing import DimSelection, Narrowing, slice_of
 from ecospa_fx.axes.resize import Resize, find_resize
-from ecospa_fx.coupling.detection import Found, find_couplings
-from ecospa_fx.coupling.types import Member
+from ecospa_fx.coupling.detection import find_couplings
+from ecospa_fx.coupling.types import Found, Member
 from ecospa_fx.errors import PlanError
 from ecospa_fx.ir.build import evaluate, inherit, layout
 from ecospa_fx.ir.passes import PassResult

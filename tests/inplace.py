@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import ecospa_fx as eco
-from ecospa_fx.coupling.types import Coupling, Couplings
+from ecospa_fx.coupling.couplings import Couplings
+from ecospa_fx.coupling.types import Coupling
 from ecospa_fx.inplace.attributes import integers
 from ecospa_fx.plan import Plan, Selection
 

@@ -21,7 +21,7 @@ from ecospa_fx.axes.flow import AxisFlow, analyse
 from ecospa_fx.axes.narrowing import DimSelection, Narrowing, slice_of
 from ecospa_fx.axes.resize import Resize, find_resize
 from ecospa_fx.capture.export import capture
-from ecospa_fx.coupling.types import Couplings
+from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.ir.program import ExportedForm
 from ecospa_fx.ir.schema import named_arguments, operator_name
 from ecospa_fx.ir.slices import take

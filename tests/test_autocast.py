@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import ecospa_fx as eco
-from ecospa_fx.coupling.types import parameter_shapes
+from ecospa_fx.coupling.couplings import parameter_shapes
 from ecospa_fx.plan import Plan
 from ecospa_fx.verify import masked_error
 

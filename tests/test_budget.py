@@ -13,12 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ecospa_fx.budget.allocate import plan
 from ecospa_fx.coupling import unit_elements
-from ecospa_fx.coupling.types import Couplings, Member
+from ecospa_fx.coupling.couplings import Couplings
+from ecospa_fx.coupling.types import Member
 from ecospa_fx.errors import PlanError, ScoreError
 from ecospa_fx.importance.scores import Scores
 from ecospa_fx.plan import Plan
+from ecospa_fx.planning import plan
 from tests.tiny import box, coupling, member, tiny, tiny_couplings
 
 MODEL = tiny()

@@ -16,7 +16,8 @@ from torch.nn.utils import parametrizations
 import ecospa_fx as eco
 from ecospa_fx.budget import latency
 from ecospa_fx.budget.graph_cost import flops
-from ecospa_fx.coupling.types import Coupling, Couplings
+from ecospa_fx.coupling.couplings import Couplings
+from ecospa_fx.coupling.types import Coupling
 from ecospa_fx.errors import EcospaError, PlanError, ScoreError, TrainingError
 from ecospa_fx.verify import masked_error
 from tests.tiny import box, coupling, member, tiny, tiny_couplings

@@ -13,7 +13,7 @@ from torch._higher_order_ops.map import map as map_rows
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import ecospa_fx as eco
-from ecospa_fx.coupling.types import Couplings
+from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.errors import CaptureError
 from ecospa_fx.verify import masked_error
 

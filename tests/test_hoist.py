@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as attend
 
 import ecospa_fx as eco
-from ecospa_fx.coupling.types import Couplings
+from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.passes.canonicalise.hoist_selections import hoist_selections
 from ecospa_fx.verify import masked_error
 

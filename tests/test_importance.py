@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ecospa_fx.coupling.types import Coupling, Couplings, Member
+from ecospa_fx.coupling.couplings import Couplings
+from ecospa_fx.coupling.types import Coupling, Member
 from ecospa_fx.errors import ScoreError
 from ecospa_fx.importance.methods import Method, method_named, register
 from ecospa_fx.importance.score import magnitudes, score

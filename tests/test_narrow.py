@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 import ecospa_fx as eco
-from ecospa_fx.coupling.types import Coupling, parameter_shapes
+from ecospa_fx.coupling.couplings import parameter_shapes
+from ecospa_fx.coupling.types import Coupling
 from ecospa_fx.coupling.unit_elements import removed_elements
 from ecospa_fx.errors import TrainingError
 from ecospa_fx.importance.unit_reduction import margin, margin_key, unit_sums

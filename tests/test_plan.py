@@ -12,10 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ecospa_fx.budget.allocate import plan
-from ecospa_fx.coupling.types import Box, Couplings, Member
+from ecospa_fx.coupling.couplings import Couplings
+from ecospa_fx.coupling.types import Box, Member
 from ecospa_fx.errors import PlanError
 from ecospa_fx.plan import FORMAT, Plan, Selection
+from ecospa_fx.planning import plan
 from tests.tiny import FFN, Tiny, box, coupling, member, tiny, tiny_couplings
 
 MODEL = tiny()

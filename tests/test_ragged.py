@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import ecospa_fx as eco
-from ecospa_fx.coupling.types import Couplings
+from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.errors import PlanError
 from ecospa_fx.passes import ShrinkCouplings
 from ecospa_fx.plan import Plan

@@ -9,8 +9,9 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.coupling.report import coupling_table, couplings_data, couplings_json, covered_parameters, explain
-from ecospa_fx.coupling.types import Coupling, Couplings, Refusal
+from ecospa_fx.coupling.types import Coupling, Refusal
 from tests.tiny import box, coupling, ffn_coupling, member, tiny, tiny_couplings
 
 MODEL = tiny(3)

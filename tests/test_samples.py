@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import ecospa_fx as eco
-from ecospa_fx.coupling.types import Couplings
+from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.errors import ScoreError
 from ecospa_fx.importance import samples as sampling
 from ecospa_fx.importance.samples import Splitter, grouped, joined, parts_of

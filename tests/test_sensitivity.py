@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import ecospa_fx as eco
 from ecospa_fx.budget.allocate import choose
 from ecospa_fx.capture.export import capture
-from ecospa_fx.coupling.types import Couplings
+from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.errors import PlanError, ScoreError
 from ecospa_fx.importance.compensation import Compensated
 from ecospa_fx.importance.curvature import Collector

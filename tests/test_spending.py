@@ -20,10 +20,11 @@ import ecospa_fx as eco
 from ecospa_fx import demo
 from ecospa_fx.budget import latency
 from ecospa_fx.budget.cost import Flops, Priced
-from ecospa_fx.budget.graph_cost import Operation, flops
+from ecospa_fx.budget.graph_cost import Operation, Work, flops
 from ecospa_fx.budget.latency import Latency, Table
 from ecospa_fx.budget.removal_order import Bounds
-from ecospa_fx.coupling.types import Coupling, Couplings
+from ecospa_fx.coupling.couplings import Couplings
+from ecospa_fx.coupling.types import Coupling
 from ecospa_fx.errors import PlanError
 from ecospa_fx.importance.scores import Scores
 from ecospa_fx.importance.sensitivity import Curves
@@ -225,8 +226,7 @@ class Stairs(Priced):
     unit = "the stairs"
 
     def __init__(self, couplings: Couplings, step: int) -> None:
-        assert couplings.work is not None
-        super().__init__(couplings.work)
+        super().__init__(Work.of(couplings, "flops"))
         self.step = step
 
     def grid(self, size: int, couplings: int) -> list[int]:
@@ -336,11 +336,10 @@ def test_the_folder_of_the_table_is_a_choice(tmp_path: Path, monkeypatch: pytest
 
 def test_products_are_measured_as_shrink_leaves_them() -> None:
     _, _, couplings = found("grouped queries, rotary")
-    assert couplings.work is not None
-    node, names = next((n, x) for n, x in couplings.work.calls.items() if "attention" in str(n.target))
+    node, names = next((n, x) for n, x in Work.of(couplings, "flops").calls.items() if "attention" in str(n.target))
     narrow = {name: 8 for name in names if name.endswith(".vo")}
     for widths, pads in (({}, 0), (narrow, 1)):
-        operation = couplings.work.operation(node, widths)
+        operation = Work.of(couplings, "flops").operation(node, widths)
         call = latency.as_shrunk(operation, torch.device("cpu"))
         assert sum("pad" in str(n.target) for n in call.graph.nodes) == pads
         tensors = operation.filled(torch.device("cpu"))
@@ -360,8 +359,7 @@ def test_a_budget_of_seconds_is_measured_here(tmp_path: Path) -> None:
 @given(st.integers(2, 400), st.integers(1, 4), st.sampled_from([1, 3, 8, 64]))
 def test_grids_hold_their_ends_and_what_is_rounded(size: int, couplings: int, round_to: int) -> None:
     model = mlp()
-    assert model.work is not None
-    unit = Latency(model.work, torch.device("cpu"), round_to)
+    unit = Latency(Work.of(model, "flops"), torch.device("cpu"), round_to)
     grid = unit.grid(size, couplings)
     assert grid == sorted(set(grid))
     assert grid[-1] == size > grid[0] >= 1
@@ -371,9 +369,8 @@ def test_grids_hold_their_ends_and_what_is_rounded(size: int, couplings: int, ro
 
 def test_what_is_no_product_costs_nothing() -> None:
     model, sample, couplings = found("grouped queries, rotary")
-    assert couplings.work is not None
-    told = {str(node.target) for node in couplings.work.calls}
+    told = {str(node.target) for node in Work.of(couplings, "flops").calls}
     assert told == {"aten.linear.default", "aten.scaled_dot_product_attention.default"}
-    total = sum(flops(couplings.work.operation(node, {})) for node in couplings.work.calls)
+    total = sum(flops(Work.of(couplings, "flops").operation(node, {})) for node in Work.of(couplings, "flops").calls)
     head = 2 * sample.numel() * 256 * 192  # the tied head, which nothing narrows
     assert total == counted(model, sample) - head

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import ecospa_fx as eco
 from ecospa_fx.coupling.types import Coupling
+from ecospa_fx.importance.linalg import rotated
 from ecospa_fx.importance.linear_views import sides_of
-from ecospa_fx.passes.lossy.change_basis import rotated
 from tests.oracle import Sandwich
 from tests.test_labels import MANY, Block, by_matmul, merged, rows
 

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 import ecospa_fx as eco
 from ecospa_fx.axes.registry import refuse
 from ecospa_fx.axes.resize import resize_rule
-from ecospa_fx.budget.settings import PlanSettings
-from ecospa_fx.checks import CompressOptions, PlanOptions, TrainingOptions
+from ecospa_fx.budget.settings import PlanOptions, PlanSettings
+from ecospa_fx.compression import CompressOptions
 from ecospa_fx.errors import EcospaError
 from ecospa_fx.recipe import Recipe
-from ecospa_fx.training.settings import Settings
+from ecospa_fx.training.settings import Settings, TrainingOptions
 
 X = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
 BATCHES: list[Any] = [((X[:1],), {}), ((X[1:],), {})]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from ecospa_fx.coupling.types import Box, Coupling, Couplings, Member, Refusal, Role, Step, Symmetry
+from ecospa_fx.coupling.couplings import Couplings
+from ecospa_fx.coupling.types import Box, Coupling, Member, Refusal, Role, Step, Symmetry
 
 HIDDEN, FFN, KV_HEADS, GROUP, HEAD_DIM, VOCABULARY = 8, 12, 2, 2, 4, 11
 

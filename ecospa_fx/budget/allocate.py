@@ -11,7 +11,6 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Unpack
 
 import torch
 from torch import Tensor
@@ -30,78 +29,26 @@ from ecospa_fx.budget.removal_order import (
     in_uniform_step,
     removed_at,
 )
-from ecospa_fx.budget.settings import RATIO, PlanSettings
-from ecospa_fx.checks import PlanOptions, check_options, check_whole
+from ecospa_fx.budget.settings import PlanSettings
+from ecospa_fx.budget.ties import Carried
+from ecospa_fx.checks import check_whole
 from ecospa_fx.coupling.choice import choosable, named, shares
-from ecospa_fx.coupling.types import Coupling, Couplings, check_couplings
-from ecospa_fx.errors import PlanError, warn_caller
+from ecospa_fx.coupling.couplings import Couplings
+from ecospa_fx.coupling.types import Coupling
+from ecospa_fx.errors import PlanError
 from ecospa_fx.importance.score import magnitudes
-from ecospa_fx.importance.scores import Given, given_scores
+from ecospa_fx.importance.scores import given_scores
 from ecospa_fx.importance.sensitivity import Curves
 from ecospa_fx.plan import Plan, Selection
-
-if TYPE_CHECKING:
-    from ecospa_fx.inplace.expressible import Carried
 
 TRIES = 8
 """Of a knapsack whose couplings hold the same elements, each for what the one before was short of."""
 
 
-def plan(
-    couplings: Couplings,
-    ratio: float = RATIO,
-    scores: Given | None = None,
-    seed: int = 0,
-    round_to: int | None = 1,
-    **options: Unpack[PlanOptions],
-) -> Plan:
-    """Decide what to remove.
-
-    ratio: the share, between 0 and 1 and by default 0.5, of what the chosen couplings hold together to remove, met to
-    within half a rung. scores: what `score` returned, or a mapping of coupling names to tensors [carriers, units];
-    "magnitude", from the weights, which costs most quality (None: the same, with a warning); or "random", drawn from
-    `seed` alone, for tests. round_to: kept units per carrier are a multiple of it; a coupling with fewer stays whole;
-    None: of what their device likes (`ecospa_fx.budget.alignment.liked`). Which couplings may lose units, and how many
-    at most: kinds, exclude, limits, floor, as in `ecospa_fx.checks.ChoiceOptions`. Further options, as in
-    `ecospa_fx.checks.PlanOptions`:
-
-    budget: what the ratio counts: "parameters", each once; "flops" of the example call that `detect` saw; "latency",
-    seconds of its products on this machine, measured once and kept on disk (`ecospa_fx.budget.latency`). allocation:
-    "global", what scores least for what it frees goes first; "ragged", the same where heads may keep different numbers
-    of units, and zeros fill activations up; "uniform" or uniform=True, the same share everywhere; or measured
-    `ecospa_fx.importance.sensitivity` curves. expressible_in: "module" leaves whole what `shrink_` could not write
-    back, as trying on a copy shows, and takes heads where their content cannot be; with uniform widths the
-    configuration can describe it too. widths: in place of a ratio, units to keep by name of coupling.
-
-    Raises PlanError for what is out of range or reach or does not fit, and where nothing is offered; ScoreError for
-    weights without magnitudes; OptionError for an option that is not there.
-    >>> plan(couplings, 0.5, s, exclude=["layers.0.*"], limits={"ffn": 0.6}, budget="flops")  # doctest: +SKIP
-    """
-    check_options("plan", options, PlanOptions, plan)
-    check_couplings(couplings, PlanError)
-    settings = PlanSettings(ratio, _meant(scores), seed, round_to, **options)
-    if settings.widths is not None:
-        return narrowed_to(couplings, settings.widths, settings)
-    return _allocated(couplings, settings)
-
-
-def _meant(scores: Given | None) -> Given:
-    """The scores, with a warning at the user's line where there are none."""
-    if scores is not None:
-        return scores
-    warn_caller(
-        "plan() has no scores=, so that units go by their magnitude, which costs most quality by far: pass what "
-        "ecospa_fx.score returned, or scores='magnitude' where that is meant"
-    )
-    return "magnitude"
-
-
-def _allocated(couplings: Couplings, settings: PlanSettings) -> Plan:
-    """The plan for what a module can carry, or for couplings each by itself."""
-    how, containers = settings.how, _is_random(settings.scores) or settings.expressible_in is not None
-    chosen = choose(couplings, settings.kinds, settings.exclude, containers=containers)
-    carried = None if settings.expressible_in is None else _carried(couplings, chosen, how)
-    chosen = chosen if carried is None else carried.couplings
+def allocated(couplings: Couplings, settings: PlanSettings, carried: Carried | None = None) -> Plan:
+    """The plan for a ratio. carried: what a module can carry, or None for couplings each by itself."""
+    how = settings.how
+    chosen = carried.couplings if carried is not None else chosen_by(couplings, settings)
     limits = shares(couplings, chosen, settings.limits)
     parameters = dict(couplings.model.named_parameters())
     bounds = Bounds(settings.round_to, settings.floor, limits, parameters, settings.limits)
@@ -173,15 +120,6 @@ def may_be_ragged(coupling: Coupling) -> bool:
 
 def _is_random(scores: object) -> bool:
     return isinstance(scores, str) and scores == "random"
-
-
-def _carried(couplings: Couplings, chosen: Sequence[Coupling], how: str | Curves) -> Carried:
-    """What the model's own module can carry."""
-    from ecospa_fx.inplace.expressible import carried_by  # which imports plans
-
-    if isinstance(how, Curves):
-        raise PlanError("expressible_in='module' keeps couplings in step, which curves do not: use allocation='global'")
-    return carried_by(couplings, chosen, how == "uniform")
 
 
 def _planned(couplings: Couplings, ladders: Sequence[Ladder], rungs: Sequence[int]) -> Plan:
@@ -281,6 +219,12 @@ def _first_reaching(removed: Callable[[int], float], target: float, guess: int, 
     while low >= 0 and removed(low) >= target:
         low, high, step = low - step, low, 2 * step
     return bisect_left(range(last + 1), target, lo=max(low + 1, 0), hi=min(high, last + 1), key=removed)
+
+
+def chosen_by(couplings: Couplings, settings: PlanSettings) -> list[Coupling]:
+    """The couplings that a plan allocates; what is drawn, or tried on a module, includes containers."""
+    containers = _is_random(settings.scores) or settings.expressible_in is not None
+    return choose(couplings, settings.kinds, settings.exclude, containers=containers)
 
 
 def choose(

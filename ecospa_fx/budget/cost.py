@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, fx
 
 from ecospa_fx.budget.graph_cost import Operation, Widths, Work, flops
-from ecospa_fx.coupling.types import Coupling, Couplings
+from ecospa_fx.coupling.couplings import Couplings
+from ecospa_fx.coupling.types import Coupling
 from ecospa_fx.coupling.unit_elements import Removal, Shapes, removed_elements
-from ecospa_fx.errors import PlanError
 
 
 class Spending(ABC):
@@ -190,9 +190,7 @@ class Flops(Priced):
     @classmethod
     def of(cls, couplings: Couplings) -> Flops:
         """Of the call that the couplings were detected with. Raises PlanError where no graph is known."""
-        if couplings.work is None:
-            raise PlanError("budget='flops' needs the graph: pass the couplings that detect() returned")
-        return cls(couplings.work)
+        return cls(Work.of(couplings, "flops"))
 
     def grid(self, size: int, couplings: int) -> list[int]:
         return [(size + 1) // 2, size]  # two points of a straight line; a width of 1 may have a kernel of its own

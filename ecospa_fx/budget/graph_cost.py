@@ -7,10 +7,11 @@ inside of higher-order operators is not looked at.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx
@@ -18,14 +19,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ecospa_fx.axes.dims import Axis
 from ecospa_fx.axes.findings import Value, several
-from ecospa_fx.axes.flow import AxisFlow
 from ecospa_fx.axes.narrowing import DimSelection, Narrowing
 from ecospa_fx.axes.resize import Resize, find_resize
+from ecospa_fx.coupling.couplings import Analysis, Couplings
 from ecospa_fx.errors import PlanError
-from ecospa_fx.ir.schema import Sizes, call_arguments, is_operator, named_arguments, operator_name, tensor_arguments
-
-if TYPE_CHECKING:
-    from ecospa_fx.coupling.detection import Found
+from ecospa_fx.ir.schema import call_arguments, is_operator, named_arguments, operator_name, tensor_arguments
 
 META = torch.device("meta")
 
@@ -99,11 +97,26 @@ def flops(operation: Operation) -> int:
     return int(counter.get_total_flops())
 
 
-class Work:
-    """The calls of one graph that couplings narrow. Made by `detect`; nothing is computed before it is asked for."""
+_KNOWN: WeakKeyDictionary[Analysis, Work] = WeakKeyDictionary()
+"""What was computed for some couplings serves every plan that is made for them."""
 
-    def __init__(self, walked: AxisFlow, found: Sequence[Found], sizes: Sizes) -> None:
-        self._walked, self._sizes = walked, sizes
+
+class Work:
+    """The calls of one graph that couplings narrow; nothing is computed before it is asked for."""
+
+    @classmethod
+    def of(cls, couplings: Couplings, budget: str) -> Work:
+        """The calls of the graph that couplings were detected in. Raises PlanError, naming the budget, for none."""
+        analysis = couplings.analysis
+        if analysis is None:
+            raise PlanError(f"budget={budget!r} needs the graph: pass the couplings that detect() returned")
+        if analysis not in _KNOWN:
+            _KNOWN[analysis] = cls(analysis)
+        return _KNOWN[analysis]
+
+    def __init__(self, analysis: Analysis) -> None:
+        walked, found = analysis.flow, analysis.located
+        self._walked, self._sizes = walked, analysis.sizes
         self._gathered: dict[tuple[fx.Node, fx.Node], list[tuple[int, Axis]]] = {}
         for g in walked.record.gathers:
             met = (g.operand_axis, g.target[g.target_axis])

@@ -23,11 +23,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ecospa_fx.budget.cost import Priced
 from ecospa_fx.budget.graph_cost import Blank, Operation, Work, flops
-from ecospa_fx.coupling.types import Couplings
+from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.errors import PlanError
 from ecospa_fx.ir.build import evaluate
 from ecospa_fx.ir.passes import run_passes
 from ecospa_fx.ir.schema import call_arguments
+from ecospa_fx.passes import CLEANUP
 
 INTERVALS = 32
 """Steps of the grid of a call that one coupling narrows; of one that several narrow, this many combinations."""
@@ -64,12 +65,11 @@ class Latency(Priced):
     @classmethod
     def of(cls, couplings: Couplings, round_to: int = 1, cache: str | os.PathLike[str] | None = None) -> Latency:
         """On the device of the couplings' model. Raises PlanError where it has none, or where there is no graph."""
-        if couplings.work is None:
-            raise PlanError("budget='latency' needs the graph: pass the couplings that detect() returned")
+        work = Work.of(couplings, "latency")
         device = next((p.device for p in couplings.model.parameters()), torch.device("cpu"))
         if device.type == "meta":
             raise PlanError("the model is on meta, where nothing takes time: load it, or use budget='flops'")
-        return cls(couplings.work, device, round_to, cache)
+        return cls(work, device, round_to, cache)
 
     def grid(self, size: int, couplings: int) -> list[int]:
         step = math.ceil(size / max(2, round(INTERVALS ** (1 / max(couplings, 1)))))
@@ -150,7 +150,6 @@ def measured(operations: Sequence[Operation], device: torch.device) -> list[floa
 
 def as_shrunk(operation: Operation, device: torch.device) -> fx.GraphModule:
     """A graph of one call as `shrink` would leave it, cleaned up; its inputs are the tensors among the arguments."""
-    from ecospa_fx.passes import CLEANUP
 
     graph = fx.Graph()
     with FakeTensorMode():

@@ -5,20 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil, gcd, lcm
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ecospa_fx.budget.alignment import liked
 from ecospa_fx.budget.cost import Spending
+from ecospa_fx.budget.ties import Carried, Tie
 from ecospa_fx.coupling.types import Coupling
 from ecospa_fx.coupling.unit_elements import Removal
 from ecospa_fx.errors import PlanError
 from ecospa_fx.plan import Selection
-
-if TYPE_CHECKING:
-    from ecospa_fx.inplace.expressible import Carried, Tie
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from ecospa_fx.budget.cost import Spending
 from ecospa_fx.checks import check_flag, check_whole, is_number
-from ecospa_fx.coupling.choice import checked_limits, texts
+from ecospa_fx.coupling.choice import ChoiceOptions, checked_limits, texts
 from ecospa_fx.errors import PlanError
+from ecospa_fx.importance.scores import Given
 from ecospa_fx.importance.sensitivity import Curves
-
-if TYPE_CHECKING:
-    from ecospa_fx.importance.scores import Given
 
 
 class _Default(float):
@@ -25,6 +23,21 @@ RATIO = _Default(0.5)
 
 WITH_WIDTHS = ("scores", "seed", "kinds", "exclude", "widths", "ratio")
 """What may be given beside widths: everything else says how a ratio is spread."""
+
+
+class PlanOptions(ChoiceOptions, total=False):
+    """Options of `plan` beside those in its signature."""
+
+    allocation: Literal["global", "ragged", "uniform"] | Curves
+    """How the ratio is spread, "global" by default."""
+    uniform: bool
+    """True: the same as allocation="uniform", the same share everywhere."""
+    budget: Literal["parameters", "flops", "latency"] | Spending
+    """What the ratio is counted in, "parameters" by default."""
+    expressible_in: Literal["module"] | None
+    """"module": only what `shrink_` can write back into the user's own code."""
+    widths: Mapping[str, int] | None
+    """In place of a ratio: units per carrier to keep, by name of a coupling or shell pattern on names."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,8 +22,9 @@ from torch.utils import _pytree as pytree
 import ecospa_fx as eco
 from ecospa_fx.cli import options, text
 from ecospa_fx.cli.sources import Source, open_source
+from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.coupling.report import couplings_data, explain, reason_lines
-from ecospa_fx.coupling.types import Coupling, Couplings
+from ecospa_fx.coupling.types import Coupling
 from ecospa_fx.errors import EcospaError, PlanError, ScoreError, StorageError
 from ecospa_fx.huggingface import is_causal
 from ecospa_fx.origin import origin, origin_of

@@ -14,20 +14,35 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import translate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from torch import nn
 
 from ecospa_fx.errors import EcospaError, PlanError
 
 if TYPE_CHECKING:
-    from ecospa_fx.coupling.types import Coupling, Couplings
+    from ecospa_fx.coupling.couplings import Couplings
+    from ecospa_fx.coupling.types import Coupling
 
 Refused = type[EcospaError]
 """What a verb raises for a choice that makes no sense."""
 
 SHOWN = 4
 """How many names a message lists."""
+
+
+class ChoiceOptions(TypedDict, total=False):
+    """Which couplings may lose units, and how many at most: options of `plan`, `compress` and `SparseTraining`."""
+
+    kinds: str | Sequence[str] | None
+    """Only couplings of these kinds; None: all offered, heads only where what is in them is not."""
+    exclude: str | Sequence[str]
+    """Shell patterns on module paths whose parameters stay whole, see `ecospa_fx.coupling.choice`; () for none. The
+    ratio counts what may go."""
+    limits: Mapping[str, float] | None
+    """Largest share, 0 to 1, that each coupling of a kind or under a pattern may lose; of several the least counts."""
+    floor: float
+    """Least share of its units that a coupling keeps, 0 to below 1, at least one unit; 0.05."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -13,25 +13,15 @@ from ecospa_fx.axes.dims import Axis, Dims, Origin, Piece
 from ecospa_fx.axes.findings import Event, Obstacle, several
 from ecospa_fx.axes.flow import AxisFlow, analyse
 from ecospa_fx.axes.reasons import Reason
-from ecospa_fx.budget.graph_cost import Work
 from ecospa_fx.coupling.carriers import carriers_of
 from ecospa_fx.coupling.choice import texts
+from ecospa_fx.coupling.couplings import Analysis, Couplings
 from ecospa_fx.coupling.labels import Labels
-from ecospa_fx.coupling.types import Box, Coupling, Couplings, Member, Refusal, Step, Symmetry
+from ecospa_fx.coupling.types import Box, Coupling, Found, Member, Refusal, Step, Symmetry
 from ecospa_fx.errors import InputError
 from ecospa_fx.ir.program import Program
 from ecospa_fx.ir.provenance import module_of, operator_of, source_of
 from ecospa_fx.ir.tracing import one_at_a_time
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A coupling and the dims behind it, which a rewrite of the same graph needs."""
-
-    coupling: Coupling
-    dim: int
-    carriers: tuple[int, ...]
-
 
 ALLOWED = ("renormalise", "cache")
 """What `detect` may be allowed."""
@@ -44,7 +34,8 @@ def detected(
     """The couplings of a model captured with an example. allow: see `detect`; raises InputError for anything else."""
     walked = analyse(program, check_allow(allow))
     found = find_couplings(walked, program.shapes)
-    return Couplings((_advised(f.coupling) for f in found), model, Work(walked, found, program.sizes), example)
+    analysis = Analysis(walked, tuple(found), program.sizes)
+    return Couplings((_advised(f.coupling) for f in found), model, analysis, example)
 
 
 def check_allow(allow: object) -> tuple[str, ...]:

@@ -8,13 +8,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 from textwrap import dedent, indent
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from tabulate import tabulate
 
-from ecospa_fx.coupling.types import Box, Coupling, Couplings, Member, Refusal, Step
+from ecospa_fx.coupling.types import Box, Coupling, Member, Refusal, Step
 from ecospa_fx.coupling.unit_elements import removed_elements
+
+if TYPE_CHECKING:
+    from ecospa_fx.coupling.couplings import Couplings
 
 FORMAT = "ecospa-fx-couplings"
 VERSION = 1

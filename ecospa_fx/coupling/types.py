@@ -1,4 +1,4 @@
-"""What detection returns: couplings, their members, and refusals.
+"""What a coupling is: its members, why it is refused, and what happens to it on its way.
 
 A coupling is a prunable dim with everything that shrinks with it. Its units are numbered per carrier;
 carrier ``c`` and unit ``u`` name one removable set of parameter elements, the same in every member.
@@ -6,19 +6,12 @@ carrier ``c`` and unit ``u`` name one removable set of parameter elements, the s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
-
-from ecospa_fx.coupling.choice import ModulePaths, near_names, selected
-from ecospa_fx.errors import EcospaError
-
-if TYPE_CHECKING:
-    from ecospa_fx.budget.graph_cost import Work
+from torch import Tensor
 
 Role = Literal["producer", "consumer"]
 Symmetry = Literal["permutation", "rotary", "linear"]
@@ -124,101 +117,10 @@ class Coupling:
     path: tuple[Step, ...] = field(default=(), repr=False)
 
 
-class Couplings(Sequence[Coupling]):
-    """The list that ``detect`` returns; printing it shows a table, indexing takes a position or a name."""
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A coupling and the dims behind it, which a rewrite of the same graph needs."""
 
-    def __init__(
-        self,
-        couplings: Iterable[Coupling],
-        model: nn.Module,
-        work: Work | None = None,
-        example: tuple[Any, Any] | None = None,
-        whole: Couplings | None = None,
-    ) -> None:
-        self._couplings = tuple(couplings)
-        self._by_name = {c.name: c for c in self._couplings}
-        self.model = model
-        """The module that was inspected; scores that need no data read its weights. Never changed."""
-        self.example = example
-        """(args, kwargs) that the model was inspected with, where that is known."""
-        self.shapes = parameter_shapes(model)
-        """Dense shape of every parameter, by its first name in ``named_parameters()``."""
-        self.work = work
-        """The graph's calls that couplings narrow, for budgets in FLOPs or seconds; None where no graph is known."""
-        self.whole = whole
-        """All couplings of the model, where these are a selection of them."""
-
-    @overload
-    def __getitem__(self, key: int | str) -> Coupling: ...
-    @overload
-    def __getitem__(self, key: slice) -> tuple[Coupling, ...]: ...
-    def __getitem__(self, key: int | str | slice) -> Coupling | tuple[Coupling, ...]:
-        if isinstance(key, str):
-            if key not in self._by_name:
-                raise KeyError(f"no coupling {key!r}; {near_names(self, key)}")
-            return self._by_name[key]
-        return self._couplings[key]
-
-    def __len__(self) -> int:
-        return len(self._couplings)
-
-    def __iter__(self) -> Iterator[Coupling]:
-        return iter(self._couplings)
-
-    @property
-    def offered(self) -> tuple[Coupling, ...]:
-        """The couplings that can be shrunk."""
-        return tuple(c for c in self._couplings if c.blocked is None)
-
-    @property
-    def blocked(self) -> tuple[Coupling, ...]:
-        """The refusals."""
-        return tuple(c for c in self._couplings if c.blocked is not None)
-
-    @cached_property
-    def paths(self) -> ModulePaths:
-        """What patterns on module paths are matched with."""
-        return ModulePaths.of(self.model)
-
-    def select(
-        self,
-        kinds: str | Sequence[str] | None = None,
-        names: str | Sequence[str] | None = None,
-        modules: str | Sequence[str] | None = None,
-        exclude: str | Sequence[str] = (),
-        predicate: Callable[[Coupling], object] | None = None,
-    ) -> Couplings:
-        """Those that meet every condition, refusals included, in their order: every verb takes them like the whole.
-
-        kinds: of any of these; names: of any of these names, or shell patterns on names; modules, exclude: holding
-        parameters that any of these shell patterns on module paths matches, or none of them (see
-        `ecospa_fx.coupling.choice`); predicate: for which this is true. Raises PlanError for what is not there.
-
-        Example:
-            >>> import torch, ecospa_fx as eco
-            >>> layers = [torch.nn.Linear(8, 32), torch.nn.GELU(), torch.nn.Linear(32, 16), torch.nn.GELU()]
-            >>> mlp = torch.nn.Sequential(*layers, torch.nn.Linear(16, 8))
-            >>> [c.size for c in eco.detect(mlp, (torch.randn(2, 8),)).select(kinds="ffn", exclude=["4"])]
-            [32]
-        """
-        found = selected(self, kinds, names, modules, exclude, predicate)
-        return Couplings(found, self.model, self.work, self.example, self.whole or self)
-
-    def __str__(self) -> str:
-        from ecospa_fx.coupling.report import coupling_table
-
-        return coupling_table(self)
-
-
-def check_couplings(couplings: object, refused: type[EcospaError]) -> None:
-    """Raise `refused` for what `detect` did not return: only its result knows the model that couplings belong to."""
-    if not isinstance(couplings, Couplings):
-        raise refused(
-            f"couplings is a {type(couplings).__name__}: pass what detect() returned, or a part of it that "
-            "couplings.select(…) gives"
-        )
-
-
-def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter by its first name; tied parameters count once."""
-    return {name: tuple(p.shape) for name, p in model.named_parameters()}
+    coupling: Coupling
+    dim: int
+    carriers: tuple[int, ...]

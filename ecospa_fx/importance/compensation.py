@@ -18,7 +18,7 @@ from ecospa_fx.coupling import unit_elements
 from ecospa_fx.coupling.types import Coupling
 from ecospa_fx.importance.brain_surgeon import gate_roots
 from ecospa_fx.importance.curvature import Curvature
-from ecospa_fx.importance.linalg import least_squares
+from ecospa_fx.importance.linalg import least_squares, rotated
 from ecospa_fx.importance.linear_views import Inputs, Views
 from ecospa_fx.ir.linears import Site
 
@@ -80,7 +80,6 @@ class Compensated:
         self, gone: Gone, names: Container[str] | None, held: Mapping[str, Tensor]
     ) -> Iterator[tuple[str, Tensor]]:
         """Both factors multiplied by the square roots of the best gates. held: what has changed already."""
-        from ecospa_fx.passes.lossy.change_basis import rotated
 
         for gate in self.views.gates if self.views and self.gate_damping is not None else ():
             lost = gone.get(gate.coupling.name)

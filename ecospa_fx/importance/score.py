@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ecospa_fx.checks import check_data
 from ecospa_fx.coupling.choice import nothing_offered
-from ecospa_fx.coupling.types import Couplings, check_couplings
+from ecospa_fx.coupling.couplings import Couplings, check_couplings
 from ecospa_fx.errors import ScoreError
 from ecospa_fx.importance.losses import Batch as Batch
 from ecospa_fx.importance.losses import Loss as Loss

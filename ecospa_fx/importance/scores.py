@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import ItemsView, Iterator, KeysView, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ecospa_fx.coupling.choice import near_names
+from ecospa_fx.coupling.couplings import Couplings
+from ecospa_fx.coupling.types import Coupling
 from ecospa_fx.errors import EcospaError, PlanError, ScoreError
-
-if TYPE_CHECKING:
-    from ecospa_fx.coupling.types import Coupling, Couplings
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ecospa_fx.coupling.types import parameter_shapes
+from ecospa_fx.coupling.couplings import parameter_shapes
 from ecospa_fx.inplace.attributes import INTERNAL, integers, integers_of
 from ecospa_fx.inplace.buffers import Spot
 from ecospa_fx.inplace.edits import Edits

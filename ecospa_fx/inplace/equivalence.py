@@ -20,7 +20,9 @@ from ecospa_fx.capture.export import capture
 from ecospa_fx.errors import PlanError
 from ecospa_fx.inplace.calls import Call, constant, flipped, others, shuffled, varied
 from ecospa_fx.ir.pytrees import closed, copied, opened
+from ecospa_fx.passes.shrink_couplings import shrink_program
 from ecospa_fx.plan import Plan
+from ecospa_fx.rewrite import smaller
 from ecospa_fx.runtime.restore import restore
 from ecospa_fx.verify import masked, narrowed, unwritten, without_fast_path
 
@@ -133,8 +135,6 @@ class Bench:
 
     def _shrunk(self, plan: Plan) -> nn.Module:
         """The rewritten graph of the copy, from the capture that is there unless another one is needed."""
-        from ecospa_fx.api import smaller  # which imports this module
-        from ecospa_fx.passes.shrink_couplings import shrink_program
 
         example, program = self.calls[0], self.program.frozen()
         try:

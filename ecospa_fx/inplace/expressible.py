@@ -12,7 +12,9 @@ from functools import partial
 
 import torch
 
-from ecospa_fx.coupling.types import Coupling, Couplings
+from ecospa_fx.budget.ties import Carried, Tie
+from ecospa_fx.coupling.couplings import Couplings
+from ecospa_fx.coupling.types import Coupling
 from ecospa_fx.errors import PlanError
 from ecospa_fx.inplace.configuration import builders, configured
 from ecospa_fx.inplace.equivalence import Bench
@@ -25,37 +27,6 @@ STEPS = (1, 8)
 
 FEW = 64
 """Numbers of units that are all tried; of couplings with more, every one is taken to be as good as the probed one."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Tie:
-    """Couplings that keep the same share of their units, a multiple of `step` in the smallest.
-
-    number: equal for ties of other layers that are like it; same: those that rotate keep the same pairs, all of them.
-    """
-
-    couplings: tuple[Coupling, ...]
-    number: int
-    step: int
-    same: bool = False
-
-    @property
-    def base(self) -> Coupling:
-        """The one with the fewest units; the others have multiples of them."""
-        return min(self.couplings, key=lambda c: c.size)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Carried:
-    """What can be carried: the ties, and which numbers of units of a tie's base are fine."""
-
-    ties: tuple[Tie, ...]
-    fine: Callable[[Tie, int], bool]
-
-    @property
-    def couplings(self) -> list[Coupling]:
-        """The couplings of all ties, in order."""
-        return [c for tie in self.ties for c in tie.couplings]
 
 
 def carried_by(couplings: Couplings, chosen: Sequence[Coupling], uniform: bool) -> Carried:

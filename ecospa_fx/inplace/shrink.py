@@ -24,6 +24,7 @@ from ecospa_fx.inplace.trial import apply, edited
 from ecospa_fx.inplace.unread_integers import described
 from ecospa_fx.origin import ATTRIBUTE, origin, remember
 from ecospa_fx.plan import Plan, check_plan
+from ecospa_fx.rewrite import smaller
 from ecospa_fx.runtime.guards import leaves_untouched
 from ecospa_fx.runtime.lift_parameters import check_call
 from ecospa_fx.snapshot import untouched
@@ -181,7 +182,6 @@ def _buffers(model: nn.Module, plan: Plan, bench: Bench) -> dict[str, torch.Tens
     """The buffers that got narrower, with what the user's own model has in them."""
     if not bench.program.state:
         return {}
-    from ecospa_fx.api import smaller  # which imports this module
 
     example = bench.calls[0]
     small, dense = smaller(model, plan, example.args, example.kwargs), dict(model.named_buffers())

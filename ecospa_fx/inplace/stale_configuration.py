@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from ecospa_fx.coupling.types import parameter_shapes
+from ecospa_fx.coupling.couplings import parameter_shapes
 from ecospa_fx.errors import warn_caller
 from ecospa_fx.inplace.attributes import Found, integers_of
 from ecospa_fx.inplace.configuration import Shapes, built_shapes

@@ -26,6 +26,7 @@ from ecospa_fx.huggingface import build, import_transformers
 from ecospa_fx.inplace.serialise import rewritten
 from ecospa_fx.origin import ATTRIBUTE, Origin, origin, remember
 from ecospa_fx.plan import Plan
+from ecospa_fx.rewrite import smaller
 from ecospa_fx.storage.folder import (
     CONFIG,
     FORMAT,
@@ -205,7 +206,6 @@ def _filled(
     dense: nn.Module, plan: Plan, args: Any, kwargs: Any, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> nn.Module:
     """The dense model shrunk by a plan, or edited as the manifest says, with the saved tensors in it."""
-    from ecospa_fx.api import smaller  # which imports this module
 
     plan.check(dense)
     if manifest.get("dtypes") is None:

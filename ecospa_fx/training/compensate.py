@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ecospa_fx.errors import TrainingError
 from ecospa_fx.importance.score import Batch, arguments
+from ecospa_fx.passes.lossy.reconstruct import Reconstruct
 from ecospa_fx.plan import Plan
 from ecospa_fx.runtime.interpreter import Evaluator
 from ecospa_fx.training.distributed import add_up, of_first
@@ -39,7 +40,6 @@ class Compensation:
         self, made: Made, before: tuple[Plan, Mapping[str, Tensor]], after: tuple[Plan, Mapping[str, Tensor]]
     ) -> dict[str, Tensor]:
         """What to add to parameters, by name, so that the model after a shrink does what it did before."""
-        from ecospa_fx.passes.lossy.reconstruct import Reconstruct
 
         with torch.inference_mode(False):
             small = made(*after)

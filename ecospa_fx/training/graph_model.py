@@ -18,15 +18,18 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.nn.modules.batchnorm import _NormBase
 
-from ecospa_fx.budget.allocate import plan as make_plan
 from ecospa_fx.capture.export import capture, captures
+from ecospa_fx.coupling.couplings import Couplings, parameter_shapes
 from ecospa_fx.coupling.detection import detected
-from ecospa_fx.coupling.types import Coupling, Couplings, parameter_shapes
+from ecospa_fx.coupling.types import Coupling
 from ecospa_fx.errors import CaptureError, PlanError
 from ecospa_fx.ir.passes import run_passes
 from ecospa_fx.ir.program import ExportedForm
 from ecospa_fx.ir.slices import TensorSlice, take_more
+from ecospa_fx.passes import TRAINING_CLEANUP
+from ecospa_fx.passes.shrink_couplings import shrink_program
 from ecospa_fx.plan import Plan
+from ecospa_fx.planning import plan as make_plan
 from ecospa_fx.rewrite import fitted
 from ecospa_fx.runtime.interpreter import Evaluator
 from ecospa_fx.runtime.restore import restore
@@ -83,7 +86,6 @@ class GraphForm:
 
     def rewrite(self, plan: Plan) -> list[ExportedForm]:
         """The captured graphs with a plan applied, cleaned up, for `adopt`. Nothing else changes; raises PlanError."""
-        from ecospa_fx.passes.shrink_couplings import shrink_program
 
         programs = [self._program(exported) for exported in self._exported]
         device = next(iter(self.parameters.values())).device
@@ -242,7 +244,6 @@ class GraphForm:
 
 def _cleaned(program: ExportedForm) -> ExportedForm:
     """The program, with what capture and shrinking left in the way of fast kernels cleaned up in place."""
-    from ecospa_fx.passes import TRAINING_CLEANUP
 
     run_passes(program.exported.graph_module, TRAINING_CLEANUP)
     return program

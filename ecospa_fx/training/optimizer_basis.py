@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ecospa_fx.importance.linalg import rotated
 from ecospa_fx.training.sharded import put, whole
 
 FIRST = frozenset({"exp_avg", "momentum_buffer"})
@@ -38,7 +39,6 @@ def turn_gradient(
     optimizers: Sequence[Optimizer], tensor: Tensor, axis: int, positions: Tensor, matrix: Tensor
 ) -> None:
     """Turn a parameter's gradient and states in place. matrix: [carriers, units, units], B⁻ᵀ for weights B W."""
-    from ecospa_fx.passes.lossy.change_basis import rotated
 
     if tensor.grad is not None:
         put(tensor.grad, rotated(whole(tensor.grad), axis, positions, matrix))

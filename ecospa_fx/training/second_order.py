@@ -29,6 +29,7 @@ from ecospa_fx.importance.samples import samples_of
 from ecospa_fx.importance.score import Batch, Loss
 from ecospa_fx.importance.second_order import unit_scores, without_traffic
 from ecospa_fx.ir.linears import Site, find_sites
+from ecospa_fx.passes.lossy.change_basis import ChangeBasis, balanced, turn_factors, turn_values
 from ecospa_fx.runtime.interpreter import Evaluator
 from ecospa_fx.training.distributed import add_up, fail_together, of_first
 from ecospa_fx.training.settings import SECOND_ORDER
@@ -58,7 +59,6 @@ class SecondOrder:
 
         A coupling stays in its basis where an optimizer keeps what cannot be turned.
         """
-        from ecospa_fx.passes.lossy.change_basis import ChangeBasis, balanced, turn_factors, turn_values
 
         program = evaluator.program
         self._read(evaluator)

@@ -13,9 +13,10 @@ from torch.optim import Optimizer
 
 from ecospa_fx.budget.alignment import liked
 from ecospa_fx.checks import check_data, check_flag, check_function, check_share, check_whole, is_number
-from ecospa_fx.coupling.choice import checked_limits, choosable, texts
+from ecospa_fx.coupling.choice import ChoiceOptions, checked_limits, choosable, texts
+from ecospa_fx.coupling.couplings import Couplings, check_couplings
 from ecospa_fx.coupling.detection import check_allow
-from ecospa_fx.coupling.types import Coupling, Couplings, check_couplings
+from ecospa_fx.coupling.types import Coupling
 from ecospa_fx.coupling.unit_elements import removed_elements
 from ecospa_fx.errors import TrainingError
 from ecospa_fx.importance.methods import gate_members
@@ -30,6 +31,23 @@ if TYPE_CHECKING:
 
 SECOND_ORDER = "second-order"
 """The name of scores that are measured on batches at each shrink."""
+
+
+class TrainingOptions(ChoiceOptions, total=False):
+    """Options of `SparseTraining` beside those in its signature, see `ecospa_fx.training.settings.Settings`."""
+
+    total_steps: int | None
+    allocation: Literal["global", "uniform"]
+    band: tuple[float, float] | None
+    round_to: int | None
+    couplings: Couplings | None
+    allow: str | Iterable[str]
+    window: int
+    compensate: bool | None
+    batches: Iterable[Batch] | None
+    loss: Loss | None
+    wrap: Callable[[nn.Module], nn.Module] | None
+    group: Any
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ecospa_fx.checks import TrainingOptions, check_options
+from ecospa_fx.checks import check_options
 from ecospa_fx.coupling.choice import shares
-from ecospa_fx.coupling.types import Coupling, Couplings
+from ecospa_fx.coupling.couplings import Couplings
+from ecospa_fx.coupling.types import Coupling
 from ecospa_fx.coupling.unit_elements import Factors, removed_elements
 from ecospa_fx.errors import TrainingError
 from ecospa_fx.importance.score import score
@@ -38,6 +39,7 @@ from ecospa_fx.training.second_order import Measured, SecondOrder, second_order
 from ecospa_fx.training.settings import (
     SECOND_ORDER,
     Settings,
+    TrainingOptions,
     check_arguments,
     check_reach,
     check_unshared,

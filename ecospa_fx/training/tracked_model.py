@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ecospa_fx.errors import TrainingError
-from ecospa_fx.importance.linalg import regular_inverse
+from ecospa_fx.importance.linalg import regular_inverse, rotated
 from ecospa_fx.importance.linear_views import Side
 from ecospa_fx.ir.program import ExportedForm
 from ecospa_fx.origin import Origin, remember
@@ -136,7 +136,6 @@ class Held:
 
         The first sides are multiplied by `basis` [carriers, units, units], the second by its inverse transposed.
         """
-        from ecospa_fx.passes.lossy.change_basis import rotated
 
         inverse = regular_inverse(basis).mT
         for own, matrix, other in ((sides[0], basis, inverse), (sides[1], inverse, basis)):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ecospa_fx.importance.curvature import Curvature
-from ecospa_fx.importance.linalg import NOISE, power, regular_inverse
+from ecospa_fx.importance.linalg import NOISE, power, regular_inverse, rotated
 from ecospa_fx.importance.linear_views import Gate, Inputs, Side, Views, sides_of
 from ecospa_fx.ir.linears import Site
 from ecospa_fx.ir.program import Program
@@ -41,17 +41,6 @@ class ChangeBasis:
                 name, axis = side.member.parameter, side.member.axis
                 turned = rotated(program.tensor(name).detach(), axis, side.positions, matrix)
                 program.replace_parameter(name, turned)
-
-
-def rotated(tensor: Tensor, axis: int, positions: Tensor, matrix: Tensor) -> Tensor:
-    """`tensor` with what lies at `positions` [carriers, units, width] of an axis multiplied by a matrix per carrier."""
-    moved = tensor.movedim(axis, 0)
-    at = positions.to(tensor.device)
-    old = moved[at.flatten()].view(*at.shape, -1).to(matrix)
-    new = torch.einsum("cuv,cvwn->cuwn", matrix, old)
-    result = moved.clone()
-    result[at.flatten()] = new.reshape(at.numel(), *moved.shape[1:]).to(tensor)
-    return result.movedim(0, axis).contiguous()
 
 
 def value_basis(view: Inputs, site: Site, curvature: Curvature, weight: Tensor) -> Tensor:

@@ -20,8 +20,9 @@ from torch.utils import _pytree as pytree
 import ecospa_fx as eco
 from ecospa_fx.budget.allocate import may_be_ragged
 from ecospa_fx.capture.export import capture
+from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.coupling.detection import detected as couplings_of
-from ecospa_fx.coupling.types import Coupling, Couplings
+from ecospa_fx.coupling.types import Coupling
 from ecospa_fx.errors import PlanError
 from ecospa_fx.ir.program import ExportedForm
 from ecospa_fx.passes.shrink_couplings import shrink_program
