@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import sys
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -59,10 +60,22 @@ def untouched(*models: nn.Module, traced: bool = False) -> Iterator[None]:
         before.restore()
 
 
+_WAITING = (
+    "asyncio", "concurrent.futures", "multiprocessing", "queue", "select", "selectors", "socket", "ssl", "subprocess",
+    "threading", "torch._inductor.compile_worker", "tornado", "zmq",
+)  # fmt: skip
+"""Modules whose code waits: a thread in it does nothing until it is told to, as those of notebooks and of bars."""
+
+
 def others_run() -> bool:
-    """Whether other threads are running, which may change what they share with this one; what watches bars does not."""
-    others = (t for t in threading.enumerate() if t is not threading.current_thread())
-    return any(not type(thread).__module__.startswith("tqdm.") for thread in others)
+    """Whether other threads are running, which may change what they share with this one; those that wait do not."""
+    frames = sys._current_frames()
+    frames.pop(threading.get_ident(), None)
+    return not all(_waits(str(frame.f_globals.get("__name__", ""))) for frame in frames.values())
+
+
+def _waits(module: str) -> bool:
+    return any(module == name or module.startswith(f"{name}.") for name in _WAITING)
 
 
 def exchange(model: nn.Module, others: Mapping[int, Any]) -> None:

@@ -6,6 +6,7 @@ import builtins
 import functools
 import logging
 import math
+import queue
 import random
 import sys
 import threading
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 import ecospa_fx as eco
 from ecospa_fx.errors import CaptureError
 from ecospa_fx.holders import is_empty
-from ecospa_fx.snapshot import Snapshot, exchange, untouched
+from ecospa_fx.snapshot import Snapshot, exchange, others_run, untouched
 from ecospa_fx.verify import masked, masked_error
 from tests.outline import outline
 
@@ -357,6 +358,41 @@ def test_threads_wait_for_each_other_and_print_what_they_print(capsys: pytest.Ca
     assert torch.is_grad_enabled()
     printed = capsys.readouterr().out.count("step")
     assert 0 < printed == sum(str(warning.message) == "mine" for warning in warned)
+
+
+def test_threads_that_wait_change_nothing() -> None:
+    """As those of a notebook: random numbers go on as if none had been drawn, whoever waits meanwhile."""
+    over, tasks, model = threading.Event(), queue.Queue[None](), Counts().double()
+    threads = [threading.Thread(target=over.wait), threading.Thread(target=tasks.get)]
+    for thread in threads:
+        thread.start()
+    try:
+        assert not others_run()
+        before = random.getstate(), torch.get_rng_state().tolist()
+        shrinks(model)
+        assert (random.getstate(), torch.get_rng_state().tolist()) == before
+    finally:
+        over.set()
+        tasks.put(None)
+        for thread in threads:
+            thread.join()
+
+
+def test_a_thread_that_computes_is_one_that_runs() -> None:
+    over = threading.Event()
+
+    def compute() -> None:
+        while not over.is_set():
+            sum(range(1000))
+
+    thread = threading.Thread(target=compute)
+    thread.start()
+    try:
+        assert any(others_run() for _ in range(100))
+    finally:
+        over.set()
+        thread.join()
+    assert not others_run()
 
 
 def process() -> list[Any]:
