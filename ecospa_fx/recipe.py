@@ -30,7 +30,7 @@ from ecospa_fx.ir.linears import Site, find_sites
 from ecospa_fx.ir.program import ExportedForm
 from ecospa_fx.passes.lossy.change_basis import turn_factors, turn_values
 from ecospa_fx.passes.lossy.reconstruct import Reconstruct
-from ecospa_fx.passes.shrink_couplings import shrink_program
+from ecospa_fx.passes.shrink.shrink_couplings import shrink_program
 from ecospa_fx.plan import Plan
 from ecospa_fx.planning import plan as make_plan
 from ecospa_fx.progress import watched

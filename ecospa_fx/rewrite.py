@@ -13,7 +13,7 @@ from ecospa_fx.ir.passes import Pass, check_passes, run_passes
 from ecospa_fx.ir.program import ExportedForm, Program
 from ecospa_fx.origin import origin, remember
 from ecospa_fx.passes import CLEANUP
-from ecospa_fx.passes.shrink_couplings import shrink_program
+from ecospa_fx.passes.shrink.shrink_couplings import shrink_program
 from ecospa_fx.plan import Plan, check_plan
 from ecospa_fx.runtime.lift_parameters import owned
 from ecospa_fx.runtime.restore import restore

@@ -16,7 +16,7 @@ from ecospa_fx.importance.linear_views import Views, views_of
 from ecospa_fx.importance.score import Batch
 from ecospa_fx.ir.linears import find_sites
 from ecospa_fx.ir.program import ExportedForm
-from ecospa_fx.passes.shrink_couplings import shrink_program
+from ecospa_fx.passes.shrink.shrink_couplings import shrink_program
 from ecospa_fx.runtime.interpreter import Evaluator
 
 VOCABULARY = 29

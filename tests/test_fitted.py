@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import ecospa_fx as eco
 from ecospa_fx.errors import InputError, PlanError, TrainingError
 from ecospa_fx.ir.program import Program
-from ecospa_fx.passes import shrink_couplings
+from ecospa_fx.passes.shrink import shrink_couplings
 from tests.test_beyond import Cached, noise, write_rows
 
 WIDTH = 8

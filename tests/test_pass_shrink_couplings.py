@@ -14,7 +14,7 @@ from torch.nn.functional import silu
 import ecospa_fx as eco
 from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.errors import PlanError
-from ecospa_fx.passes.shrink_couplings import ShrinkCouplings
+from ecospa_fx.passes.shrink.shrink_couplings import ShrinkCouplings
 from ecospa_fx.plan import Plan
 from ecospa_fx.verify import masked, masked_error
 

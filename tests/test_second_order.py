@@ -24,7 +24,7 @@ from ecospa_fx.ir.linears import Site, find_sites
 from ecospa_fx.passes.lossy import change_basis
 from ecospa_fx.passes.lossy.change_basis import ChangeBasis, turn_factors, turn_values
 from ecospa_fx.passes.lossy.reconstruct import Reconstruct
-from ecospa_fx.passes.shrink_couplings import shrink_program
+from ecospa_fx.passes.shrink.shrink_couplings import shrink_program
 from ecospa_fx.runtime.interpreter import Evaluator
 from tests.counting import VOCABULARY, Tokens, data, looked_at, loss_of, pair
 

@@ -20,7 +20,7 @@ from ecospa_fx.capture.export import capture
 from ecospa_fx.errors import PlanError
 from ecospa_fx.inplace.calls import Call, constant, flipped, others, shuffled, varied
 from ecospa_fx.ir.pytrees import closed, copied, opened
-from ecospa_fx.passes.shrink_couplings import shrink_program
+from ecospa_fx.passes.shrink.shrink_couplings import shrink_program
 from ecospa_fx.plan import Plan
 from ecospa_fx.rewrite import smaller
 from ecospa_fx.runtime.restore import restore

@@ -27,7 +27,7 @@ from ecospa_fx.ir.passes import run_passes
 from ecospa_fx.ir.program import ExportedForm
 from ecospa_fx.ir.slices import TensorSlice, take_more
 from ecospa_fx.passes import TRAINING_CLEANUP
-from ecospa_fx.passes.shrink_couplings import shrink_program
+from ecospa_fx.passes.shrink.shrink_couplings import shrink_program
 from ecospa_fx.plan import Plan
 from ecospa_fx.planning import plan as make_plan
 from ecospa_fx.rewrite import fitted

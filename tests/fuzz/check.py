@@ -25,7 +25,7 @@ from ecospa_fx.coupling.detection import detected as couplings_of
 from ecospa_fx.coupling.types import Coupling
 from ecospa_fx.errors import PlanError
 from ecospa_fx.ir.program import ExportedForm
-from ecospa_fx.passes.shrink_couplings import shrink_program
+from ecospa_fx.passes.shrink.shrink_couplings import shrink_program
 from ecospa_fx.plan import Plan, Selection
 from ecospa_fx.verify import masked, masked_error
 from tests.fuzz.program import Program, Unit

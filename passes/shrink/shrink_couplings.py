@@ -29,8 +29,8 @@ from ecospa_fx.ir.provenance import module_of
 from ecospa_fx.ir.schema import is_operator, named_arguments, operator_name, tensor_arguments, with_arguments
 from ecospa_fx.ir.slices import take
 from ecospa_fx.ir.tracing import one_at_a_time
-from ecospa_fx.passes.example_values import ExampleValues
-from ecospa_fx.passes.ragged_parameters import store_ragged
+from ecospa_fx.passes.shrink.example_values import ExampleValues
+from ecospa_fx.passes.shrink.ragged_parameters import store_ragged
 from ecospa_fx.plan import Plan, Selection
 
 aten = torch.ops.aten
