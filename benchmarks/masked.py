@@ -24,14 +24,14 @@ from ecospa_fx.coupling.unit_elements import removed_elements
 from ecospa_fx.importance.compensation import Compensated
 from ecospa_fx.importance.curvature import Collector, Curvature
 from ecospa_fx.importance.linalg import regular_inverse
-from ecospa_fx.importance.linear_views import Views, views_of
+from ecospa_fx.importance.linear_views import CouplingViews, views_of
 from ecospa_fx.importance.second_order import unit_scores
-from ecospa_fx.ir.linears import Site, find_sites
+from ecospa_fx.ir.linears import LinearUse, linear_uses
 from ecospa_fx.passes.lossy.change_basis import ChangeBasis, balanced, turn_factors, turn_values
 from ecospa_fx.plan import Plan, Selection
-from ecospa_fx.runtime.interpreter import Evaluator
+from ecospa_fx.runtime.interpreter import PartialInterpreter
 from ecospa_fx.training.allocation import allocate, bounds
-from ecospa_fx.training.moving_scores import RunningScores
+from ecospa_fx.training.moving_scores import MovingScores
 from ecospa_fx.training.optimizer_basis import turn_gradient
 from ecospa_fx.training.remaining_couplings import narrowed
 from ecospa_fx.training.second_order import LOOKS
@@ -70,14 +70,14 @@ class MaskedTraining:
         self.shapes = couplings.shapes
         self.couplings = chosen(couplings, settings, options.scores, model)
         self.keep = {c.name: torch.ones(c.carriers, c.size, dtype=torch.bool) for c in self.couplings}
-        self.running = RunningScores(options.scores, options.window)
+        self.running = MovingScores(options.scores, options.window)
         self.running.follow(self.couplings, self.parameters, {})
         self.fading: dict[str, Tensor] = {}
         self.faded = 0
         if options.compensate != "none":
             self.program = next(iter(captures(model, (ids[:2],), {}, dynamic=True)))
-            self.evaluator = Evaluator(self.program, model, (ids[:2],), {})
-            self.views = views_of(self.couplings, find_sites(self.program))
+            self.evaluator = PartialInterpreter(self.program, model, (ids[:2],), {})
+            self.views = views_of(self.couplings, linear_uses(self.program))
 
     def state_dict(self) -> dict[str, Any]:
         """What has gone, and what is known of the rest."""
@@ -124,7 +124,7 @@ class MaskedTraining:
             values = {n: t.detach() for n, t in self.program.values.items()}
             scores = unit_scores(self.views, curvature, values, 0.01, LOOKS)
         else:
-            views = Views(self.views.inputs, (), ())
+            views = CouplingViews(self.views.inputs, (), ())
             curvature = measure(views, ())
         self.keep = keep
         kept = self.units(scores, share)
@@ -164,7 +164,7 @@ class MaskedTraining:
 
     # -- compensation ------------------------------------------------------------------------------------------
 
-    def _measured(self, batches: Sequence[Tensor], views: Views, results: Sequence[Site]) -> Curvature:
+    def _measured(self, batches: Sequence[Tensor], views: CouplingViews, results: Sequence[LinearUse]) -> Curvature:
         """Second moments of what the consumers read, and of the loss's gradients, at the weights as they are."""
         weight = self.parameters["embed.weight"].detach()
 
@@ -174,7 +174,9 @@ class MaskedTraining:
         given: list[tuple[tuple[Tensor], dict[str, Any]]] = [((b[:, :-1],), {}) for b in batches]
         return Collector(self.evaluator, views, results).run(given, loss)
 
-    def _turned(self, measure: Callable[[Views, Sequence[Site]], Curvature]) -> tuple[dict[str, Tensor], Curvature]:
+    def _turned(
+        self, measure: Callable[[CouplingViews, Sequence[LinearUse]], Curvature]
+    ) -> tuple[dict[str, Tensor], Curvature]:
         """Turn linear couplings, their optimizer states too; what is alive comes first then."""
         keep = {}
 
@@ -191,12 +193,12 @@ class MaskedTraining:
             keep[name] = (torch.arange(before.shape[1]) < before[0].sum()).expand_as(before).clone()
             return change
 
-        turn_factors(self.views, lambda sites: measure(Views((), (), ()), sites), self.program, made)
+        turn_factors(self.views, lambda sites: measure(CouplingViews((), (), ()), sites), self.program, made)
         curvature = measure(self.views, ())
         turn_values(self.views, curvature, self.program, made)
         return keep, curvature
 
-    def _solve(self, views: Views, curvature: Curvature, keep: Mapping[str, Tensor]) -> None:
+    def _solve(self, views: CouplingViews, curvature: Curvature, keep: Mapping[str, Tensor]) -> None:
         """Let the units that stay do what those that go did."""
         values = {name: tensor.detach() for name, tensor in self.program.values.items()}
         made = Compensated(self.couplings, values, views, curvature, self.options.damping)

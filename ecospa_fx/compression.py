@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from ecospa_fx.budget.cost import Spending
+from ecospa_fx.budget.cost import CostModel
 from ecospa_fx.budget.settings import RATIO, PlanSettings
 from ecospa_fx.checks import check_flag, check_whole
 from ecospa_fx.coupling.choice import ChoiceOptions
@@ -29,7 +29,7 @@ class CompressOptions(ChoiceOptions, total=False):
     seed: int
     round_to: int | None
     uniform: bool
-    budget: Literal["parameters", "flops", "latency"] | Spending
+    budget: Literal["parameters", "flops", "latency"] | CostModel
     expressible_in: Literal["module"] | None
     widths: Mapping[str, int] | None
     allocation: Literal["ragged", "global", "uniform", "sensitivity"] | None

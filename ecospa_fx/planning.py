@@ -30,9 +30,9 @@ def plan(
     within half a rung. scores: what `score` returned, or a mapping of coupling names to tensors [carriers, units];
     "magnitude", from the weights, which costs most quality (None: the same, with a warning); or "random", drawn from
     `seed` alone, for tests. round_to: kept units per carrier are a multiple of it; a coupling with fewer stays whole;
-    None: of what their device likes (`ecospa_fx.budget.alignment.liked`). Which couplings may lose units, and how many
-    at most: kinds, exclude, limits, floor, as in `ecospa_fx.coupling.choice.ChoiceOptions`. Further options, as in
-    `ecospa_fx.budget.settings.PlanOptions`:
+    None: of what their device likes (`ecospa_fx.budget.alignment.preferred_multiple`). Which couplings may lose units,
+    and how many at most: kinds, exclude, limits, floor, as in `ecospa_fx.coupling.choice.ChoiceOptions`. Further
+    options, as in `ecospa_fx.budget.settings.PlanOptions`:
 
     budget: what the ratio counts: "parameters", each once; "flops" of the example call that `detect` saw; "latency",
     seconds of its products on this machine, measured once and kept on disk (`ecospa_fx.budget.latency`). allocation:

@@ -20,13 +20,13 @@ from ecospa_fx.distillation.token_mixing import filled
 from ecospa_fx.errors import PlanError, ScoreError, warn_caller
 from ecospa_fx.importance.compensation import Compensated
 from ecospa_fx.importance.curvature import Collector, Curvature
-from ecospa_fx.importance.linear_views import Views, views_of
+from ecospa_fx.importance.linear_views import CouplingViews, views_of
 from ecospa_fx.importance.losses import Batch, Loss, check_slope
 from ecospa_fx.importance.samples import grouped, samples_of
 from ecospa_fx.importance.score import arguments
 from ecospa_fx.importance.scores import Scores, given_scores
 from ecospa_fx.importance.second_order import unit_scores, without_traffic
-from ecospa_fx.ir.linears import Site, find_sites
+from ecospa_fx.ir.linears import LinearUse, linear_uses
 from ecospa_fx.ir.program import ExportedForm
 from ecospa_fx.passes.lossy.change_basis import turn_factors, turn_values
 from ecospa_fx.passes.lossy.reconstruct import Reconstruct
@@ -35,7 +35,7 @@ from ecospa_fx.plan import Plan
 from ecospa_fx.planning import plan as make_plan
 from ecospa_fx.progress import watched
 from ecospa_fx.runtime.bfloat16 import quick
-from ecospa_fx.runtime.interpreter import Evaluator
+from ecospa_fx.runtime.interpreter import PartialInterpreter
 from ecospa_fx.sensitivity_search import Sensitivity
 
 Item = TypeVar("Item")
@@ -177,7 +177,7 @@ def compress_program(program: ExportedForm, task: Task, ratio: float, recipe: Re
     the program, ScoreError and InputError for data that tells nothing or does not fit.
     """
 
-    evaluator = Evaluator(program, task.model, task.args, task.kwargs)
+    evaluator = PartialInterpreter(program, task.model, task.args, task.kwargs)
     task = replace(task, batches=samples_of(task.batches, evaluator, task.loss))
     draws = recipe.draws(len(task.batches))
     _check_loss(evaluator, task, distilled=draws > 0)
@@ -187,12 +187,12 @@ def compress_program(program: ExportedForm, task: Task, ratio: float, recipe: Re
     plan, weights = _planned(program, replace(task, batches=more), held, ratio, recipe, planning)
     # Where a norm runs over what is kept, the dense model's inputs are not those of the smaller one.
     in_turn = recipe.least_squares == IN_TURN or (recipe.least_squares is not False and any(s.inexact for s in plan))
-    dense = Evaluator(program.frozen(), task.model, task.args, task.kwargs)
+    dense = PartialInterpreter(program.frozen(), task.model, task.args, task.kwargs)
     gone = {selection.name: selection.removed for selection in plan}
     for name, value in (replace(weights, damping=None) if in_turn else weights).made_up(gone):
         program.replace_parameter(name, value)
     shrink_program(program, plan)
-    small = Evaluator(program, task.model, task.args, task.kwargs)
+    small = PartialInterpreter(program, task.model, task.args, task.kwargs)
     if in_turn:
         rebuild = Reconstruct(recipe.least_squares_damping)
         rebuild.run(dense, small, more + held, lambda stages: recipe.shown(stages, "reconstruct"))
@@ -210,7 +210,7 @@ def _at_once(curvature: Curvature | None, samples: int) -> int:
     return math.ceil(ROWS * samples / rows) if rows else 1
 
 
-def _check_loss(dense: Evaluator, task: Task, *, distilled: bool) -> None:
+def _check_loss(dense: PartialInterpreter, task: Task, *, distilled: bool) -> None:
     """Raise ScoreError, before anything slow, for a loss that tells nothing at the dense model."""
 
     weights = dense.weights()
@@ -225,7 +225,7 @@ def _planned(
     program: ExportedForm, task: Task, held: Sequence[Batch], ratio: float, recipe: Recipe, given: Mapping[str, Any]
 ) -> tuple[Plan, Compensated]:
     """What is to go, and what makes up for it; bases have changed in the program."""
-    evaluator = Evaluator(program, task.model, task.args, task.kwargs)
+    evaluator = PartialInterpreter(program, task.model, task.args, task.kwargs)
     # What a module can carry may be whole heads where it cannot carry what is in them.
     containers = given.get("expressible_in") is not None or given.get("widths") is not None
     chosen = choose(task.couplings, given.get("kinds"), given.get("exclude", ()), containers=containers)
@@ -261,20 +261,20 @@ def _held(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
 
 
 def _measured(
-    program: ExportedForm, evaluator: Evaluator, task: Task, recipe: Recipe, chosen: Sequence[Coupling]
-) -> tuple[Views, Curvature]:
+    program: ExportedForm, evaluator: PartialInterpreter, task: Task, recipe: Recipe, chosen: Sequence[Coupling]
+) -> tuple[CouplingViews, Curvature]:
     """Views of the chosen couplings and what the data says of them, in the bases that suit removal."""
 
     rounded = quick(evaluator, {member.parameter for coupling in chosen for member in coupling.members})
 
-    def measured(views: Views, label: str, results: Sequence[Site] = ()) -> Curvature:
+    def measured(views: CouplingViews, label: str, results: Sequence[LinearUse] = ()) -> Curvature:
         return Collector(rounded, views, results).run(recipe.shown(task.batches, label), task.loss)
 
-    views = views_of(chosen, find_sites(program))
+    views = views_of(chosen, linear_uses(program))
     if recipe.least_squares in (False, IN_TURN) or any(coupling.inexact for coupling in chosen):
         views = replace(views, beside=())  # nobody solves by what is measured there
     if recipe.basis:
-        turn_factors(views, lambda sites: measured(Views((), (), ()), "bases", sites), program)
+        turn_factors(views, lambda sites: measured(CouplingViews((), (), ()), "bases", sites), program)
     curvature = measured(views, "curvature")
     if recipe.basis:
         turn_values(views, curvature, program)

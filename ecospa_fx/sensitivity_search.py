@@ -15,10 +15,10 @@ from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.importance.compensation import Compensated
 from ecospa_fx.importance.score import Batch, Loss
 from ecospa_fx.importance.scores import Scores
-from ecospa_fx.importance.sensitivity import Bench, Trial, Watch, measured
+from ecospa_fx.importance.sensitivity import Trial, TrialLosses, Watcher, measured
 from ecospa_fx.plan import Plan
 from ecospa_fx.planning import plan as make_plan
-from ecospa_fx.runtime.interpreter import Evaluator
+from ecospa_fx.runtime.interpreter import PartialInterpreter
 
 STEPS = (0.5, 1.0, 1.5, 2.0)
 """Where a coupling is tried, in multiples of the share of its units that the plan so far removes."""
@@ -35,12 +35,12 @@ class Sensitivity:
     rounds: how often the curves are measured, each time around the plan before.
     """
 
-    evaluator: Evaluator
+    evaluator: PartialInterpreter
     weights: Compensated
     batches: Sequence[Batch]
     loss: Loss
     rounds: int = 2
-    watch: Watch = field(default=lambda trials: trials)
+    watch: Watcher = field(default=lambda trials: trials)
 
     def plan(self, couplings: Couplings, ratio: float, scores: Scores, **planning: Any) -> Plan:
         """The best of the plan by scores and those by curves. planning: further options of `plan`."""
@@ -64,10 +64,10 @@ class Sensitivity:
         (found,) = self._bench(plan).losses([Trial("", (), [dict])])[""]
         return found
 
-    def _bench(self, plan: Plan) -> Bench:
+    def _bench(self, plan: Plan) -> TrialLosses:
         gone = {s.name: s.removed for s in plan}
         names = {name for c in self.weights.couplings if c.name in gone for name in self.weights.touched(c)}
-        return Bench(self.evaluator, self.batches, self.loss, self.weights.weights(gone, names))
+        return TrialLosses(self.evaluator, self.batches, self.loss, self.weights.weights(gone, names))
 
 
 def around(size: int, removed: int, ratio: float) -> list[int]:

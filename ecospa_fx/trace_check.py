@@ -16,7 +16,7 @@ from ecospa_fx.errors import warn_caller
 from ecospa_fx.ir.program import ExportedForm
 from ecospa_fx.ir.pytrees import copied, opened
 from ecospa_fx.relative_error import relative_error
-from ecospa_fx.runtime.interpreter import Evaluator
+from ecospa_fx.runtime.interpreter import PartialInterpreter
 from ecospa_fx.snapshot import untouched
 from ecospa_fx.verify import without_fast_path
 
@@ -74,7 +74,7 @@ def _called(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
 
 
 def _traced(program: ExportedForm, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    evaluator = Evaluator(program, model, args, kwargs)
+    evaluator = PartialInterpreter(program, model, args, kwargs)
     values = {**evaluator.start(args, kwargs), **evaluator.weights()}
     evaluator.run(evaluator.order, values)
     return evaluator.returned(values, args, kwargs)

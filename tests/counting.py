@@ -12,12 +12,12 @@ from torch.nn.functional import cross_entropy
 import ecospa_fx as eco
 from ecospa_fx.budget.allocate import choose
 from ecospa_fx.capture.export import capture
-from ecospa_fx.importance.linear_views import Views, views_of
+from ecospa_fx.importance.linear_views import CouplingViews, views_of
 from ecospa_fx.importance.score import Batch
-from ecospa_fx.ir.linears import find_sites
+from ecospa_fx.ir.linears import linear_uses
 from ecospa_fx.ir.program import ExportedForm
 from ecospa_fx.passes.shrink.shrink_couplings import shrink_program
-from ecospa_fx.runtime.interpreter import Evaluator
+from ecospa_fx.runtime.interpreter import PartialInterpreter
 
 VOCABULARY = 29
 
@@ -104,18 +104,18 @@ def mean_loss(model: nn.Module, batches: Sequence[Batch]) -> float:
         return sum(loss_of(model(*args), args, {}).item() for args, _ in batches) / len(batches)
 
 
-def looked_at(model: nn.Module) -> tuple[ExportedForm, Evaluator, Views]:
+def looked_at(model: nn.Module) -> tuple[ExportedForm, PartialInterpreter, CouplingViews]:
     """A captured model, what runs it, and how its couplings look."""
     example = (data(2)[0][0][0].repeat(2, 1),)
     program = capture(model, example, {}, dynamic=True)
     couplings = choose(eco.detect(model, example), None, containers=False)
-    return program, Evaluator(program, model, example, {}), views_of(couplings, find_sites(program))
+    return program, PartialInterpreter(program, model, example, {}), views_of(couplings, linear_uses(program))
 
 
-def pair(model: nn.Module, ratio: float) -> tuple[Evaluator, Evaluator]:
+def pair(model: nn.Module, ratio: float) -> tuple[PartialInterpreter, PartialInterpreter]:
     """A program and what is left of it without some FFN units."""
     program, _, _ = looked_at(model)
     example = (data(2)[0][0][0].repeat(2, 1),)
-    dense = Evaluator(program.frozen(), model, example, {})
+    dense = PartialInterpreter(program.frozen(), model, example, {})
     shrink_program(program, eco.plan(eco.detect(model, example), ratio, kinds=["ffn"], scores="magnitude"))
-    return dense, Evaluator(program, model, example, {})
+    return dense, PartialInterpreter(program, model, example, {})

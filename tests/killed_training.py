@@ -19,7 +19,7 @@ from torch import nn
 
 import ecospa_fx as eco
 from ecospa_fx.training import optimizer_surgery
-from ecospa_fx.training.tensor_cuts import Cut
+from ecospa_fx.training.tensor_cuts import TensorCut
 
 STEPS = 14
 
@@ -49,7 +49,7 @@ def kill_at_second_parameter() -> None:
     """Let the second parameter that is cut be the last thing that this process does."""
     narrow, cut, module = optimizer_surgery.narrow, [], cast(Any, optimizer_surgery)
 
-    def killing(tensor: torch.Tensor, how: Cut) -> None:
+    def killing(tensor: torch.Tensor, how: TensorCut) -> None:
         cut.append(how)
         if len(cut) == 2:
             os.kill(os.getpid(), signal.SIGKILL)

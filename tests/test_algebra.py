@@ -10,9 +10,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from ecospa_fx.axes.dims import Axis, Dims, Misaligned, Origin, Piece
+from ecospa_fx.axes.dims import Axis, DimKind, Dims, Misaligned, Piece
 
-P, S, B = Origin.PARAMETER, Origin.STORED, Origin.BLANK
+P, S, B = DimKind.PARAMETER, DimKind.STORED, DimKind.BLANK
 Label = tuple[tuple[int, int], ...]
 
 
@@ -140,7 +140,7 @@ def test_a_shift_by_one_has_no_refinement_or_one_dim_per_position() -> None:
 
 
 @pytest.mark.parametrize(("first", "second", "kept"), [(P, B, P), (B, S, S), (B, P, P), (S, S, S), (P, P, P)])
-def test_what_two_dims_become(first: Origin, second: Origin, kept: Origin) -> None:
+def test_what_two_dims_become(first: DimKind, second: DimKind, kept: DimKind) -> None:
     dims = Dims()
     a, b = dims.fresh(6, first), dims.fresh(6, second)
     assert dims.unify(a, b) == []

@@ -12,7 +12,7 @@ from torch import nn
 
 import ecospa_fx as eco
 from ecospa_fx.budget import alignment
-from ecospa_fx.budget.alignment import liked
+from ecospa_fx.budget.alignment import preferred_multiple
 from ecospa_fx.coupling.types import Box, Coupling, Member
 from ecospa_fx.errors import PlanError, TrainingError
 from ecospa_fx.plan import Plan
@@ -49,7 +49,7 @@ def test_units_of_every_width_make_whole_vectors(dtype: torch.dtype, step: int, 
     couplings = eco.detect(made, (), kwargs)
     parameters = dict(made.named_parameters())
     wanted = {"ffn": step, "vo": step, "qk": max(step // 2, 1), "heads": 1}  # one of qk is a rotary pair
-    assert {c.kind: liked(c, parameters) for c in couplings.offered} == wanted
+    assert {c.kind: preferred_multiple(c, parameters) for c in couplings.offered} == wanted
     plan = eco.plan(couplings, 0.4, round_to=None, uniform=uniform, scores="magnitude")
     assert plan.removed_parameters
     assert all(s.kept == s.size or s.kept % wanted[s.kind] == 0 for s in plan)
@@ -82,7 +82,7 @@ def test_training_keeps_widths_that_the_device_likes(allocation: Literal["global
         allocation=allocation,
     )  # fmt: skip
     halved = dict(model(torch.bfloat16)[0].named_parameters())  # such are the products under autocast
-    wanted = {c.name: liked(c, halved) for c in sparse.couplings.offered}
+    wanted = {c.name: preferred_multiple(c, halved) for c in sparse.couplings.offered}
     for _ in range(2):
         torch.autograd.backward(sparse.model(**kwargs).logits.square().mean())
         sparse.step()
@@ -137,7 +137,7 @@ def test_carriers_count_by_themselves_and_parts_of_an_axis_too() -> None:
         made = eco.detect(nn.Sequential(nn.Linear(8, 32), nn.Linear(32, 8)), (torch.randn(2, 8),)).offered[0]
         return replace(made, size=units, members=(Member("w", 0, "producer", None, boxes, carriers, units),))
 
-    assert liked(coupling(Box(0, ((4, 24),), 1, ((1, 1),)), carriers=4, units=24), held) == 8
+    assert preferred_multiple(coupling(Box(0, ((4, 24),), 1, ((1, 1),)), carriers=4, units=24), held) == 8
     halves = Box(0, (), 1, ((1, 1),)), Box(48, (), 1, ((1, 1),))  # gate and up in one weight
-    assert liked(coupling(*halves, carriers=1, units=48), held) == 8
-    assert liked(coupling(Box(0, (), 1, ((6, 16),)), carriers=1, units=16), held) == 4
+    assert preferred_multiple(coupling(*halves, carriers=1, units=48), held) == 8
+    assert preferred_multiple(coupling(Box(0, (), 1, ((6, 16),)), carriers=1, units=16), held) == 4

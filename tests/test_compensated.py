@@ -17,8 +17,8 @@ from ecospa_fx.importance.compensation import Compensated
 from ecospa_fx.importance.curvature import Collector
 from ecospa_fx.importance.linear_views import views_of
 from ecospa_fx.importance.score import Batch
-from ecospa_fx.ir.linears import find_sites
-from ecospa_fx.runtime.interpreter import Evaluator
+from ecospa_fx.ir.linears import linear_uses
+from ecospa_fx.runtime.interpreter import PartialInterpreter
 
 
 class Layers(nn.Module):
@@ -45,8 +45,8 @@ def compensated(model: nn.Module, batches: list[Batch], damping: float = 1e-9) -
     args = batches[0][0]
     program = capture(model, args, {}, dynamic=False)
     chosen = choose(eco.detect(model, args), None, containers=False)
-    views = views_of(chosen, find_sites(program))
-    curvature = Collector(Evaluator(program, model, args, {}), views).run(batches, square)
+    views = views_of(chosen, linear_uses(program))
+    curvature = Collector(PartialInterpreter(program, model, args, {}), views).run(batches, square)
     values = {name: tensor.detach() for name, tensor in program.values.items()}
     return Compensated(chosen, values, views, curvature, damping)
 

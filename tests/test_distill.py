@@ -21,11 +21,11 @@ from ecospa_fx.errors import ScoreError
 from ecospa_fx.importance.curvature import Collector
 from ecospa_fx.importance.losses import Batch, Loss, slopes_of
 from ecospa_fx.passes.lossy.reconstruct import Reconstruct
-from ecospa_fx.runtime.interpreter import Evaluator
+from ecospa_fx.runtime.interpreter import PartialInterpreter
 from tests.counting import VOCABULARY, data, loss_of, pair
 
 
-def predictions(evaluator: Evaluator, batches: Sequence[Batch]) -> Tensor:
+def predictions(evaluator: PartialInterpreter, batches: Sequence[Batch]) -> Tensor:
     found: list[Tensor] = []
     for args, kwargs in batches:
         values = {**evaluator.start(args, kwargs), **evaluator.weights()}
@@ -190,7 +190,7 @@ def test_who_lost_little_goes_in_small_steps(trained: nn.Module, monkeypatch: py
     assert rates[0] < rates[1] / 2
 
 
-def raw(evaluator: Evaluator, batch: Batch) -> Tensor:
+def raw(evaluator: PartialInterpreter, batch: Batch) -> Tensor:
     values = {**evaluator.start(*batch), **evaluator.weights()}
     evaluator.run(evaluator.order, values)
     output: Tensor = evaluator.returned(values, *batch)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ecospa_fx.indexing.evaluate import Elements
-from ecospa_fx.indexing.values import LARGEST, Values, all_of, at_least_zero, position
+from ecospa_fx.indexing.values import LARGEST, Piecewise, all_of, at_least_zero, position
 from ecospa_fx.passes import CLEANUP, CausalAttention, RemoveInert, run_passes
 from tests.attention import Masked, attention_arguments, inputs, traced
 
@@ -57,7 +57,7 @@ def test_what_takes_long_expressions_is_given_up_and_stays(
 
 def test_expressions_stay_small() -> None:
     elements = Elements(traced(Masked(regions), inputs()).graph)
-    sizes = [sum(1 for _ in _walk(c)) for v in elements.values() if isinstance(v, Values) for c, _ in v.cases]
+    sizes = [sum(1 for _ in _walk(c)) for v in elements.values() if isinstance(v, Piecewise) for c, _ in v.cases]
     assert 0 < max(sizes) <= LARGEST
 
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ecospa_fx.distillation.teacher_samples import Foretold
-from ecospa_fx.distillation.token_mixing import Mix, filled
+from ecospa_fx.distillation.teacher_samples import TeacherSamples
+from ecospa_fx.distillation.token_mixing import TokenMixing, filled
 
 CLASSES = 40
 
@@ -26,8 +26,8 @@ def one_more(ids: Tensor) -> Tensor:
     return 50.0 * torch.nn.functional.one_hot((ids + 1) % CLASSES, CLASSES).float()
 
 
-def heard(ids: Tensor, output: Tensor, *more: Tensor, times: int = 4) -> Foretold:
-    found = Foretold(torch.Generator().manual_seed(0))
+def heard(ids: Tensor, output: Tensor, *more: Tensor, times: int = 4) -> TeacherSamples:
+    found = TeacherSamples(torch.Generator().manual_seed(0))
     for number in range(times):
         found.hear(number, ((ids, *more), {}), [output])
     return found
@@ -44,7 +44,7 @@ def test_a_sequence_that_goes_on_is_foretold_at_the_place_after(rows: int, posit
 
 def test_draws_have_the_frequencies_that_the_output_says() -> None:
     logits = torch.tensor([0.7, 0.2, 0.1]).log().expand(1, 4001, 3)
-    said = Foretold(torch.Generator().manual_seed(0))._said(logits)
+    said = TeacherSamples(torch.Generator().manual_seed(0))._said(logits)
     shares = torch.bincount(said[0], minlength=3) / said.numel()
     assert torch.allclose(shares, torch.tensor([0.7, 0.2, 0.1]), atol=0.03)
 
@@ -76,7 +76,7 @@ def test_the_mix_takes_what_was_foretold_once_it_was_heard_and_another_batch_bef
     ids = torch.randint(1, CLASSES - 1, (1, 400), generator=torch.Generator().manual_seed(0))
     ids[0, :2] = torch.tensor([0, CLASSES - 1])  # so that all values are within the range
     batches: list[Any] = [((ids,), {}), ((torch.full_like(ids, 5),), {})]
-    mix = Mix(0.2, 0.25)
+    mix = TokenMixing(0.2, 0.25)
     ((first,), _) = mix(batches, 0)
     assert set(first[first != ids].tolist()) == {5}
     told = (ids + 1) % CLASSES

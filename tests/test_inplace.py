@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import ecospa_fx as eco
 from ecospa_fx.errors import PlanError
 from ecospa_fx.inplace.calls import varied
-from ecospa_fx.inplace.equivalence import Bench
+from ecospa_fx.inplace.equivalence import EquivalenceCheck
 from ecospa_fx.plan import Plan
 from tests.hugging import tiny
 from tests.inplace import assert_same, half, kept, largest, masked_twin, plan_of, state, uneven
@@ -137,7 +137,7 @@ def test_inputs_that_are_all_the_same_hide_nothing() -> None:
     config: Any = eco.shrink_(model, plan, (), zeros).config
     assert (config.num_attention_heads, config.head_dim) == (2, 16)
     assert largest(model(**kwargs).logits, twin(**kwargs).logits) < 1e-12
-    bench = Bench(Model().double(), (torch.ones_like(example()[0]),), {})
+    bench = EquivalenceCheck(Model().double(), (torch.ones_like(example()[0]),), {})
     assert any(varied(call) for call in bench.calls)
 
 

@@ -18,8 +18,8 @@ import ecospa_fx as eco
 from ecospa_fx.capture.export import capture
 from ecospa_fx.errors import PlanError
 from ecospa_fx.inplace import equivalence
-from ecospa_fx.inplace.calls import Call, constant, others, shuffled, varied
-from ecospa_fx.inplace.equivalence import Bench, equal
+from ecospa_fx.inplace.calls import TrialCall, constant, others, shuffled, varied
+from ecospa_fx.inplace.equivalence import EquivalenceCheck, equal
 from ecospa_fx.ir.pytrees import opened
 from tests.inplace import half, largest, masked_twin, plan_of
 
@@ -83,7 +83,7 @@ def test_inputs_of_one_size_vary_together(batch: int, length: int) -> None:
     """Even where the batch is as large as the length by chance, and where either is one."""
     model = Masked().double().eval()
     args = tokens(batch, length), torch.ones(batch, length, dtype=torch.long)
-    bench = Bench(model, args, {"types": tokens(batch, length)})
+    bench = EquivalenceCheck(model, args, {"types": tokens(batch, length)})
     shapes = {tuple(tuple(t.shape) for t in (*call.args, *call.kwargs.values())) for call in bench.calls}
     assert ((batch, length),) * 3 in shapes
     others = [shape for shape, *rest in shapes if all(shape == other for other in rest)]
@@ -107,7 +107,7 @@ class Unlike(nn.Module):
 
 def test_sizes_that_are_equal_by_chance_vary_apart() -> None:
     model = Unlike().double()
-    bench = Bench(model, ([torch.randn(2, 5, WIDTH), torch.randn(2, 5, WIDTH)], 2.0), {})
+    bench = EquivalenceCheck(model, ([torch.randn(2, 5, WIDTH), torch.randn(2, 5, WIDTH)], 2.0), {})
     lengths = {tuple(part.shape[1] for part in call.args[0]) for call in bench.calls}
     assert (5, 5) in lengths
     assert any(a != 5 and b == 5 for a, b in lengths)
@@ -140,11 +140,11 @@ def test_sizes_that_are_sums_of_others() -> None:
     """A cache of 4, 3 tokens and a mask of 7; what is in objects varies, too."""
     model = Cached().double()
     x, mask, cache = torch.randn(2, 3, WIDTH), torch.ones(2, 7), Cache(torch.randn(2, 4, WIDTH))
-    example = Call((x.double(), mask.double(), Cache(cache.keys.double())), {})
+    example = TrialCall((x.double(), mask.double(), Cache(cache.keys.double())), {})
     program = capture(model, *(example.args, example.kwargs), dynamic=True)
     for call in others(program, example):
         assert isinstance(call.args[2], Cache)
-    bench = Bench(model, (x, mask, cache), {})
+    bench = EquivalenceCheck(model, (x, mask, cache), {})
     assert bench.calls[0].args[2].keys.dtype is torch.float64
     assert any(call.args[2].keys.shape[0] != 2 for call in bench.calls)
 
@@ -152,12 +152,12 @@ def test_sizes_that_are_sums_of_others() -> None:
 def test_what_holds_the_same_everywhere_is_varied() -> None:
     """Also beside what differs: a mask of padding must not hide that all tokens are the same."""
     ids, mask = torch.zeros(2, 5, dtype=torch.long), masks(2, 5)["left"]
-    assert varied(Call((ids, mask), {}))
-    assert constant(Call((ids, mask), {}))
-    (call,) = shuffled(Call((ids, mask), {}))
+    assert varied(TrialCall((ids, mask), {}))
+    assert constant(TrialCall((ids, mask), {}))
+    (call,) = shuffled(TrialCall((ids, mask), {}))
     assert call.args[1] is mask
     assert call.args[0].unique().tolist() == [0, 1]
-    bench = Bench(Masked().double(), (ids, mask), {})
+    bench = EquivalenceCheck(Masked().double(), (ids, mask), {})
     assert any(len(call.args[0].unique()) > 1 for call in bench.calls)
 
 
@@ -253,7 +253,7 @@ def test_results_of_any_structure(name: str) -> None:
 def test_what_objects_hold_is_compared() -> None:
     """An edit that is wrong in an object alone is no edit."""
     model, x = Answers(lambda y: (y.new_ones(3), Answer(y))).double(), torch.randn(3, 16, dtype=torch.float64)
-    bench = Bench(model, (x,), {})
+    bench = EquivalenceCheck(model, (x,), {})
     reference = equivalence.Reference(tuple((call, bench.run(call)) for call in bench.calls), {})
     assert bench.equals(reference)
     with torch.no_grad():
@@ -315,7 +315,7 @@ def test_weights_of_zero_are_shaken() -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    bench = Bench(model, (x,), {})
+    bench = EquivalenceCheck(model, (x,), {})
     assert all(p.std() > 0 for p in bench.model.parameters())
     assert not any(p.any() for p in model.parameters())
     eco.shrink_(model, plan, (x,))
@@ -330,6 +330,6 @@ def test_weights_of_zero_are_shaken() -> None:
 def test_other_sizes_are_tried() -> None:
     """Batches and lengths, each alone and both, beside the example itself."""
     model, x = Answers(RESULTS["object"]).double(), torch.randn(3, 2, 16, dtype=torch.float64)
-    shapes = [tuple(call.args[0].shape[:2]) for call in Bench(model, (x,), {}).calls]
+    shapes = [tuple(call.args[0].shape[:2]) for call in EquivalenceCheck(model, (x,), {}).calls]
     assert shapes[0] == (3, 2)
     assert {(b != 3, n != 2) for b, n in shapes} == {(False, False), (True, False), (False, True), (True, True)}

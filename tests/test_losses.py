@@ -20,7 +20,7 @@ from ecospa_fx.importance.score import score
 from ecospa_fx.importance.sensitivity import Curves
 from ecospa_fx.origin import origin_of
 from ecospa_fx.plan import Plan
-from ecospa_fx.training.moving_scores import RunningScores
+from ecospa_fx.training.moving_scores import MovingScores
 from tests.counting import Tokens, data, looked_at, loss_of
 from tests.tiny import tiny, tiny_couplings
 
@@ -176,7 +176,7 @@ def test_scores_of_training_are_alike_in_any_unit(method: str) -> None:
     parameters, found = dict(model.named_parameters()), []
     gradients = {name: torch.randn_like(p) for name, p in parameters.items()}
     for unit in (1.0, 2.0**-75, 2.0**60):
-        running = RunningScores(method, 4)
+        running = MovingScores(method, 4)
         running.follow(chosen, parameters, {})
         for name, parameter in parameters.items():
             parameter.grad = gradients[name] * unit

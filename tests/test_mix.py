@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ecospa_fx.distillation.token_mixing import Mix
+from ecospa_fx.distillation.token_mixing import TokenMixing
 
 
 def ids(rows: int, positions: int, *more: int, seed: int) -> Tensor:
@@ -28,7 +28,7 @@ def test_every_position_is_read_from_one_of_the_batches(
 ) -> None:
     batches: list[Any] = [((ids(rows, n, *more, seed=i),), {}) for i, n in enumerate(lengths)]
     kept = [batch[0][0].clone() for batch in batches]
-    mix = Mix(share)
+    mix = TokenMixing(share)
     for number, (own, length) in enumerate(zip(kept, lengths, strict=True)):
         ((found,), _) = mix(batches, number)
         assert found.shape == own.shape
@@ -44,7 +44,7 @@ def test_every_position_is_read_from_one_of_the_batches(
 def test_the_share_is_what_was_asked_for_and_the_same_each_time() -> None:
     whole = torch.arange(4000)
     batches: list[Any] = [((torch.stack([whole, whole.flip(0)]),), {}), ((torch.stack([whole.flip(0), whole]),), {})]
-    ((first,), _), ((again,), _) = Mix(0.25)(batches, 0), Mix(0.25)(batches, 0)
+    ((first,), _), ((again,), _) = TokenMixing(0.25)(batches, 0), TokenMixing(0.25)(batches, 0)
     changed = (first != batches[0][0][0]).double().mean()
     assert abs(changed - 0.25) < 0.03
     assert torch.equal(first, again)
@@ -58,7 +58,7 @@ def test_inputs_of_one_token_go_together() -> None:
     for each in batches:  # so that both values are within the range of either
         each[1]["ids"][0, 0], each[1]["ids"][0, 1] = 0, 1
         each[1]["boxes"][0, 0], each[1]["boxes"][0, 1] = 0, 1
-    _, found = Mix(0.5)(batches, 0)
+    _, found = TokenMixing(0.5)(batches, 0)
     assert 0 < found["ids"].sum() < 199
     assert torch.equal(found["ids"], found["boxes"][..., 0])
     assert torch.equal(found["boxes"], found["boxes"][..., :1].expand(-1, -1, 4))
@@ -67,8 +67,8 @@ def test_inputs_of_one_token_go_together() -> None:
 def test_other_inputs_and_other_structures_are_left_alone() -> None:
     pixels, flags, sizes = torch.randn(2, 8), torch.rand(2, 8) > 0.5, torch.tensor([3, 5])
     batches: list[Any] = [((pixels, flags, sizes, 7), {}), ((pixels + 1, ~flags, sizes + 1, 8), {})]
-    found, _ = Mix(0.9)(batches, 0)
+    found, _ = TokenMixing(0.9)(batches, 0)
     assert all(one is other for one, other in zip(found, batches[0][0], strict=True))
     tokens = ids(1, 6, seed=0)
-    assert Mix(0.9)([((tokens,), {}), ((), {"ids": tokens})], 0)[0][0] is tokens
-    assert Mix(0.9)([((tokens,), {})], 0)[0][0] is tokens
+    assert TokenMixing(0.9)([((tokens,), {}), ((), {"ids": tokens})], 0)[0][0] is tokens
+    assert TokenMixing(0.9)([((tokens,), {})], 0)[0][0] is tokens

@@ -13,7 +13,7 @@ from ecospa_fx.coupling.unit_elements import removed_elements
 from ecospa_fx.errors import TrainingError
 from ecospa_fx.importance.unit_reduction import margin, margin_key, unit_sums
 from ecospa_fx.training.allocation import allocate, bounds
-from ecospa_fx.training.moving_scores import RunningScores, _unit_sums
+from ecospa_fx.training.moving_scores import MovingScores, _unit_sums
 from ecospa_fx.training.optimizer_surgery import cut_all
 from ecospa_fx.training.remaining_couplings import disjoint, narrowed
 from ecospa_fx.training.schedule import AtStart, Constant, Cubic, Linear, OneShot, check_schedule, default_schedule
@@ -75,7 +75,7 @@ def test_running_scores_are_those_of_scoring_up_to_a_factor(method: str) -> None
     couplings = tiny_couplings(model, heads=False)
     batch = samples(1)[0]
     want = eco.score(model, couplings, [batch], loss=loss, method=method)
-    running = RunningScores(method, 10)
+    running = MovingScores(method, 10)
     running.follow(couplings.offered, dict(model.named_parameters()), {})
     assert not running.usable
     torch.autograd.backward(loss(model(*batch[0]), *batch))
@@ -92,7 +92,7 @@ def test_what_scales_all_gradients_of_a_step_changes_nothing(method: str) -> Non
     couplings = tiny_couplings(model, heads=False)
     results = []
     for scale in (1.0, 2.0**16):
-        running = RunningScores(method, 10)
+        running = MovingScores(method, 10)
         running.follow(couplings.offered, dict(model.named_parameters()), {})
         for at, batch in enumerate(batches(3)):
             model.zero_grad()
@@ -105,7 +105,7 @@ def test_what_scales_all_gradients_of_a_step_changes_nothing(method: str) -> Non
 def test_steps_without_usable_gradients_count_for_nothing() -> None:
     model = tiny().eval()
     couplings = tiny_couplings(model, heads=False)
-    running = RunningScores("gate-fisher", 10)
+    running = MovingScores("gate-fisher", 10)
     running.follow(couplings.offered, dict(model.named_parameters()), {})
     running.gather()
     assert not running.usable
@@ -184,4 +184,4 @@ def test_schedules_that_make_no_sense_are_refused() -> None:
     with pytest.raises(
         TrainingError, match=rf"^scores='magnitude' cannot be taken while training: use one of {known}$"
     ):
-        RunningScores("magnitude", 10)
+        MovingScores("magnitude", 10)

@@ -18,7 +18,7 @@ from ecospa_fx.distillation.distill import Distill
 from ecospa_fx.importance.curvature import Collector
 from ecospa_fx.runtime import bfloat16 as module
 from ecospa_fx.runtime.bfloat16 import FEW_ROWS, _Rounded, quick, quick_products
-from ecospa_fx.runtime.interpreter import Evaluator
+from ecospa_fx.runtime.interpreter import PartialInterpreter
 from tests.counting import data, loss_of, mean_loss
 
 
@@ -83,11 +83,11 @@ class Mixed(nn.Module):
 NAMES = ["up.weight", "down.weight", "other"]
 
 
-def evaluator(model: nn.Module, x: Tensor) -> Evaluator:
-    return Evaluator(capture(model, (x,), {}, dynamic=False), model, (x,), {})
+def evaluator(model: nn.Module, x: Tensor) -> PartialInterpreter:
+    return PartialInterpreter(capture(model, (x,), {}, dynamic=False), model, (x,), {})
 
 
-def result(found: Evaluator, x: Tensor) -> Tensor:
+def result(found: PartialInterpreter, x: Tensor) -> Tensor:
     values = {**found.start((x,), {}), **found.weights()}
     found.run(found.order, values)
     answer: Tensor = found.returned(values, (x,), {})

@@ -17,15 +17,15 @@ from ecospa_fx.capture.export import capture
 from ecospa_fx.importance.brain_surgeon import kept_gates, order_scores, remove_all
 from ecospa_fx.importance.curvature import Collector, Curvature
 from ecospa_fx.importance.linalg import damped, power
-from ecospa_fx.importance.linear_views import Views, views_of
+from ecospa_fx.importance.linear_views import CouplingViews, views_of
 from ecospa_fx.importance.score import Batch
 from ecospa_fx.importance.second_order import unit_scores
-from ecospa_fx.ir.linears import Site, find_sites
+from ecospa_fx.ir.linears import LinearUse, linear_uses
 from ecospa_fx.passes.lossy import change_basis
 from ecospa_fx.passes.lossy.change_basis import ChangeBasis, turn_factors, turn_values
 from ecospa_fx.passes.lossy.reconstruct import Reconstruct
 from ecospa_fx.passes.shrink.shrink_couplings import shrink_program
-from ecospa_fx.runtime.interpreter import Evaluator
+from ecospa_fx.runtime.interpreter import PartialInterpreter
 from tests.counting import VOCABULARY, Tokens, data, looked_at, loss_of, pair
 
 # -- the surgeon -------------------------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ def test_sites_are_the_products_with_a_matrix_that_is_used_once() -> None:
     model = Products()
     program = capture(model, (torch.randn(3, 4),), {}, dynamic=True)
     found = {
-        s.parameter: (s.rows, s.bias, tuple(s.matrix(program.values[s.parameter]).shape)) for s in find_sites(program)
+        s.parameter: (s.rows, s.bias, tuple(s.matrix(program.values[s.parameter]).shape)) for s in linear_uses(program)
     }
     assert found == {
         "linear.weight": (True, "linear.bias", (6, 4)),
@@ -119,7 +119,7 @@ def test_evaluation_is_that_of_the_module_in_eval_mode(training: bool) -> None:
     args = (torch.randint(0, VOCABULARY, (3, 11)),)
     want = model.eval()(*args)
     model.train(training)
-    evaluator = Evaluator(capture(model, (args[0][:2, :5],), {}, dynamic=True), model, (args[0][:2, :5],), {})
+    evaluator = PartialInterpreter(capture(model, (args[0][:2, :5],), {}, dynamic=True), model, (args[0][:2, :5],), {})
     values = {**evaluator.start(args, {}), **evaluator.weights()}
     evaluator.run(evaluator.order, values)
     torch.testing.assert_close(evaluator.returned(values, args, {}), want, rtol=1e-12, atol=1e-12)
@@ -132,7 +132,7 @@ def test_a_frozen_program_stays_as_it_is() -> None:
     program = capture(model, example, {}, dynamic=True)
     frozen = program.frozen()
     shrink_program(program, eco.plan(eco.detect(model, example), 0.5, scores="magnitude"))
-    evaluator = Evaluator(frozen, model, example, {})
+    evaluator = PartialInterpreter(frozen, model, example, {})
     values = {**evaluator.start(example, {}), **evaluator.weights()}
     evaluator.run(evaluator.order, values)
     torch.testing.assert_close(evaluator.returned(values, example, {}), model(*example), rtol=1e-12, atol=1e-12)
@@ -185,14 +185,14 @@ def test_packed_experts_are_scored_by_their_parameters() -> None:
     x = torch.randn(2, 3, HIDDEN)
     program = capture(model, (x,), {}, dynamic=True)
     couplings = eco.detect(model, (x,))
-    views = views_of(choose(couplings, None, containers=False), find_sites(program))
+    views = views_of(choose(couplings, None, containers=False), linear_uses(program))
     assert [c.name for c in views.others] == [c.name for c in couplings.offered if c.size > 1]
     batches: list[Batch] = [((torch.randn(1, 3, HIDDEN),), {}) for _ in range(4)]
 
     def loss(output: Tensor, args: Any, kwargs: Any) -> Tensor:
         return output.square().mean()
 
-    curvature = Collector(Evaluator(program, model, (x,), {}), views).run(batches, loss)
+    curvature = Collector(PartialInterpreter(program, model, (x,), {}), views).run(batches, loss)
     found = unit_scores(views, curvature, {}, 0.01)
     want = eco.score(model, couplings, batches, loss=loss, method="gate-fisher")
     for name, values in found.items():
@@ -209,7 +209,7 @@ def test_a_change_of_basis_changes_nothing_but_the_basis(rotary: bool, fused: bo
     program, evaluator, views = looked_at(model)
     batches = data(6)
     want = [model(*args) for args, _ in batches]
-    nothing = Views((), (), ())
+    nothing = CouplingViews((), (), ())
     turned = turn_factors(views, lambda sites: Collector(evaluator, nothing, sites).run(batches, loss_of), program)
     curvature = Collector(evaluator, views).run(batches, loss_of)
     turned_values = turn_values(views, curvature, program)
@@ -230,7 +230,7 @@ def test_the_factor_decides_at_which_gradients_tell_less(quieter: str, monkeypat
     program, _, views = looked_at(Tokens(rotary=False))
     changes: list[ChangeBasis] = []
 
-    def basis(site: Site, positions: Tensor, curvature: Curvature) -> tuple[Tensor, Tensor]:
+    def basis(site: LinearUse, positions: Tensor, curvature: Curvature) -> tuple[Tensor, Tensor]:
         carriers, units, _ = positions.shape
         weight = 1.0 if f".{quieter}." in site.parameter else 2.0
         return torch.eye(units).expand(carriers, -1, -1), torch.full((carriers, units), weight)
@@ -271,7 +271,7 @@ def test_least_squares_leave_residuals_that_inputs_do_not_explain(bias: bool) ->
         found = []
         for evaluator in (dense, small):
             values = {**evaluator.start(args, kwargs), **evaluator.weights()}
-            (site,) = (s for s in find_sites(evaluator.program) if s.parameter == "layers.0.down.weight")
+            (site,) = (s for s in linear_uses(evaluator.program) if s.parameter == "layers.0.down.weight")
             last = evaluator.order.index(site.node)
             evaluator.run(evaluator.order[:last], values)
             given = values[site.input].flatten(0, 1)

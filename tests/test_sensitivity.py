@@ -21,11 +21,11 @@ from ecospa_fx.importance.compensation import Compensated
 from ecospa_fx.importance.curvature import Collector
 from ecospa_fx.importance.linear_views import views_of
 from ecospa_fx.importance.scores import Scores
-from ecospa_fx.importance.sensitivity import Bench, Curves, Trial, least, measured
-from ecospa_fx.ir.linears import find_sites
+from ecospa_fx.importance.sensitivity import Curves, Trial, TrialLosses, least, measured
+from ecospa_fx.ir.linears import linear_uses
 from ecospa_fx.origin import origin_of
 from ecospa_fx.plan import Selection
-from ecospa_fx.runtime.interpreter import Evaluator
+from ecospa_fx.runtime.interpreter import PartialInterpreter
 from ecospa_fx.sensitivity_search import Sensitivity, around
 from ecospa_fx.verify import masked
 from tests.tiny import batches, loss, samples, tiny, tiny_couplings
@@ -40,7 +40,7 @@ class Prepared:
 
     def __init__(self) -> None:
         self.program = capture(MODEL, *DATA[0], dynamic=False)
-        self.evaluator = Evaluator(self.program, MODEL, *DATA[0])
+        self.evaluator = PartialInterpreter(self.program, MODEL, *DATA[0])
         self.couplings = eco.detect(MODEL, *DATA[0])
         self.chosen = choose(self.couplings, None, containers=False)
         source = torch.Generator().manual_seed(0)
@@ -51,7 +51,7 @@ class Prepared:
         return Compensated(self.chosen, self.values)
 
     def compensated(self) -> Compensated:
-        views = views_of(self.chosen, find_sites(self.program))
+        views = views_of(self.chosen, linear_uses(self.program))
         return Compensated(self.chosen, self.values, views, Collector(self.evaluator, views).run(DATA, loss), 1e-9)
 
 
@@ -71,7 +71,7 @@ def test_a_measured_rise_is_that_of_the_masked_model(prepared: Prepared) -> None
     base = eco.plan(prepared.couplings, 0.3, scores)
     gone, weights = {s.name: s.removed for s in base}, prepared.masks()
     names = {name for c in prepared.chosen for name in weights.touched(c)}
-    bench = Bench(prepared.evaluator, DATA, loss, weights.weights(gone, names))
+    bench = TrialLosses(prepared.evaluator, DATA, loss, weights.weights(gone, names))
     curves = measured(bench, weights, prepared.scores, {c.name: [c.size // 2] for c in prepared.chosen}, gone)
     for c in prepared.chosen:
         ((kept, rise),) = curves.rises[c.name]
@@ -110,7 +110,7 @@ def distance(prepared: Prepared, trial: Trial) -> float:
         outputs.append(output)
         return output.sum()
 
-    Bench(prepared.evaluator, DATA, keep, {}).losses([trial])
+    TrialLosses(prepared.evaluator, DATA, keep, {}).losses([trial])
     changed, dense = outputs[: len(DATA)], outputs[len(DATA) :]
     return float(sum((a - b).square().mean() for a, b in zip(changed, dense, strict=True)))
 
@@ -205,7 +205,7 @@ def test_compress_measures_when_asked() -> None:
 
 
 def test_a_loss_that_is_not_finite_is_refused(prepared: Prepared) -> None:
-    bench = Bench(prepared.evaluator, DATA, lambda output, args, kwargs: output.sum() * torch.nan, {})
+    bench = TrialLosses(prepared.evaluator, DATA, lambda output, args, kwargs: output.sum() * torch.nan, {})
     name = prepared.chosen[0].name
     with pytest.raises(ScoreError, match=r"^the loss is not finite while sensitivities are measured at '\S+': check"):
         measured(bench, prepared.masks(), prepared.scores, {name: [1]}, {})

@@ -19,8 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import ecospa_fx as eco
 from ecospa_fx import demo
 from ecospa_fx.budget import latency
-from ecospa_fx.budget.cost import Flops, Priced
-from ecospa_fx.budget.graph_cost import Operation, Work, flops
+from ecospa_fx.budget.cost import Flops, GraphCost
+from ecospa_fx.budget.graph_cost import NarrowedOps, Operation, flops
 from ecospa_fx.budget.latency import Latency, Table
 from ecospa_fx.budget.removal_order import Bounds
 from ecospa_fx.coupling.couplings import Couplings
@@ -220,13 +220,13 @@ def test_compress_passes_budget_and_limits_on() -> None:
 # -- latency -------------------------------------------------------------------------------------------------------
 
 
-class Stairs(Priced):
+class Stairs(GraphCost):
     """Seconds that rise in steps of so many units, whatever else."""
 
     unit = "the stairs"
 
     def __init__(self, couplings: Couplings, step: int) -> None:
-        super().__init__(Work.of(couplings, "flops"))
+        super().__init__(NarrowedOps.of(couplings, "flops"))
         self.step = step
 
     def grid(self, size: int, couplings: int) -> list[int]:
@@ -336,10 +336,12 @@ def test_the_folder_of_the_table_is_a_choice(tmp_path: Path, monkeypatch: pytest
 
 def test_products_are_measured_as_shrink_leaves_them() -> None:
     _, _, couplings = found("grouped queries, rotary")
-    node, names = next((n, x) for n, x in Work.of(couplings, "flops").calls.items() if "attention" in str(n.target))
+    node, names = next(
+        (n, x) for n, x in NarrowedOps.of(couplings, "flops").calls.items() if "attention" in str(n.target)
+    )
     narrow = {name: 8 for name in names if name.endswith(".vo")}
     for widths, pads in (({}, 0), (narrow, 1)):
-        operation = Work.of(couplings, "flops").operation(node, widths)
+        operation = NarrowedOps.of(couplings, "flops").operation(node, widths)
         call = latency.as_shrunk(operation, torch.device("cpu"))
         assert sum("pad" in str(n.target) for n in call.graph.nodes) == pads
         tensors = operation.filled(torch.device("cpu"))
@@ -359,7 +361,7 @@ def test_a_budget_of_seconds_is_measured_here(tmp_path: Path) -> None:
 @given(st.integers(2, 400), st.integers(1, 4), st.sampled_from([1, 3, 8, 64]))
 def test_grids_hold_their_ends_and_what_is_rounded(size: int, couplings: int, round_to: int) -> None:
     model = mlp()
-    unit = Latency(Work.of(model, "flops"), torch.device("cpu"), round_to)
+    unit = Latency(NarrowedOps.of(model, "flops"), torch.device("cpu"), round_to)
     grid = unit.grid(size, couplings)
     assert grid == sorted(set(grid))
     assert grid[-1] == size > grid[0] >= 1
@@ -369,8 +371,11 @@ def test_grids_hold_their_ends_and_what_is_rounded(size: int, couplings: int, ro
 
 def test_what_is_no_product_costs_nothing() -> None:
     model, sample, couplings = found("grouped queries, rotary")
-    told = {str(node.target) for node in Work.of(couplings, "flops").calls}
+    told = {str(node.target) for node in NarrowedOps.of(couplings, "flops").calls}
     assert told == {"aten.linear.default", "aten.scaled_dot_product_attention.default"}
-    total = sum(flops(Work.of(couplings, "flops").operation(node, {})) for node in Work.of(couplings, "flops").calls)
+    total = sum(
+        flops(NarrowedOps.of(couplings, "flops").operation(node, {}))
+        for node in NarrowedOps.of(couplings, "flops").calls
+    )
     head = 2 * sample.numel() * 256 * 192  # the tied head, which nothing narrows
     assert total == counted(model, sample) - head

@@ -15,7 +15,7 @@ import ecospa_fx as eco
 from ecospa_fx.errors import TrainingError
 from ecospa_fx.training import optimizer_surgery
 from ecospa_fx.training.optimizer_surgery import check_optimizers, check_states, cut_all, held_bytes
-from ecospa_fx.training.tensor_cuts import Cut, cuts_between
+from ecospa_fx.training.tensor_cuts import TensorCut, cuts_between
 from tests.tiny import Tiny, tiny, tiny_couplings
 
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
@@ -49,7 +49,7 @@ def gradients(model: nn.Module, seed: int) -> Iterator[tuple[str, Tensor]]:
         yield name, torch.randn(weight.shape, generator=source, dtype=weight.dtype)
 
 
-def cuts(model: Tiny, before: eco.Plan | None, after: eco.Plan) -> dict[str, Cut]:
+def cuts(model: Tiny, before: eco.Plan | None, after: eco.Plan) -> dict[str, TensorCut]:
     return cuts_between(dict(after.shapes), before.factors() if before else {}, after.factors())
 
 
@@ -126,7 +126,7 @@ def test_the_next_backward_sees_the_new_shape_while_the_last_graph_is_alive() ->
     assert loss.isfinite()
 
 
-def rows(name: str, weight: Tensor, kept: int) -> Cut:
+def rows(name: str, weight: Tensor, kept: int) -> TensorCut:
     """Keep the first rows."""
     keep = torch.arange(weight.shape[0]) < kept
     return cuts_between({name: tuple(weight.shape)}, {}, {name: {(0,): keep}})[name]
@@ -141,7 +141,7 @@ def test_one_parameter_is_cut_after_the_other(monkeypatch: pytest.MonkeyPatch) -
     held = [own_bytes(model, optimizer)]
     original = optimizer_surgery.narrow
 
-    def watched(tensor: Tensor, cut: Cut) -> None:
+    def watched(tensor: Tensor, cut: TensorCut) -> None:
         original(tensor, cut)
         held.append(own_bytes(model, optimizer))
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from ecospa_fx.coupling.couplings import Couplings
-from ecospa_fx.coupling.types import Box, Coupling, Member, Refusal, Role, Step, Symmetry
+from ecospa_fx.coupling.types import Box, Coupling, EvidenceStep, Member, Refusal, Role, Symmetry
 
 HIDDEN, FFN, KV_HEADS, GROUP, HEAD_DIM, VOCABULARY = 8, 12, 2, 2, 4, 11
 
@@ -193,9 +193,11 @@ def ffn_coupling(prefix: str) -> Coupling:
         member(f"{layer}.down.weight", 1, "consumer", [box()], 1, FFN),
     ]
     path = (
-        Step("linear_4", "aten.linear.default", "creates", "gate, up = self.fused(x).chunk(2, -1)", f"{layer}.fused"),
-        Step("mul_3", "aten.mul.Tensor", "passes", "hidden = silu(gate) * up", layer),
-        Step("linear_5", "aten.linear.default", "contracts", "", f"{layer}.down"),
+        EvidenceStep(
+            "linear_4", "aten.linear.default", "creates", "gate, up = self.fused(x).chunk(2, -1)", f"{layer}.fused"
+        ),
+        EvidenceStep("mul_3", "aten.mul.Tensor", "passes", "hidden = silu(gate) * up", layer),
+        EvidenceStep("linear_5", "aten.linear.default", "contracts", "", f"{layer}.down"),
     )
     return replace(coupling(f"{layer}:ffn", members, FFN * (3 * HIDDEN + 2)), path=path)
 

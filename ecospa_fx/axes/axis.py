@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 
-class Origin(Enum):
+class DimKind(Enum):
     """Where the positions of a dim come from, which decides what may be tied to it."""
 
     PARAMETER = "parameter"
@@ -34,7 +34,7 @@ class Axis:
 
 
 @dataclass(frozen=True, slots=True)
-class Meeting:
+class FixedContact:
     """Where a parameter's dim met a stored one while two axes were unified; `stored_first`: the first axis has it."""
 
     dim: int

@@ -6,8 +6,8 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from ecospa_fx.axes.dims import Axis, Dims, Misaligned, Origin, Piece
-from ecospa_fx.axes.findings import Descent, Event, Gather, Obstacle, Record
+from ecospa_fx.axes.dims import Axis, DimKind, Dims, Misaligned, Piece
+from ecospa_fx.axes.findings import Blocker, Descent, Effect, Findings, Gather
 from ecospa_fx.axes.findings import Value as Value
 from ecospa_fx.axes.products import descent_of, events_of, factors_of, note_product, note_sides, squares
 from ecospa_fx.axes.reasons import NOTHING, PARAMETER, RENORMALISE, WHOLE, ZERO, Reason
@@ -22,8 +22,13 @@ class Call:
 
     def __init__(
         self,
-        node: Any, operator: str, arguments: dict[str, Any], outputs: list[tuple[int, ...]], dims: Dims, record: Record,
-    ) -> None:  # fmt: skip
+        node: Any,
+        operator: str,
+        arguments: dict[str, Any],
+        outputs: list[tuple[int, ...]],
+        dims: Dims,
+        record: Findings,
+    ) -> None:
         self.node = node
         self.operator = operator
         self.arguments = arguments
@@ -81,7 +86,7 @@ class Call:
 
     def fresh(self, output: int = 0) -> list[Axis]:
         """New axes, never cut, of the shape of an output."""
-        return [self.dims.fresh(size, Origin.STORED) for size in self.outputs[output]]
+        return [self.dims.fresh(size, DimKind.STORED) for size in self.outputs[output]]
 
     def stored(self, output: int = 0) -> Value:
         """An output all of whose axes are new and are never cut."""
@@ -89,7 +94,7 @@ class Call:
 
     def blank(self, zero: bool, output: int = 0) -> Value:
         """An output whose positions are all alike: its sizes follow whatever it is combined with."""
-        axes = tuple(self.dims.fresh(size, Origin.BLANK) for size in self.outputs[output])
+        axes = tuple(self.dims.fresh(size, DimKind.BLANK) for size in self.outputs[output])
         return Value(axes, (zero,) * len(axes), (), self.node)
 
     def passes(self, value: Value, zero: Zero = "all") -> Value:
@@ -102,8 +107,8 @@ class Call:
         """Record what happens here to the dims of some axes."""
         for axis in [axes] if isinstance(axes, Axis) else axes:
             for dim in self.dims.dims_of(axis):
-                if self.dims.origins[dim] is not Origin.STORED:
-                    self.record.events.append(Event(dim, self.node, action, detail))
+                if self.dims.origins[dim] is not DimKind.STORED:
+                    self.record.events.append(Effect(dim, self.node, action, detail))
 
     def fixes(self, axes: Iterable[Axis], nonlinear: bool = False) -> None:
         """No other basis may be chosen along some axes: something is added here, or a function applied."""
@@ -138,12 +143,12 @@ class Call:
             return False
         others = [d for i, a in enumerate(value.axes) if i != index for d in self._movable(a)]
         for dim in self._movable(value.axes[index]):
-            self.record.inexact.append(Obstacle(dim, self.node, Reason(why, remedy=""), self.node))
+            self.record.inexact.append(Blocker(dim, self.node, Reason(why, remedy=""), self.node))
             self.record.mixed += [(other, dim) for other in others]
         return True
 
     def _movable(self, axis: Axis) -> list[int]:
-        return [d for d in self.dims.dims_of(axis) if self.dims.origins[d] is not Origin.STORED]
+        return [d for d in self.dims.dims_of(axis) if self.dims.origins[d] is not DimKind.STORED]
 
     def routed(self, rows: Axis, source: Axis, by: Value) -> None:
         """Each position of `rows` belongs to the position of `source` that `by` says: it carries what that carries.
@@ -170,7 +175,7 @@ class Call:
         return not meetings
 
     def _block_dim(self, dim: int, why: str, remedy: str) -> None:
-        self.record.blocks.append(Obstacle(dim, self.node, Reason(why, remedy), self.node))
+        self.record.blocks.append(Blocker(dim, self.node, Reason(why, remedy), self.node))
 
     def align(self, operands: Sequence[tuple[Value, int]], product: bool = False) -> Axis:
         """Tie one axis of several operands, pointwise. Stored operands stay apart, see `gathered`.
@@ -187,14 +192,14 @@ class Call:
             except Misaligned as reason:
                 for one in (first, axis):
                     self.block(one, f"its positions are combined out of line ({reason})", WHOLE)
-                return self.dims.fresh(first.size, Origin.STORED)
+                return self.dims.fresh(first.size, DimKind.STORED)
             for meeting in meetings:
                 if meeting.stored_first:
                     self._block_dim(meeting.dim, "it meets a stored tensor inside a merged axis", PARAMETER)
         return first
 
     def _rank(self, axis: Axis) -> int:
-        rank = {Origin.PARAMETER: 0, Origin.BLANK: 1, Origin.STORED: 2}
+        rank = {DimKind.PARAMETER: 0, DimKind.BLANK: 1, DimKind.STORED: 2}
         return min((rank[self.dims.origins[d]] for d in self.dims.dims_of(axis)), default=3)
 
     def follows(self, axis: Axis, target: Axis) -> bool:
@@ -206,7 +211,7 @@ class Call:
         """Parameters' dims of the target in whose place a resolved axis has another one."""
         own = {(piece.offset, stride, dim) for piece in axis.pieces for dim, stride in piece.dims}
         wanted = [(piece.offset, stride, dim) for piece in target.pieces for dim, stride in piece.dims]
-        return [entry[2] for entry in wanted if entry not in own and self.dims.origins[entry[2]] is Origin.PARAMETER]
+        return [entry[2] for entry in wanted if entry not in own and self.dims.origins[entry[2]] is DimKind.PARAMETER]
 
     def gathered(self, operands: Iterable[Value], target: Sequence[Axis], joins: bool = False) -> None:
         """Record the gathers that operands, right-aligned with the target, need.
@@ -334,7 +339,7 @@ class Call:
         self.note(axes[0], "contracts", detail)
         pieces = [d for p in self.dims.resolve(axes[0]).pieces for d, _ in p.dims]
         for dim in dict.fromkeys(d for d in pieces if pieces.count(d) > 1):
-            self.record.events.append(Event(dim, self.node, "paired"))
+            self.record.events.append(Effect(dim, self.node, "paired"))
         note_sides(self, entries, len(weights), apart)
         if not any(v.zero[i] for v, i in entries):
             self.block(axes[0], "it is summed over although removed elements are not zero there", ZERO)
@@ -344,7 +349,7 @@ class Call:
         return all(v.zero[i] for v, i in parts if not self._stored_only(v.axes[i]))
 
     def _stored_only(self, axis: Axis) -> bool:
-        return all(self.dims.origins[d] is Origin.STORED for d in self.dims.dims_of(axis))
+        return all(self.dims.origins[d] is DimKind.STORED for d in self.dims.dims_of(axis))
 
     # -- moving ----------------------------------------------------------------------------------------------
 
@@ -364,7 +369,7 @@ class Call:
         """A view of a tensor without elements: axes in front that keep their sizes are the same, all others are new."""
         pairs = list(zip(source.axes, shape, strict=False))
         same = next((i for i, (axis, size) in enumerate(pairs) if axis.size != size), len(pairs))
-        new = [self.dims.fresh(size, Origin.STORED) for size in shape[same:]]
+        new = [self.dims.fresh(size, DimKind.STORED) for size in shape[same:]]
         result = self.value([*source.axes[:same], *new], [*source.zero[:same], *(False for _ in new)])
         return replace(result, weights=source.weights)
 
@@ -378,7 +383,7 @@ class Call:
             return self.dims.split(merged, sizes) if len(sizes) > 1 else [merged]
         except Misaligned as reason:
             self.block(merged, f"a reshape cuts across it ({reason})", WHOLE)
-            return [self.dims.fresh(size, Origin.STORED) for size in sizes]
+            return [self.dims.fresh(size, DimKind.STORED) for size in sizes]
 
     def ordered(self, source: Value, order: Sequence[int]) -> Value:
         """A view with some of the source's axes, in another order."""
@@ -392,5 +397,5 @@ class Call:
             axes[axis] = self.dims.take(axes[axis], start, stop, step)
         except Misaligned as reason:
             self.block(axes[axis], f"a slice cuts across it ({reason})", WHOLE)
-            axes[axis] = self.dims.fresh(len(range(start, stop, step)), Origin.STORED)
+            axes[axis] = self.dims.fresh(len(range(start, stop, step)), DimKind.STORED)
         return replace(self.value(axes, source.zero), weights=source.weights)

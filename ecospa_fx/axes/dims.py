@@ -21,9 +21,9 @@ from collections.abc import Iterator, Sequence
 from math import gcd, prod
 
 from ecospa_fx.axes.axis import Axis as Axis
-from ecospa_fx.axes.axis import Meeting as Meeting
+from ecospa_fx.axes.axis import DimKind as DimKind
+from ecospa_fx.axes.axis import FixedContact as FixedContact
 from ecospa_fx.axes.axis import Misaligned as Misaligned
-from ecospa_fx.axes.axis import Origin as Origin
 from ecospa_fx.axes.axis import Piece as Piece
 
 
@@ -35,7 +35,7 @@ class Dims:
 
     def __init__(self) -> None:
         self.sizes: list[int] = []
-        self.origins: list[Origin] = []
+        self.origins: list[DimKind] = []
         self._replaced: list[tuple[Piece, ...] | None] = []
         self.generation = 0
         """Grows with every substitution; a resolved axis is valid while it stands still."""
@@ -43,18 +43,18 @@ class Dims:
 
     # -- making ------------------------------------------------------------------------------------------------
 
-    def new(self, size: int, origin: Origin) -> int:
+    def new(self, size: int, origin: DimKind) -> int:
         """A fresh dim."""
         self.sizes.append(size)
         self.origins.append(origin)
         self._replaced.append(None)
         return len(self.sizes) - 1
 
-    def fresh(self, size: int, origin: Origin) -> Axis:
+    def fresh(self, size: int, origin: DimKind) -> Axis:
         """An axis of one fresh dim; an axis of size 1 holds no dim."""
         return Axis(size, (self._piece_of(size, origin),) if size else ())
 
-    def _piece_of(self, size: int, origin: Origin) -> Piece:
+    def _piece_of(self, size: int, origin: DimKind) -> Piece:
         return Piece(0, ((self.new(size, origin), 1),) if size > 1 else ())
 
     # -- looking up --------------------------------------------------------------------------------------------
@@ -104,7 +104,7 @@ class Dims:
 
     def cuttable(self, axis: Axis) -> bool:
         """Whether some dim of the axis indexes a parameter."""
-        return any(self.origins[d] is Origin.PARAMETER for d in self.dims_of(axis))
+        return any(self.origins[d] is DimKind.PARAMETER for d in self.dims_of(axis))
 
     def span(self, piece: Piece) -> int:
         """One past the last position of the piece, from its offset."""
@@ -134,7 +134,7 @@ class Dims:
         """Make two unreplaced dims of equal size the same index set."""
         if a == b:
             return
-        rank = {Origin.PARAMETER: 0, Origin.STORED: 1, Origin.BLANK: 2}
+        rank = {DimKind.PARAMETER: 0, DimKind.STORED: 1, DimKind.BLANK: 2}
         keep, gone = sorted((a, b), key=lambda d: (rank[self.origins[d]], d))
         self.replace(gone, (Piece(0, ((keep, 1),)),))
 
@@ -167,8 +167,8 @@ class Dims:
             return axis
         if step == 1 or count <= 1:
             return self._interval(axis, start, start + count)
-        if all(self.origins[d] is Origin.STORED for d in self.dims_of(axis)):
-            return self.fresh(count, Origin.STORED)  # nothing of it is ever cut, so which positions does not matter
+        if all(self.origins[d] is DimKind.STORED for d in self.dims_of(axis)):
+            return self.fresh(count, DimKind.STORED)  # nothing of it is ever cut, so which positions does not matter
         first = start // step
         return self._interval(self._every(axis, start % step, step), first, first + count)
 
@@ -290,7 +290,7 @@ class Dims:
 
     # -- tying -------------------------------------------------------------------------------------------------
 
-    def unify(self, a: Axis, b: Axis) -> list[Meeting]:
+    def unify(self, a: Axis, b: Axis) -> list[FixedContact]:
         """Make two axes of equal size the same index set, position by position.
 
         A stored dim is never tied to a parameter's: each place where the two meet is returned. A gather of the
@@ -301,7 +301,7 @@ class Dims:
         whole = self._whole_stored(a, b)
         if whole is not None:
             stored_first = whole is a
-            return [Meeting(d, stored_first) for d in self.dims_of(b if stored_first else a) if self._cut_by(d)]
+            return [FixedContact(d, stored_first) for d in self.dims_of(b if stored_first else a) if self._cut_by(d)]
         for _ in range(self.REFINEMENTS):
             if not self._refine_first_difference(self.resolve(a), self.resolve(b)):
                 break
@@ -314,21 +314,21 @@ class Dims:
         return meetings
 
     def _cut_by(self, dim: int) -> bool:
-        return self.origins[dim] is Origin.PARAMETER
+        return self.origins[dim] is DimKind.PARAMETER
 
     def _whole_stored(self, a: Axis, b: Axis) -> Axis | None:
         """The axis that is stored as a whole where the other is not; it is not refined in vain."""
         for x, y in ((a, b), (b, a)):
             mine, other = ({self.origins[d] for d in self.dims_of(axis)} for axis in (x, y))
-            if mine == {Origin.STORED} and Origin.PARAMETER in other and Origin.STORED not in other:
+            if mine == {DimKind.STORED} and DimKind.PARAMETER in other and DimKind.STORED not in other:
                 return x
         return None
 
-    def _tie_current(self, d: int, e: int) -> list[Meeting]:
+    def _tie_current(self, d: int, e: int) -> list[FixedContact]:
         (p,), (q,) = self.roots(d), self.roots(e)
         x, y = p.dims[0][0], q.dims[0][0]
-        if {self.origins[x], self.origins[y]} == {Origin.PARAMETER, Origin.STORED}:
-            return [Meeting(y, True) if self._cut_by(y) else Meeting(x, False)]
+        if {self.origins[x], self.origins[y]} == {DimKind.PARAMETER, DimKind.STORED}:
+            return [FixedContact(y, True) if self._cut_by(y) else FixedContact(x, False)]
         self.tie(x, y)
         return []
 

@@ -74,7 +74,7 @@ class Gather:
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
+class Effect:
     """What one node does to one dim."""
 
     dim: int
@@ -100,7 +100,7 @@ class Product:
 
 
 @dataclass(frozen=True, slots=True)
-class Obstacle:
+class Blocker:
     """A dim that cannot be removed because of a node; shown: the node whose source line says where."""
 
     dim: int
@@ -109,21 +109,21 @@ class Obstacle:
     shown: Any
 
 
-class Record:
+class Findings:
     """Everything that the walk learns, beyond the axes themselves."""
 
     def __init__(self, allow: Collection[str] = ()) -> None:
         self.allow = frozenset(allow)
         """What may be offered beyond the default: "renormalise", "cache"; see `detect`."""
-        self.inexact: list[Obstacle] = []
+        self.inexact: list[Blocker] = []
         """Like blocks, of what was allowed."""
-        self.resized: list[Obstacle] = []
+        self.resized: list[Blocker] = []
         """Where the caller holds a tensor that gets narrower, which was allowed."""
         self.tensors: dict[tuple[Axis, ...], None] = {}
         """Axes of every tensor, those inside fused operators included."""
         self.gathers: list[Gather] = []
-        self.events: list[Event] = []
-        self.blocks: list[Obstacle] = []
+        self.events: list[Effect] = []
+        self.blocks: list[Blocker] = []
         self.products: list[Product] = []
         self.windows: list[int] = []
         """Dims of taps of kernels that are weights: blocked, and not worth a line unless something else reads them."""

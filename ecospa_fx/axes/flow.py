@@ -18,8 +18,8 @@ from torch.utils import _pytree as pytree
 
 from ecospa_fx.axes import registry
 from ecospa_fx.axes.call import Call
-from ecospa_fx.axes.dims import Axis, Dims, Misaligned, Origin
-from ecospa_fx.axes.findings import Obstacle, Record, Value, several
+from ecospa_fx.axes.dims import Axis, DimKind, Dims, Misaligned
+from ecospa_fx.axes.findings import Blocker, Findings, Value, several
 from ecospa_fx.axes.reasons import CACHE, RETURNED, Reason
 from ecospa_fx.ir.alias import shares, written, written_by
 from ecospa_fx.ir.program import Program
@@ -34,7 +34,7 @@ class AxisFlow:
     """
 
     dims: Dims
-    record: Record
+    record: Findings
     values: dict[fx.Node, Any]
     parameters: dict[str, Value]
 
@@ -80,7 +80,7 @@ _MEETINGS = {("contracts", "activations"), ("averaged", ""), ("batched", "")}
 """What happens to the dims of tensors that are multiplied with others that depend on the input."""
 
 
-def _met(dims: Dims, record: Record) -> set[int]:
+def _met(dims: Dims, record: Findings) -> set[int]:
     events = (e for e in record.events if (e.action, e.detail) in _MEETINGS)
     return {root for event in events for root in _roots(dims, event.dim)}
 
@@ -114,7 +114,7 @@ class _Walk:
     ) -> None:
         self.shared = shared
         self.state = {*program.state, *caches}
-        self.dims, self.record, self.sizes = Dims(), Record(allow), program.sizes
+        self.dims, self.record, self.sizes = Dims(), Findings(allow), program.sizes
         self.names = program.parameters
         self.outputs: list[fx.Node] = []
         self.values: dict[fx.Node, Any] = {}
@@ -124,9 +124,9 @@ class _Walk:
 
     def _parameter(self, name: str, shape: tuple[int, ...]) -> Value:
         if name in self.shared:
-            axes = tuple(self.dims.fresh(size, Origin.STORED) for size in shape)
+            axes = tuple(self.dims.fresh(size, DimKind.STORED) for size in shape)
             return Value(axes, (False,) * len(axes))
-        axes = tuple(self.dims.fresh(size, Origin.PARAMETER) for size in shape)
+        axes = tuple(self.dims.fresh(size, DimKind.PARAMETER) for size in shape)
         return Value(axes, (True,) * len(axes), (name,), None, (name,))
 
     def run(self, graph: fx.Graph, inputs: Collection[fx.Node]) -> AxisFlow:
@@ -144,7 +144,7 @@ class _Walk:
             self._returned(node)
         for node in inputs:
             narrower = Reason("an input gets narrower", "")
-            self.record.resized += [Obstacle(dim, node, narrower, node) for dim in self._cuttable(node)]
+            self.record.resized += [Blocker(dim, node, narrower, node) for dim in self._cuttable(node)]
         return AxisFlow(self.dims, self.record, self.values, self.parameters)
 
     def _tie_routes(self) -> None:
@@ -164,7 +164,7 @@ class _Walk:
         shapes = self._shapes(node)
         if not isinstance(node.meta.get("val"), torch.Tensor):
             return None
-        origin = Origin.BLANK if node in self.state else Origin.STORED
+        origin = DimKind.BLANK if node in self.state else DimKind.STORED
         axes = tuple(self.dims.fresh(size, origin) for size in shapes[0])
         return Value(axes, (False,) * len(axes), (), node)
 
@@ -287,12 +287,12 @@ class _Walk:
         for source in dict.fromkeys(node.all_input_nodes):
             for dim in self._cuttable(source):
                 if dim in met and allowed:
-                    self.record.resized.append(Obstacle(dim, node, Reason("an output gets narrower", ""), source))
+                    self.record.resized.append(Blocker(dim, node, Reason("an output gets narrower", ""), source))
                 else:
                     reason = Reason("it is part of the model's output", CACHE if dim in met else RETURNED)
-                    self.record.blocks.append(Obstacle(dim, node, reason, source))
+                    self.record.blocks.append(Blocker(dim, node, reason, source))
 
     def _cuttable(self, node: fx.Node) -> list[int]:
         """The dims of a node's tensors that are not stored."""
         dims = (d for one in several(self.values.get(node)) for axis in one.axes for d in self.dims.dims_of(axis))
-        return [d for d in dims if self.dims.origins[d] is not Origin.STORED]
+        return [d for d in dims if self.dims.origins[d] is not DimKind.STORED]

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING
 
-from ecospa_fx.axes.dims import Axis, Origin
+from ecospa_fx.axes.dims import Axis, DimKind
 from ecospa_fx.axes.findings import Descent, Product, Value
 from ecospa_fx.axes.reasons import ZERO
 
@@ -35,7 +35,7 @@ def descent_of(values: Sequence[Value]) -> Descent:
 def picked_from(call: Call, source: Value, left: Sequence[Axis]) -> Descent:
     """What descends from `source` by computed indices: matrices of a parameter where two of its dims are `left`."""
     descent = descent_of([source])
-    dims = {d for axis in left for d in call.dims.dims_of(axis) if call.dims.origins[d] is Origin.PARAMETER}
+    dims = {d for axis in left for d in call.dims.dims_of(axis) if call.dims.origins[d] is DimKind.PARAMETER}
     picked = descent.picked or (bool(source.weights) and len(dims) > 1)
     return Descent(descent.learnt, picked, products=descent.products)
 

@@ -14,7 +14,7 @@ LIKED = {"cuda": 16}
 numbers of half precision. Kernels of devices that are not here are about as fast for any width."""
 
 
-def liked(coupling: Coupling, parameters: Mapping[str, Tensor], *, autocast: bool = False) -> int:
+def preferred_multiple(coupling: Coupling, parameters: Mapping[str, Tensor], *, autocast: bool = False) -> int:
     """The units per carrier of which a multiple should stay: the least that make every axis a multiple of `LIKED`.
 
     A unit may be wider than one element: of half-precision numbers on CUDA, multiples of 8 neurons are liked, of 4

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from ecospa_fx.budget import knapsack
-from ecospa_fx.budget.cost import Flops, Parameters, Spending
+from ecospa_fx.budget.cost import CostModel, Flops, Parameters
 from ecospa_fx.budget.knapsack import Lost
 from ecospa_fx.budget.latency import Latency
 from ecospa_fx.budget.removal_order import (
     Bounds,
-    Climb,
-    Ladder,
-    Track,
+    GreedySchedule,
+    Lockstep,
+    RemovalOrder,
     each_alone,
     in_carried_step,
     in_uniform_step,
@@ -58,9 +58,9 @@ def allocated(couplings: Couplings, settings: PlanSettings, carried: Carried | N
         ladders, tracks = in_carried_step(carried, values, bounds, spending, uniform=how == "uniform")
         return _planned(couplings, ladders, _cut(spending, ladders, tracks, settings.ratio, bounds))
     ladders = [
-        Ladder.ragged(c, values[c.name], bounds)
+        RemovalOrder.ragged(c, values[c.name], bounds)
         if how == "ragged" and may_be_ragged(c)
-        else Ladder.of(c, values[c.name], bounds.widths(c), spending)
+        else RemovalOrder.of(c, values[c.name], bounds.widths(c), spending)
         for c in chosen
     ]
     return _planned(couplings, ladders, _rungs(spending, ladders, _lost(values, spending, how), settings.ratio, bounds))
@@ -122,12 +122,12 @@ def _is_random(scores: object) -> bool:
     return isinstance(scores, str) and scores == "random"
 
 
-def _planned(couplings: Couplings, ladders: Sequence[Ladder], rungs: Sequence[int]) -> Plan:
+def _planned(couplings: Couplings, ladders: Sequence[RemovalOrder], rungs: Sequence[int]) -> Plan:
     selections = tuple(ladder.selection(n) for ladder, n in zip(ladders, rungs, strict=True))
     return Plan(selections, tuple(couplings.shapes.items()))
 
 
-def _spending(couplings: Couplings, budget: str | Spending, chosen: Sequence[Coupling], round_to: int) -> Spending:
+def _spending(couplings: Couplings, budget: str | CostModel, chosen: Sequence[Coupling], round_to: int) -> CostModel:
     """The unit of a budget, ready for the chosen couplings. Raises PlanError for one that is unknown."""
     if isinstance(budget, str) and budget == "parameters":
         return Parameters(couplings.shapes)
@@ -135,12 +135,14 @@ def _spending(couplings: Couplings, budget: str | Spending, chosen: Sequence[Cou
         budget = Flops.of(couplings)
     elif isinstance(budget, str) and budget == "latency":
         budget = Latency.of(couplings, round_to)
-    assert isinstance(budget, Spending)  # as the settings have checked
+    assert isinstance(budget, CostModel)  # as the settings have checked
     budget.ready(chosen)
     return budget
 
 
-def _rungs(spending: Spending, ladders: Sequence[Ladder], lost: Lost | str, ratio: float, bounds: Bounds) -> list[int]:
+def _rungs(
+    spending: CostModel, ladders: Sequence[RemovalOrder], lost: Lost | str, ratio: float, bounds: Bounds
+) -> list[int]:
     """Rungs taken on each ladder, by what is lost at any widths, or the name of a way to climb."""
     if isinstance(lost, str) or not ladders:
         return _cut(
@@ -149,7 +151,7 @@ def _rungs(spending: Spending, ladders: Sequence[Ladder], lost: Lost | str, rati
     return _packed(spending, ladders, lost, ratio, bounds)
 
 
-def _lost(values: Mapping[str, Tensor], spending: Spending, how: str | Curves) -> Lost | str:
+def _lost(values: Mapping[str, Tensor], spending: CostModel, how: str | Curves) -> Lost | str:
     """Predicted loss at any widths where climbing is not good enough: by curves, or by scores on a staircase."""
     if how in ("uniform", "ragged") or (how == "global" and spending.smooth):
         return str(how)
@@ -166,7 +168,9 @@ def _lost(values: Mapping[str, Tensor], spending: Spending, how: str | Curves) -
     return lost
 
 
-def _packed(spending: Spending, ladders: Sequence[Ladder], lost: Lost, ratio: float, bounds: Bounds) -> list[int]:
+def _packed(
+    spending: CostModel, ladders: Sequence[RemovalOrder], lost: Lost, ratio: float, bounds: Bounds
+) -> list[int]:
     """Rungs taken on each ladder so that at least `ratio` goes at the least predicted loss, all choices at once."""
     couplings, held = [x.coupling for x in ladders], spending.held([x.coupling for x in ladders])
     allowed, wanted = {x.coupling.name: bounds.widths(x.coupling) for x in ladders}, ratio
@@ -186,12 +190,12 @@ def _packed(spending: Spending, ladders: Sequence[Ladder], lost: Lost, ratio: fl
 
 
 def _cut(
-    spending: Spending, ladders: Sequence[Ladder], tracks: Sequence[Track], ratio: float, bounds: Bounds
+    spending: CostModel, ladders: Sequence[RemovalOrder], tracks: Sequence[Lockstep], ratio: float, bounds: Bounds
 ) -> list[int]:
     """Rungs taken on each ladder so that the removed share is nearest to `ratio`."""
     if not ladders:
         return []
-    climb = Climb.of(spending, ladders, tracks)
+    climb = GreedySchedule.of(spending, ladders, tracks)
     held, last = climb.held(), len(climb.owner)
     target, removed = ratio * held, cache(climb.removed)
     above = _first_reaching(removed, target, int(torch.searchsorted(climb.estimate, target)), last)
@@ -204,7 +208,7 @@ def _cut(
     return climb.rungs(above if removed(above) - target <= target - removed(below) else below)
 
 
-def _out_of_reach(ratio: float, most: float, bounds: Bounds, spending: Spending) -> PlanError:
+def _out_of_reach(ratio: float, most: float, bounds: Bounds, spending: CostModel) -> PlanError:
     return PlanError(
         f"ratio={ratio} is out of reach because {bounds} leave at most {int(most * 1e4) / 1e4:.4f} "
         f"of {spending.unit} to remove: ask for less, or lower them"

@@ -15,13 +15,13 @@ from itertools import pairwise, product
 import torch
 from torch import Tensor, fx
 
-from ecospa_fx.budget.graph_cost import Operation, Widths, Work, flops
+from ecospa_fx.budget.graph_cost import NarrowedOps, Operation, Widths, flops
 from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.coupling.types import Coupling
 from ecospa_fx.coupling.unit_elements import Removal, Shapes, removed_elements
 
 
-class Spending(ABC):
+class CostModel(ABC):
     """One unit of cost."""
 
     unit: str
@@ -61,7 +61,7 @@ class Spending(ABC):
 
 
 @dataclass(frozen=True, slots=True)
-class Parameters(Spending):
+class Parameters(CostModel):
     """Elements of parameters."""
 
     shapes: Shapes
@@ -79,10 +79,10 @@ class Parameters(Spending):
         return removed_elements(self.shapes, whole)
 
 
-class Priced(Spending):
+class GraphCost(CostModel):
     """What the calls of a graph cost, by the price of each operation at a grid of widths."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: NarrowedOps) -> None:
         self.work = work
         self._grids: dict[fx.Node, dict[str, list[int]]] = {}
         self._prices: dict[fx.Node, dict[tuple[int, ...], float]] = {}
@@ -182,7 +182,7 @@ def _interpolated(points: Sequence[int], values: Sequence[float], at: Sequence[i
     return y[high - 1] + share * (y[high] - y[high - 1])
 
 
-class Flops(Priced):
+class Flops(GraphCost):
     """Floating-point operations of the example call, as torch counts them."""
 
     unit, smooth = "the FLOPs of the products that the couplings narrow", True
@@ -190,7 +190,7 @@ class Flops(Priced):
     @classmethod
     def of(cls, couplings: Couplings) -> Flops:
         """Of the call that the couplings were detected with. Raises PlanError where no graph is known."""
-        return cls(Work.of(couplings, "flops"))
+        return cls(NarrowedOps.of(couplings, "flops"))
 
     def grid(self, size: int, couplings: int) -> list[int]:
         return [(size + 1) // 2, size]  # two points of a straight line; a width of 1 may have a kernel of its own

@@ -97,15 +97,15 @@ def flops(operation: Operation) -> int:
     return int(counter.get_total_flops())
 
 
-_KNOWN: WeakKeyDictionary[Analysis, Work] = WeakKeyDictionary()
+_KNOWN: WeakKeyDictionary[Analysis, NarrowedOps] = WeakKeyDictionary()
 """What was computed for some couplings serves every plan that is made for them."""
 
 
-class Work:
+class NarrowedOps:
     """The calls of one graph that couplings narrow; nothing is computed before it is asked for."""
 
     @classmethod
-    def of(cls, couplings: Couplings, budget: str) -> Work:
+    def of(cls, couplings: Couplings, budget: str) -> NarrowedOps:
         """The calls of the graph that couplings were detected in. Raises PlanError, naming the budget, for none."""
         analysis = couplings.analysis
         if analysis is None:

@@ -15,7 +15,7 @@ from math import ceil, inf
 import torch
 from torch import Tensor
 
-from ecospa_fx.budget.cost import Spending
+from ecospa_fx.budget.cost import CostModel
 from ecospa_fx.coupling.types import Coupling
 
 STEPS = 20_000
@@ -41,7 +41,7 @@ class Option:
 
 
 def widths(
-    spending: Spending, couplings: Sequence[Coupling], lost: Lost, allowed: Mapping[str, Sequence[int]], ratio: float
+    spending: CostModel, couplings: Sequence[Coupling], lost: Lost, allowed: Mapping[str, Sequence[int]], ratio: float
 ) -> dict[str, int] | float:
     """Units that each coupling keeps so that at least `ratio` of the budget's unit is freed, at the least loss.
 
@@ -61,7 +61,7 @@ def widths(
 
 
 def options(
-    spending: Spending, group: Sequence[Coupling], lost: Lost, allowed: Mapping[str, Sequence[int]]
+    spending: CostModel, group: Sequence[Coupling], lost: Lost, allowed: Mapping[str, Sequence[int]]
 ) -> list[Option]:
     """Every combination of widths of some couplings that could be best, the whole first, then by what is freed."""
     axes = [(c.size, *_thinned(spending.priced(c, allowed[c.name]), len(group))) for c in group]

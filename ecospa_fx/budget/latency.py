@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ecospa_fx.budget.cost import Priced
-from ecospa_fx.budget.graph_cost import Blank, Operation, Work, flops
+from ecospa_fx.budget.cost import GraphCost
+from ecospa_fx.budget.graph_cost import Blank, NarrowedOps, Operation, flops
 from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.errors import PlanError
 from ecospa_fx.ir.build import evaluate
@@ -43,7 +43,7 @@ FORMAT = "ecospa-fx-latency"
 VERSION = 1
 
 
-class Latency(Priced):
+class Latency(GraphCost):
     """Seconds of the products that couplings narrow, at the shapes of the example call.
 
     device: where they are measured; round_to: what widths are a multiple of; cache: folder or None for
@@ -56,7 +56,7 @@ class Latency(Priced):
     unit = "the measured time of the products that the couplings narrow"
 
     def __init__(
-        self, work: Work, device: torch.device, round_to: int = 1, cache: str | os.PathLike[str] | None = None
+        self, work: NarrowedOps, device: torch.device, round_to: int = 1, cache: str | os.PathLike[str] | None = None
     ) -> None:
         super().__init__(work)
         self.device, self.round_to = device, round_to
@@ -65,7 +65,7 @@ class Latency(Priced):
     @classmethod
     def of(cls, couplings: Couplings, round_to: int = 1, cache: str | os.PathLike[str] | None = None) -> Latency:
         """On the device of the couplings' model. Raises PlanError where it has none, or where there is no graph."""
-        work = Work.of(couplings, "latency")
+        work = NarrowedOps.of(couplings, "latency")
         device = next((p.device for p in couplings.model.parameters()), torch.device("cpu"))
         if device.type == "meta":
             raise PlanError("the model is on meta, where nothing takes time: load it, or use budget='flops'")

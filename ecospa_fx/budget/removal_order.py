@@ -9,8 +9,8 @@ from math import ceil, gcd, lcm
 import torch
 from torch import Tensor
 
-from ecospa_fx.budget.alignment import liked
-from ecospa_fx.budget.cost import Spending
+from ecospa_fx.budget.alignment import preferred_multiple
+from ecospa_fx.budget.cost import CostModel
 from ecospa_fx.budget.ties import Carried, Tie
 from ecospa_fx.coupling.types import Coupling
 from ecospa_fx.coupling.unit_elements import Removal
@@ -51,7 +51,7 @@ class Bounds:
         """What kept units are a multiple of where a coupling keeps so many times more of them."""
         if self.round_to is not None:
             return self.round_to
-        step = liked(coupling, self.parameters)
+        step = preferred_multiple(coupling, self.parameters)
         return step // gcd(step, times)
 
     def __str__(self) -> str:
@@ -65,7 +65,7 @@ def least_units(size: int, floor: float, limit: float) -> int:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Ladder:
+class RemovalOrder:
     """The order in which one coupling's units go.
 
     order: LongTensor, carrier · size + unit of those that may go, first ones first; removed: how many of them are gone
@@ -80,7 +80,7 @@ class Ladder:
     cost: Tensor
 
     @classmethod
-    def of(cls, coupling: Coupling, values: Tensor, widths: Sequence[int], spending: Spending) -> Ladder:
+    def of(cls, coupling: Coupling, values: Tensor, widths: Sequence[int], spending: CostModel) -> RemovalOrder:
         """values: scores [carriers, units]; widths: numbers of units that may be kept, from most to fewest."""
         ranked, order = values.to("cpu", torch.float64).sort(dim=1, stable=True)
         at = torch.tensor([0, *(coupling.size - k for k in widths)])
@@ -90,7 +90,7 @@ class Ladder:
         return cls(coupling, numbered(order).T.flatten(), removed, freed, lost.diff() / freed)
 
     @classmethod
-    def ragged(cls, coupling: Coupling, values: Tensor, bounds: Bounds) -> Ladder:
+    def ragged(cls, coupling: Coupling, values: Tensor, bounds: Bounds) -> RemovalOrder:
         """Each carrier loses units by itself, a step at a time, and keeps as many at least; counted in elements."""
         ranked, order = values.to("cpu", torch.float64).sort(dim=1, stable=True)
         size, carriers, step = coupling.size, coupling.carriers, bounds.step(coupling)
@@ -131,47 +131,47 @@ def numbered(order: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Track:
+class Lockstep:
     """Ladders climbed together, and the key of each rung; the rung with the least key goes first."""
 
     ladders: tuple[int, ...]
     keys: Tensor
 
 
-def each_alone(ladders: Sequence[Ladder]) -> list[Track]:
-    return [Track((i,), ladder.cost) for i, ladder in enumerate(ladders)]
+def each_alone(ladders: Sequence[RemovalOrder]) -> list[Lockstep]:
+    return [Lockstep((i,), ladder.cost) for i, ladder in enumerate(ladders)]
 
 
-def in_uniform_step(ladders: Sequence[Ladder]) -> list[Track]:
+def in_uniform_step(ladders: Sequence[RemovalOrder]) -> list[Lockstep]:
     groups: dict[tuple[str, int, int, tuple[int, ...]], list[int]] = {}
     for i, ladder in enumerate(ladders):
         c = ladder.coupling
         groups.setdefault((c.kind, c.size, c.carriers, ladder.removed), []).append(i)
-    return [Track(tuple(group), _shares(ladders[group[0]])) for group in groups.values()]
+    return [Lockstep(tuple(group), _shares(ladders[group[0]])) for group in groups.values()]
 
 
-def _shares(ladder: Ladder) -> Tensor:
+def _shares(ladder: RemovalOrder) -> Tensor:
     """The share of units gone in the middle of each rung: what keeps couplings of different sizes in step."""
     at = torch.tensor((0, *ladder.removed), dtype=torch.float64)
     return (at[1:] + at[:-1]) / (2 * ladder.coupling.size * ladder.coupling.carriers)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Climb:
+class GreedySchedule:
     """The rungs of all tracks in one order, least key first; a *height* is how many of them are taken.
 
     owner: LongTensor [heights], the track of each rung; estimate: float64 [heights + 1], what is freed at each height
     where couplings do not overlap.
     """
 
-    spending: Spending
-    ladders: Sequence[Ladder]
-    tracks: Sequence[Track]
+    spending: CostModel
+    ladders: Sequence[RemovalOrder]
+    tracks: Sequence[Lockstep]
     owner: Tensor
     estimate: Tensor
 
     @classmethod
-    def of(cls, spending: Spending, ladders: Sequence[Ladder], tracks: Sequence[Track]) -> Climb:
+    def of(cls, spending: CostModel, ladders: Sequence[RemovalOrder], tracks: Sequence[Lockstep]) -> GreedySchedule:
         """Merge the tracks; equal keys stay in the order of the couplings."""
         order = torch.cat([t.keys for t in tracks]).argsort(stable=True)
         owner = torch.cat([torch.full_like(t.keys, i, dtype=torch.long) for i, t in enumerate(tracks)])[order]
@@ -193,7 +193,7 @@ class Climb:
         return self.spending.held([x.coupling for x in self.ladders])
 
 
-def removed_at(spending: Spending, ladders: Sequence[Ladder], rungs: Sequence[int]) -> float:
+def removed_at(spending: CostModel, ladders: Sequence[RemovalOrder], rungs: Sequence[int]) -> float:
     """What is freed by some rungs of each ladder, together."""
     taken = {x.coupling.name: (x, n) for x, n in zip(ladders, rungs, strict=True) if n}
     kept = {name: x.coupling.size - x.removed[n - 1] // x.coupling.carriers for name, (x, n) in taken.items()}
@@ -201,15 +201,15 @@ def removed_at(spending: Spending, ladders: Sequence[Ladder], rungs: Sequence[in
 
 
 def in_carried_step(
-    carried: Carried, values: Mapping[str, Tensor], bounds: Bounds, spending: Spending, *, uniform: bool
-) -> tuple[list[Ladder], list[Track]]:
+    carried: Carried, values: Mapping[str, Tensor], bounds: Bounds, spending: CostModel, *, uniform: bool
+) -> tuple[list[RemovalOrder], list[Lockstep]]:
     """Ladders of what is tied together are climbed in step, and with uniform widths those of all layers.
 
     What keeps the same number of units may keep what every one of its couplings may.
     """
     if not spending.smooth:
         raise PlanError("expressible_in='module' cannot spend a budget in latency yet: use 'parameters' or 'flops'")
-    ladders: list[Ladder] = []
+    ladders: list[RemovalOrder] = []
     tracks: dict[tuple[int, ...], list[int]] = {}
     keys = [(tie.number, tie.base.size) if uniform else (i,) for i, tie in enumerate(carried.ties)]
     together: dict[tuple[int, ...], list[Coupling]] = {}
@@ -221,8 +221,8 @@ def in_carried_step(
         track = tracks.setdefault(key, [])
         for c in tie.couplings:
             track.append(len(ladders))
-            ladders.append(Ladder.of(c, _shared(tie, c, values), [k * (c.size // size) for k in kept], spending))
-    found = [Track(tuple(t), _shares(ladders[t[0]]) if uniform else _together(ladders, t)) for t in tracks.values()]
+            ladders.append(RemovalOrder.of(c, _shared(tie, c, values), [k * (c.size // size) for k in kept], spending))
+    found = [Lockstep(tuple(t), _shares(ladders[t[0]]) if uniform else _together(ladders, t)) for t in tracks.values()]
     return ladders, found
 
 
@@ -234,7 +234,7 @@ def _shared(tie: Tie, coupling: Coupling, values: Mapping[str, Tensor]) -> Tenso
     return torch.cat(alike).mean(0).expand(coupling.carriers, -1)
 
 
-def _together(ladders: Sequence[Ladder], members: Sequence[int]) -> Tensor:
+def _together(ladders: Sequence[RemovalOrder], members: Sequence[int]) -> Tensor:
     """Score for each unit of the budget of the rungs of ladders that are climbed in step."""
     freed = torch.stack([ladders[i].freed for i in members])
     return (torch.stack([ladders[i].cost for i in members]) * freed).sum(0) / freed.sum(0)

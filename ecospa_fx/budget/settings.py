@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from ecospa_fx.budget.cost import Spending
+from ecospa_fx.budget.cost import CostModel
 from ecospa_fx.checks import check_flag, check_whole, is_number
 from ecospa_fx.coupling.choice import ChoiceOptions, checked_limits, texts
 from ecospa_fx.errors import PlanError
@@ -32,7 +32,7 @@ class PlanOptions(ChoiceOptions, total=False):
     """How the ratio is spread, "global" by default."""
     uniform: bool
     """True: the same as allocation="uniform", the same share everywhere."""
-    budget: Literal["parameters", "flops", "latency"] | Spending
+    budget: Literal["parameters", "flops", "latency"] | CostModel
     """What the ratio is counted in, "parameters" by default."""
     expressible_in: Literal["module"] | None
     """"module": only what `shrink_` can write back into the user's own code."""
@@ -55,7 +55,7 @@ class PlanSettings:
     exclude: str | Sequence[str] = ()
     limits: Mapping[str, float] | None = None
     widths: Mapping[str, int] | None = None
-    budget: Literal["parameters", "flops", "latency"] | Spending = "parameters"
+    budget: Literal["parameters", "flops", "latency"] | CostModel = "parameters"
     expressible_in: Literal["module"] | None = None
 
     def __post_init__(self) -> None:
@@ -123,5 +123,5 @@ def _check_allocation(allocation: object) -> None:
 
 
 def _check_budget(budget: object) -> None:
-    if not isinstance(budget, Spending) and budget not in ("parameters", "flops", "latency"):
+    if not isinstance(budget, CostModel) and budget not in ("parameters", "flops", "latency"):
         raise PlanError(f"budget={budget!r:.60} is unknown: use 'parameters', 'flops' or 'latency'")

@@ -101,7 +101,7 @@ class Texts:
     held_out: Tensor
 
 
-class Watch:
+class TimedSteps:
     """Runs steps, says each on stderr, and remembers their seconds by name."""
 
     def __init__(self) -> None:
@@ -118,7 +118,7 @@ class Watch:
 def compress(arguments: argparse.Namespace) -> None:
     """Shrink a language model, save it, and print what it cost. Everything cheap is checked before anything slow."""
     options.check_options(arguments)
-    watch = Watch()
+    watch = TimedSteps()
     calibration, held_out = held_apart(arguments)
     encode = encoder(arguments)
     source, stored = watch("load", open_model, arguments)
@@ -301,7 +301,7 @@ def flops_per_token(model: nn.Module, reader: text.Reader, ids: Tensor) -> int:
     return round(counter.get_total_flops() / ids.numel())
 
 
-def closing(rows: list[list[str]], error: float, watch: Watch, output: Path, plan: Plan) -> str:
+def closing(rows: list[list[str]], error: float, watch: TimedSteps, output: Path, plan: Plan) -> str:
     """What changed, how exact it is, how long it took, and how to load it."""
     align = ("left", "right", "right", "right")
     table = tabulate(rows, ["", "dense", "small", "small/dense"], colalign=align, disable_numparse=True)

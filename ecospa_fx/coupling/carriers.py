@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from ecospa_fx.axes.dims import Axis, Dims, Origin
+from ecospa_fx.axes.dims import Axis, DimKind, Dims
 from ecospa_fx.axes.flow import AxisFlow
 
 
@@ -74,7 +74,7 @@ def _narrow(
                     # Along a dim that lies on two other axes, or twice in one, one choice would meet another.
                     outer = {d for d in order[:at] if order.count(d) == 1}
                     around = {d for d in others if times[d] < 2}
-                    here = {d for d in {*outer, *around} - {dim} if dims.origins[d] is Origin.PARAMETER}
+                    here = {d for d in {*outer, *around} - {dim} if dims.origins[d] is DimKind.PARAMETER}
                     known = result[dim]
                     result[dim] = here if known is None else known & here
 

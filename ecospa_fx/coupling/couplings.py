@@ -12,7 +12,7 @@ from torch import nn
 from ecospa_fx.axes.flow import AxisFlow
 from ecospa_fx.coupling.choice import ModulePaths, near_names, selected
 from ecospa_fx.coupling.report import coupling_table
-from ecospa_fx.coupling.types import Coupling, Found
+from ecospa_fx.coupling.types import Coupling, LocatedCoupling
 from ecospa_fx.errors import EcospaError
 from ecospa_fx.ir.schema import Sizes
 
@@ -25,7 +25,7 @@ class Analysis:
     """
 
     flow: AxisFlow
-    located: tuple[Found, ...]
+    located: tuple[LocatedCoupling, ...]
     sizes: Sizes
 
 

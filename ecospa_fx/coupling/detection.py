@@ -9,15 +9,15 @@ from typing import Any
 
 from torch import fx, nn
 
-from ecospa_fx.axes.dims import Axis, Dims, Origin, Piece
-from ecospa_fx.axes.findings import Event, Obstacle, several
+from ecospa_fx.axes.dims import Axis, DimKind, Dims, Piece
+from ecospa_fx.axes.findings import Blocker, Effect, several
 from ecospa_fx.axes.flow import AxisFlow, analyse
 from ecospa_fx.axes.reasons import Reason
 from ecospa_fx.coupling.carriers import carriers_of
 from ecospa_fx.coupling.choice import texts
 from ecospa_fx.coupling.couplings import Analysis, Couplings
 from ecospa_fx.coupling.labels import Labels
-from ecospa_fx.coupling.types import Box, Coupling, Found, Member, Refusal, Step, Symmetry
+from ecospa_fx.coupling.types import Box, Coupling, EvidenceStep, LocatedCoupling, Member, Refusal, Symmetry
 from ecospa_fx.errors import InputError
 from ecospa_fx.ir.program import Program
 from ecospa_fx.ir.provenance import module_of, operator_of, source_of
@@ -58,7 +58,7 @@ def _advised(coupling: Coupling) -> Coupling:
     return replace(coupling, blocked=replace(told, message=f"{told.message}; a parametrization reads it: {how}"))
 
 
-def find_couplings(flow: AxisFlow, shapes: Mapping[str, tuple[int, ...]]) -> list[Found]:
+def find_couplings(flow: AxisFlow, shapes: Mapping[str, tuple[int, ...]]) -> list[LocatedCoupling]:
     """Every dim of a parameter that something is done to, as a coupling or a refusal, in graph order."""
     events = _by_dim(flow.dims, flow.record.events)
     record = flow.record
@@ -81,7 +81,7 @@ def find_couplings(flow: AxisFlow, shapes: Mapping[str, tuple[int, ...]]) -> lis
             coupling = replace(coupling, inexact=inexact.get(dim), resized=resized.get(dim))
         if coupling.inexact is not None and coupling.symmetry == "linear":
             coupling = replace(coupling, symmetry="permutation")  # no other basis has the same norms
-        found.append(Found(replace(coupling, path=paths.get(dim, ())), dim, chosen))
+        found.append(LocatedCoupling(replace(coupling, path=paths.get(dim, ())), dim, chosen))
     return _finished(found, shapes)
 
 
@@ -91,22 +91,22 @@ def _roots(dims: Dims, dim: int) -> Iterator[int]:
             yield root
 
 
-def _by_dim(dims: Dims, events: Iterable[Event]) -> dict[int, list[Event]]:
-    result: dict[int, list[Event]] = {}
+def _by_dim(dims: Dims, events: Iterable[Effect]) -> dict[int, list[Effect]]:
+    result: dict[int, list[Effect]] = {}
     for event in events:
         for root in dict.fromkeys(_roots(dims, event.dim)):
-            if dims.origins[root] is Origin.PARAMETER:
+            if dims.origins[root] is DimKind.PARAMETER:
                 result.setdefault(root, []).append(event)
     return result
 
 
-def _refusals(flow: AxisFlow, recorded: Iterable[Obstacle]) -> dict[int, Refusal]:
+def _refusals(flow: AxisFlow, recorded: Iterable[Blocker]) -> dict[int, Refusal]:
     """The first obstacle of every dim that has one."""
     result: dict[int, Refusal] = {}
     made: dict[tuple[Reason, fx.Node, fx.Node], Refusal] = {}
     for obstacle in recorded:
         for root in _roots(flow.dims, obstacle.dim):
-            if root in result or flow.dims.origins[root] is not Origin.PARAMETER:
+            if root in result or flow.dims.origins[root] is not DimKind.PARAMETER:
                 continue
             key = (obstacle.reason, obstacle.node, obstacle.shown)
             if key not in made:
@@ -128,20 +128,20 @@ def _squared(flow: AxisFlow) -> dict[int, Refusal]:
             for piece in flow.dims.resolve(axis).pieces:
                 held = [d for d, _ in piece.dims]
                 for dim in held if len(set(held)) < len(held) else ():
-                    if held.count(dim) > 1 and flow.dims.origins[dim] is Origin.PARAMETER:
+                    if held.count(dim) > 1 and flow.dims.origins[dim] is DimKind.PARAMETER:
                         result.setdefault(dim, _refusal(reason, node, node))
     return result
 
 
 # -- places and members ------------------------------------------------------------------------------------------
 
-Place = tuple[str, int, tuple[Axis, ...]]
+Occurrence = tuple[str, int, tuple[Axis, ...]]
 """Parameter, axis, and all axes of the parameter."""
 
 
-def _places(flow: AxisFlow) -> dict[int, list[Place]]:
+def _places(flow: AxisFlow) -> dict[int, list[Occurrence]]:
     """Where each dim occurs among the parameters, in the order of the parameters."""
-    result: dict[int, list[Place]] = {}
+    result: dict[int, list[Occurrence]] = {}
     for name, value in flow.parameters.items():
         axes = tuple(flow.dims.resolve(axis) for axis in value.axes)
         for i, axis in enumerate(axes):
@@ -155,7 +155,7 @@ Members = tuple[tuple[int, ...], tuple[Member, ...]]
 
 
 def _all_members(
-    dims: Dims, wanted: Mapping[int, Sequence[Place]], carriers: Mapping[int, tuple[int, ...]],
+    dims: Dims, wanted: Mapping[int, Sequence[Occurrence]], carriers: Mapping[int, tuple[int, ...]],
     consumed: set[tuple[str, int]],
 ) -> dict[int, Members]:  # fmt: skip
     """Members of every dim. A carrier whose own choice differs along a third dim carries only what that carries too."""
@@ -172,7 +172,7 @@ def _all_members(
 
 
 def _members(
-    dims: Dims, dim: int, carriers: tuple[int, ...], where: Sequence[Place], consumed: set[tuple[str, int]]
+    dims: Dims, dim: int, carriers: tuple[int, ...], where: Sequence[Occurrence], consumed: set[tuple[str, int]]
 ) -> Members:
     """Members of a dim, with as many of the carriers as every member can express."""
     while True:
@@ -213,7 +213,7 @@ def _is_product(dims: Dims, axis: Axis, held: Sequence[int]) -> bool:
     return len(pieces) == 1 and pieces[0].offset == 0 and [d for d, _ in pieces[0].dims] == list(held)
 
 
-def _ordered(dim: int, where: Sequence[Place], carriers: tuple[int, ...]) -> tuple[int, ...]:
+def _ordered(dim: int, where: Sequence[Occurrence], carriers: tuple[int, ...]) -> tuple[int, ...]:
     """Carriers from outer to inner, as in the first parameter."""
     _, axis, axes = where[0]
     pieces = _pieces(dim, axes[axis])
@@ -252,7 +252,7 @@ def _member(
 
 
 def _coupling(
-    dims: Dims, dim: int, carriers: tuple[int, ...], members: tuple[Member, ...], kind: str, events: Sequence[Event],
+    dims: Dims, dim: int, carriers: tuple[int, ...], members: tuple[Member, ...], kind: str, events: Sequence[Effect],
     refusal: Refusal | None,
 ) -> Coupling:  # fmt: skip
     actions = {e.action for e in events} | {f"{e.action} {e.detail}" for e in events}
@@ -261,7 +261,7 @@ def _coupling(
                     _symmetry(kind, actions), members, 0, refusal)  # fmt: skip
 
 
-def _paths(flow: AxisFlow, events: Mapping[int, Sequence[Event]]) -> dict[int, tuple[Step, ...]]:
+def _paths(flow: AxisFlow, events: Mapping[int, Sequence[Effect]]) -> dict[int, tuple[EvidenceStep, ...]]:
     """Per dim every node that carries it or does something to it, in graph order."""
     actions: dict[int, dict[fx.Node, dict[str, None]]] = {d: {} for d in events}
     for node, value in flow.values.items():
@@ -280,9 +280,9 @@ def _paths(flow: AxisFlow, events: Mapping[int, Sequence[Event]]) -> dict[int, t
     }
 
 
-def _step(node: fx.Node, own: Iterable[str], carrying: Mapping[fx.Node, object]) -> Step:
+def _step(node: fx.Node, own: Iterable[str], carrying: Mapping[fx.Node, object]) -> EvidenceStep:
     action = ", ".join(own) or ("passes" if any(n in carrying for n in node.all_input_nodes) else "produced")
-    return Step(node.name, operator_of(node), action, source_of(node), module_of(node))
+    return EvidenceStep(node.name, operator_of(node), action, source_of(node), module_of(node))
 
 
 def _symmetry(kind: str, actions: set[str]) -> Symmetry:
@@ -335,7 +335,7 @@ def _layer(parameters: Sequence[str]) -> str:
     return ".".join(shared)
 
 
-def _finished(found: Sequence[Found], shapes: Mapping[str, tuple[int, ...]]) -> list[Found]:
+def _finished(found: Sequence[LocatedCoupling], shapes: Mapping[str, tuple[int, ...]]) -> list[LocatedCoupling]:
     """Names, sizes, and which couplings contain which."""
     used: dict[str, int] = {}
     named = []
@@ -352,7 +352,7 @@ def _finished(found: Sequence[Found], shapes: Mapping[str, tuple[int, ...]]) -> 
     ]
 
 
-def _content(named: Sequence[Found]) -> dict[str, tuple[str, ...]]:
+def _content(named: Sequence[LocatedCoupling]) -> dict[str, tuple[str, ...]]:
     """Per head coupling the finer couplings that its heads hold: those on the same axes of the same parameters."""
     finer: dict[tuple[str, int], list[str]] = {}
     for entry in named:

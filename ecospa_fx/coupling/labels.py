@@ -26,7 +26,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from ecospa_fx.axes.dims import Axis, Dims
-from ecospa_fx.axes.findings import Event, Product
+from ecospa_fx.axes.findings import Effect, Product
 from ecospa_fx.axes.flow import AxisFlow
 
 
@@ -59,7 +59,7 @@ class Labels:
             for root in (d for piece in flow.dims.roots(dim) for d, _ in piece.dims):
                 self.fixed[root] = self.fixed.get(root, False) or nonlinear
 
-    def kind(self, dim: int, events: Iterable[Event]) -> str:
+    def kind(self, dim: int, events: Iterable[Effect]) -> str:
         """The label of a dim that these events happen to; see the table above."""
         seen = self._evidence
         actions = {(e.action, e.detail) for e in events}

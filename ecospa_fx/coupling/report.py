@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from tabulate import tabulate
 
-from ecospa_fx.coupling.types import Box, Coupling, Member, Refusal, Step
+from ecospa_fx.coupling.types import Box, Coupling, EvidenceStep, Member, Refusal
 from ecospa_fx.coupling.unit_elements import removed_elements
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ def _refusal(refusal: Refusal, what: str = "blocked") -> str:
     return f"{what}: {refusal.message}\n  by {refusal.operator} at {refusal.node}{source}"
 
 
-def _step(number: int, step: Step) -> str:
+def _step(number: int, step: EvidenceStep) -> str:
     where = f" in {step.module}" if step.module else ""
     source = f"\n{_indented(step.source, 7)}" if step.source.strip() else ""
     return f"  {number:>2}. {step.node}: {step.operator} {step.action}{where}{source}"

@@ -81,7 +81,7 @@ class Refusal:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class EvidenceStep:
     """One node on the evidence path of a coupling: what the operator does to the dim there."""
 
     node: str
@@ -114,11 +114,11 @@ class Coupling:
     inexact: Refusal | None = None
     resized: Refusal | None = None
     contains: tuple[str, ...] = ()
-    path: tuple[Step, ...] = field(default=(), repr=False)
+    path: tuple[EvidenceStep, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class LocatedCoupling:
     """A coupling and the dims behind it, which a rewrite of the same graph needs."""
 
     coupling: Coupling

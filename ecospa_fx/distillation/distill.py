@@ -22,11 +22,11 @@ from ecospa_fx.distillation.divergence import (
     divergence_of_zero,
     mean,
 )
-from ecospa_fx.distillation.token_mixing import Mix
+from ecospa_fx.distillation.token_mixing import TokenMixing
 from ecospa_fx.errors import ScoreError, warn_caller
 from ecospa_fx.importance.losses import Batch, Loss, NormalisedLoss, Slopes, leaves_of, slopes_of
 from ecospa_fx.runtime.bfloat16 import quick, quick_products
-from ecospa_fx.runtime.interpreter import Evaluator, Values
+from ecospa_fx.runtime.interpreter import NodeValues, PartialInterpreter
 
 EPSILON = 3e-7
 """Gradients below this move nothing, where the slope of the loss at the dense model's answers has a length about 1."""
@@ -45,7 +45,7 @@ class Distill:
     length: batches to learn from in all, each as often as it takes; rate: of what a parameter is as an operator, how
     much a step may change, times the root of the share of the dense model's answers that is lost, for who lost little
     has not far to go; from half of the steps on it falls to zero; step: batches per step; mixed, predicted: shares of
-    positions that vary, as `Mix` takes them.
+    positions that vary, as `TokenMixing` takes them.
     """
 
     length: int = 224
@@ -57,8 +57,8 @@ class Distill:
 
     def run(
         self,
-        dense: Evaluator,
-        small: Evaluator,
+        dense: PartialInterpreter,
+        small: PartialInterpreter,
         batches: Sequence[Batch],
         loss: Loss,
         judges: Sequence[Batch] = (),
@@ -102,7 +102,7 @@ class Distill:
         epochs = math.ceil(self.length / len(batches))
         drawn = torch.cat([torch.randperm(len(batches), generator=source) for _ in range(epochs)])
         order = drawn[: self.length].tolist()
-        steps, mix = math.ceil(len(order) / self.step), Mix(self.mixed, self.predicted)
+        steps, mix = math.ceil(len(order) / self.step), TokenMixing(self.mixed, self.predicted)
         last = {number: done for done, number in enumerate(order, 1)}
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1.0, 2 - 2 * i / steps))
         for done, number in enumerate(watch(order), 1):
@@ -120,10 +120,10 @@ class Distill:
 class _Pair:
     """A dense and a smaller program, `given` and `fixed` being their weights, in place of some of which are leaves."""
 
-    dense: Evaluator
-    small: Evaluator
-    given: Values
-    fixed: Values
+    dense: PartialInterpreter
+    small: PartialInterpreter
+    given: NodeValues
+    fixed: NodeValues
     leaves: Mapping[fx.Node, nn.Parameter]
     loss: Loss
 
@@ -230,7 +230,7 @@ def _step_size(parameter: Tensor) -> float:
     return size * (1 / math.sqrt(rows) + 1 / math.sqrt(columns))
 
 
-def _is_told(dense: Evaluator, small: Evaluator, batches: Sequence[Batch], loss: Loss) -> bool:
+def _is_told(dense: PartialInterpreter, small: PartialInterpreter, batches: Sequence[Batch], loss: Loss) -> bool:
     """Whether the loss tells the two apart; says so where it never can, having the same slopes everywhere."""
     differ = False
     for batch in batches[:TELLING]:
@@ -254,7 +254,7 @@ def _equal(first: Sequence[object], second: Sequence[object]) -> bool:
     return all(a.equal(b) for a, b in pairs if isinstance(a, Tensor) and isinstance(b, Tensor))
 
 
-def _trained(dense: Evaluator, small: Evaluator) -> dict[fx.Node, nn.Parameter]:
+def _trained(dense: PartialInterpreter, small: PartialInterpreter) -> dict[fx.Node, nn.Parameter]:
     """Fresh leaves, in at least float32, for the parameters that lost elements, and for vectors.
 
     Vectors are few numbers, biases and the scales of norms, and say how large everything is that comes after them; but

@@ -36,7 +36,7 @@ from ecospa_fx.importance.losses import (
     slopes_of,
 )
 from ecospa_fx.importance.unit_reduction import accumulator_dtype
-from ecospa_fx.runtime.interpreter import Evaluator, Values
+from ecospa_fx.runtime.interpreter import NodeValues, PartialInterpreter
 
 _ROOT = math.sqrt(6.0)
 RADAU = (
@@ -135,7 +135,7 @@ def check_positive(found: Divergence) -> None:
         )
 
 
-def answer_of(evaluator: Evaluator, weights: Values, batch: Batch) -> object:
+def answer_of(evaluator: PartialInterpreter, weights: NodeValues, batch: Batch) -> object:
     """What a program returns with these weights."""
     values = {**evaluator.start(*batch), **weights}
     evaluator.run(evaluator.order, values)

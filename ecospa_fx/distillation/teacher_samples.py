@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from ecospa_fx.importance.score import Batch
 
 
-class Foretold:
+class TeacherSamples:
     """Predictions by number of a batch, drawn from the outputs that were heard for it.
 
     Whether an output [rows, positions, classes] foretells an input [rows, positions] is judged by what is drawn from

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ecospa_fx.distillation.teacher_samples import Foretold, has_positions
+from ecospa_fx.distillation.teacher_samples import TeacherSamples, has_positions
 from ecospa_fx.importance.score import Batch
 
 ENOUGH = 60000
@@ -24,8 +24,8 @@ MOST = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Mix:
-    """``Mix(share, predicted)(batches, number)``: batch `number`, varied.
+class TokenMixing:
+    """``TokenMixing(share, predicted)(batches, number)``: batch `number`, varied.
 
     About a share `predicted` of its positions is what the model foretold when it was heard last, or else `share` of
     them are from another batch. Positions are the first two axes, [rows, positions], of whole-number inputs, such as
@@ -37,10 +37,10 @@ class Mix:
     share: float = 0.2
     predicted: float = 0.25
     source: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
-    _foretold: Foretold = field(init=False)
+    _foretold: TeacherSamples = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_foretold", Foretold(self.source))
+        object.__setattr__(self, "_foretold", TeacherSamples(self.source))
 
     def hear(self, number: int, batch: Batch, outputs: Sequence[Tensor]) -> None:
         """What the model whose answers count says to the batch that was given for `number`."""
@@ -87,7 +87,7 @@ def filled(batches: Sequence[Batch], share: float) -> list[Batch]:
 
     Up to `ENOUGH` positions in all and `MOST` batches for one.
     """
-    mix, found = Mix(share), list(batches)
+    mix, found = TokenMixing(share), list(batches)
     held = sum(max((leaf.shape[0] * leaf.shape[1] for leaf in _positioned(batch)), default=0) for batch in batches)
     if share == 0 or held == 0 or len(batches) < 2:
         return found

@@ -19,10 +19,10 @@ from ecospa_fx.coupling.types import Coupling
 from ecospa_fx.importance.brain_surgeon import gate_roots
 from ecospa_fx.importance.curvature import Curvature
 from ecospa_fx.importance.linalg import least_squares, rotated
-from ecospa_fx.importance.linear_views import Inputs, Views
-from ecospa_fx.ir.linears import Site
+from ecospa_fx.importance.linear_views import CouplingViews, Inputs
+from ecospa_fx.ir.linears import LinearUse
 
-Gone = Mapping[str, Tensor]
+Removed = Mapping[str, Tensor]
 """By coupling BoolTensor [carriers, units], True where a unit goes; a coupling that is not there is whole."""
 
 
@@ -36,7 +36,7 @@ class Compensated:
 
     couplings: Sequence[Coupling]
     values: Mapping[str, Tensor]
-    views: Views | None = None
+    views: CouplingViews | None = None
     curvature: Curvature | None = None
     damping: float | None = 0.1
     gate_damping: float | None = 0.1
@@ -53,7 +53,7 @@ class Compensated:
                 found |= {site.bias for site in view.positions if site.bias is not None}
         return found
 
-    def weights(self, gone: Gone, names: Iterable[str]) -> dict[str, Tensor]:
+    def weights(self, gone: Removed, names: Iterable[str]) -> dict[str, Tensor]:
         """The named parameters with all these units zero, and the rest making up for them."""
         names = set(names)
         found = {name: self.values[name] for name in names}
@@ -66,7 +66,7 @@ class Compensated:
                 found[name] = found[name].masked_fill(~kept, 0)
         return found
 
-    def made_up(self, gone: Gone, names: Container[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    def made_up(self, gone: Removed, names: Container[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """Parameters, of `names` where given, and what they are for the rest to make up for units that go.
 
         One after the other, with anything where the units are that go. One that comes twice counts as it comes last.
@@ -77,7 +77,7 @@ class Compensated:
             yield name, held[name]
 
     def _rescaled(
-        self, gone: Gone, names: Container[str] | None, held: Mapping[str, Tensor]
+        self, gone: Removed, names: Container[str] | None, held: Mapping[str, Tensor]
     ) -> Iterator[tuple[str, Tensor]]:
         """Both factors multiplied by the square roots of the best gates. held: what has changed already."""
 
@@ -94,9 +94,9 @@ class Compensated:
                 yield member.parameter, rotated(value, member.axis, member.indices, roots)
 
     def _solved(
-        self, gone: Gone, names: Container[str] | None, held: Mapping[str, Tensor]
+        self, gone: Removed, names: Container[str] | None, held: Mapping[str, Tensor]
     ) -> Iterator[tuple[str, Tensor]]:
-        lost: dict[Site, list[Tensor]] = {}
+        lost: dict[LinearUse, list[Tensor]] = {}
         for view in self._consumers if self.damping is not None else ():
             units = gone.get(view.coupling.name)
             for site, positions in view.positions.items() if units is not None and units.any() else ():
@@ -108,7 +108,7 @@ class Compensated:
                 made = {site.parameter: site.matrix(matrix), site.bias: bias}
                 yield from ((name, value) for name in wanted if (value := made[name]) is not None)
 
-    def _solution(self, site: Site, lost: Tensor, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    def _solution(self, site: LinearUse, lost: Tensor, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """W_K ← W_K + W_R A_RK (A_KK + λ)⁻¹ over the kept inputs K and those that went, R; and the bias that fits."""
         assert self.curvature is not None  # views come with it
         assert self.damping is not None

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from ecospa_fx.errors import ScoreError
-from ecospa_fx.importance.linear_views import Views
+from ecospa_fx.importance.linear_views import CouplingViews
 from ecospa_fx.importance.losses import NormalisedLoss, no_slope
 from ecospa_fx.importance.methods import GATE_FISHER, GradientStatistic
 from ecospa_fx.importance.score import Batch, Loss, one_batch
 from ecospa_fx.importance.unit_reduction import accumulator_dtype
-from ecospa_fx.ir.linears import Site
-from ecospa_fx.runtime.interpreter import Evaluator, Values
+from ecospa_fx.ir.linears import LinearUse
+from ecospa_fx.runtime.interpreter import NodeValues, PartialInterpreter
 
 Total = Callable[[Tensor], None]
 """Replaces a tensor by its sum over all processes, in place."""
@@ -74,14 +74,14 @@ class Curvature:
     """
 
     def __init__(self) -> None:
-        self.inputs: dict[Site, Moments] = {}
-        self.results: dict[Site, Moments] = {}
-        self.outputs: dict[Site, Moments] = {}
+        self.inputs: dict[LinearUse, Moments] = {}
+        self.results: dict[LinearUse, Moments] = {}
+        self.outputs: dict[LinearUse, Moments] = {}
         self.gates: dict[str, Tensor] = {}
         self.others: dict[str, Tensor] = {}
         self.has_slope = False
 
-    def second(self, site: Site) -> Tensor:
+    def second(self, site: LinearUse) -> Tensor:
         """Second moment of a site's input, about the mean where a bias can make up for it."""
         moments = self.inputs[site]
         return moments.covariance() if site.bias is not None else moments.second
@@ -105,7 +105,7 @@ class Collector:
     results: sites whose outputs are to be known as well, with the gradients there.
     """
 
-    def __init__(self, evaluator: Evaluator, views: Views, results: Sequence[Site] = ()) -> None:
+    def __init__(self, evaluator: PartialInterpreter, views: CouplingViews, results: Sequence[LinearUse] = ()) -> None:
         self.evaluator, self.curvature = evaluator, Curvature()
         weights = evaluator.program.values
         for site in views.sites:
@@ -119,7 +119,7 @@ class Collector:
             out = site.matrix(weights[site.parameter]).shape[0]
             self.curvature.results[site] = Moments(out, weights[site.parameter].device)
             self.curvature.outputs[site] = Moments(out, weights[site.parameter].device)
-        self._gates: dict[Site, list[tuple[Tensor, Tensor]]] = {}
+        self._gates: dict[LinearUse, list[tuple[Tensor, Tensor]]] = {}
         self._sides: dict[str, list[Tensor]] = {}
         for gate in views.gates:
             self._sides[gate.coupling.name] = [self._side(side) for side in gate.sides]
@@ -130,7 +130,7 @@ class Collector:
         self._begun: list[Tensor] = []
         self._batches, self._unit = 0, 1.0
 
-    def _side(self, side: Mapping[Site, Tensor]) -> Tensor:
+    def _side(self, side: Mapping[LinearUse, Tensor]) -> Tensor:
         """Zeros [carriers, units, units], to which the hooks of a factor's sites will add."""
         weights = self.evaluator.program.values
         (shape,) = {tuple(positions.shape[:2]) for positions in side.values()}
@@ -199,7 +199,7 @@ class Collector:
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         evaluator, self._begun = self.evaluator, []
-        values: Values = evaluator.start(args, kwargs)
+        values: NodeValues = evaluator.start(args, kwargs)
         for node, name in evaluator.program.parameters.items():
             values[node] = self._leaves.get(name, evaluator.program.tensor(name).detach())
         for node in evaluator.order:
@@ -210,7 +210,7 @@ class Collector:
                 values[node] = self._watched_result(site, source, values[node])
         return evaluator.returned(values, args, kwargs)
 
-    def _watched_result(self, site: Site, source: Any, result: Tensor) -> Tensor:
+    def _watched_result(self, site: LinearUse, source: Any, result: Tensor) -> Tensor:
         """The result with a hook; what comes after it may overwrite it."""
         if not result.requires_grad:
             self._begun.append(result.requires_grad_())

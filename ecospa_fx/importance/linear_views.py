@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ecospa_fx.coupling.types import Coupling, Member
-from ecospa_fx.ir.linears import Site
+from ecospa_fx.ir.linears import LinearUse
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,7 +24,7 @@ class Inputs:
     """
 
     coupling: Coupling
-    positions: Mapping[Site, Tensor]
+    positions: Mapping[LinearUse, Tensor]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,10 +36,10 @@ class Gate:
     """
 
     coupling: Coupling
-    sides: tuple[Mapping[Site, Tensor], ...]
+    sides: tuple[Mapping[LinearUse, Tensor], ...]
 
     @property
-    def sites(self) -> list[Site]:
+    def sites(self) -> list[LinearUse]:
         """Each once."""
         return list(dict.fromkeys(site for side in self.sides for site in side))
 
@@ -53,7 +53,7 @@ class Side:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Views:
+class CouplingViews:
     """How each coupling is looked at.
 
     beside: linear layers that consume units of `others`, which scores do not look at.
@@ -65,12 +65,12 @@ class Views:
     beside: tuple[Inputs, ...] = ()
 
     @property
-    def sites(self) -> list[Site]:
+    def sites(self) -> list[LinearUse]:
         """The sites whose inputs are units, each once."""
         return list(dict.fromkeys(site for view in self.inputs for site in view.positions))
 
 
-def views_of(couplings: Sequence[Coupling], sites: Sequence[Site]) -> Views:
+def views_of(couplings: Sequence[Coupling], sites: Sequence[LinearUse]) -> CouplingViews:
     """Look at each coupling in the most informed way that its members allow."""
     by_name = {site.parameter: site for site in sites}
     inputs, gates, others, beside = [], [], [], []
@@ -86,10 +86,10 @@ def views_of(couplings: Sequence[Coupling], sites: Sequence[Site]) -> Views:
             others.append(coupling)
             if consumed:
                 beside.append(Inputs(coupling, consumed))
-    return Views(tuple(inputs), tuple(gates), tuple(others), tuple(beside))
+    return CouplingViews(tuple(inputs), tuple(gates), tuple(others), tuple(beside))
 
 
-def _met(sites: Mapping[str, Site], member: Member, *, inside: bool) -> Site | None:
+def _met(sites: Mapping[str, LinearUse], member: Member, *, inside: bool) -> LinearUse | None:
     """The site whose input (inside) or output a member's axis is."""
     site = sites.get(member.parameter)
     if site is None or member.carrier_axis is not None or (member.axis == site.in_axis) != inside:
@@ -97,9 +97,9 @@ def _met(sites: Mapping[str, Site], member: Member, *, inside: bool) -> Site | N
     return site
 
 
-def _rows(sites: Mapping[str, Site], coupling: Coupling) -> dict[Site, Tensor]:
+def _rows(sites: Mapping[str, LinearUse], coupling: Coupling) -> dict[LinearUse, Tensor]:
     """Positions in the outputs of the sites that make the units; empty where something else makes them too."""
-    found: dict[Site, Tensor] = {}
+    found: dict[LinearUse, Tensor] = {}
     biases = {site.bias for site in sites.values()}
     for member in coupling.members:
         site = _met(sites, member, inside=False)
@@ -125,7 +125,7 @@ def sides_of(coupling: Coupling) -> tuple[tuple[Side, ...], tuple[Side, ...]] | 
     return halves[0], halves[1]
 
 
-def _factors(sites: Mapping[str, Site], coupling: Coupling) -> tuple[Mapping[Site, Tensor], ...] | None:
+def _factors(sites: Mapping[str, LinearUse], coupling: Coupling) -> tuple[Mapping[LinearUse, Tensor], ...] | None:
     """The outputs of each factor's matrices; None where a factor is not told apart or has none."""
     halves = sides_of(coupling) or ()
     found = tuple(

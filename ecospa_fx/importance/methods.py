@@ -37,7 +37,7 @@ from ecospa_fx.coupling.types import Coupling, Member, Role
 from ecospa_fx.errors import ScoreError
 from ecospa_fx.importance.unit_reduction import MarginKey, accumulator_dtype, exact, margin, margin_key, unit_sums
 
-Values = dict[str, Tensor]
+UnitScores = dict[str, Tensor]
 """Coupling name to float64 CPU tensor [carriers, units]."""
 
 
@@ -60,7 +60,7 @@ class Statistic(Protocol):
         Called once per sample. Raises ScoreError where that is not finite.
         """
 
-    def result(self) -> Values:
+    def result(self) -> UnitScores:
         """The scores over all samples so far."""
 
 
@@ -76,7 +76,7 @@ class Method:
     """
 
     name: str
-    from_weights: Callable[[Weights, Sequence[Coupling]], Values] | None = None
+    from_weights: Callable[[Weights, Sequence[Coupling]], UnitScores] | None = None
     from_batches: Callable[[Weights, Sequence[Coupling]], Statistic] | None = None
     degree: int = 0
 
@@ -106,7 +106,7 @@ def method_named(name: object, *others: str) -> Method:
 # -- from weights alone ------------------------------------------------------------------------------------------
 
 
-def magnitude(weights: Weights, couplings: Sequence[Coupling]) -> Values:
+def magnitude(weights: Weights, couplings: Sequence[Coupling]) -> UnitScores:
     """Product of the norms of each unit's producers and consumers, relative to the coupling's mean.
 
     Scaled so that the mean score per parameter is one in every coupling: it ranks the units of a coupling, and says
@@ -124,7 +124,7 @@ def magnitude(weights: Weights, couplings: Sequence[Coupling]) -> Values:
             total += unit_sums(squared[key], member).cpu()
         return total.sqrt()
 
-    values: Values = {}
+    values: UnitScores = {}
     for coupling in couplings:
         product = norm(coupling, "producer") * norm(coupling, "consumer")
         mean = product.mean()
@@ -171,7 +171,7 @@ class GradientStatistic:
     def __init__(self, rule: GradientRule, weights: Weights, couplings: Sequence[Coupling]) -> None:
         self._rule, self._samples = rule, 0
         self._uses: dict[str, dict[MarginKey, list[tuple[str, float, Member]]]] = {}
-        self._sums: Values = {}
+        self._sums: UnitScores = {}
         for coupling in couplings:
             members, factor = gate_members(coupling) if rule.gate else (coupling.members, 1.0)
             for member in members:
@@ -181,7 +181,7 @@ class GradientStatistic:
             shape, dtype = (coupling.carriers, coupling.size), accumulator_dtype(device)
             self._sums[coupling.name] = torch.zeros(shape, dtype=dtype, device=device)
         self._weights = {name: weights[name] for name in self._uses}
-        self._sample: Values = {}
+        self._sample: UnitScores = {}
         self._finite: dict[str, Tensor] = {}
 
     @property
@@ -224,7 +224,7 @@ class GradientStatistic:
         self._samples += 1
         self._sample, self._finite = {}, {}
 
-    def result(self) -> Values:
+    def result(self) -> UnitScores:
         return {name: self._rule.finish(s / self._samples).to("cpu", torch.float64) for name, s in self._sums.items()}
 
 

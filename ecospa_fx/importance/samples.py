@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from ecospa_fx.errors import warn_caller
 from ecospa_fx.importance.losses import Batch, Loss, NormalisedLoss, times
 from ecospa_fx.importance.separable import Comparison, Output, closed_again, open_tensors
-from ecospa_fx.runtime.interpreter import Evaluator
+from ecospa_fx.runtime.interpreter import PartialInterpreter
 
 Answer = Callable[[Batch], Any]
 """What the model returns for some arguments."""
@@ -112,13 +112,13 @@ class Splitter:
         return comparison.conclusion()
 
 
-def samples_of(batches: Iterable[Batch], evaluator: Evaluator, loss: Loss) -> list[Batch]:
+def samples_of(batches: Iterable[Batch], evaluator: PartialInterpreter, loss: Loss) -> list[Batch]:
     """The samples of all batches, by a program that runs them. Raises what a batch that cannot be run raises."""
     weights = evaluator.program.values.values()
     return Splitter(lambda batch: evaluator.answer(*batch), loss, weights).all_of(batches)
 
 
-def grouped(samples: Sequence[Batch], size: int, evaluator: Evaluator, loss: Loss) -> list[Batch]:
+def grouped(samples: Sequence[Batch], size: int, evaluator: PartialInterpreter, loss: Loss) -> list[Batch]:
     """The samples in batches of so many, to be read at once; one by one where model or loss do not take them so."""
     if size < 2 or len(samples) < 2:
         return list(samples)

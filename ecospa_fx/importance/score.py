@@ -16,7 +16,7 @@ from ecospa_fx.errors import ScoreError
 from ecospa_fx.importance.losses import Batch as Batch
 from ecospa_fx.importance.losses import Loss as Loss
 from ecospa_fx.importance.losses import NormalisedLoss, checked_value, no_slope
-from ecospa_fx.importance.methods import Method, Statistic, Values, method_named
+from ecospa_fx.importance.methods import Method, Statistic, UnitScores, method_named
 from ecospa_fx.importance.samples import Splitter
 from ecospa_fx.importance.scores import Scores
 from ecospa_fx.importance.separable import copied
@@ -95,7 +95,7 @@ def score_samples(
     return Scores(method, _values(chosen, statistic, unit))
 
 
-def _values(method: Method, statistic: Statistic, unit: NormalisedLoss) -> Values:
+def _values(method: Method, statistic: Statistic, unit: NormalisedLoss) -> UnitScores:
     """Scores of the loss itself, in whose unit they were not gathered. Raises ScoreError where they say nothing."""
     values = {name: value / unit.unit**method.degree for name, value in statistic.result().items()}
     if unit.is_rounding or not any(value.any() for value in values.values()):

@@ -20,12 +20,12 @@ from torch import Tensor
 from ecospa_fx.importance.brain_surgeon import order_scores, remove_all
 from ecospa_fx.importance.curvature import Curvature
 from ecospa_fx.importance.linalg import damped, power
-from ecospa_fx.importance.linear_views import Views
-from ecospa_fx.ir.linears import Site
+from ecospa_fx.importance.linear_views import CouplingViews
+from ecospa_fx.ir.linears import LinearUse
 
 
 def unit_scores(
-    views: Views, curvature: Curvature, weights: Mapping[str, Tensor], damping: float, looks: int | None = None
+    views: CouplingViews, curvature: Curvature, weights: Mapping[str, Tensor], damping: float, looks: int | None = None
 ) -> dict[str, Tensor]:
     """Per coupling [carriers, units] in float64 on the CPU, ascending in the order in which units should go.
 
@@ -52,7 +52,7 @@ def _at_once(units: int, looks: int | None) -> int:
 
 
 def _input_scores(
-    site: Site, positions: Tensor, curvature: Curvature, weights: Mapping[str, Tensor], damping: float,
+    site: LinearUse, positions: Tensor, curvature: Curvature, weights: Mapping[str, Tensor], damping: float,
     looks: int | None,
 ) -> Tensor:  # fmt: skip
     """Carrier by carrier: what is left of a carrier makes up for what goes from it."""
@@ -67,7 +67,7 @@ def _input_scores(
     return order_scores(removal).cpu() / 2
 
 
-def without_traffic(views: Views, curvature: Curvature) -> list[str]:
+def without_traffic(views: CouplingViews, curvature: Curvature) -> list[str]:
     """Couplings that the data never reached: an expert without tokens, a branch that was not taken."""
     idle = [v.coupling.name for v in views.inputs if not any(curvature.inputs[s].second.any() for s in v.positions)]
     idle += [gate.coupling.name for gate in views.gates if not curvature.gates[gate.coupling.name].any()]

@@ -17,14 +17,14 @@ from torch import Tensor, fx
 
 from ecospa_fx.coupling.types import Coupling
 from ecospa_fx.errors import ScoreError
-from ecospa_fx.importance.compensation import Compensated, Gone
+from ecospa_fx.importance.compensation import Compensated, Removed
 from ecospa_fx.importance.score import Batch, Loss
-from ecospa_fx.runtime.interpreter import Evaluator, Values
+from ecospa_fx.runtime.interpreter import NodeValues, PartialInterpreter
 
-Weights = Mapping[str, Tensor]
+ChangedWeights = Mapping[str, Tensor]
 """Parameters by name, of their dense shapes."""
 
-Watch = Callable[[Sequence["Trial"]], Iterable["Trial"]]
+Watcher = Callable[[Sequence["Trial"]], Iterable["Trial"]]
 """Wraps the trials, to show progress."""
 
 TINY = 1e-12
@@ -68,19 +68,21 @@ class Trial:
 
     coupling: str
     parameters: Collection[str]
-    variants: Sequence[Callable[[], Weights]]
+    variants: Sequence[Callable[[], ChangedWeights]]
 
 
-class Bench:
+class TrialLosses:
     """Tries weights on held-out batches. base: what differs from the program's own parameters in every trial."""
 
-    def __init__(self, evaluator: Evaluator, batches: Sequence[Batch], loss: Loss, base: Weights) -> None:
+    def __init__(
+        self, evaluator: PartialInterpreter, batches: Sequence[Batch], loss: Loss, base: ChangedWeights
+    ) -> None:
         self.evaluator, self.batches, self.loss = evaluator, batches, loss
         self._nodes = evaluator.program.parameters
         self._weights = {**evaluator.weights(), **self._by_node(base)}
         self._place = {node: place for place, node in enumerate(evaluator.order)}
 
-    def _by_node(self, weights: Weights) -> Values:
+    def _by_node(self, weights: ChangedWeights) -> NodeValues:
         return {node: weights[name] for node, name in self._nodes.items() if name in weights}
 
     def first(self, trial: Trial) -> int:
@@ -88,7 +90,7 @@ class Bench:
         nodes = (node for node, name in self._nodes.items() if name in trial.parameters)
         return min((self._place[user] for node in nodes for user in node.users if user in self._place), default=0)
 
-    def losses(self, trials: Sequence[Trial], watch: Watch = lambda trials: trials) -> dict[str, list[float]]:
+    def losses(self, trials: Sequence[Trial], watch: Watcher = lambda trials: trials) -> dict[str, list[float]]:
         """Mean loss of each variant, by coupling."""
         found, at = {}, 0
         with torch.no_grad():
@@ -100,7 +102,7 @@ class Bench:
                 found[trial.coupling] = [self._mean(states, rest, variant()) for variant in trial.variants]
         return found
 
-    def _mean(self, states: Sequence[Values], rest: Sequence[fx.Node], weights: Weights) -> float:
+    def _mean(self, states: Sequence[NodeValues], rest: Sequence[fx.Node], weights: ChangedWeights) -> float:
         total = 0.0
         for state, (args, kwargs) in zip(states, self.batches, strict=True):
             values = self._run(state, rest, self._by_node(weights))
@@ -108,7 +110,7 @@ class Bench:
         mean = total / len(self.batches)
         return mean if isfinite(mean) else float("inf")
 
-    def _run(self, state: Values, nodes: Sequence[fx.Node], weights: Values) -> Values:
+    def _run(self, state: NodeValues, nodes: Sequence[fx.Node], weights: NodeValues) -> NodeValues:
         """What a batch's values are after some nodes; the values before them stay as they were."""
         # Together, so that views of one tensor stay views of one.
         fresh = deepcopy(list(state.values())) if self.evaluator.overwrites else state.values()
@@ -118,12 +120,12 @@ class Bench:
 
 
 def measured(
-    bench: Bench,
+    bench: TrialLosses,
     weights: Compensated,
     scores: Mapping[str, Tensor],
     widths: Mapping[str, Sequence[int]],
-    base: Gone,
-    watch: Watch = lambda trials: trials,
+    base: Removed,
+    watch: Watcher = lambda trials: trials,
 ) -> Curves:
     """Curves of all couplings of `widths`, which lists kept units from most to fewest, around a base.
 
@@ -145,11 +147,11 @@ def measured(
 
 
 def _trial(
-    weights: Compensated, scores: Mapping[str, Tensor], coupling: Coupling, widths: Sequence[int], base: Gone
+    weights: Compensated, scores: Mapping[str, Tensor], coupling: Coupling, widths: Sequence[int], base: Removed
 ) -> Trial:
     touched = weights.touched(coupling)
 
-    def variant(kept: int) -> Callable[[], Weights]:
+    def variant(kept: int) -> Callable[[], ChangedWeights]:
         return lambda: weights.weights({**base, coupling.name: least(scores[coupling.name], kept)}, touched)
 
     return Trial(coupling.name, touched, [variant(kept) for kept in (coupling.size, *widths)])

@@ -9,16 +9,16 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from ecospa_fx.indexing.values import Element, Value, Values, as_number, combined, constant, position
+from ecospa_fx.indexing.values import ElementValue, IndexedRead, Piecewise, as_number, combined, constant, position
 from ecospa_fx.ir.schema import named_arguments
 
-Known = dict[fx.Node, Value]
-Rule = Callable[["Call"], Value | None]
-NodeRule = Callable[[fx.Node, Known], Value | None]
+Known = dict[fx.Node, ElementValue]
+ElementRule = Callable[["ElementCall"], ElementValue | None]
+NodeRule = Callable[[fx.Node, Known], ElementValue | None]
 RULES: dict[Any, NodeRule] = {}
 
 
-class Call:
+class ElementCall:
     """A call as a rule sees it: arguments by name, defaults included."""
 
     def __init__(self, node: fx.Node, known: Known) -> None:
@@ -40,15 +40,15 @@ class Call:
         """An axis argument, counted from the left."""
         return int(self[name]) % max(rank, 1)
 
-    def value(self, name: str = "self") -> Value:
+    def value(self, name: str = "self") -> ElementValue:
         """What the elements of a tensor argument are, in their own positions."""
         given = self[name]
         return self.known[given] if isinstance(given, fx.Node) else constant(given)
 
-    def aligned(self, name: str) -> Values | None:
+    def aligned(self, name: str) -> Piecewise | None:
         """What the elements of an argument are, in the positions of the result; None for those of other tensors."""
         given, value = self[name], self.value(name)
-        if not isinstance(value, Values):
+        if not isinstance(value, Piecewise):
             return None
         shape = shape_of(given) if isinstance(given, fx.Node) else ()
         offset, places = len(self.shape) - len(shape), {}
@@ -61,12 +61,12 @@ class Call:
                 return None
         return value.at(places)
 
-    def pointwise(self, function: Callable[..., Any], *names: str) -> Values | None:
+    def pointwise(self, function: Callable[..., Any], *names: str) -> Piecewise | None:
         """A function of numbers, position by position."""
         values = [self.aligned(name) for name in names]
         return None if any(v is None for v in values) else combined(function, *(v for v in values if v is not None))
 
-    def moved(self, places: Sequence[Any]) -> Value:
+    def moved(self, places: Sequence[Any]) -> ElementValue:
         """The elements of ``self`` at other positions: one expression for each of its axes."""
         return self.value().at({position(axis): sympy.sympify(place) for axis, place in enumerate(places)})
 
@@ -82,12 +82,12 @@ def same(a: Any, b: Any) -> bool:
     return bool(sympy.expand(as_number(a) - as_number(b)) == 0)
 
 
-def element_rule(*operators: Any) -> Callable[[Rule], Rule]:
+def element_rule(*operators: Any) -> Callable[[ElementRule], ElementRule]:
     """Register a rule for operators."""
 
-    def register(rule: Rule) -> Rule:
+    def register(rule: ElementRule) -> ElementRule:
         for operator in operators:
-            RULES[operator] = lambda node, known: rule(Call(node, known))
+            RULES[operator] = lambda node, known: rule(ElementCall(node, known))
         return rule
 
     return register
@@ -98,6 +98,6 @@ def shape_of(node: Any) -> tuple[Any, ...]:
     return tuple(node.meta["val"].shape)
 
 
-def itself(node: fx.Node) -> Element:
+def itself(node: fx.Node) -> IndexedRead:
     """An element of the node's own tensor."""
-    return Element(node, tuple(position(axis) for axis in range(len(shape_of(node)))))
+    return IndexedRead(node, tuple(position(axis) for axis in range(len(shape_of(node)))))

@@ -16,13 +16,13 @@ from typing import Any
 from torch import Tensor, fx
 
 from ecospa_fx.indexing.call import RULES, NodeRule, itself
-from ecospa_fx.indexing.values import Element, TooLarge, Value, Values, constant, small_enough
+from ecospa_fx.indexing.values import ElementValue, IndexedRead, Piecewise, TooLarge, constant, small_enough
 from ecospa_fx.ir.alias import bases, written
 
 log = logging.getLogger(__name__)
 
 
-class Elements(Mapping[fx.Node, Value]):
+class Elements(Mapping[fx.Node, ElementValue]):
     """What the elements of the tensors of a graph with example values are, found when it is asked for.
 
     The graph may change meanwhile where what a node computes stays the same.
@@ -32,8 +32,8 @@ class Elements(Mapping[fx.Node, Value]):
         load_rules()
         self.graph = graph
         self._written = written(graph)
-        self._known: dict[fx.Node, Value] = {}
-        self._computed: dict[str, Value | None] = {}
+        self._known: dict[fx.Node, ElementValue] = {}
+        self._computed: dict[str, ElementValue | None] = {}
 
     def __iter__(self) -> Iterator[fx.Node]:
         return (node for node in self.graph.nodes if _is_tensor(node))
@@ -44,7 +44,7 @@ class Elements(Mapping[fx.Node, Value]):
     def __contains__(self, node: object) -> bool:
         return isinstance(node, fx.Node) and _is_tensor(node)
 
-    def __getitem__(self, node: fx.Node) -> Value:
+    def __getitem__(self, node: fx.Node) -> ElementValue:
         waiting = [node]  # no recursion: chains of nodes are longer than Python's stack
         while waiting:
             last = waiting[-1]
@@ -59,9 +59,9 @@ class Elements(Mapping[fx.Node, Value]):
         rule = node.op == "call_function" and node.target in RULES
         return [n for n in node.all_input_nodes if _is_tensor(n)] if rule else []
 
-    def _value(self, node: fx.Node) -> Value:
+    def _value(self, node: fx.Node) -> ElementValue:
         rule = RULES.get(node.target) if node.op == "call_function" else None
-        found: Value | None
+        found: ElementValue | None
         if rule is None:
             found = _stored(node)
         else:
@@ -69,14 +69,14 @@ class Elements(Mapping[fx.Node, Value]):
             if key not in self._computed:
                 self._computed[key] = self._bounded(rule, node)
             found = self._computed[key]
-        if isinstance(found, Values) and self._written and not bases(node).isdisjoint(self._written):
+        if isinstance(found, Piecewise) and self._written and not bases(node).isdisjoint(self._written):
             found = None
         return found if found is not None else itself(node)
 
-    def _bounded(self, rule: NodeRule, node: fx.Node) -> Value | None:
+    def _bounded(self, rule: NodeRule, node: fx.Node) -> ElementValue | None:
         try:
             found = rule(node, self._known)
-            if isinstance(found, Element):
+            if isinstance(found, IndexedRead):
                 small_enough(found.places)
         except TooLarge:
             log.debug("node %s (%s) stays as it is: its elements take too long an expression", node, node.target)
@@ -113,7 +113,7 @@ def _is_tensor(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), Tensor)
 
 
-def _stored(node: fx.Node) -> Values | None:
+def _stored(node: fx.Node) -> Piecewise | None:
     """A literal of the model's code that is one number, such as ``torch.tensor(-1e9)``."""
     held = node.meta.get("constant")
     if not isinstance(held, Tensor) or held.numel() != 1 or held.is_complex():

@@ -8,13 +8,13 @@ from typing import Any
 import sympy
 import torch
 
-from ecospa_fx.indexing.call import Call, Rule, element_rule
-from ecospa_fx.indexing.values import Value, Values, at_least_zero, negated
+from ecospa_fx.indexing.call import ElementCall, ElementRule, element_rule
+from ecospa_fx.indexing.values import ElementValue, Piecewise, at_least_zero, negated
 
 aten = torch.ops.aten
 
 
-def _compare(function: Callable[[Any], Any]) -> Rule:
+def _compare(function: Callable[[Any], Any]) -> ElementRule:
     """A comparison from what it says of the difference of its operands."""
 
     def decide(a: Any, b: Any) -> Any:
@@ -47,67 +47,67 @@ for _name, _function in {
 
 
 @element_rule(aten.__and__.Tensor, aten.bitwise_and.Tensor, aten.logical_and.default)
-def both(call: Call) -> Value | None:
+def both(call: ElementCall) -> ElementValue | None:
     """Truth values only."""
     return call.pointwise(lambda a, b: a * b, "self", "other") if call.dtype is torch.bool else None
 
 
 @element_rule(aten.__or__.Tensor, aten.bitwise_or.Tensor, aten.logical_or.default)
-def either(call: Call) -> Value | None:
+def either(call: ElementCall) -> ElementValue | None:
     """Truth values only."""
     return call.pointwise(lambda a, b: sympy.Max(a, b), "self", "other") if call.dtype is torch.bool else None
 
 
 @element_rule(aten.logical_not.default, aten.bitwise_not.default)
-def inverse(call: Call) -> Value | None:
+def inverse(call: ElementCall) -> ElementValue | None:
     """Truth values only."""
     return call.pointwise(lambda a: 1 - a, "self") if call.dtype is torch.bool else None
 
 
 @element_rule(aten.add.Tensor, aten.add.Scalar)
-def add(call: Call) -> Value | None:
+def add(call: ElementCall) -> ElementValue | None:
     """A sum."""
     return call.pointwise(lambda a, b: a + b, "self", "other") if call["alpha"] in {1, None} else None
 
 
 @element_rule(aten.sub.Tensor, aten.sub.Scalar)
-def subtract(call: Call) -> Value | None:
+def subtract(call: ElementCall) -> ElementValue | None:
     """A difference."""
     return call.pointwise(lambda a, b: a - b, "self", "other") if call["alpha"] in {1, None} else None
 
 
 @element_rule(aten.rsub.Scalar, aten.rsub.Tensor)
-def subtract_from(call: Call) -> Value | None:
+def subtract_from(call: ElementCall) -> ElementValue | None:
     """A difference the other way round."""
     return call.pointwise(lambda a, b: b - a, "self", "other") if call["alpha"] in {1, None} else None
 
 
 @element_rule(aten.mul.Tensor, aten.mul.Scalar)
-def multiply(call: Call) -> Value | None:
+def multiply(call: ElementCall) -> ElementValue | None:
     """A product."""
     return call.pointwise(lambda a, b: sympy.expand(a * b), "self", "other")
 
 
 @element_rule(aten.neg.default)
-def negate(call: Call) -> Value | None:
+def negate(call: ElementCall) -> ElementValue | None:
     """Changed sign."""
     return call.pointwise(lambda a: -a, "self")
 
 
 @element_rule(aten.where.self, aten.where.ScalarSelf, aten.where.ScalarOther, aten.where.Scalar)
-def where(call: Call) -> Value | None:
+def where(call: ElementCall) -> ElementValue | None:
     """One or the other."""
     return call.pointwise(lambda c, a, b: a if c == 1 else b, "condition", "self", "other")
 
 
 @element_rule(aten.masked_fill.Scalar, aten.masked_fill.Tensor)
-def masked_fill(call: Call) -> Value | None:
+def masked_fill(call: ElementCall) -> ElementValue | None:
     """Another number where the mask holds."""
     return call.pointwise(lambda a, c, b: b if c == 1 else a, "self", "mask", "value")
 
 
 @element_rule(aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten._to_copy.default)
-def cast(call: Call) -> Value | None:
+def cast(call: ElementCall) -> ElementValue | None:
     """The same number in another type, where it is certain that the type holds it."""
     before: torch.dtype = call["self"].meta["val"].dtype
     if before == call.dtype:
@@ -115,7 +115,7 @@ def cast(call: Call) -> Value | None:
     if call.dtype is torch.bool:
         return call.pointwise(lambda a: negated(_equal(a)) if a.is_integer else None, "self")
     value = call.value()
-    if not isinstance(value, Values) or (before.is_floating_point and not call.dtype.is_floating_point):
+    if not isinstance(value, Piecewise) or (before.is_floating_point and not call.dtype.is_floating_point):
         return None
     small = all(n.is_number and n.is_integer and abs(n) < 128 for _, n in value.cases)
     return value if small or not (call.dtype.is_floating_point or before.is_floating_point) else None

@@ -37,12 +37,12 @@ def position(axis: int) -> sympy.Symbol:
 
 
 @dataclass(frozen=True, slots=True)
-class Values:
+class Piecewise:
     """Numbers by condition: exactly one condition holds at each position. A truth value is 1 or 0."""
 
     cases: tuple[tuple[Condition, Number], ...]
 
-    def at(self, places: Mapping[Any, Any]) -> Values:
+    def at(self, places: Mapping[Any, Any]) -> Piecewise:
         """The same, with positions replaced."""
         return merged((c.xreplace(dict(places)), n.xreplace(dict(places))) for c, n in self.cases)
 
@@ -58,18 +58,18 @@ class Values:
 
 
 @dataclass(frozen=True, slots=True)
-class Element:
+class IndexedRead:
     """One element of the tensor that another node computes."""
 
     source: fx.Node
     places: tuple[Number, ...]
 
-    def at(self, places: Mapping[Any, Any]) -> Element:
+    def at(self, places: Mapping[Any, Any]) -> IndexedRead:
         """The same, with positions replaced."""
-        return Element(self.source, tuple(sympy.sympify(p).xreplace(dict(places)) for p in self.places))
+        return IndexedRead(self.source, tuple(sympy.sympify(p).xreplace(dict(places)) for p in self.places))
 
 
-Value = Values | Element
+ElementValue = Piecewise | IndexedRead
 
 
 @lru_cache(maxsize=1 << 16)
@@ -86,7 +86,7 @@ def small_enough(expressions: Iterable[Any]) -> None:
             raise TooLarge
 
 
-def merged(cases: Any) -> Values:
+def merged(cases: Any) -> Piecewise:
     """Cases without the impossible ones; equal numbers under one condition. Raises TooLarge for too many."""
     found: dict[Number, Condition] = {}
     for condition, number in cases:
@@ -94,13 +94,13 @@ def merged(cases: Any) -> Values:
             found[number] = sympy.Or(found.get(number, FALSE), condition)
             small_enough(found.values())
     if len(found) == 1:
-        return Values(((TRUE, next(iter(found))),))
-    return Values(tuple((c, n) for n, c in found.items()))
+        return Piecewise(((TRUE, next(iter(found))),))
+    return Piecewise(tuple((c, n) for n, c in found.items()))
 
 
-def constant(number: Any) -> Values:
+def constant(number: Any) -> Piecewise:
     """The same number everywhere."""
-    return Values(((TRUE, as_number(number)),))
+    return Piecewise(((TRUE, as_number(number)),))
 
 
 def as_number(value: Any) -> Number:
@@ -112,12 +112,12 @@ def as_number(value: Any) -> Number:
     return sympy.sympify(value)
 
 
-def truth(condition: Condition) -> Values:
+def truth(condition: Condition) -> Piecewise:
     """A truth value."""
     return merged([(condition, sympy.Integer(1)), (negated(condition), sympy.Integer(0))])
 
 
-def combined(function: Callable[..., Any], *values: Values) -> Values | None:
+def combined(function: Callable[..., Any], *values: Piecewise) -> Piecewise | None:
     """A function of numbers case by case; it returns a number, a condition, or None where it does not know."""
     cases: list[tuple[Condition, Number]] = []
     if prod(len(v.cases) for v in values) > COMBINATIONS:

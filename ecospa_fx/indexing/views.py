@@ -9,48 +9,48 @@ from typing import Any
 import sympy
 import torch
 
-from ecospa_fx.indexing.call import Call, element_rule, same, shape_of
-from ecospa_fx.indexing.values import Value, Values, as_number, lowest, position
+from ecospa_fx.indexing.call import ElementCall, element_rule, same, shape_of
+from ecospa_fx.indexing.values import ElementValue, Piecewise, as_number, lowest, position
 
 aten = torch.ops.aten
 
 
 @element_rule(aten.alias.default, aten.clone.default, aten.contiguous.default, aten.lift_fresh_copy.default)
-def unchanged(call: Call) -> Value | None:
+def unchanged(call: ElementCall) -> ElementValue | None:
     """The same elements."""
     return call.value()
 
 
 @element_rule(aten.detach.default)
-def detached(call: Call) -> Value | None:
+def detached(call: ElementCall) -> ElementValue | None:
     """Constants stay constants; anything else loses its gradient, and so is something else."""
     value = call.value()
-    return value if isinstance(value, Values) else None
+    return value if isinstance(value, Piecewise) else None
 
 
 @element_rule(aten.unsqueeze.default)
-def unsqueeze(call: Call) -> Value | None:
+def unsqueeze(call: ElementCall) -> ElementValue | None:
     """A new axis before the given one."""
     new = call.axis("dim", call.rank() + 1)
     return call.moved([position(axis + (axis >= new)) for axis in range(call.rank())])
 
 
 @element_rule(aten.transpose.int)
-def transpose(call: Call) -> Value | None:
+def transpose(call: ElementCall) -> ElementValue | None:
     """Two axes exchanged."""
     a, b = (call.axis(name, call.rank()) for name in ("dim0", "dim1"))
     return call.moved([position({a: b, b: a}.get(axis, axis)) for axis in range(call.rank())])
 
 
 @element_rule(aten.permute.default)
-def permute(call: Call) -> Value | None:
+def permute(call: ElementCall) -> ElementValue | None:
     """Axes in another order."""
     order = [int(d) % call.rank() for d in call["dims"]]
     return call.moved([position(order.index(axis)) for axis in range(call.rank())])
 
 
 @element_rule(aten.expand.default, aten.expand_as.default)
-def expand(call: Call) -> Value | None:
+def expand(call: ElementCall) -> ElementValue | None:
     """Axes of size 1 repeated, new ones in front."""
     inside, offset = shape_of(call["self"]), len(call.shape) - call.rank()
     kept = [same(size, call.shape[axis + offset]) for axis, size in enumerate(inside)]
@@ -58,7 +58,7 @@ def expand(call: Call) -> Value | None:
 
 
 @element_rule(aten.slice.Tensor)
-def part(call: Call) -> Value | None:
+def part(call: ElementCall) -> ElementValue | None:
     """From a start counted from the left, with a step."""
     axis, start, step = (
         call.axis("dim", call.rank()),
@@ -71,7 +71,7 @@ def part(call: Call) -> Value | None:
 
 
 @element_rule(aten.select.int)
-def select(call: Call) -> Value | None:
+def select(call: ElementCall) -> ElementValue | None:
     """One position of an axis, counted from the left."""
     axis, index = call.axis("dim", call.rank()), as_number(call["index"])
     if index.is_nonnegative is not True:
@@ -83,14 +83,14 @@ def select(call: Call) -> Value | None:
     aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.unflatten.int,
     aten.squeeze.dim, aten.squeeze.default, aten.squeeze.dims,
 )  # fmt: skip
-def reshape(call: Call) -> Value | None:
+def reshape(call: ElementCall) -> ElementValue | None:
     """Row-major order kept."""
     places = regrouped(shape_of(call["self"]), call.shape)
     return None if places is None else call.moved(places)
 
 
 @element_rule(aten.repeat_interleave.self_int)
-def repeat_interleave(call: Call) -> Value | None:
+def repeat_interleave(call: ElementCall) -> ElementValue | None:
     """Every position several times in a row."""
     if call["dim"] is None:
         return None
@@ -134,7 +134,7 @@ def _group(before: list[Any], after: list[Any]) -> tuple[list[Any], list[Any]] |
 
 
 @element_rule(aten.index.Tensor)
-def index(call: Call) -> Value | None:
+def index(call: ElementCall) -> ElementValue | None:
     """Positions that are computed, where none of them counts from the right."""
     given = [(axis, n) for axis, n in enumerate(call["indices"]) if n is not None]
     if any(n.meta["val"].dtype is torch.bool for _, n in given):
@@ -145,7 +145,7 @@ def index(call: Call) -> Value | None:
     places: dict[int, Any] = {}
     for (axis, node), rank in zip(given, ranks, strict=True):
         value = call.known[node]
-        number = value.single if isinstance(value, Values) else None
+        number = value.single if isinstance(value, Piecewise) else None
         if number is None or not lowest(number, shape_of(node)):
             return None
         ones_in = {position(a): sympy.Integer(0) for a, s in enumerate(shape_of(node)) if same(s, 1)}

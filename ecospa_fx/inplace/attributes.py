@@ -60,7 +60,7 @@ def _held(owner: Any) -> dict[Any, Any]:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class IntegerAttribute:
     """An integer of a model: its place, what holds it, and whether that is a module."""
 
     place: Place
@@ -68,9 +68,9 @@ class Found:
     value: int
 
 
-def integers(model: nn.Module, paths: set[str]) -> list[Found]:
+def integers(model: nn.Module, paths: set[str]) -> list[IntegerAttribute]:
     """The integers of the modules at some paths, and of the objects that these refer to, each once."""
-    found: list[Found] = []
+    found: list[IntegerAttribute] = []
     seen: set[int] = set()
     for path, module in model.named_modules():
         if path in paths:
@@ -78,7 +78,7 @@ def integers(model: nn.Module, paths: set[str]) -> list[Found]:
     return found
 
 
-def integers_of(owner: Any, path: str, steps: tuple[Any, ...], seen: set[int]) -> Iterator[Found]:
+def integers_of(owner: Any, path: str, steps: tuple[Any, ...], seen: set[int]) -> Iterator[IntegerAttribute]:
     """The integers of a module, object or dictionary, and of the objects that it refers to, each once."""
     if id(owner) in seen:
         return
@@ -87,11 +87,11 @@ def integers_of(owner: Any, path: str, steps: tuple[Any, ...], seen: set[int]) -
         if name in INTERNAL and isinstance(owner, nn.Module):
             continue
         if _is_integer(value):
-            yield Found(Place(path, steps, name), owner, value)
+            yield IntegerAttribute(Place(path, steps, name), owner, value)
         elif isinstance(value, tuple | list) and type(value) in (tuple, list):
             for index, entry in enumerate(value):
                 if _is_integer(entry):
-                    yield Found(Place(path, steps, name, index), owner, entry)
+                    yield IntegerAttribute(Place(path, steps, name, index), owner, entry)
         elif type(value) is dict or is_object(value):
             yield from integers_of(value, path, (*steps, name), seen)
 

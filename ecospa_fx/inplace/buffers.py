@@ -20,7 +20,7 @@ from ecospa_fx.plan import Selection
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
+class BufferSlice:
     """What stays of a buffer along one axis; it stands among the integers that an edit writes.
 
     module: path of the module that holds it; name: of the buffer; axis, kept: positions along it.
@@ -41,7 +41,7 @@ class Cut:
         return self.name
 
 
-Spot = Place | Cut
+Spot = Place | BufferSlice
 """Where an edit writes."""
 
 
@@ -73,7 +73,9 @@ def _ways(path: str, buffers: dict[str, Tensor], selections: Sequence[Selection]
     for units in sorted(_layouts(selections[0])):
         stays = tuple(place for place, unit in enumerate(units) if unit in kept)
         axes = {n: [i for i, size in enumerate(held.shape) if size == len(units)] for n, held in buffers.items()}
-        cuts: dict[Spot, int] = {Cut(path, n, own[0], stays): len(stays) for n, own in axes.items() if len(own) == 1}
+        cuts: dict[Spot, int] = {
+            BufferSlice(path, n, own[0], stays): len(stays) for n, own in axes.items() if len(own) == 1
+        }
         if cuts:
             by_length.setdefault(len(units), []).append(cuts)
     for chosen in product(*by_length.values()) if by_length else ():

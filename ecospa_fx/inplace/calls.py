@@ -19,7 +19,7 @@ from ecospa_fx.ir.pytrees import closed, opened
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class TrialCall:
     """Arguments, and whether everything in the result must agree: where not, only what has the same shape."""
 
     args: tuple[Any, ...]
@@ -30,7 +30,7 @@ class Call:
 # -- other sizes -------------------------------------------------------------------------------------------------
 
 
-def others(program: ExportedForm, example: Call) -> list[Call]:
+def others(program: ExportedForm, example: TrialCall) -> list[TrialCall]:
     """The example with other numbers for the sizes that a graph keeps open.
 
     Sizes that are equal change alike: each alone, all of them by different numbers, all of them by the same, as sizes
@@ -42,7 +42,7 @@ def others(program: ExportedForm, example: Call) -> list[Call]:
     for sizes in _other_sizes(_symbols(shapes, leaves)):
         resized = [_resized(leaf, shape, sizes) for leaf, shape in zip(leaves, shapes, strict=True)]
         args, kwargs = closed(pytree.tree_unflatten(resized, spec))[0]
-        calls.append(Call(args, kwargs))
+        calls.append(TrialCall(args, kwargs))
     return calls
 
 
@@ -87,12 +87,12 @@ def _resized(leaf: Any, shape: Sequence[Any], sizes: Mapping[Any, int]) -> Any:
 # -- other numbers -----------------------------------------------------------------------------------------------
 
 
-def varied(call: Call) -> bool:
+def varied(call: TrialCall) -> bool:
     """Whether any tensor of numbers in a call holds different ones: positions that are all equal tell no attention."""
     return any(_told_apart(t) and _varies(t) for t in pytree.tree_leaves((call.args, call.kwargs)))
 
 
-def constant(call: Call) -> bool:
+def constant(call: TrialCall) -> bool:
     """Whether any tensor of numbers in a call holds the same one everywhere."""
     return any(_told_apart(t) and not _varies(t) for t in pytree.tree_leaves((call.args, call.kwargs)))
 
@@ -105,7 +105,7 @@ def _varies(tensor: Tensor) -> bool:
     return bool((tensor != tensor.flatten()[0]).any())
 
 
-def shuffled(call: Call) -> Iterator[Call]:
+def shuffled(call: TrialCall) -> Iterator[TrialCall]:
     """A call with other numbers in all tensors that hold the same everywhere, then in one of them at a time.
 
     Whole numbers become 0 or 1, on the CPU alone: elsewhere an index that is out of range ends the process.
@@ -118,7 +118,7 @@ def shuffled(call: Call) -> Iterator[Call]:
         changed = [other[i] if i in chosen else leaf for i, leaf in enumerate(leaves)]
         args, kwargs = pytree.tree_unflatten(changed, spec)
         if chosen:
-            yield Call(args, kwargs, call.strict)
+            yield TrialCall(args, kwargs, call.strict)
 
 
 def _other(tensor: Tensor, source: torch.Generator) -> Tensor | None:
@@ -129,7 +129,7 @@ def _other(tensor: Tensor, source: torch.Generator) -> Tensor | None:
     return torch.randint(0, 2, tensor.shape, generator=source).to(tensor)
 
 
-def flipped(example: Call) -> list[Call]:
+def flipped(example: TrialCall) -> list[TrialCall]:
     """The example with each of its flags the other way round: use_cache, for one."""
     flags = [name for name, value in example.kwargs.items() if isinstance(value, bool)]
-    return [Call(example.args, {**example.kwargs, name: not example.kwargs[name]}, strict=False) for name in flags]
+    return [TrialCall(example.args, {**example.kwargs, name: not example.kwargs[name]}, strict=False) for name in flags]

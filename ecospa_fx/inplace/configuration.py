@@ -19,16 +19,16 @@ from ecospa_fx.coupling.couplings import parameter_shapes
 from ecospa_fx.inplace.attributes import INTERNAL, integers, integers_of
 from ecospa_fx.inplace.buffers import Spot
 from ecospa_fx.inplace.edits import Edits
-from ecospa_fx.inplace.equivalence import Bench
+from ecospa_fx.inplace.equivalence import EquivalenceCheck
 from ecospa_fx.inplace.groups import Group, components, narrowed_axes, part
-from ecospa_fx.inplace.integer_search import Rule, edits_of, options_of
+from ecospa_fx.inplace.integer_search import IntegerRule, edits_of, options_of
 from ecospa_fx.inplace.trial import edited
 from ecospa_fx.ir.pytrees import is_object
 from ecospa_fx.plan import Plan
 
 TRIALS = 500
 
-Shapes = dict[str, tuple[int, ...]]
+ShapesByName = dict[str, tuple[int, ...]]
 
 
 def builders(model: nn.Module) -> list[str]:
@@ -45,7 +45,7 @@ def read_again(config: Any) -> Any:
     return replace(config) if is_dataclass(config) and not isinstance(config, type) else copy.deepcopy(config)
 
 
-def built_shapes(model: nn.Module, config: Any) -> Shapes | None:
+def built_shapes(model: nn.Module, config: Any) -> ShapesByName | None:
     """The parameters of a model that a configuration describes, None where it describes none."""
     try:
         with torch.device("meta"):
@@ -54,7 +54,7 @@ def built_shapes(model: nn.Module, config: Any) -> Shapes | None:
         return None
 
 
-def configured(bench: Bench, plan: Plan, groups: Sequence[Group], name: str) -> Configured | None:
+def configured(bench: EquivalenceCheck, plan: Plan, groups: Sequence[Group], name: str) -> Configured | None:
     """The integers of a configuration that describe the model after a plan, None where there are none."""
     values: dict[Spot, int] = {}
     for component in components(groups):
@@ -83,13 +83,13 @@ def _describing(model: nn.Module, plan: Plan, groups: Sequence[Group], name: str
     for one in integers_of(config, "", (name,), set()):
         options = options_of(model, [one], groups, axes)
         if options:
-            rules.append(Rule(str(one.place), tuple(options), True))
+            rules.append(IntegerRule(str(one.place), tuple(options), True))
     for values in islice(edits_of(rules), TRIALS):
         if describes(model, values, name, wanted):
             yield values
 
 
-def describes(model: nn.Module, values: Mapping[Spot, int], name: str, wanted: Shapes) -> bool:
+def describes(model: nn.Module, values: Mapping[Spot, int], name: str, wanted: ShapesByName) -> bool:
     """Whether a configuration with some integers replaced builds a model of these shapes."""
     edits = Edits()
     try:
@@ -100,7 +100,7 @@ def describes(model: nn.Module, values: Mapping[Spot, int], name: str, wanted: S
         edits.undo()
 
 
-def shapes_after(plan: Plan, model: nn.Module) -> Shapes:
+def shapes_after(plan: Plan, model: nn.Module) -> ShapesByName:
     """Shape of every parameter after a plan."""
     axes = narrowed_axes(plan, model)
     return {
@@ -109,7 +109,7 @@ def shapes_after(plan: Plan, model: nn.Module) -> Shapes:
     }
 
 
-def rebuilt(bench: Bench, plan: Plan, values: Mapping[Spot, int], name: str) -> nn.Module | None:
+def rebuilt(bench: EquivalenceCheck, plan: Plan, values: Mapping[Spot, int], name: str) -> nn.Module | None:
     """A model built from the configuration with the weights that a plan keeps; None where masking gives otherwise."""
     reference = bench.reference(plan)
     with edited(bench.model, plan, values, reference.buffers):

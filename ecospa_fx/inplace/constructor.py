@@ -21,7 +21,7 @@ from ecospa_fx.inplace.attributes import integers_of
 
 TRIALS = 1000
 
-Shapes = dict[str, tuple[int, ...]]
+BuiltShapes = dict[str, tuple[int, ...]]
 
 Attribute = tuple[Any, int | None]
 """Name of an attribute that is a number, or of a tuple and a position in it."""
@@ -35,7 +35,9 @@ class Constructed:
     values: Mapping[Attribute, int]
 
 
-def constructed(module: nn.Module, new: Shapes, fixed: Mapping[Attribute, int] | None = None) -> Constructed | None:
+def constructed(
+    module: nn.Module, new: BuiltShapes, fixed: Mapping[Attribute, int] | None = None
+) -> Constructed | None:
     """What follows tensors of other shapes; None where no class of the module builds it from its attributes.
 
     new: shape of every tensor in the module by its name there, of which some differ from what they are. fixed: new
@@ -54,18 +56,18 @@ def constructed(module: nn.Module, new: Shapes, fixed: Mapping[Attribute, int] |
     return None
 
 
-def shapes_of(module: nn.Module) -> Shapes:
+def shapes_of(module: nn.Module) -> BuiltShapes:
     """Shape of every parameter and buffer by its name in a module."""
     return {n: tuple(t.shape) for n, t in chain(module.named_parameters(), module.named_buffers())}
 
 
-def _describes(built: Shapes, old: Shapes, new: Shapes) -> bool:
+def _describes(built: BuiltShapes, old: BuiltShapes, new: BuiltShapes) -> bool:
     """Whether a built module has the tensors that change, and none of other shapes than the module's own."""
     changed = {name for name in new if new[name] != old.get(name)}
     return changed <= built.keys() and all(old.get(name) == shape for name, shape in built.items())
 
 
-def _ratios(old: Shapes, new: Shapes) -> set[tuple[int, int]]:
+def _ratios(old: BuiltShapes, new: BuiltShapes) -> set[tuple[int, int]]:
     pairs = ((a, b) for name in old for a, b in zip(old[name], new[name], strict=True))
     return {(a, b) for a, b in pairs if a != b}
 
@@ -107,7 +109,9 @@ def _built(kind: type, given: Mapping[str, Any]) -> nn.Module | None:
     return found if isinstance(found, nn.Module) else None
 
 
-def _narrower(kind: type, given: dict[str, Any], new: Shapes, slots: Mapping[Attribute, list[int]]) -> nn.Module | None:
+def _narrower(
+    kind: type, given: dict[str, Any], new: BuiltShapes, slots: Mapping[Attribute, list[int]]
+) -> nn.Module | None:
     """The module built with the fewest numbers changed that give the new shapes."""
     changes = (
         dict(zip(chosen, values, strict=True))

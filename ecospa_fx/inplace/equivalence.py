@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from ecospa_fx.capture.export import capture
 from ecospa_fx.errors import PlanError
-from ecospa_fx.inplace.calls import Call, constant, flipped, others, shuffled, varied
+from ecospa_fx.inplace.calls import TrialCall, constant, flipped, others, shuffled, varied
 from ecospa_fx.ir.pytrees import closed, copied, opened
 from ecospa_fx.passes.shrink.shrink_couplings import shrink_program
 from ecospa_fx.plan import Plan
@@ -31,7 +31,7 @@ LARGEST = 300_000_000
 """Parameters up to which the copy computes in float64."""
 
 
-class Bench:
+class EquivalenceCheck:
     """A copy of a model that edits are tried on.
 
     model: the copy; calls: the example, the example in other sizes, and with its flags the other way round, as far as
@@ -47,7 +47,7 @@ class Bench:
         self.tolerance = TOLERANCE[self.dtype]
         self.read: set[tuple[int, Any]] | None = None
         """Attributes that running the model reads, by identity of their owner and name; None: not known yet."""
-        example = Call(*self._typed(tuple(args), dict(kwargs)))
+        example = TrialCall(*self._typed(tuple(args), dict(kwargs)))
         with torch.no_grad():
             self.run(example)
         self.program = capture(self.model, example.args, example.kwargs, dynamic=True)
@@ -60,7 +60,7 @@ class Bench:
 
     def _runs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         self.model = _shaken(self.model.double())
-        return self.attempt(Call(*self._typed(tuple(args), dict(kwargs)))) is not None
+        return self.attempt(TrialCall(*self._typed(tuple(args), dict(kwargs)))) is not None
 
     def _typed(self, args: Any, kwargs: Any) -> Any:
         parts = pytree.tree_map(
@@ -68,7 +68,7 @@ class Bench:
         )
         return closed(parts)[0]
 
-    def _varied(self, call: Call) -> Call | None:
+    def _varied(self, call: TrialCall) -> TrialCall | None:
         """The call with other numbers in tensors that hold one everywhere, None where the model takes no such call."""
         return next((other for other in shuffled(call) if self.attempt(other) is not None), None)
 
@@ -79,12 +79,12 @@ class Bench:
                 "pass inputs that differ, such as random tokens"
             )
 
-    def run(self, call: Call) -> list[Tensor]:
+    def run(self, call: TrialCall) -> list[Tensor]:
         """The numbers in what the model returns, its buffers unchanged afterwards."""
         with unwritten(self.model):
             return numbers(self.model, call)
 
-    def attempt(self, call: Call) -> list[Tensor] | None:
+    def attempt(self, call: TrialCall) -> list[Tensor] | None:
         """What `run` returns, None where the model does not take the call."""
         try:
             return self.run(call)
@@ -102,7 +102,7 @@ class Bench:
                 return Reference(tuple((call, self.run(call)) for call in self.calls), {})
         return self.graph_reference(plan, self.traced())
 
-    def graph_reference(self, plan: Plan, calls: Sequence[Call] | None = None) -> Reference:
+    def graph_reference(self, plan: Plan, calls: Sequence[TrialCall] | None = None) -> Reference:
         """What the rewritten graph does with some calls, or all strict ones, and the buffers that got narrower in it.
 
         Calls that it does not take are left out, but for the example: what was traced may hold for fewer.
@@ -110,7 +110,7 @@ class Bench:
         small, results = self._shrunk(plan), []
         with unwritten(small):
             for call in (c for c in (self.calls if calls is None else calls) if c.strict):
-                narrow = Call(*narrowed(small, call.args, call.kwargs))
+                narrow = TrialCall(*narrowed(small, call.args, call.kwargs))
                 try:
                     results.append((narrow, numbers(small, narrow)))
                 except Exception as error:  # whatever the graph's operators raise says that it takes no such call
@@ -120,7 +120,7 @@ class Bench:
         cut = {n: t for n, t in small.named_buffers() if n in dense and t.shape != dense[n].shape}
         return Reference(tuple(results), cut)
 
-    def traced(self) -> list[Call]:
+    def traced(self) -> list[TrialCall]:
         """The example, and the strict calls for which the graph does what the model does."""
         example, *rest = self.calls
         graph = restore(self.program.frozen(), self.model, example.args, example.kwargs)
@@ -147,11 +147,11 @@ class Bench:
         """Whether the model, as it is now, does what the reference does."""
         return next(self._differing(reference), None) is None
 
-    def differing(self, reference: Reference) -> list[Call]:
+    def differing(self, reference: Reference) -> list[TrialCall]:
         """The calls for which the model, as it is now, does something else than the reference."""
         return list(self._differing(reference))
 
-    def _differing(self, reference: Reference) -> Iterator[Call]:
+    def _differing(self, reference: Reference) -> Iterator[TrialCall]:
         for call, want in reference.results:
             got = self.attempt(call)
             if got is None or not equal(got, want, self.tolerance, strict=call.strict):
@@ -162,7 +162,7 @@ class Bench:
 class Reference:
     """Calls with what they must return, and the buffers that have other shapes then, by name."""
 
-    results: tuple[tuple[Call, list[Tensor]], ...]
+    results: tuple[tuple[TrialCall, list[Tensor]], ...]
     buffers: dict[str, Tensor]
 
 
@@ -199,7 +199,7 @@ def _shaken(model: nn.Module) -> nn.Module:
     return model
 
 
-def numbers(model: nn.Module, call: Call) -> list[Tensor]:
+def numbers(model: nn.Module, call: TrialCall) -> list[Tensor]:
     """The tensors of numbers in what a model returns, however it is structured, as the model's own code makes them."""
     args, kwargs = copied((call.args, call.kwargs))
     with torch.no_grad(), without_fast_path(), torch.compiler.set_stance("force_eager"), warnings.catch_warnings():

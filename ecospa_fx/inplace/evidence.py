@@ -15,18 +15,18 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ecospa_fx.inplace.attributes import Found, Place, integers_of
-from ecospa_fx.inplace.buffers import Cut, Spot
-from ecospa_fx.inplace.constructor import Constructed, Shapes, constructed, shapes_of
-from ecospa_fx.inplace.equivalence import Bench
+from ecospa_fx.inplace.attributes import IntegerAttribute, Place, integers_of
+from ecospa_fx.inplace.buffers import BufferSlice, Spot
+from ecospa_fx.inplace.constructor import BuiltShapes, Constructed, constructed, shapes_of
+from ecospa_fx.inplace.equivalence import EquivalenceCheck
 from ecospa_fx.inplace.groups import narrowed_axes, role_of
-from ecospa_fx.inplace.trial import Values, edited
+from ecospa_fx.inplace.trial import IntegerEdits, edited
 from ecospa_fx.plan import Plan
 
 ROUNDS = 8
 """How often a model is run to see what reaches modules behind one that refused what reached it."""
 
-Sizes = dict[tuple[int, ...], int]
+SizesByAxis = dict[tuple[int, ...], int]
 """Sizes of the axes of a module's inputs, by number of the call, tensor and axis."""
 
 
@@ -42,7 +42,7 @@ class Evidence:
     known: set[Place]
 
 
-def evidence(bench: Bench, plan: Plan, values: Values) -> Evidence:
+def evidence(bench: EquivalenceCheck, plan: Plan, values: IntegerEdits) -> Evidence:
     """What shapes say after a plan. values: what follows for certain, buffers among it."""
     following, known = _constructed(bench.model, narrowed_axes(plan, bench.model), values)
     return Evidence(following, _given(bench, plan, {**following, **values}), known)
@@ -52,7 +52,7 @@ def evidence(bench: Bench, plan: Plan, values: Values) -> Evidence:
 
 
 def _constructed(
-    model: nn.Module, axes: Mapping[tuple[str, int], tuple[int, int]], values: Values
+    model: nn.Module, axes: Mapping[tuple[str, int], tuple[int, int]], values: IntegerEdits
 ) -> tuple[dict[Spot, int], set[Place]]:
     """What follows by what constructors say of the modules that hold something narrower, and all that they know."""
     new = _shapes_after(model, axes, values)
@@ -75,13 +75,19 @@ def _constructed(
     return following, known
 
 
-def _shapes_after(model: nn.Module, axes: Mapping[tuple[str, int], tuple[int, int]], values: Values) -> Shapes:
+def _shapes_after(
+    model: nn.Module, axes: Mapping[tuple[str, int], tuple[int, int]], values: IntegerEdits
+) -> BuiltShapes:
     """The new shapes of the parameters and buffers that get narrower, by all their names."""
     narrow: dict[tuple[str, int], int] = {at: new for at, (_, new) in axes.items()}
     narrow.update(
-        {(f"{c.module}.{c.name}" if c.module else c.name, c.axis): n for c, n in values.items() if isinstance(c, Cut)}
+        {
+            (f"{c.module}.{c.name}" if c.module else c.name, c.axis): n
+            for c, n in values.items()
+            if isinstance(c, BufferSlice)
+        }
     )
-    result: Shapes = {}
+    result: BuiltShapes = {}
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     for name, tensor in tensors:
         result[name] = tuple(narrow.get((name, axis), size) for axis, size in enumerate(tensor.shape))
@@ -91,7 +97,7 @@ def _shapes_after(model: nn.Module, axes: Mapping[tuple[str, int], tuple[int, in
 # -- tensors that reach it ---------------------------------------------------------------------------------------
 
 
-def _given(bench: Bench, plan: Plan, values: Values) -> dict[Spot, int]:
+def _given(bench: EquivalenceCheck, plan: Plan, values: IntegerEdits) -> dict[Spot, int]:
     """What follows in modules without tensors. A module that refuses what reaches it hides what is behind it."""
     places = _without_tensors(bench.model)
     following: dict[Spot, int] = {}
@@ -113,9 +119,9 @@ def _given(bench: Bench, plan: Plan, values: Values) -> dict[Spot, int]:
     return following
 
 
-def _without_tensors(model: nn.Module) -> dict[nn.Module, list[Found]]:
+def _without_tensors(model: nn.Module) -> dict[nn.Module, list[IntegerAttribute]]:
     """The integers of modules that hold no tensor and no other module."""
-    places: dict[nn.Module, list[Found]] = {}
+    places: dict[nn.Module, list[IntegerAttribute]] = {}
     for path, module in model.named_modules():
         if not module._modules and not shapes_of(module):
             own = [one for one in integers_of(module, path, (), set()) if not one.place.steps]
@@ -123,14 +129,16 @@ def _without_tensors(model: nn.Module) -> dict[nn.Module, list[Found]]:
     return places
 
 
-def _alike(model: nn.Module, places: Mapping[nn.Module, Sequence[Found]], new: Mapping[Spot, int]) -> dict[Spot, int]:
+def _alike(
+    model: nn.Module, places: Mapping[nn.Module, Sequence[IntegerAttribute]], new: Mapping[Spot, int]
+) -> dict[Spot, int]:
     """The same for modules that are alike and as large, which may not have been reached."""
     told = {_key(model, one): new[one.place] for own in places.values() for one in own if one.place in new}
     everything = [one for own in places.values() for one in own]
     return {one.place: told[_key(model, one)] for one in everything if _key(model, one) in told}
 
 
-def _key(model: nn.Module, one: Found) -> tuple[Any, ...]:
+def _key(model: nn.Module, one: IntegerAttribute) -> tuple[Any, ...]:
     return role_of(one.place.module, model), one.place.name, one.place.index, one.value
 
 
@@ -144,9 +152,9 @@ def _new_size(value: int, before: Mapping[Any, int], after: Mapping[Any, int]) -
     return sizes[0] if len(sizes) == 1 else None
 
 
-def _reached(bench: Bench, modules: Sequence[nn.Module]) -> dict[nn.Module, Sizes]:
+def _reached(bench: EquivalenceCheck, modules: Sequence[nn.Module]) -> dict[nn.Module, SizesByAxis]:
     """What reaches modules in the strict calls of the bench."""
-    found: dict[nn.Module, Sizes] = {}
+    found: dict[nn.Module, SizesByAxis] = {}
     with _watched(modules, found) as begin:
         for number, call in enumerate(c for c in bench.calls if c.strict):
             begin(number)
@@ -155,7 +163,7 @@ def _reached(bench: Bench, modules: Sequence[nn.Module]) -> dict[nn.Module, Size
 
 
 @contextmanager
-def _watched(modules: Sequence[nn.Module], found: dict[nn.Module, Sizes]) -> Iterator[Any]:
+def _watched(modules: Sequence[nn.Module], found: dict[nn.Module, SizesByAxis]) -> Iterator[Any]:
     number = 0
 
     def begin(call: int) -> None:
@@ -164,7 +172,9 @@ def _watched(modules: Sequence[nn.Module], found: dict[nn.Module, Sizes]) -> Ite
 
     def reached(module: nn.Module, args: Any, kwargs: Any) -> None:
         tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        sizes: Sizes = {(number, i, axis): size for i, t in enumerate(tensors) for axis, size in enumerate(t.shape)}
+        sizes: SizesByAxis = {
+            (number, i, axis): size for i, t in enumerate(tensors) for axis, size in enumerate(t.shape)
+        }
         found.setdefault(module, {}).update(sizes)
 
     handles = [module.register_forward_pre_hook(reached, with_kwargs=True) for module in modules]

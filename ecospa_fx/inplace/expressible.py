@@ -17,7 +17,7 @@ from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.coupling.types import Coupling
 from ecospa_fx.errors import PlanError
 from ecospa_fx.inplace.configuration import builders, configured
-from ecospa_fx.inplace.equivalence import Bench
+from ecospa_fx.inplace.equivalence import EquivalenceCheck
 from ecospa_fx.inplace.groups import components, grouped
 from ecospa_fx.inplace.shrink import sharers, solved
 from ecospa_fx.plan import Plan, Selection
@@ -38,7 +38,7 @@ def carried_by(couplings: Couplings, chosen: Sequence[Coupling], uniform: bool) 
     """
     if couplings.example is None:
         raise PlanError("these couplings do not know their example inputs: use those that detect(model, args) returned")
-    probing = Probing(Bench(couplings.model, *couplings.example), couplings, uniform)
+    probing = Probing(EquivalenceCheck(couplings.model, *couplings.example), couplings, uniform)
     names = builders(probing.bench.model) if uniform else []
     for name in [*names, None]:
         probing.configuration = name
@@ -84,7 +84,7 @@ class Tied:
 class Probing:
     """Tries plans on one bench. configuration: None, or the attribute that must be able to describe them too."""
 
-    def __init__(self, bench: Bench, couplings: Couplings, uniform: bool) -> None:
+    def __init__(self, bench: EquivalenceCheck, couplings: Couplings, uniform: bool) -> None:
         self.bench, self.shapes, self.uniform = bench, tuple(couplings.shapes.items()), uniform
         self.configuration: str | None = None
         self.known: dict[object, bool] = {}

@@ -15,27 +15,27 @@ from typing import Any
 from torch import nn
 
 from ecospa_fx.errors import PlanError
-from ecospa_fx.inplace.attributes import Found, Place, integers, reading
+from ecospa_fx.inplace.attributes import IntegerAttribute, Place, integers, reading
 from ecospa_fx.inplace.buffers import Spot, tables
-from ecospa_fx.inplace.equivalence import Bench, Reference
+from ecospa_fx.inplace.equivalence import EquivalenceCheck, Reference
 from ecospa_fx.inplace.evidence import evidence
 from ecospa_fx.inplace.groups import Group, narrowed_axes, part, reach, role_of, scaled, under
-from ecospa_fx.inplace.trial import Values, edited
+from ecospa_fx.inplace.trial import IntegerEdits, edited
 from ecospa_fx.plan import Plan
 
 TRIALS = 3000
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Rule:
+class IntegerRule:
     """One attribute of all modules of one class, and the ways in which it may follow."""
 
     name: str
-    options: tuple[Values, ...]
+    options: tuple[IntegerEdits, ...]
     read: bool
 
 
-def solve(bench: Bench, plan: Plan, groups: Sequence[Group]) -> dict[Spot, int]:
+def solve(bench: EquivalenceCheck, plan: Plan, groups: Sequence[Group]) -> dict[Spot, int]:
     """The integers that must follow a plan of some groups, and their new values.
 
     Raises PlanError where no edit gives what masking gives.
@@ -55,12 +55,12 @@ def solve(bench: Bench, plan: Plan, groups: Sequence[Group]) -> dict[Spot, int]:
     raise PlanError(_refusal(groups, rules))
 
 
-def _works(bench: Bench, plan: Plan, values: Values, reference: Reference) -> bool:
+def _works(bench: EquivalenceCheck, plan: Plan, values: IntegerEdits, reference: Reference) -> bool:
     with edited(bench.model, plan, values, reference.buffers):
         return bench.equals(reference)
 
 
-def _refusal(groups: Sequence[Group], rules: Sequence[Rule]) -> str:
+def _refusal(groups: Sequence[Group], rules: Sequence[IntegerRule]) -> str:
     first = groups[0].selections[0]
     alike = sum(len(g.selections) for g in groups) - 1
     more = f" (and {alike} like it)" if alike else ""
@@ -71,7 +71,7 @@ def _refusal(groups: Sequence[Group], rules: Sequence[Rule]) -> str:
     )
 
 
-def edits_of(rules: Sequence[Rule]) -> Iterator[dict[Spot, int]]:
+def edits_of(rules: Sequence[IntegerRule]) -> Iterator[dict[Spot, int]]:
     """Every combination of the rules' options, those of fewer rules first."""
     for count in range(len(rules) + 1):
         for chosen in combinations(rules, count):
@@ -82,7 +82,7 @@ def edits_of(rules: Sequence[Rule]) -> Iterator[dict[Spot, int]]:
 # -- candidates --------------------------------------------------------------------------------------------------
 
 
-def rules_of(bench: Bench, plan: Plan, groups: Sequence[Group]) -> list[Rule]:
+def rules_of(bench: EquivalenceCheck, plan: Plan, groups: Sequence[Group]) -> list[IntegerRule]:
     """The integers that may follow, by class and attribute."""
     model, axes = bench.model, narrowed_axes(plan, bench.model)
     paths = {p for p, _ in model.named_modules() if any(under(name, reach(p, model)) for name, _ in axes)}
@@ -92,13 +92,13 @@ def rules_of(bench: Bench, plan: Plan, groups: Sequence[Group]) -> list[Rule]:
         options = options_of(model, own, groups, axes)
         if options:
             told = f"{type(own[0].owner).__name__}.{own[0].place.name}"
-            rules.append(Rule(told, tuple(options), any(is_read(one.place, bench) for one in own)))
-    return rules + [Rule(told, options, True) for told, options in tables(model, groups)]
+            rules.append(IntegerRule(told, tuple(options), any(is_read(one.place, bench) for one in own)))
+    return rules + [IntegerRule(told, options, True) for told, options in tables(model, groups)]
 
 
-def alike(found: Sequence[Found], model: nn.Module) -> list[list[Found]]:
+def alike(found: Sequence[IntegerAttribute], model: nn.Module) -> list[list[IntegerAttribute]]:
     """The integers that are the same attribute of modules of the same class in other layers, together."""
-    result: dict[Any, list[Found]] = {}
+    result: dict[Any, list[IntegerAttribute]] = {}
     for one in found:
         place = one.place
         where = (place.module, place.steps) if place.steps else role_of(place.module, model)
@@ -106,13 +106,13 @@ def alike(found: Sequence[Found], model: nn.Module) -> list[list[Found]]:
     return list(result.values())
 
 
-def counted(bench: Bench, plan: Plan, groups: Sequence[Group]) -> set[Spot]:
+def counted(bench: EquivalenceCheck, plan: Plan, groups: Sequence[Group]) -> set[Spot]:
     """The integers that running the model reads and that may follow some groups."""
     rules = rules_of(bench, part(plan, groups), groups)
     return {place for rule in rules if rule.read for values in rule.options for place in values}
 
 
-def is_read(place: Spot, bench: Bench) -> bool:
+def is_read(place: Spot, bench: EquivalenceCheck) -> bool:
     """Whether running the dense model reads an integer, as far as can be seen."""
     if bench.read is None:
         everything = integers(bench.model, {path for path, _ in bench.model.named_modules()})
@@ -127,28 +127,31 @@ def is_read(place: Spot, bench: Bench) -> bool:
 
 
 def options_of(
-    model: nn.Module, places: Sequence[Found], groups: Sequence[Group], axes: Mapping[tuple[str, int], tuple[int, int]]
-) -> list[Values]:
+    model: nn.Module,
+    places: Sequence[IntegerAttribute],
+    groups: Sequence[Group],
+    axes: Mapping[tuple[str, int], tuple[int, int]],
+) -> list[IntegerEdits]:
     """The ways in which one attribute may follow everywhere: as units of one or several groups, or as an axis."""
-    ways: list[Callable[[Found], int | None]] = [
+    ways: list[Callable[[IntegerAttribute], int | None]] = [
         lambda one, chosen=chosen: _as_units(model, one, chosen, axes)  # type: ignore[misc]
         for count in range(1, len(groups) + 1)
         for chosen in combinations(groups, count)
     ]
     ways.append(lambda one: _as_axis(model, one, axes))
     new = [{one.place: way(one) for one in places} for way in ways]
-    options: list[Values] = []
+    options: list[IntegerEdits] = []
     # those first that say something of all places; modules may be alike only because they are numbered
     for told in sorted(new, key=lambda values: None in values.values()):
         following = {one.place: told[one.place] or one.value for one in places}
-        values: Values = {one.place: following[one.place] for one in places if following[one.place] != one.value}
+        values: IntegerEdits = {one.place: following[one.place] for one in places if following[one.place] != one.value}
         if values and values not in options:
             options.append(values)
     return options
 
 
 def _as_units(
-    model: nn.Module, one: Found, groups: Sequence[Group], axes: Mapping[tuple[str, int], tuple[int, int]]
+    model: nn.Module, one: IntegerAttribute, groups: Sequence[Group], axes: Mapping[tuple[str, int], tuple[int, int]]
 ) -> int | None:
     selections = [group.beneath([reach(one.place.module, model)]) for group in groups]
     if not all(selections):
@@ -159,7 +162,7 @@ def _as_units(
     return scaled(one.value, selections)
 
 
-def _as_axis(model: nn.Module, one: Found, axes: Mapping[tuple[str, int], tuple[int, int]]) -> int | None:
+def _as_axis(model: nn.Module, one: IntegerAttribute, axes: Mapping[tuple[str, int], tuple[int, int]]) -> int | None:
     path = reach(one.place.module, model)
     new = {size for (name, _), (old, size) in axes.items() if under(name, path) and old == one.value}
     return new.pop() if len(new) == 1 else None

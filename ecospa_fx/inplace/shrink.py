@@ -12,10 +12,10 @@ from torch import nn
 
 from ecospa_fx.errors import PlanError
 from ecospa_fx.inplace.buffers import Spot
-from ecospa_fx.inplace.calls import Call
+from ecospa_fx.inplace.calls import TrialCall
 from ecospa_fx.inplace.configuration import builders, configured, told_by
 from ecospa_fx.inplace.edits import Edits
-from ecospa_fx.inplace.equivalence import Bench, equal, numbers
+from ecospa_fx.inplace.equivalence import EquivalenceCheck, equal, numbers
 from ecospa_fx.inplace.groups import Group, components, grouped
 from ecospa_fx.inplace.integer_search import counted, solve
 from ecospa_fx.inplace.serialise import told
@@ -60,10 +60,10 @@ def shrink_(model: Model, plan: Plan, args: Sequence[Any] = (), kwargs: Mapping[
     check_plan(plan)
     kwargs, inside = dict(kwargs or {}), unwrapped(model, resizing=PlanError)
     plan.check(inside)
-    bench = Bench(inside, args, kwargs)
+    bench = EquivalenceCheck(inside, args, kwargs)
     values = proven(bench, plan)
     known, again = replace(origin(inside, plan, args, kwargs), integers=told(values)), hasattr(inside, ATTRIBUTE)
-    _write(inside, plan, values, Call(tuple(args), kwargs), bench)
+    _write(inside, plan, values, TrialCall(tuple(args), kwargs), bench)
     warn_of_stale(inside, bench.model, plan, builders(bench.model))
     if again:
         delattr(inside, ATTRIBUTE)  # it is no longer what one plan makes of the original
@@ -72,7 +72,7 @@ def shrink_(model: Model, plan: Plan, args: Sequence[Any] = (), kwargs: Mapping[
     return model
 
 
-def proven(bench: Bench, plan: Plan) -> dict[Spot, int]:
+def proven(bench: EquivalenceCheck, plan: Plan) -> dict[Spot, int]:
     """Every integer that follows a plan, proven together against masking and the rewritten graph."""
     if plan.ragged:
         name = next(s.name for s in plan if s.ragged)
@@ -92,7 +92,7 @@ def proven(bench: Bench, plan: Plan) -> dict[Spot, int]:
     return values
 
 
-def _check_against_graph(bench: Bench, plan: Plan, values: Mapping[Spot, int]) -> None:
+def _check_against_graph(bench: EquivalenceCheck, plan: Plan, values: Mapping[Spot, int]) -> None:
     """Raise PlanError where the edited module and the rewritten graph differ in a call that the graph is right for."""
     reference = bench.graph_reference(plan)
     if _equals(bench, plan, values, reference):
@@ -104,7 +104,7 @@ def _check_against_graph(bench: Bench, plan: Plan, values: Mapping[Spot, int]) -
         )
 
 
-def solved(bench: Bench, plan: Plan, groups: Sequence[Group]) -> dict[Spot, int]:
+def solved(bench: EquivalenceCheck, plan: Plan, groups: Sequence[Group]) -> dict[Spot, int]:
     """The integers that must follow a plan, found part by part and proven together.
 
     What cuts the same parameters is one part; so is what the same integer counts, where one part alone finds none.
@@ -127,19 +127,19 @@ def solved(bench: Bench, plan: Plan, groups: Sequence[Group]) -> dict[Spot, int]
     return solve(bench, plan, groups)
 
 
-def sharers(bench: Bench, plan: Plan, first: list[Group], parts: Sequence[list[Group]]) -> list[list[Group]]:
+def sharers(bench: EquivalenceCheck, plan: Plan, first: list[Group], parts: Sequence[list[Group]]) -> list[list[Group]]:
     """The parts that count the same integers as the first one, which is among them."""
     places = counted(bench, plan, first)
     return [first, *(other for other in parts if other is not first and places & counted(bench, plan, other))]
 
 
-def _equals(bench: Bench, plan: Plan, values: Mapping[Spot, int], reference: Any) -> bool:
+def _equals(bench: EquivalenceCheck, plan: Plan, values: Mapping[Spot, int], reference: Any) -> bool:
     with edited(bench.model, plan, values, reference.buffers):
         return bench.equals(reference)
 
 
 def _with_configuration(
-    bench: Bench, plan: Plan, groups: Sequence[Group], values: dict[Spot, int]
+    bench: EquivalenceCheck, plan: Plan, groups: Sequence[Group], values: dict[Spot, int]
 ) -> dict[Spot, int] | None:
     """The integers with those of a configuration that follows, and all that its constructor sets."""
     for name in builders(bench.model):
@@ -154,7 +154,7 @@ def _with_configuration(
 # -- the user's own module ---------------------------------------------------------------------------------------
 
 
-def _write(model: nn.Module, plan: Plan, values: Mapping[Spot, int], call: Call, bench: Bench) -> None:
+def _write(model: nn.Module, plan: Plan, values: Mapping[Spot, int], call: TrialCall, bench: EquivalenceCheck) -> None:
     """Edit the user's module and run it; whatever happens before it has run, it is as it was."""
     edits = Edits()
     with _evaluating(model):
@@ -178,7 +178,7 @@ def _write(model: nn.Module, plan: Plan, values: Mapping[Spot, int], call: Call,
             raise
 
 
-def _buffers(model: nn.Module, plan: Plan, bench: Bench) -> dict[str, torch.Tensor]:
+def _buffers(model: nn.Module, plan: Plan, bench: EquivalenceCheck) -> dict[str, torch.Tensor]:
     """The buffers that got narrower, with what the user's own model has in them."""
     if not bench.program.state:
         return {}

@@ -8,8 +8,8 @@ from torch import nn
 
 from ecospa_fx.coupling.couplings import parameter_shapes
 from ecospa_fx.errors import warn_caller
-from ecospa_fx.inplace.attributes import Found, integers_of
-from ecospa_fx.inplace.configuration import Shapes, built_shapes
+from ecospa_fx.inplace.attributes import IntegerAttribute, integers_of
+from ecospa_fx.inplace.configuration import ShapesByName, built_shapes
 from ecospa_fx.inplace.edits import Edits
 from ecospa_fx.inplace.groups import narrowed_axes
 from ecospa_fx.plan import Plan
@@ -55,9 +55,9 @@ def stale_fields(dense: nn.Module, plan: Plan, name: str) -> dict[str, int]:
     return result
 
 
-def _driven(model: nn.Module, one: Found, name: str) -> set[tuple[str, int]]:
+def _driven(model: nn.Module, one: IntegerAttribute, name: str) -> set[tuple[str, int]]:
     """The parameter axes that get other sizes where an integer of the configuration is another one."""
-    dense: Shapes = parameter_shapes(model)
+    dense: ShapesByName = parameter_shapes(model)
     for value in (one.value // 2, 2 * one.value, one.value + 1):
         edits = Edits()
         try:

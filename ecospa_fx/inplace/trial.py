@@ -11,12 +11,12 @@ from ecospa_fx.inplace.buffers import Spot
 from ecospa_fx.inplace.edits import Edits
 from ecospa_fx.plan import Plan
 
-Values = Mapping[Spot, int]
+IntegerEdits = Mapping[Spot, int]
 """New integers by place, and what stays of buffers."""
 
 
 @contextmanager
-def edited(model: nn.Module, plan: Plan, values: Values, buffers: Mapping[str, Tensor]) -> Iterator[None]:
+def edited(model: nn.Module, plan: Plan, values: IntegerEdits, buffers: Mapping[str, Tensor]) -> Iterator[None]:
     """A model with a plan's parameters cut, and some integers and buffers replaced, inside, and as it was outside."""
     edits = Edits()
     try:
@@ -26,7 +26,7 @@ def edited(model: nn.Module, plan: Plan, values: Values, buffers: Mapping[str, T
         edits.undo()
 
 
-def apply(model: nn.Module, plan: Plan, values: Values, buffers: Mapping[str, Tensor], edits: Edits) -> None:
+def apply(model: nn.Module, plan: Plan, values: IntegerEdits, buffers: Mapping[str, Tensor], edits: Edits) -> None:
     """Cut a plan's parameters, put buffers in their places and write integers, noted in `edits`."""
     edits.parameters(model, plan.masks(model))
     for name, tensor in buffers.items():

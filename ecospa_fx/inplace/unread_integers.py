@@ -9,13 +9,13 @@ from math import prod
 
 from torch import nn
 
-from ecospa_fx.inplace.attributes import Found, integers
+from ecospa_fx.inplace.attributes import IntegerAttribute, integers
 from ecospa_fx.inplace.buffers import Spot
-from ecospa_fx.inplace.equivalence import Bench
+from ecospa_fx.inplace.equivalence import EquivalenceCheck
 from ecospa_fx.inplace.evidence import evidence
 from ecospa_fx.inplace.groups import Group, narrowed_axes, scaled, under
 from ecospa_fx.inplace.integer_search import alike, is_read
-from ecospa_fx.inplace.trial import Values
+from ecospa_fx.inplace.trial import IntegerEdits
 from ecospa_fx.plan import Plan, Selection
 
 Axes = Mapping[tuple[str, int], tuple[int, int]]
@@ -32,7 +32,7 @@ class Described:
     other: dict[Spot, int]
 
 
-def described(bench: Bench, plan: Plan, groups: Sequence[Group], values: Values) -> Described:
+def described(bench: EquivalenceCheck, plan: Plan, groups: Sequence[Group], values: IntegerEdits) -> Described:
     """What counts something that gets narrower, with its new value. values: what follows for certain."""
     model, axes = bench.model, narrowed_axes(plan, bench.model)
     told = evidence(bench, plan, values)
@@ -54,7 +54,7 @@ def described(bench: Bench, plan: Plan, groups: Sequence[Group], values: Values)
 # -- of the module that holds a parameter ------------------------------------------------------------------------
 
 
-def _by_axis(own: Sequence[Found], axes: Axes) -> dict[Spot, int] | None:
+def _by_axis(own: Sequence[IntegerAttribute], axes: Axes) -> dict[Spot, int] | None:
     """An attribute of modules that are alike and hold parameters, if it is the size of one axis in all of them."""
     sizes: dict[tuple[str, int], list[tuple[int, int]]] = {}
     for one in own:
@@ -72,7 +72,9 @@ def _by_axis(own: Sequence[Found], axes: Axes) -> dict[Spot, int] | None:
 # -- of the modules around it ------------------------------------------------------------------------------------
 
 
-def _by_units(model: nn.Module, own: Sequence[Found], groups: Sequence[Group], axes: Axes) -> dict[Spot, int] | None:
+def _by_units(
+    model: nn.Module, own: Sequence[IntegerAttribute], groups: Sequence[Group], axes: Axes
+) -> dict[Spot, int] | None:
     """An attribute of modules that are alike, if it counts units of one coupling in each of them."""
     new: dict[Spot, int] = {
         one.place: value for one in own if (value := _of_units(model, one, groups, axes)) is not None
@@ -80,7 +82,7 @@ def _by_units(model: nn.Module, own: Sequence[Found], groups: Sequence[Group], a
     return new if len(new) == len(own) else None
 
 
-def _of_units(model: nn.Module, one: Found, groups: Sequence[Group], axes: Axes) -> int | None:
+def _of_units(model: nn.Module, one: IntegerAttribute, groups: Sequence[Group], axes: Axes) -> int | None:
     """The new number of units of some coupling, if an integer can say nothing else."""
     module = model.get_submodule(one.place.module)
     for name, parameter in module.named_parameters():

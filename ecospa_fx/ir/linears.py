@@ -26,7 +26,7 @@ _TRANSPOSING = (aten.t.default, aten.numpy_T.default, aten.transpose.int, aten.p
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Site:
+class LinearUse:
     """One use of a matrix.
 
     node: the product; input: its activation [..., in]; parameter: the matrix, [out, in] where `rows` is True and
@@ -49,14 +49,14 @@ class Site:
         return weight if self.rows else weight.T
 
 
-def find_sites(program: Program) -> list[Site]:
+def linear_uses(program: Program) -> list[LinearUse]:
     """The sites of a graph in its order; only of parameters that nothing else reads."""
     found = [site for node in program.graph.nodes if (site := _site(program, node)) is not None]
     uses = Counter(program.parameters[n] for n in program.parameters for _ in n.users)
     return [site for site in found if uses[site.parameter] == 1 and (site.bias is None or uses[site.bias] == 1)]
 
 
-def _site(program: Program, node: fx.Node) -> Site | None:
+def _site(program: Program, node: fx.Node) -> LinearUse | None:
     if node.op != "call_function" or node.target not in _PRODUCTS or not node.users:
         return None
     activation, matrix, addend, transposed = _PRODUCTS[node.target]
@@ -70,7 +70,7 @@ def _site(program: Program, node: fx.Node) -> Site | None:
     if bias is not None and (bias not in program.parameters or len(program.shapes[program.parameters[bias]]) != 1):
         return None
     name = program.parameters[bias] if bias is not None else None
-    return Site(node, given[activation], program.parameters[source], transposed != flipped, name)
+    return LinearUse(node, given[activation], program.parameters[source], transposed != flipped, name)
 
 
 def _stored(node: fx.Node) -> tuple[fx.Node, bool]:

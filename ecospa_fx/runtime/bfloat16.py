@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, fx
 from torch.nn.functional import linear
 
-from ecospa_fx.ir.linears import Site, find_sites
-from ecospa_fx.runtime.interpreter import Evaluator, Values
+from ecospa_fx.ir.linears import LinearUse, linear_uses
+from ecospa_fx.runtime.interpreter import NodeValues, PartialInterpreter
 
 FEW_ROWS = 64
 """Up to so many rows, rounding the matrix takes what the quicker product saves."""
 
 
-def quick(evaluator: Evaluator, parameters: Collection[str]) -> Evaluator:
+def quick(evaluator: PartialInterpreter, parameters: Collection[str]) -> PartialInterpreter:
     """The same evaluator, in which products by these float32 matrices are rounded, if that is quicker.
 
     Returns it unchanged where nothing is to be gained, or where the caller has chosen a precision per device.
@@ -34,7 +34,7 @@ def quick(evaluator: Evaluator, parameters: Collection[str]) -> Evaluator:
     by_name = {name: node for node, name in program.parameters.items()}
     found.instead = {
         site.node: _product(site, by_name)
-        for site in find_sites(program)
+        for site in linear_uses(program)
         if site.parameter in parameters
         and _is_slow(program.tensor(site.parameter))
         # Behind a transposition the matrix itself may not be kept for so long.
@@ -106,10 +106,10 @@ def _is_slow(matrix: Tensor) -> bool:
     return matrix.device.type == "cpu" and matrix.dtype == torch.float32
 
 
-def _product(site: Site, by_name: dict[str, fx.Node]) -> Callable[[Values], Any]:
+def _product(site: LinearUse, by_name: dict[str, fx.Node]) -> Callable[[NodeValues], Any]:
     matrix, bias = by_name[site.parameter], by_name[site.bias] if site.bias is not None else None
 
-    def compute(values: Values) -> Any:
+    def compute(values: NodeValues) -> Any:
         x, weight = values[site.input], site.matrix(values[matrix])
         added = values[bias] if bias is not None else None
         if x.shape[:-1].numel() <= FEW_ROWS:

@@ -17,13 +17,13 @@ from ecospa_fx.ir.modes import evaluation_arguments
 from ecospa_fx.ir.program import ExportedForm
 from ecospa_fx.ir.pytrees import copied
 from ecospa_fx.ir.schema import is_operator, schema_of
-from ecospa_fx.runtime.signature import calling
+from ecospa_fx.runtime.signature import call_adapter
 
-Values = dict[fx.Node, Any]
+NodeValues = dict[fx.Node, Any]
 """What nodes have computed."""
 
 
-class Evaluator:
+class PartialInterpreter:
     """Runs the nodes of one program in evaluation mode, whatever mode it was captured in.
 
     model, args, kwargs: what the program was captured from.
@@ -35,10 +35,10 @@ class Evaluator:
         self.order = [node for node in nodes if node.op == "call_function"]
         """The nodes that compute, in the order of the graph."""
         (self.output,) = (node for node in nodes if node.op == "output")
-        self._calling = calling(program, model, args, kwargs)
+        self._calling = call_adapter(program, model, args, kwargs)
         self.overwrites = any(_overwrites(node) for node in self.order)
         """Whether some node changes a value that another one has computed."""
-        self.instead: Mapping[fx.Node, Callable[[Values], Any]] = {}
+        self.instead: Mapping[fx.Node, Callable[[NodeValues], Any]] = {}
         """What is computed in place of a node's operator, from the values that the node reads."""
         self._arguments = {node: evaluation_arguments(node) for node in self.order}
         self._last: dict[fx.Node, int] = {}
@@ -50,7 +50,7 @@ class Evaluator:
             self._last[read] = len(self.order)
         self._place = {node: place for place, node in enumerate(self.order)}
 
-    def start(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Values:
+    def start(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> NodeValues:
         """The values that a call of the dense model begins with, but for the parameters: arguments and buffers.
 
         All that the graph may write into is copied, so that a call can be repeated.
@@ -61,7 +61,7 @@ class Evaluator:
             leaves = self._calling.flat(*given)
         except TypeError as error:
             raise InputError(f"the call of a batch is not that of the example: {error}") from error
-        values: Values = dict(zip(self.program.inputs, leaves, strict=True))
+        values: NodeValues = dict(zip(self.program.inputs, leaves, strict=True))
         program, lifted = self.program, self.program.exported.graph_signature.inputs_to_lifted_tensor_constants
         for node in program.graph.nodes:
             if node.op != "placeholder" or node in values or node in program.parameters:
@@ -75,7 +75,7 @@ class Evaluator:
                 values[node] = self._added(node)
         return values
 
-    def weights(self) -> Values:
+    def weights(self) -> NodeValues:
         """The parameters as they are now, without gradients."""
         return {node: self.program.tensor(name).detach() for node, name in self.program.parameters.items()}
 
@@ -86,7 +86,7 @@ class Evaluator:
         found: Tensor = exported.constants[str(spec.target)]
         return found
 
-    def run(self, nodes: Iterable[fx.Node], values: Values) -> None:
+    def run(self, nodes: Iterable[fx.Node], values: NodeValues) -> None:
         """Compute nodes, given in the order of the graph, into `values`; what nothing reads any more is dropped."""
         for node in nodes:
             values[node] = self._computed(node, values)
@@ -95,7 +95,7 @@ class Evaluator:
                 if self._last.get(read, -1) <= place:
                     values.pop(read, None)
 
-    def _computed(self, node: fx.Node, values: Values) -> Any:
+    def _computed(self, node: fx.Node, values: NodeValues) -> Any:
         if node in self.instead:
             return self.instead[node](values)
         args, kwargs = fx.node.map_arg(self._arguments[node], values.__getitem__)
@@ -108,7 +108,7 @@ class Evaluator:
         self.run(self.order, values)
         return self.returned(values, args, kwargs)
 
-    def returned(self, values: Values, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def returned(self, values: NodeValues, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """What the module returns for these arguments, which stay as they are, once all nodes have run."""
         leaves: Any = fx.node.map_arg(self.output.args[0], values.__getitem__)
         given = copied((tuple(args), dict(kwargs)))

@@ -15,7 +15,7 @@ from ecospa_fx.ir.program import ExportedForm
 from ecospa_fx.ir.tracing import one_at_a_time, quiet
 from ecospa_fx.runtime.layer import Code, GraphLayer, Layers, own_copy
 from ecospa_fx.runtime.repeated_calls import calls_compared_in_depth, share_repeated
-from ecospa_fx.runtime.signature import Calling, calling
+from ecospa_fx.runtime.signature import CallAdapter, call_adapter
 
 
 @one_at_a_time()
@@ -52,7 +52,7 @@ def restore(
 class GraphModel(GraphLayer):
     """The root of a restored model: takes the arguments of the original and returns what it returned."""
 
-    _graph_calling: Calling
+    _graph_calling: CallAdapter
 
     @classmethod
     def _graph_running(cls, name: str, code: Code) -> type[GraphLayer]:
@@ -78,7 +78,7 @@ def _rooted(
     torch's own wrapper interprets node by node, and shuts the compiler out of its handling of arguments.
     """
     root: Any = Layers(model).convert(module, base=GraphModel)
-    root._graph_calling = calling(program, model, args, kwargs)
+    root._graph_calling = call_adapter(program, model, args, kwargs)
     told = inspect.signature(model.forward)
     itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
     # trainers and exporters look for the names of the arguments there

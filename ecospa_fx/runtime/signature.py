@@ -108,7 +108,7 @@ def _size(size: Any) -> int | str | None:
     return str(expression) if isinstance(expression, sympy.Symbol) else None
 
 
-class Calling:
+class CallAdapter:
     """Binds the arguments of a call as the original ``forward`` would, and flattens them for the graph.
 
     args, kwargs: the example's; signature: how torch flattened them; leaves: what the graph requires of each; cuts: how
@@ -132,7 +132,7 @@ class Calling:
         self.stateful = bool(objects((args, kwargs)))
         self._returns_objects = bool(skeletons(self.result))  # any that are no containers
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Calling:
+    def __deepcopy__(self, memo: dict[int, Any]) -> CallAdapter:
         """Nothing in it changes."""
         return self
 
@@ -237,7 +237,9 @@ class Calling:
         return tuple(given[n] for n in wanted[: self.positional]), {n: given[n] for n in self.keywords}
 
 
-def calling(program: ExportedForm, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Calling:
+def call_adapter(
+    program: ExportedForm, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> CallAdapter:
     """How a program, captured from a model with example arguments, is called."""
     signature: Any = program.exported.module_call_graph[0].signature
     examples = pytree.tree_leaves(opened((tuple(args), dict(kwargs))))
@@ -246,4 +248,4 @@ def calling(program: ExportedForm, model: nn.Module, args: Sequence[Any], kwargs
     leaves = [leaf(*told) for told in zip(program.inputs, examples, cuts, writes, strict=True)]
     (output,) = program.graph.find_nodes(op="output")
     returned = [program.narrowed.get(n, ()) if isinstance(n, fx.Node) else None for n in output.args[0]]
-    return Calling(model, args, kwargs, signature, leaves, returned)
+    return CallAdapter(model, args, kwargs, signature, leaves, returned)

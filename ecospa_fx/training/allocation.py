@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from ecospa_fx.budget.cost import Parameters
-from ecospa_fx.budget.removal_order import Climb, Ladder, Track, least_units, numbered
+from ecospa_fx.budget.removal_order import GreedySchedule, Lockstep, RemovalOrder, least_units, numbered
 from ecospa_fx.coupling.types import Coupling
 from ecospa_fx.coupling.unit_elements import Shapes
 
-Bounds = tuple[int, int]
+WidthBounds = tuple[int, int]
 """Least and most units that one coupling may have afterwards."""
 
 
 def bounds(
     size: int, now: int, uniform: float, shares: tuple[float, float, float], round_to: int, limit: float = 1.0
-) -> Bounds:
+) -> WidthBounds:
     """Bounds of a coupling. size, now: its units dense and now; uniform: the share that uniform allocation keeps;
     shares: what is kept in any case, and least and most as multiples of `uniform`; limit: the share that may go."""
     lowest, low, high = shares
@@ -49,7 +49,7 @@ def allocate(
     couplings: Sequence[Coupling],
     shapes: Shapes,
     scores: Mapping[str, Tensor],
-    limits: Mapping[str, Bounds],
+    limits: Mapping[str, WidthBounds],
     goal: int,
     *,
     round_to: Mapping[str, int] | None = None,
@@ -66,13 +66,13 @@ def allocate(
     tracks = _uniform(ladders, dense) if dense is not None else _global(ladders, limits)
     if not ladders or not any(len(t.keys) for t in tracks):
         return {c.name: torch.ones(c.carriers, c.size, dtype=torch.bool) for c in couplings}
-    climb = Climb.of(Parameters(shapes), ladders, tracks)
+    climb = GreedySchedule.of(Parameters(shapes), ladders, tracks)
     forced = sum(int((t.keys == -torch.inf).sum()) for t in tracks)
     rungs = climb.rungs(_height(climb, goal, forced))
     return {x.coupling.name: ~x.removal(n)[1] for x, n in zip(ladders, rungs, strict=True)}
 
 
-def _ladder(coupling: Coupling, values: Tensor, limits: Bounds, round_to: int) -> Ladder:
+def _ladder(coupling: Coupling, values: Tensor, limits: WidthBounds, round_to: int) -> RemovalOrder:
     least, most = limits
     ranked, order = values.to("cpu", torch.float64).sort(dim=1, stable=True)
     size = coupling.size
@@ -81,21 +81,21 @@ def _ladder(coupling: Coupling, values: Tensor, limits: Bounds, round_to: int) -
     total = torch.cat([torch.zeros(1, dtype=torch.float64), ranked.sum(0).cumsum(0)])[at]
     elements = at.diff() * (coupling.parameters / size)
     removed = tuple((at[1:] * coupling.carriers).tolist())
-    return Ladder(coupling, numbered(order).T.flatten(), removed, elements, total.diff() / elements)
+    return RemovalOrder(coupling, numbered(order).T.flatten(), removed, elements, total.diff() / elements)
 
 
-def _global(ladders: Sequence[Ladder], limits: Mapping[str, Bounds]) -> list[Track]:
+def _global(ladders: Sequence[RemovalOrder], limits: Mapping[str, WidthBounds]) -> list[Lockstep]:
     """One track per ladder, by cost, ascending even where rounding made the first rung the dearest."""
     tracks = []
     for i, ladder in enumerate(ladders):
         keys = ladder.cost.cummax(0).values if len(ladder.cost) else ladder.cost
         if len(keys) and limits[ladder.coupling.name][1] < ladder.coupling.size:
             keys = torch.cat([torch.full((1,), -torch.inf, dtype=keys.dtype), keys[1:]])
-        tracks.append(Track((i,), keys))
+        tracks.append(Lockstep((i,), keys))
     return tracks
 
 
-def _uniform(ladders: Sequence[Ladder], dense: Mapping[str, int]) -> list[Track]:
+def _uniform(ladders: Sequence[RemovalOrder], dense: Mapping[str, int]) -> list[Lockstep]:
     """Couplings of equal kind and sizes in step, by the share of their units that is gone."""
     groups: dict[tuple[str, int, int, int, tuple[int, ...]], list[int]] = {}
     for i, ladder in enumerate(ladders):
@@ -105,11 +105,11 @@ def _uniform(ladders: Sequence[Ladder], dense: Mapping[str, int]) -> list[Track]
     for (_, whole, size, _, _), group in groups.items():
         first = ladders[group[0]]
         gone = whole - size + torch.tensor((0, *first.removed), dtype=torch.float64) / first.coupling.carriers
-        tracks.append(Track(tuple(group), (gone[1:] + gone[:-1]) / (2 * whole)))
+        tracks.append(Lockstep(tuple(group), (gone[1:] + gone[:-1]) / (2 * whole)))
     return tracks
 
 
-def _height(climb: Climb, goal: int, forced: int) -> int:
+def _height(climb: GreedySchedule, goal: int, forced: int) -> int:
     """How many rungs remove what is nearest to the goal, at least the forced ones."""
     last, removed = len(climb.owner), cache(climb.removed)
     above = bisect_left(range(last + 1), float(goal), lo=forced, key=removed)

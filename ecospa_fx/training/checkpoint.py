@@ -15,14 +15,14 @@ from ecospa_fx.training.history import Shrink
 FORMAT = "ecospa-fx-sparse-training"
 VERSION = 1
 
-Shapes = Mapping[str, tuple[int, ...]]
+DenseShapes = Mapping[str, tuple[int, ...]]
 State = tuple[int, bool, dict[str, Tensor], dict[str, Tensor], list[Shrink]]
 """Step, whether a shrink waits, kept units and scores per coupling, history."""
 
 
 def packed(
     progress: tuple[int, bool],
-    shapes: Shapes,
+    shapes: DenseShapes,
     keep: Mapping[str, Tensor],
     scores: Mapping[str, Tensor],
     history: Sequence[Shrink],
@@ -40,7 +40,7 @@ def packed(
     }
 
 
-def unpacked(state: Mapping[str, Any], shapes: Shapes, keep: Mapping[str, Tensor]) -> State:
+def unpacked(state: Mapping[str, Any], shapes: DenseShapes, keep: Mapping[str, Tensor]) -> State:
     """Read what `packed` made, for a model of these dense shapes that still has the units of `keep`.
 
     Raises TrainingError for anything else.

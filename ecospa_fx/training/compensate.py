@@ -13,10 +13,10 @@ from ecospa_fx.errors import TrainingError
 from ecospa_fx.importance.score import Batch, arguments
 from ecospa_fx.passes.lossy.reconstruct import Reconstruct
 from ecospa_fx.plan import Plan
-from ecospa_fx.runtime.interpreter import Evaluator
+from ecospa_fx.runtime.interpreter import PartialInterpreter
 from ecospa_fx.training.distributed import add_up, of_first
 
-Made = Callable[[Plan, Mapping[str, Tensor]], Evaluator]
+Made = Callable[[Plan, Mapping[str, Tensor]], PartialInterpreter]
 """What computes the model with a plan applied, on given values of its parameters."""
 
 

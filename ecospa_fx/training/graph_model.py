@@ -31,7 +31,7 @@ from ecospa_fx.passes.shrink.shrink_couplings import shrink_program
 from ecospa_fx.plan import Plan
 from ecospa_fx.planning import plan as make_plan
 from ecospa_fx.rewrite import fitted
-from ecospa_fx.runtime.interpreter import Evaluator
+from ecospa_fx.runtime.interpreter import PartialInterpreter
 from ecospa_fx.runtime.restore import restore
 from ecospa_fx.training.module_tree import (
     TwoModes,
@@ -48,7 +48,7 @@ from ecospa_fx.verify import masked_error
 log = logging.getLogger(__name__)
 
 
-class GraphForm:
+class ShrinkableGraph:
     """A captured model, its couplings, and the module that computes it.
 
     module: the model in graph form, sharing its parameters; couplings: what `detect` finds in the dense model, of which
@@ -96,11 +96,11 @@ class GraphForm:
             _cleaned(program)
         return programs
 
-    def evaluator(self, plan: Plan, values: Mapping[str, Tensor]) -> Evaluator:
+    def evaluator(self, plan: Plan, values: Mapping[str, Tensor]) -> PartialInterpreter:
         """What computes the model in eval mode with a plan applied, on values of the plan's shapes."""
         program = self.rewrite(plan)[-1]
         program.values = {name: nn.Parameter(value.detach(), False) for name, value in values.items()}
-        return Evaluator(program, self._model, self._args, self._kwargs)
+        return PartialInterpreter(program, self._model, self._args, self._kwargs)
 
     def adopt(self, programs: Sequence[ExportedForm], copies: Iterable[nn.Module] = ()) -> int:
         """Let `module`, and copies of it, compute rewritten graphs. Returns how many of its modules changed.

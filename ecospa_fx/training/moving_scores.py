@@ -31,7 +31,7 @@ from ecospa_fx.training.sharded import is_sharded, local, placed, summed
 METHODS = ("gate-fisher", "fisher", "taylor")
 
 
-class RunningScores:
+class MovingScores:
     """Moving averages over the steps that were gathered, one number per unit."""
 
     def __init__(self, method: str, memory: int) -> None:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from ecospa_fx.errors import TrainingError
 from ecospa_fx.training.state_evidence import Path, Store, elementwise, leaves, shared, store, store_of
-from ecospa_fx.training.tensor_cuts import Cut
+from ecospa_fx.training.tensor_cuts import TensorCut
 
 
 def check_optimizers(optimizers: Sequence[Optimizer], known: Iterable[Tensor]) -> None:
@@ -33,7 +33,7 @@ def check_optimizers(optimizers: Sequence[Optimizer], known: Iterable[Tensor]) -
             )
 
 
-def check_states(optimizers: Sequence[Optimizer], tensors: Mapping[str, Tensor], cuts: Mapping[str, Cut]) -> None:
+def check_states(optimizers: Sequence[Optimizer], tensors: Mapping[str, Tensor], cuts: Mapping[str, TensorCut]) -> None:
     """Raise TrainingError, before anything changes, where something kept beside a parameter cannot be cut.
 
     Tensors that code has put on parameters, as accumulated gradients often are, follow like an optimizer's states.
@@ -50,7 +50,7 @@ def check_states(optimizers: Sequence[Optimizer], tensors: Mapping[str, Tensor],
                     )
 
 
-def _hindrance(entries: Store, parameter: Tensor, path: Path, tensor: Tensor, cut: Cut) -> str | None:
+def _hindrance(entries: Store, parameter: Tensor, path: Path, tensor: Tensor, cut: TensorCut) -> str | None:
     """Why one tensor cannot follow a cut, and what to do; None where it can."""
     plain = type(tensor) in (Tensor, nn.Parameter) or hasattr(tensor, "full_tensor")
     alike = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
@@ -72,7 +72,7 @@ def _attributes(tensors: Mapping[str, Tensor]) -> Store:
     return store("the model's code", states, documented=False)
 
 
-def cut_all(optimizers: Sequence[Optimizer], tensors: Mapping[str, Tensor], cuts: Mapping[str, Cut]) -> None:
+def cut_all(optimizers: Sequence[Optimizer], tensors: Mapping[str, Tensor], cuts: Mapping[str, TensorCut]) -> None:
     """Cut every tensor, its gradient and the optimizers' states, one parameter at a time."""
     for name, cut in cuts.items():
         tensor = tensors[name]
@@ -86,7 +86,7 @@ def cut_all(optimizers: Sequence[Optimizer], tensors: Mapping[str, Tensor], cuts
         narrow(tensor, cut)
 
 
-def narrow(tensor: Tensor, cut: Cut) -> None:
+def narrow(tensor: Tensor, cut: TensorCut) -> None:
     """Give a leaf tensor, parameter or not, its kept part as data, and its gradient likewise."""
     gradient, tensor.grad = tensor.grad, None
     data = cut(tensor.detach())
@@ -110,7 +110,7 @@ def _held(optimizer: Optimizer) -> Iterator[nn.Parameter]:
         yield from group["params"]
 
 
-def _mapped(value: Any, cut: Cut) -> Any:
+def _mapped(value: Any, cut: TensorCut) -> Any:
     if isinstance(value, Tensor):
         return cut.beside(value)
     if isinstance(value, list | tuple):

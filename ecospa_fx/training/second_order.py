@@ -22,18 +22,18 @@ from torch import Tensor
 
 from ecospa_fx.coupling.types import Coupling
 from ecospa_fx.errors import EcospaError, TrainingError
-from ecospa_fx.importance.compensation import Compensated, Gone
+from ecospa_fx.importance.compensation import Compensated, Removed
 from ecospa_fx.importance.curvature import Collector, Curvature
-from ecospa_fx.importance.linear_views import Views, views_of
+from ecospa_fx.importance.linear_views import CouplingViews, views_of
 from ecospa_fx.importance.samples import samples_of
 from ecospa_fx.importance.score import Batch, Loss
 from ecospa_fx.importance.second_order import unit_scores, without_traffic
-from ecospa_fx.ir.linears import Site, find_sites
+from ecospa_fx.ir.linears import LinearUse, linear_uses
 from ecospa_fx.passes.lossy.change_basis import ChangeBasis, balanced, turn_factors, turn_values
-from ecospa_fx.runtime.interpreter import Evaluator
+from ecospa_fx.runtime.interpreter import PartialInterpreter
 from ecospa_fx.training.distributed import add_up, fail_together, of_first
 from ecospa_fx.training.settings import SECOND_ORDER
-from ecospa_fx.training.tracked_model import Held
+from ecospa_fx.training.tracked_model import TrackedModel
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class SecondOrder:
     damping: float = 0.01
     _samples: list[Batch] = field(default_factory=list, init=False)
 
-    def measured(self, evaluator: Evaluator, couplings: Sequence[Coupling], held: Held) -> Measured:
+    def measured(self, evaluator: PartialInterpreter, couplings: Sequence[Coupling], held: TrackedModel) -> Measured:
         """Of couplings as they are now. held: who turns when a basis changes.
 
         A coupling stays in its basis where an optimizer keeps what cannot be turned.
@@ -75,16 +75,16 @@ class SecondOrder:
             held.turn((change.first, change.second), change.basis)
             return change
 
-        views = views_of(couplings, find_sites(program))
+        views = views_of(couplings, linear_uses(program))
         if not self.solves:
             views = replace(views, beside=())
-        turn_factors(views, lambda sites: self._curvature(evaluator, Views((), (), ()), sites), program, made)
+        turn_factors(views, lambda sites: self._curvature(evaluator, CouplingViews((), (), ()), sites), program, made)
         curvature = self._curvature(evaluator, views)
         turn_values(views, curvature, program, made)
         values = {name: tensor.detach() for name, tensor in program.values.items()}
         return Measured(couplings, values, views, curvature, self.damping, self.group)
 
-    def _read(self, evaluator: Evaluator) -> None:
+    def _read(self, evaluator: PartialInterpreter) -> None:
         """Take the batches apart into samples, once: what a shrink removes does not change which there are."""
         error = None
         try:
@@ -93,7 +93,9 @@ class SecondOrder:
             error = found
         fail_together(error, next(iter(evaluator.program.values.values())).device, self.group)
 
-    def _curvature(self, evaluator: Evaluator, views: Views, results: Sequence[Site] = ()) -> Curvature:
+    def _curvature(
+        self, evaluator: PartialInterpreter, views: CouplingViews, results: Sequence[LinearUse] = ()
+    ) -> Curvature:
         collector, error = Collector(evaluator, views, results), None
         try:
             collector.watch(self._samples, self.loss)
@@ -110,7 +112,7 @@ class Measured:
 
     couplings: Sequence[Coupling]
     values: Mapping[str, Tensor]
-    views: Views
+    views: CouplingViews
     curvature: Curvature
     damping: float
     group: Any
@@ -122,7 +124,7 @@ class Measured:
             found[name].zero_()
         return found
 
-    def making_up(self, gone: Gone) -> dict[str, Tensor]:
+    def making_up(self, gone: Removed) -> dict[str, Tensor]:
         """What to add to parameters, by name, for the rest to make up for units that go: see `Compensated`."""
         made = dict(Compensated(self.couplings, self.values, self.views, self.curvature).made_up(gone))
         return {name: of_first(value - self.values[name], self.group) for name, value in made.items()}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ecospa_fx.budget.alignment import liked
+from ecospa_fx.budget.alignment import preferred_multiple
 from ecospa_fx.checks import check_data, check_flag, check_function, check_share, check_whole, is_number
 from ecospa_fx.coupling.choice import ChoiceOptions, checked_limits, choosable, texts
 from ecospa_fx.coupling.couplings import Couplings, check_couplings
@@ -27,7 +27,7 @@ from ecospa_fx.training.allocation import bounds, uniform_share
 from ecospa_fx.training.remaining_couplings import disjoint
 
 if TYPE_CHECKING:
-    from ecospa_fx.training.graph_model import GraphForm
+    from ecospa_fx.training.graph_model import ShrinkableGraph
 
 SECOND_ORDER = "second-order"
 """The name of scores that are measured on batches at each shrink."""
@@ -119,7 +119,7 @@ class Settings:
 
     def multiples(self, couplings: Iterable[Coupling], parameters: Mapping[str, Tensor]) -> dict[str, int]:
         """By coupling, what the units that stay are a multiple of. Products may have less precision than weights."""
-        return {c.name: self.round_to or liked(c, parameters, autocast=True) for c in couplings}
+        return {c.name: self.round_to or preferred_multiple(c, parameters, autocast=True) for c in couplings}
 
     @property
     def shares(self) -> tuple[float, float, float]:
@@ -179,7 +179,7 @@ def chosen(couplings: Couplings, settings: Settings, method: str | None, model: 
 
 
 def check_reach(
-    couplings: Sequence[Coupling], settings: Settings, target: float, limits: Mapping[str, float], form: GraphForm
+    couplings: Sequence[Coupling], settings: Settings, target: float, limits: Mapping[str, float], form: ShrinkableGraph
 ) -> None:
     """Raise TrainingError where floors and limits, by name of coupling, keep more than the target leaves."""
     gone, steps = [], settings.multiples(couplings, form.parameters)

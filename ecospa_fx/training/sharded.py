@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ecospa_fx.errors import TrainingError
-from ecospa_fx.training.tensor_cuts import Cut
+from ecospa_fx.training.tensor_cuts import TensorCut
 
 
 def is_sharded(parameters: Iterable[Tensor]) -> bool:
@@ -100,7 +100,7 @@ def summed(sums: Tensor, like: Tensor) -> None:
 # -- cutting -----------------------------------------------------------------------------------------------------
 
 
-def moved(old: Tensor, like: Tensor, cut: Cut | None) -> Tensor:
+def moved(old: Tensor, like: Tensor, cut: TensorCut | None) -> Tensor:
     """What is left of a spread tensor, spread as `like` is. Every process has to call this."""
     if cut is None or not _spread(old):
         return old
@@ -113,7 +113,7 @@ def moved(old: Tensor, like: Tensor, cut: Cut | None) -> Tensor:
     return distribute_tensor(cut(whole.full_tensor()), spread.device_mesh, spread.placements, src_data_rank=None)
 
 
-def fill(tree: nn.Module, old: Mapping[str, Tensor], cuts: Mapping[str, Cut]) -> None:
+def fill(tree: nn.Module, old: Mapping[str, Tensor], cuts: Mapping[str, TensorCut]) -> None:
     """Give a newly sharded tree without memory what is left of the old parameters."""
     known = dict(tree.named_parameters())
     values = {name: moved(old[name].detach(), like, cuts.get(name)) for name, like in known.items()}
@@ -123,7 +123,7 @@ def fill(tree: nn.Module, old: Mapping[str, Tensor], cuts: Mapping[str, Cut]) ->
 
 
 def replace_in(
-    optimizers: Sequence[Optimizer], old: Mapping[str, Tensor], new: Mapping[str, Tensor], cuts: Mapping[str, Cut]
+    optimizers: Sequence[Optimizer], old: Mapping[str, Tensor], new: Mapping[str, Tensor], cuts: Mapping[str, TensorCut]
 ) -> None:
     """Put new parameters into the places of the old ones, with what is left of gradients and states."""
     successor = {id(parameter): new[name] for name, parameter in old.items()}
@@ -140,5 +140,5 @@ def replace_in(
             group["params"] = [successor.get(id(p), p) for p in group["params"]]
 
 
-def _state(value: Any, like: Tensor, cut: Cut | None) -> Any:
+def _state(value: Any, like: Tensor, cut: TensorCut | None) -> Any:
     return moved(value, like, cut) if _spread(value) and value.dim() else value

@@ -30,8 +30,8 @@ from ecospa_fx.training.allocation import allocate, bounds, uniform_share
 from ecospa_fx.training.checkpoint import packed, unpacked
 from ecospa_fx.training.compensate import Compensation, read
 from ecospa_fx.training.distributed import all_agree, averaged, check_same
-from ecospa_fx.training.graph_model import GraphForm
-from ecospa_fx.training.moving_scores import RunningScores
+from ecospa_fx.training.graph_model import ShrinkableGraph
+from ecospa_fx.training.moving_scores import MovingScores
 from ecospa_fx.training.optimizer_surgery import held_bytes
 from ecospa_fx.training.remaining_couplings import narrowed
 from ecospa_fx.training.schedule import AtStart, Schedule, check_schedule, default_schedule
@@ -49,7 +49,7 @@ from ecospa_fx.training.settings import (
 )
 from ecospa_fx.training.sharded import whole
 from ecospa_fx.training.tensor_cuts import cuts_between
-from ecospa_fx.training.tracked_model import Held
+from ecospa_fx.training.tracked_model import TrackedModel
 from ecospa_fx.wrappers import unwrapped
 
 log = logging.getLogger(__name__)
@@ -105,10 +105,10 @@ class SparseTraining:
         check_schedule(self._schedule, self._settings.total_steps, own_scores=method is None)
         self._steps = frozenset(self._schedule.steps)
         gathered = "gate-fisher" if method is None or self._measures else method
-        self._running = RunningScores(gathered, self._settings.window)
+        self._running = MovingScores(gathered, self._settings.window)
         model = unwrapped(model, resizing=TrainingError)
         owners, choose = other_owners(model), partial(chosen, settings=self._settings, method=method, model=model)
-        self._form = GraphForm(model, args, dict(kwargs or {}), self._settings.allow, choose)
+        self._form = ShrinkableGraph(model, args, dict(kwargs or {}), self._settings.allow, choose)
         self._chosen = self._now = self._form.chosen
         check_unshared(self._chosen, owners)
         self._held = _held(self._form.shapes, self._chosen)
@@ -117,7 +117,7 @@ class SparseTraining:
         self._step, self._pending, self._said, self.history = 0, False, False, list[history.Shrink]()
         self._limits = shares(self.couplings, self._chosen, self._settings.limits, TrainingError)
         check_reach(self._chosen, self._settings, target, self._limits, self._form)
-        self._model, self._batches = Held(self._form, self._settings.wrap), read(self._settings.batches)
+        self._model, self._batches = TrackedModel(self._form, self._settings.wrap), read(self._settings.batches)
         self._second_order, self._compensation = self._measuring(), self._compensating()
         self._running.follow(self._chosen, self._form.parameters, {})
         self._origin = origin(model, self.plan, args, kwargs)

@@ -30,7 +30,7 @@ class AxisCut:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Cut:
+class TensorCut:
     """What stays of one parameter and of everything shaped like it.
 
     before, after: its shape; axes: what is taken, those whose choice differs along another axis last.
@@ -95,7 +95,7 @@ def _matching(shape: tuple[int, ...], whole: tuple[int, ...]) -> set[int] | None
 
 def cuts_between(
     shapes: Mapping[str, tuple[int, ...]], before: Mapping[str, Factors], after: Mapping[str, Factors]
-) -> dict[str, Cut]:
+) -> dict[str, TensorCut]:
     """The cut of every parameter that `after` leaves less of than `before` does. shapes: dense."""
     found = {}
     for name, factors in after.items():
@@ -105,7 +105,7 @@ def cuts_between(
     return found
 
 
-def _cut(name: str, shape: tuple[int, ...], before: Factors, after: Factors) -> Cut:
+def _cut(name: str, shape: tuple[int, ...], before: Factors, after: Factors) -> TensorCut:
     old, new = _Grid.of(name, shape, before), _Grid.of(name, shape, after)
     plain, carried = [], []
     for axis in range(len(shape)):
@@ -120,7 +120,7 @@ def _cut(name: str, shape: tuple[int, ...], before: Factors, after: Factors) -> 
             rows = [k[t].nonzero().flatten() for k, t in zip(kept, there, strict=True)]
             carried.append(AxisCut(axis, carrier, torch.stack(rows)))
     cut = [c for c in (*plain, *carried) if c.positions.shape[-1] < old.size(c.axis)]
-    return Cut(old.shape, new.shape, tuple(cut))
+    return TensorCut(old.shape, new.shape, tuple(cut))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -17,23 +17,23 @@ from ecospa_fx.importance.linalg import regular_inverse, rotated
 from ecospa_fx.importance.linear_views import Side
 from ecospa_fx.ir.program import ExportedForm
 from ecospa_fx.origin import Origin, remember
-from ecospa_fx.training.graph_model import GraphForm
+from ecospa_fx.training.graph_model import ShrinkableGraph
 from ecospa_fx.training.module_tree import TwoModes, tensors_by_path
 from ecospa_fx.training.optimizer_basis import turn_gradient, unknown
 from ecospa_fx.training.optimizer_surgery import check_optimizers, check_states, cut_all
 from ecospa_fx.training.sharded import fill, is_sharded, put, release, replace_in, whole
-from ecospa_fx.training.tensor_cuts import Cut
+from ecospa_fx.training.tensor_cuts import TensorCut
 
 Wrap = Callable[[nn.Module], nn.Module]
 
 
-class Held:
+class TrackedModel:
     """A model in graph form, and who holds its parameters.
 
     model: what the loop calls; optimizers: whose states are cut; backwards: passes seen since it was last set to 0.
     """
 
-    def __init__(self, form: GraphForm, wrap: Wrap | None) -> None:
+    def __init__(self, form: ShrinkableGraph, wrap: Wrap | None) -> None:
         self.form, self._wrap = form, wrap
         self.optimizers: tuple[Optimizer, ...] = ()
         self._copies: list[Mapping[str, Tensor]] = []
@@ -99,7 +99,7 @@ class Held:
 
     # -- cutting -----------------------------------------------------------------------------------------------
 
-    def cut(self, programs: Sequence[ExportedForm], cuts: Mapping[str, Cut]) -> int:
+    def cut(self, programs: Sequence[ExportedForm], cuts: Mapping[str, TensorCut]) -> int:
         """Cut everything, and let the model compute rewritten graphs. Returns how many of its modules changed.
 
         Everything that can be refused is refused before anything changes.
@@ -146,7 +146,7 @@ class Held:
                         put(tensors[name], rotated(whole(tensors[name]), axis, side.positions, matrix))
                         turn_gradient(self.optimizers, tensors[name], axis, side.positions, other)
 
-    def _cut_sharded(self, programs: Sequence[ExportedForm], cuts: Mapping[str, Cut]) -> int:
+    def _cut_sharded(self, programs: Sequence[ExportedForm], cuts: Mapping[str, TensorCut]) -> int:
         old, before = self.form.parameters, self.form.module
         self.form.module = self.form.rebuilt(programs)
         self.model = self._wrapped()

@@ -43,7 +43,7 @@ def _movable(node: fx.Node) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class _Chain:
+class _Concatenation:
     """join → steps → view, which merges the joined axis, as the outermost, into output axis `axis`."""
 
     join: fx.Node
@@ -52,7 +52,7 @@ class _Chain:
     steps: tuple[fx.Node, ...]
 
 
-def _chain(view: fx.Node) -> _Chain | None:
+def _chain(view: fx.Node) -> _Concatenation | None:
     source: Any = view.args[0]
     axis = _merged(view, source)
     if axis is None:
@@ -68,7 +68,7 @@ def _chain(view: fx.Node) -> _Chain | None:
     if not isinstance(source, fx.Node) or source.target not in _JOINS or not _separable(source):
         return None
     at = _dim_of(source) % source.meta["val"].dim()
-    return _Chain(source, at, axis, tuple(steps)) if at == position else None
+    return _Concatenation(source, at, axis, tuple(steps)) if at == position else None
 
 
 def _merged(view: fx.Node, source: Any) -> int | None:
@@ -101,14 +101,14 @@ def _dim_of(join: fx.Node) -> int:
     return int(found)
 
 
-def _sunk(graph: fx.Graph, view: fx.Node, chain: _Chain) -> fx.Node:
+def _sunk(graph: fx.Graph, view: fx.Node, chain: _Concatenation) -> fx.Node:
     """The concatenation of the views of the parts."""
     parts: Any = chain.join.args[0]
     with graph.inserting_before(view):
         return insert(graph, aten.cat.default, ([_viewed(graph, view, chain, p) for p in parts], chain.axis), like=view)
 
 
-def _viewed(graph: fx.Graph, view: fx.Node, chain: _Chain, part: fx.Node) -> fx.Node:
+def _viewed(graph: fx.Graph, view: fx.Node, chain: _Concatenation, part: fx.Node) -> fx.Node:
     if chain.join.target is aten.stack.default:
         part = insert(graph, aten.unsqueeze.default, (part, chain.at), like=view)
     for step in chain.steps:

@@ -16,7 +16,7 @@ from torch import fx
 
 from ecospa_fx.indexing.call import shape_of
 from ecospa_fx.indexing.evaluate import Elements
-from ecospa_fx.indexing.values import Condition, Value, Values, at_least_zero, position, settled
+from ecospa_fx.indexing.values import Condition, ElementValue, Piecewise, at_least_zero, position, settled
 from ecospa_fx.ir.build import allow_other_strides
 from ecospa_fx.ir.passes import PassResult
 
@@ -56,12 +56,12 @@ def _mask(node: fx.Node) -> Any:
     return node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
 
 
-def _shown(mask: fx.Node, value: Value) -> Condition | None:
+def _shown(mask: fx.Node, value: ElementValue) -> Condition | None:
     """Where attention looks: where a truth value holds, or where what is added is 0 and elsewhere as good as -inf.
 
     Below the least number of its type, an addend leaves a softmax weight of exactly 0 wherever another one is finite.
     """
-    if not isinstance(value, Values):
+    if not isinstance(value, Piecewise):
         return None
     example = mask.meta["val"]
     if example.dtype is torch.bool:
@@ -95,9 +95,9 @@ def _set(node: fx.Node, causal: bool) -> None:
     node.args, node.kwargs = tuple(args), kwargs
 
 
-def _why(shown: Condition | None, value: Value) -> str:
+def _why(shown: Condition | None, value: ElementValue) -> str:
     if shown is not None:
         return f"it shows where {shown}, which no flag says"
-    if isinstance(value, Values):
+    if isinstance(value, Piecewise):
         return "what it adds is neither 0 nor as good as -inf"
     return f"its elements come from node {value.source.name} ({value.source.target})"

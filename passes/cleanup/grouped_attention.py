@@ -16,7 +16,7 @@ from torch import fx
 
 from ecospa_fx.indexing.call import shape_of
 from ecospa_fx.indexing.evaluate import Elements
-from ecospa_fx.indexing.values import Value, position
+from ecospa_fx.indexing.values import ElementValue, position
 from ecospa_fx.ir.alias import bases, written
 from ecospa_fx.ir.build import allow_other_strides
 from ecospa_fx.ir.passes import PassResult
@@ -76,7 +76,7 @@ def _candidate(node: fx.Node) -> bool:
     return not given.get("enable_gqa") and all(len(shape_of(n)) == 4 for n in node.args[:3])
 
 
-def _unrepeated(repeated: Any, user: fx.Node, values: Mapping[fx.Node, Value]) -> Any:
+def _unrepeated(repeated: Any, user: fx.Node, values: Mapping[fx.Node, ElementValue]) -> Any:
     """The nearest node whose head h // n is head h of the repeated tensor; None where there is none."""
     shape, node = shape_of(repeated), repeated
     while node.op == "call_function" and node.args and isinstance(node.args[0], fx.Node):

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ecospa_fx.importance.curvature import Curvature
 from ecospa_fx.importance.linalg import NOISE, power, regular_inverse, rotated
-from ecospa_fx.importance.linear_views import Gate, Inputs, Side, Views, sides_of
-from ecospa_fx.ir.linears import Site
+from ecospa_fx.importance.linear_views import CouplingViews, Gate, Inputs, Side, sides_of
+from ecospa_fx.ir.linears import LinearUse
 from ecospa_fx.ir.program import Program
 
 FLOOR = 1e-6
@@ -43,7 +43,7 @@ class ChangeBasis:
                 program.replace_parameter(name, turned)
 
 
-def value_basis(view: Inputs, site: Site, curvature: Curvature, weight: Tensor) -> Tensor:
+def value_basis(view: Inputs, site: LinearUse, curvature: Curvature, weight: Tensor) -> Tensor:
     """B = Xᵀ S^-½ [carriers, units, units] with S^½ M S^½ = X Λ Xᵀ.
 
     S is the second moment of the units (about the mean where a bias can take it), averaged over the repeats of a
@@ -59,7 +59,7 @@ def value_basis(view: Inputs, site: Site, curvature: Curvature, weight: Tensor) 
     return _joint(_or_identity(first, whole), pulled)[0]
 
 
-def factor_basis(site: Site, positions: Tensor, curvature: Curvature) -> tuple[Tensor, Tensor]:
+def factor_basis(site: LinearUse, positions: Tensor, curvature: Curvature) -> tuple[Tensor, Tensor]:
     """For one factor of a product of activations, B [carriers, units, units] as above and Λ [carriers, units].
 
     S is the second moment of the factor, averaged over the heads that share the other one; in place of M stands that of
@@ -117,7 +117,10 @@ Apply = Callable[[ChangeBasis], ChangeBasis]
 
 
 def turn_factors(
-    views: Views, measure: Callable[[Sequence[Site]], Curvature], program: Program, apply: Apply | None = None
+    views: CouplingViews,
+    measure: Callable[[Sequence[LinearUse]], Curvature],
+    program: Program,
+    apply: Apply | None = None,
 ) -> int:
     """Turn every product of two activations, such as queries and keys; returns how many were.
 
@@ -154,7 +157,7 @@ def _factors(gate: Gate) -> tuple[tuple[Side, ...], tuple[Side, ...]] | None:
     return sides if all(sum(s.member.parameter in matrices for s in side) == 1 for side in sides) else None
 
 
-def turn_values(views: Views, curvature: Curvature, program: Program, apply: Apply | None = None) -> int:
+def turn_values(views: CouplingViews, curvature: Curvature, program: Program, apply: Apply | None = None) -> int:
     """Turn every linear coupling with one consumer, and what was measured of it; returns how many were."""
     count = 0
     for view in views.inputs:

@@ -17,8 +17,8 @@ from ecospa_fx.errors import ScoreError
 from ecospa_fx.importance.curvature import Moments, Total
 from ecospa_fx.importance.linalg import least_squares
 from ecospa_fx.importance.score import Batch
-from ecospa_fx.ir.linears import Site, find_sites
-from ecospa_fx.runtime.interpreter import Evaluator, Values, detached
+from ecospa_fx.ir.linears import LinearUse, linear_uses
+from ecospa_fx.runtime.interpreter import NodeValues, PartialInterpreter, detached
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +30,8 @@ class Reconstruct:
 
     def run(
         self,
-        dense: Evaluator,
-        small: Evaluator,
+        dense: PartialInterpreter,
+        small: PartialInterpreter,
         batches: Sequence[Batch],
         watch: Callable[[Sequence[Stage]], Iterable[Stage]] = lambda stages: stages,
         total: Total | None = None,
@@ -55,15 +55,15 @@ class Reconstruct:
 class Stage:
     """A matrix that lost inputs, in both programs."""
 
-    site: Site
+    site: LinearUse
     twin: fx.Node
 
 
-def stages_of(dense: Evaluator, small: Evaluator) -> list[Stage]:
+def stages_of(dense: PartialInterpreter, small: PartialInterpreter) -> list[Stage]:
     """The sites that lost inputs and still have all their outputs, in the order of the graph."""
     by_name = {node.name: node for node in small.order}
     found = []
-    for site in find_sites(dense.program):
+    for site in linear_uses(dense.program):
         before, after = (e.program.tensor(site.parameter).shape for e in (dense, small))
         lost, kept = before[site.in_axis] != after[site.in_axis], before[1 - site.in_axis] == after[1 - site.in_axis]
         if lost and kept and site.node.name in by_name:
@@ -75,7 +75,12 @@ class _Segment:
     """The nodes from one site, exclusive, to the next one, inclusive, in both programs."""
 
     def __init__(
-        self, stage: Stage, dense: Evaluator, small: Evaluator, begin: tuple[int, int], total: Total | None
+        self,
+        stage: Stage,
+        dense: PartialInterpreter,
+        small: PartialInterpreter,
+        begin: tuple[int, int],
+        total: Total | None,
     ) -> None:
         self._total = total
         self.site, self.twin, self.dense, self.small = stage.site, stage.twin, dense, small
@@ -84,7 +89,7 @@ class _Segment:
         self.small_nodes = small.order[begin[1] : self.end[1]]
         self.weights = small.weights()
 
-    def rebuild(self, states: list[tuple[Values, Values]], damping: float) -> None:
+    def rebuild(self, states: list[tuple[NodeValues, NodeValues]], damping: float) -> None:
         """Solve, and let both programs go on with the new output."""
         fixed = self.dense.weights()
         for values, _ in states:
@@ -101,7 +106,7 @@ class _Segment:
             _forget(own, self.weights)
             values[self.site.node] = own[self.twin].clone() if self.dense.overwrites else own[self.twin]
 
-    def _input(self, own: Values) -> Tensor:
+    def _input(self, own: NodeValues) -> Tensor:
         """Go on to right before the site; its inputs [rows, n]."""
         own.update(self.weights)
         self.small.run(self.small_nodes[:-1], own)
@@ -109,7 +114,7 @@ class _Segment:
         found: Tensor = own[self._twin_input()]
         return found.flatten(0, -2).float()
 
-    def _solve(self, states: list[tuple[Values, Values]], targets: list[Tensor], damping: float) -> None:
+    def _solve(self, states: list[tuple[NodeValues, NodeValues]], targets: list[Tensor], damping: float) -> None:
         """W ← W + R (A + λ)⁻¹, A = Σ x xᵀ, R = Σ (y - W x - b) xᵀ, both centred if there is a bias."""
         weight = self.site.matrix(self._held(self.site.parameter))
         bias = self._held(self.site.bias) if self.site.bias is not None else None
@@ -155,7 +160,7 @@ class _Segment:
         self.weights = self.small.weights()
 
 
-def _forget(values: Values, weights: Values) -> None:
+def _forget(values: NodeValues, weights: NodeValues) -> None:
     """Keep a batch's own values only."""
     for node in weights:
         values.pop(node, None)

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from ecospa_fx.errors import PlanError
 from ecospa_fx.ir.build import evaluate, inherit, layout
-from ecospa_fx.ir.linears import Site, find_sites
+from ecospa_fx.ir.linears import LinearUse, linear_uses
 from ecospa_fx.ir.program import Program
 from ecospa_fx.ir.provenance import module_of
 from ecospa_fx.plan import Plan
@@ -27,7 +27,7 @@ def store_ragged(program: Program, plan: Plan) -> int:
     """
     real_of = _real_positions(plan)
     left = {name: dict(axes) for name, axes in real_of.items()}
-    sites = {site.parameter: site for site in find_sites(program)}
+    sites = {site.parameter: site for site in linear_uses(program)}
     edits = _Edits(program)
     for name in [n for n in left if n in sites]:
         _narrow_product(edits, sites[name], left)
@@ -60,7 +60,7 @@ def _real_positions(plan: Plan) -> dict[str, dict[int, Tensor]]:
     return found
 
 
-def _narrow_product(edits: _Edits, site: Site, left: dict[str, dict[int, Tensor]]) -> None:
+def _narrow_product(edits: _Edits, site: LinearUse, left: dict[str, dict[int, Tensor]]) -> None:
     """Let a product run at the widths of its matrix; takes out of `left` what is dealt with."""
     axes, out_axis = left[site.parameter], 1 - site.in_axis
     if site.in_axis in axes:
@@ -78,7 +78,7 @@ class _Edits:
 
     program: Program
 
-    def select_input(self, site: Site, real: Tensor) -> None:
+    def select_input(self, site: LinearUse, real: Tensor) -> None:
         """Read only the real positions of a product's activation."""
         with self.program.graph.inserting_before(site.node):
             index = self.program.add_buffer(module_of(site.node), real.nonzero().flatten())

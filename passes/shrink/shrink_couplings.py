@@ -20,7 +20,7 @@ from ecospa_fx.axes.flow import AxisFlow, analyse
 from ecospa_fx.axes.narrowing import DimSelection, Narrowing, slice_of
 from ecospa_fx.axes.resize import Resize, find_resize
 from ecospa_fx.coupling.detection import find_couplings
-from ecospa_fx.coupling.types import Found, Member
+from ecospa_fx.coupling.types import LocatedCoupling, Member
 from ecospa_fx.errors import PlanError
 from ecospa_fx.ir.build import evaluate, inherit, layout
 from ecospa_fx.ir.passes import PassResult
@@ -88,7 +88,7 @@ def _key(members: Sequence[Member]) -> frozenset[Any]:
     return frozenset((m.parameter, m.axis, m.carrier_axis, m.carriers, m.units, frozenset(m.boxes)) for m in members)
 
 
-def _choices(plan: Plan, found: Sequence[Found], walked: AxisFlow) -> dict[int, DimSelection]:
+def _choices(plan: Plan, found: Sequence[LocatedCoupling], walked: AxisFlow) -> dict[int, DimSelection]:
     """Per dim what a plan keeps; couplings are recognised by their members."""
     known = {_key(f.coupling.members): f for f in found}
     choices = {}
@@ -104,7 +104,7 @@ def _choices(plan: Plan, found: Sequence[Found], walked: AxisFlow) -> dict[int, 
     return choices
 
 
-def _why(selection: Selection, found: Sequence[Found]) -> str:
+def _why(selection: Selection, found: Sequence[LocatedCoupling]) -> str:
     """Why a graph does not offer what a plan selected: what blocks a dim of this size in the same places."""
 
     def places(members: Sequence[Member]) -> tuple[int, set[tuple[str, int]]]:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from math import sqrt
 
 from ecospa_fx.axes.call import Call, Value
-from ecospa_fx.axes.dims import Misaligned, Origin
+from ecospa_fx.axes.dims import DimKind, Misaligned
 from ecospa_fx.axes.reasons import WHOLE
 from ecospa_fx.axes.registry import axis_rule, refuse
 from ecospa_fx.axes.resize import Resize, resize_rule
@@ -58,7 +58,7 @@ def _spread(call: Call, query: Value, value: Value) -> Value:
         outer, inner = call.dims.split(heads, (own.size, heads.size // own.size))
     except Misaligned as reason:
         call.block(heads, f"its heads are not grouped evenly ({reason})", WHOLE)
-        outer, inner = call.dims.split(call.dims.fresh(heads.size, Origin.STORED), (own.size, heads.size // own.size))
+        outer, inner = call.dims.split(call.dims.fresh(heads.size, DimKind.STORED), (own.size, heads.size // own.size))
     call.tie(outer, own)
     axes = list(value.axes)
     axes[-3] = call.dims.merge([outer, inner])

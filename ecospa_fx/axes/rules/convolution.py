@@ -7,7 +7,7 @@ from re import search
 from typing import Any
 
 from ecospa_fx.axes.call import Call, Value
-from ecospa_fx.axes.dims import Misaligned, Origin
+from ecospa_fx.axes.dims import DimKind, Misaligned
 from ecospa_fx.axes.reasons import WHOLE
 from ecospa_fx.axes.registry import axis_rule
 from ecospa_fx.axes.resize import Resize, resize_rule
@@ -70,7 +70,7 @@ def _channels(call: Call, value: Value, weight: Value, groups: int, turned: bool
     except Misaligned as reason:
         for axis in (inside, *own):
             call.block(axis, f"its groups cut across it ({reason})", WHOLE)
-        return Value((call.dims.fresh(call.outputs[0][at], Origin.STORED),), (False,))
+        return Value((call.dims.fresh(call.outputs[0][at], DimKind.STORED),), (False,))
     source = replace(value, axes=tuple(split), zero=(value.zero[at],) * 2, node=None)
     parts = replace(rows, axes=(*lead, own[1]), zero=(weight.zero[0], weight.zero[0], weight.zero[1]))
     labels = ["group", "in", "out"] if turned else ["group", "out", "in"]
@@ -149,7 +149,7 @@ def patches(call: Call) -> Value:
     if call.operator == "aten.col2im":
         return call.value([value.axes[0], *fresh[1:]])
     window = call.outputs[0][1] // value.axes[1].size
-    columns = call.dims.merge([value.axes[1], call.dims.fresh(window, Origin.STORED)])
+    columns = call.dims.merge([value.axes[1], call.dims.fresh(window, DimKind.STORED)])
     return call.value([value.axes[0], columns, fresh[2]], [False, value.zero[1], False])
 
 

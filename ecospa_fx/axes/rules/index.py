@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from ecospa_fx.axes.call import UNIT, Call, Value
-from ecospa_fx.axes.dims import Axis, Origin
+from ecospa_fx.axes.dims import Axis, DimKind
 from ecospa_fx.axes.products import picked_from
 from ecospa_fx.axes.reasons import WHERE
 from ecospa_fx.axes.registry import axis_rule
@@ -227,7 +227,7 @@ def slice_scatter(call: Call) -> Value:
     axes, flags = [], []
     for i, own in enumerate(value.axes):
         along = own.size > 1 and not (part and i == axis)
-        axes.append(call.align([(value, i), (new, i)]) if along else call.dims.fresh(own.size, Origin.STORED))
+        axes.append(call.align([(value, i), (new, i)]) if along else call.dims.fresh(own.size, DimKind.STORED))
         flags.append(along and all(v.zero[i] and call.follows(v.axes[i], axes[i]) for v in (value, new)))
     if part:
         call.block(value.axes[axis], f"{call.operator} overwrites a part of it", _JOIN)

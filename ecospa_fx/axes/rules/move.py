@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ecospa_fx.axes.call import UNIT, Call, Value
-from ecospa_fx.axes.dims import Axis, Origin
+from ecospa_fx.axes.dims import Axis, DimKind
 from ecospa_fx.axes.registry import axis_rule, refuse
 from ecospa_fx.axes.resize import Resize, resize_rule
 
@@ -161,7 +161,7 @@ def expand(call: Call) -> Value:
     axes, flags = [], []
     for i, size in enumerate(shape):
         same = i >= pad and value.axes[i - pad].size == size
-        axes.append(value.axes[i - pad] if same else call.dims.fresh(size, Origin.BLANK))
+        axes.append(value.axes[i - pad] if same else call.dims.fresh(size, DimKind.BLANK))
         flags.append(same and value.zero[i - pad])
     return replace(call.value(axes, flags), weights=value.weights)
 
@@ -206,7 +206,7 @@ def repeat(call: Call) -> Value:
     axes, flags = [], []
     for i, count in enumerate(counts):
         axis = value.axes[i - pad] if i >= pad else UNIT
-        outer = call.dims.fresh(count, Origin.BLANK)
+        outer = call.dims.fresh(count, DimKind.BLANK)
         axes.append(axis if count == 1 else outer if axis.size == 1 else call.dims.merge([outer, axis]))
         flags.append(count == 1 and i >= pad and value.zero[i - pad])
     return call.value(axes, flags)
@@ -219,7 +219,7 @@ def repeat_interleave(call: Call) -> Value:
     if not isinstance(value, Value) or not isinstance(repeats, int) or dim is None:
         return call.block_all("its positions are repeated an unequal number of times", "repeat all alike")[0]
     axes, flags, i = list(value.axes), list(value.zero), int(dim) % len(value.axes)
-    axes[i] = call.dims.merge([axes[i], call.dims.fresh(repeats, Origin.BLANK)])
+    axes[i] = call.dims.merge([axes[i], call.dims.fresh(repeats, DimKind.BLANK)])
     flags[i] = False
     return call.value(axes, flags)
 
@@ -306,9 +306,9 @@ def pad(call: Call) -> Value:
             continue
         if min(before, after) < 0 or not constant:
             call.block(axes[i], "it is padded otherwise than with a constant", "pad with a constant, or slice")
-            axes[i], flags[i] = call.dims.fresh(call.outputs[0][i], Origin.STORED), False
+            axes[i], flags[i] = call.dims.fresh(call.outputs[0][i], DimKind.STORED), False
         else:
-            parts = [call.dims.fresh(n, Origin.STORED) for n in (before, after)]
+            parts = [call.dims.fresh(n, DimKind.STORED) for n in (before, after)]
             axes[i] = call.dims.concat([parts[0], axes[i], parts[1]])
     filled = (call.get("value") or 0) == 0
     if constant and not filled:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ecospa_fx.axes.call import UNIT, Call, Value
-from ecospa_fx.axes.dims import Origin
+from ecospa_fx.axes.dims import DimKind
 from ecospa_fx.axes.products import note_sum
 from ecospa_fx.axes.reasons import EVAL
 from ecospa_fx.axes.registry import axis_rule
@@ -83,7 +83,7 @@ def along(call: Call) -> Value | list[Value]:
     keeps_zero = call.operator in {"aten.cumsum", "aten.cumprod"}
     for i in _over(call, value):
         call.mixes(value, i, f"{call.operator} runs along it: without an element the others change")
-    axes = [call.dims.fresh(a.size, Origin.STORED) if i in _over(call, value) else a for i, a in enumerate(value.axes)]
+    axes = [call.dims.fresh(a.size, DimKind.STORED) if i in _over(call, value) else a for i, a in enumerate(value.axes)]
     result = call.value(axes, [keeps_zero and z and i not in _over(call, value) for i, z in enumerate(value.zero)])
     if call.operator == "aten.cumsum" and value.tag is not None and value.tag[0] == "counts":
         result = replace(result, tag=("ends", value.tag[1]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ecospa_fx.axes.call import Call, Value
-from ecospa_fx.axes.dims import Origin
+from ecospa_fx.axes.dims import DimKind
 from ecospa_fx.axes.reasons import PARAMETER
 from ecospa_fx.axes.registry import axis_rule
 from ecospa_fx.axes.resize import Resize, resize_rule
@@ -60,7 +60,7 @@ def resize_unflatten(resize: Resize) -> None:
 def view_as_real(call: Call) -> Value:
     """A complex number becomes two real ones along a new last axis."""
     value = call["self"]
-    return call.value([*value.axes, call.dims.fresh(2, Origin.STORED)], [*value.zero, False])
+    return call.value([*value.axes, call.dims.fresh(2, DimKind.STORED)], [*value.zero, False])
 
 
 @axis_rule("aten.view_as_complex", "aten.view_as_complex_copy", linear=True)
