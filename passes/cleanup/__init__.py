@@ -1,0 +1,1 @@
+"""Passes that simplify a smaller graph without changing what it computes."""
