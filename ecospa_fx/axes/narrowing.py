@@ -122,7 +122,4 @@ def _step(kept: Narrowing, axes: Sequence[Axis], index: int) -> AxisSlice:
     if other is None:
         return AxisSlice(index, size, None, mask[0].nonzero().flatten())
     rows = mask[kept.mask(axes, other)[0]]
-    positions = rows.nonzero()[:, 1].reshape(len(rows), -1)
-    view = [1] * len(axes)
-    view[other], view[index] = positions.shape
-    return AxisSlice(index, size, other, (positions if other < index else positions.T).reshape(view))
+    return AxisSlice.along(index, size, other, rows.nonzero()[:, 1].reshape(len(rows), -1), len(axes))
