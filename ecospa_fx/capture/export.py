@@ -24,6 +24,7 @@ from ecospa_fx.ir.passes import run_passes
 from ecospa_fx.ir.program import ExportedForm
 from ecospa_fx.ir.pytrees import closed, opened
 from ecospa_fx.ir.tracing import one_at_a_time, quiet, same_chance
+from ecospa_fx.module_modes import set_mode
 from ecospa_fx.passes.canonicalise import CANONICALISE
 from ecospa_fx.snapshot import untouched
 
@@ -142,8 +143,8 @@ def _export(
         nullcontext() if shapes is None else TimeLimit(),
     ):
         if training is not None:
-            for part in (view, *model.modules()):
-                part.training = training
+            view.training = training
+            set_mode(training, model)
         return write_out_transforms(torch.export.export(view, args, kwargs, strict=False, dynamic_shapes=shapes))
 
 
