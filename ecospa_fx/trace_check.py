@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from ecospa_fx.errors import warn_caller
 from ecospa_fx.ir.program import ExportedForm
 from ecospa_fx.ir.pytrees import copied, opened
+from ecospa_fx.module_modes import set_mode
 from ecospa_fx.relative_error import relative_error
 from ecospa_fx.runtime.interpreter import PartialInterpreter
 from ecospa_fx.snapshot import untouched
@@ -110,6 +111,5 @@ def _evaluated(model: nn.Module) -> Iterator[list[torch.device]]:
         without_fast_path(),
         torch.compiler.set_stance("force_eager"),
     ):
-        for part in model.modules():
-            part.training = False
+        set_mode(False, model)
         yield devices

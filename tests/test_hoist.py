@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention as attend
 
 import ecospa_fx as eco
 from ecospa_fx.coupling.couplings import Couplings
-from ecospa_fx.passes.canonicalise.hoist_selections import hoist_selections
+from ecospa_fx.passes.canonicalise.hoist_selections import HoistSelections
 from ecospa_fx.verify import masked_error
 
 HEADS, WIDTH = 2, 4
@@ -109,17 +109,17 @@ def test_the_graph_computes_what_the_module_does(split: Split) -> None:
     model, x = Fused(split).double(), torch.randn(2, 5, 6).double()
     graph = torch.export.export(model, (x,)).module()
     assert isinstance(graph, torch.fx.GraphModule)
-    hoist_selections(graph)
+    HoistSelections().run(graph)
     graph.recompile()
     assert torch.equal(graph(x), model(x))
-    assert not hoist_selections(graph)
+    assert not HoistSelections().run(graph).modified
 
 
 def test_nothing_to_hoist_is_left_alone() -> None:
     graph = torch.export.export(Fused(chunked), (torch.randn(2, 5, 6),)).module()
     assert isinstance(graph, torch.fx.GraphModule)
     before = str(graph.graph)
-    assert not hoist_selections(graph)
+    assert not HoistSelections().run(graph).modified
     assert str(graph.graph) == before
 
 
@@ -205,7 +205,7 @@ def test_selections_from_what_is_written_into_stay(late: Callable[[Tensor, Tenso
     model, x = WrittenLater(late), torch.randn(2, 5, 6)
     graph = torch.export.export(model, (x,)).module()
     assert isinstance(graph, torch.fx.GraphModule)
-    hoist_selections(graph)
+    HoistSelections().run(graph)
     graph.recompile()
     assert torch.equal(graph(x), model(x))
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import ast
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, is_dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
 
 import ecospa_fx.passes
-from ecospa_fx.errors import PassError
+from ecospa_fx.errors import CaptureError, PassError
 from ecospa_fx.passes import CLEANUP, Pass, PassResult, run_passes
+from ecospa_fx.passes.canonicalise import CANONICALISE
 from tests.attention import traced
 
 FOLDER = Path(ecospa_fx.passes.__file__).resolve().parent
@@ -23,8 +26,18 @@ FOUR = ("test_golden", "test_twin", "test_equal", "test_again")
 
 def registered() -> list[type[Any]]:
     """Every pass that the package offers."""
-    found = vars(ecospa_fx.passes).values()
-    return [c for c in found if isinstance(c, type) and is_dataclass(c) and hasattr(c, "run")]
+    members = [getattr(ecospa_fx.passes, name) for name in vars(ecospa_fx.passes)["_MEMBERS"]]
+    return [c for c in members if isinstance(c, type) and is_dataclass(c) and hasattr(c, "run")]
+
+
+def files(folder: str) -> list[str]:
+    """The modules of a folder of passes."""
+    return sorted(path.stem for path in (FOLDER / folder).glob("[a-z]*.py"))
+
+
+def modules(passes: Sequence[type[Any]]) -> list[str]:
+    """The files in which passes are defined."""
+    return sorted(c.__module__.rpartition(".")[2] for c in passes)
 
 
 def missing_tests(module: str, folder: Path) -> list[str]:
@@ -37,20 +50,37 @@ def missing_tests(module: str, folder: Path) -> list[str]:
 
 
 def test_every_pass_has_its_four_tests(tmp_path: Path) -> None:
-    modules = [c.__module__.rpartition(".")[2] for c in registered()]
-    assert sorted(modules) == sorted(["shrink_couplings", *(p.stem for p in (FOLDER / "cleanup").glob("[a-z]*.py"))])
-    assert {m: missing_tests(m, TESTS) for m in modules} == {m: [] for m in modules}
+    names = modules(registered())
+    assert names == sorted(["shrink_couplings", *files("cleanup")])
+    assert {m: missing_tests(m, TESTS) for m in names} == {m: [] for m in names}
     (tmp_path / "test_pass_half.py").write_text("def test_golden_x(): ...\ndef test_again(): ...\n")
     assert missing_tests("half", tmp_path) == ["test_twin", "test_equal"]
     assert missing_tests("none", tmp_path) == list(FOUR)
 
 
 def test_every_pass_is_a_frozen_dataclass_named_after_its_file() -> None:
-    for kind in registered():
+    for kind in [*registered(), *(type(p) for p in CANONICALISE)]:
         assert vars(kind)["__dataclass_params__"].frozen
-        default = {f.name: f.default for f in fields(kind)}["name"]
-        assert default == kind.__module__.rpartition(".")[2].replace("_", "-")
+        assert kind.name == kind.__module__.rpartition(".")[2].replace("_", "-")
         assert kind.__doc__
+
+
+def test_every_canonicalisation_runs_once() -> None:
+    assert modules([type(p) for p in CANONICALISE]) == files("canonicalise")
+
+
+def test_what_editors_see_of_the_passes_is_what_is_there() -> None:
+    stub = ast.parse((FOLDER / "__init__.pyi").read_text())
+    shown = {
+        (alias.name, node.module) for node in stub.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    members = {(name, f"ecospa_fx.{module}") for name, module in vars(ecospa_fx.passes)["_MEMBERS"].items()}
+    assert shown == members
+    for name, module in members:
+        assert getattr(ecospa_fx.passes, name) is getattr(import_module(module), name)
+    assert {name for name, _ in members} <= set(dir(ecospa_fx.passes))
+    with pytest.raises(AttributeError, match=r"module 'ecospa_fx\.passes' has no attribute 'nothing'"):
+        _ = ecospa_fx.passes.nothing  # type: ignore[attr-defined]
 
 
 # -- the runner ----------------------------------------------------------------------------------------------------
@@ -60,8 +90,9 @@ def test_every_pass_is_a_frozen_dataclass_named_after_its_file() -> None:
 class Broken:
     """Breaks a graph in one of several ways."""
 
+    name: ClassVar[str] = "broken"
+
     how: str
-    name: str = "broken"
 
     def run(self, graph_module: fx.GraphModule) -> PassResult:
         graph = graph_module.graph
@@ -70,6 +101,8 @@ class Broken:
             node.prepend(*list(node.users))
         elif self.how == "values":
             del node.meta["val"]
+        elif self.how == "refused":
+            raise CaptureError("the model does what no graph can do")
         elif self.how == "outputs":
             node.meta["val"] = node.meta["val"].float()
         return PassResult(graph_module, 1, (f"{self.how} noted",))
@@ -95,6 +128,12 @@ def test_the_runner_names_the_pass_that_breaks_a_graph(how: str, message: str) -
     graph = traced(Sine(), (torch.randn(2, 3).double(),), axes=())
     with pytest.raises(PassError, match=message):
         run_passes(graph, (*CLEANUP, Broken(how)))
+
+
+def test_what_a_pass_refuses_is_raised_as_it_is() -> None:
+    graph = traced(Sine(), (torch.randn(2, 3).double(),), axes=())
+    with pytest.raises(CaptureError, match=r"^the model does what no graph can do$"):
+        run_passes(graph, (Broken("refused"),))
 
 
 def test_the_runner_collects_changes_and_reasons() -> None:

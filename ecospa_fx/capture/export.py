@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
@@ -20,17 +20,12 @@ from ecospa_fx.capture.gradient_modes import gradient_modes_recorded, warn_of_cu
 from ecospa_fx.errors import CaptureError
 from ecospa_fx.ir.build import allow_other_strides, sync_users
 from ecospa_fx.ir.modes import Aligned, align, draws, note_dropout
+from ecospa_fx.ir.passes import run_passes
 from ecospa_fx.ir.program import ExportedForm
 from ecospa_fx.ir.pytrees import closed, opened
 from ecospa_fx.ir.tracing import one_at_a_time, quiet, same_chance
-from ecospa_fx.passes.canonicalise.drop_whole_slices import drop_whole_slices
-from ecospa_fx.passes.canonicalise.explicit_shapes import write_out_shapes
-from ecospa_fx.passes.canonicalise.hoist_selections import hoist_selections
-from ecospa_fx.passes.canonicalise.inline_regions import inline_regions
-from ecospa_fx.passes.canonicalise.read_sizes import read_sizes_off_inputs
-from ecospa_fx.passes.canonicalise.refuse_parameter_writes import refuse_parameter_writes
-from ecospa_fx.passes.canonicalise.sink_concatenations import sink_concatenations
-from ecospa_fx.passes.canonicalise.slice_constant_indices import slice_constant_indices
+from ecospa_fx.module_modes import set_mode
+from ecospa_fx.passes.canonicalise import CANONICALISE
 from ecospa_fx.snapshot import untouched
 
 log = logging.getLogger(__name__)
@@ -84,7 +79,7 @@ def _attempted(
         if attempt.doubled and not takes_one(program):
             return None
         program = program if functions is None else _in_both_modes(model, view, program, attempt)
-        return ExportedForm(_normalised(program), model)
+        return ExportedForm(_canonicalised(program), model)
 
 
 def _refuse_sharded(model: nn.Module) -> None:
@@ -105,21 +100,27 @@ def _refuse_quantised(model: nn.Module) -> None:
             )
 
 
-def _normalised(program: ExportedProgram) -> ExportedProgram:
-    """The program with what the exporter wraps unwrapped, and views in the order in which they say most."""
-    module, constants = program.graph_module, _constants(program)
-    sync_users(module.graph)  # the exporter's own passes leave some behind
-    for node, value in constants.items():
-        node.meta["constant"] = value
-    inline_regions(module)
-    refuse_parameter_writes(program)
-    drop_whole_slices(module)
-    write_out_shapes(module)
-    slice_constant_indices(module, constants)
-    read_sizes_off_inputs(module)
-    hoist_selections(module)
-    sink_concatenations(module)
+def _canonicalised(program: ExportedProgram) -> ExportedProgram:
+    """The program, with its graph rewritten in place by the passes of `CANONICALISE`."""
+    sync_users(program.graph)  # the exporter's own passes leave some behind
+    _note_inputs(program)
+    run_passes(program.graph_module, CANONICALISE)
     return program
+
+
+def _note_inputs(program: ExportedProgram) -> None:
+    """Write into ``node.meta`` what the passes ask of inputs: names of parameters, and values of constants.
+
+    Constants are tensors that the model's code holds literally, such as ``torch.tensor([-2])``.
+    """
+    signature = program.graph_signature
+    parameters, constants = signature.inputs_to_parameters, signature.inputs_to_lifted_tensor_constants
+    for node in program.graph.find_nodes(op="placeholder"):
+        if node.name in parameters:
+            node.meta["parameter"] = parameters[node.name]
+        value = program.constants[constants[node.name]] if node.name in constants else None
+        if isinstance(value, Tensor) and not value.is_meta:
+            node.meta["constant"] = value
 
 
 def _export(
@@ -142,8 +143,8 @@ def _export(
         nullcontext() if shapes is None else TimeLimit(),
     ):
         if training is not None:
-            for part in (view, *model.modules()):
-                part.training = training
+            view.training = training
+            set_mode(training, model)
         return write_out_transforms(torch.export.export(view, args, kwargs, strict=False, dynamic_shapes=shapes))
 
 
@@ -193,14 +194,6 @@ def _in_other_mode(model: nn.Module, view: nn.Module, attempt: Attempt) -> Expor
         return _export(model, view, attempt, training=not model.training)
     except Exception:
         return None
-
-
-def _constants(program: ExportedProgram) -> dict[fx.Node, Tensor]:
-    """Placeholders of tensors that the model's code holds literally, such as ``torch.tensor([-2])``."""
-    literal = program.graph_signature.inputs_to_lifted_tensor_constants
-    placeholders = [n for n in program.graph_module.graph.nodes if n.op == "placeholder" and n.name in literal]
-    values = {n: program.constants[literal[n.name]] for n in placeholders}
-    return {n: v for n, v in values.items() if isinstance(v, Tensor) and not v.is_meta}
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from ecospa_fx.importance.methods import Method, Statistic, UnitScores, method_n
 from ecospa_fx.importance.samples import Splitter
 from ecospa_fx.importance.scores import Scores
 from ecospa_fx.importance.separable import copied
+from ecospa_fx.module_modes import modes_restored
 from ecospa_fx.progress import watched
 from ecospa_fx.runtime.guards import leaves_untouched
 from ecospa_fx.wrappers import unwrapped
@@ -159,18 +160,16 @@ def _statistic(method: Method, weights: Mapping[str, nn.Parameter], couplings: C
 @contextmanager
 def _scoring(model: nn.Module, statistic: Statistic) -> Iterator[None]:
     """Eval mode, gradients for the statistic's inputs only; everything as before afterwards."""
-    modes = {module: module.training for module in model.modules()}
     needed = {id(tensor) for tensor in statistic.inputs}
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
-        model.eval()
-        for parameter in flags:
-            parameter.requires_grad_(id(parameter) in needed)
-        with torch.inference_mode(False), torch.enable_grad(), statistic.watching():
-            yield
+        with modes_restored(model), torch.inference_mode(False), torch.enable_grad():
+            model.eval()
+            for parameter in flags:
+                parameter.requires_grad_(id(parameter) in needed)
+            with statistic.watching():
+                yield
     finally:
-        for module, training in modes.items():
-            module.training = training
         for parameter, required in flags.items():
             parameter.requires_grad_(required)
 

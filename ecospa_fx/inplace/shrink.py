@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -22,6 +21,7 @@ from ecospa_fx.inplace.serialise import told
 from ecospa_fx.inplace.stale_configuration import warn_of_stale
 from ecospa_fx.inplace.trial import apply, edited
 from ecospa_fx.inplace.unread_integers import described
+from ecospa_fx.module_modes import modes_restored, set_mode
 from ecospa_fx.origin import ATTRIBUTE, origin, remember
 from ecospa_fx.plan import Plan, check_plan
 from ecospa_fx.rewrite import smaller
@@ -157,7 +157,8 @@ def _with_configuration(
 def _write(model: nn.Module, plan: Plan, values: Mapping[Spot, int], call: TrialCall, bench: EquivalenceCheck) -> None:
     """Edit the user's module and run it; whatever happens before it has run, it is as it was."""
     edits = Edits()
-    with _evaluating(model):
+    with modes_restored(model):
+        set_mode(False, model)
         want = None
         if not plan.allow:
             with masked(model, plan), untouched(model):
@@ -186,16 +187,3 @@ def _buffers(model: nn.Module, plan: Plan, bench: EquivalenceCheck) -> dict[str,
     example = bench.calls[0]
     small, dense = smaller(model, plan, example.args, example.kwargs), dict(model.named_buffers())
     return {n: t for n, t in small.named_buffers() if n in dense and t.shape != dense[n].shape}
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode inside, and in its own mode outside."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

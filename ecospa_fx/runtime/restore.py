@@ -13,6 +13,7 @@ from torch import nn
 from ecospa_fx.ir.module_stacks import arrange_stacks
 from ecospa_fx.ir.program import ExportedForm
 from ecospa_fx.ir.tracing import one_at_a_time, quiet
+from ecospa_fx.module_modes import copy_modes
 from ecospa_fx.runtime.layer import Code, GraphLayer, Layers, own_copy
 from ecospa_fx.runtime.repeated_calls import calls_compared_in_depth, share_repeated
 from ecospa_fx.runtime.signature import CallAdapter, call_adapter
@@ -46,7 +47,9 @@ def restore(
         if attribute in owner._parameters:
             owner._parameters[attribute] = program.values[name]
     share_repeated(module)
-    return _with_modes(_rooted(program, module, model, args, dict(kwargs or {})), model)
+    root = _rooted(program, module, model, args, dict(kwargs or {}))
+    copy_modes(dict(model.named_modules(remove_duplicate=False)), root)
+    return root
 
 
 class GraphModel(GraphLayer):
@@ -84,15 +87,6 @@ def _rooted(
     # trainers and exporters look for the names of the arguments there
     type(root).forward.__signature__ = told.replace(parameters=[itself, *told.parameters.values()])
     return cast(nn.Module, root)
-
-
-def _with_modes(module: nn.Module, model: nn.Module) -> nn.Module:
-    """Every part in the mode of the part that it came from."""
-    module.train(model.training)
-    modes = {path: part.training for path, part in model.named_modules(remove_duplicate=False)}
-    for path, part in module.named_modules(remove_duplicate=False):
-        part.training = modes.get(path.partition("@")[0], part.training)
-    return module
 
 
 def _stand_in(value: nn.Parameter) -> nn.Parameter:

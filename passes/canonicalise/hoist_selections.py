@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -18,6 +18,7 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from ecospa_fx.ir.alias import written_to
 from ecospa_fx.ir.build import insert
+from ecospa_fx.ir.passes import PassResult
 
 aten = torch.ops.aten
 VIEWS = {aten.view.default, aten.reshape.default, aten.unflatten.int, aten._unsafe_view.default}
@@ -28,18 +29,22 @@ _END = 2**63 - 1
 STEPS = {aten.transpose.int, aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim} | COPIES
 
 
-def hoist_selections(module: fx.GraphModule) -> bool:
-    """Rewrite the graph in place. Returns whether anything moved."""
-    graph, changed = module.graph, False
-    for node in list(graph.nodes):
-        if node.op == "call_function" and node.target in _SELECTIONS:
-            chain = _chain(node)
-            if chain is not None and not written_to(chain.source):
-                changed |= _hoist(graph, node, chain)
-    changed |= graph.eliminate_dead_code(lambda n: n.is_impure() or n.op != "call_function" or not _movable(n))
-    if changed:
-        graph.lint()
-    return changed
+@dataclass(frozen=True, slots=True)
+class HoistSelections:
+    """``x.view(b, t, 3, d).select(2, i)`` becomes a slice of `x`, viewed. Exact to the bit."""
+
+    name: ClassVar[str] = "hoist-selections"
+
+    def run(self, graph_module: fx.GraphModule) -> PassResult:
+        """Rewrite the graph in place; what is written to in place stays as it is."""
+        graph, changes = graph_module.graph, 0
+        for node in list(graph.nodes):
+            if node.op == "call_function" and node.target in _SELECTIONS:
+                chain = _chain(node)
+                if chain is not None and not written_to(chain.source):
+                    changes += _hoist(graph, node, chain)
+        changes += graph.eliminate_dead_code(lambda n: n.is_impure() or n.op != "call_function" or not _movable(n))
+        return PassResult(graph_module, changes)
 
 
 def _movable(node: fx.Node) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -12,6 +13,7 @@ from torch.utils import _pytree as pytree
 from ecospa_fx.errors import CaptureError
 from ecospa_fx.ir.build import evaluate, insert
 from ecospa_fx.ir.module_stacks import KEY, stack_between
+from ecospa_fx.ir.passes import PassResult
 from ecospa_fx.ir.provenance import source_of
 from ecospa_fx.ir.schema import is_operator
 
@@ -19,20 +21,28 @@ _WRAPPERS = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
 """Higher-order operators that call a sub-graph, and at which argument it stands."""
 
 
-def inline_regions(module: fx.GraphModule) -> bool:
-    """Inline every wrapped region, in place. Returns whether there was any.
+@dataclass(frozen=True, slots=True)
+class InlineRegions:
+    """The nodes of ``torch.no_grad()`` and ``torch.autocast()`` regions stand in the graph itself.
 
     A region without gradients keeps that: its floating-point outputs are detached. Of an autocast region the casts are
     written out. Raises CaptureError where they cannot be told.
     """
-    changed = False
-    while regions := [n for n in module.graph.nodes if n.op == "call_function" and str(n.target) in _WRAPPERS]:
-        for node in regions:
-            _inline(module, node)
-        changed = True
-    if changed:
-        module.graph.lint()
-    return changed
+
+    name: ClassVar[str] = "inline-regions"
+
+    def run(self, graph_module: fx.GraphModule) -> PassResult:
+        """Rewrite the graph in place, regions within regions included."""
+        changes = 0
+        while regions := [n for n in graph_module.graph.nodes if _is_region(n)]:
+            for node in regions:
+                _inline(graph_module, node)
+            changes += len(regions)
+        return PassResult(graph_module, changes)
+
+
+def _is_region(node: fx.Node) -> bool:
+    return node.op == "call_function" and str(node.target) in _WRAPPERS
 
 
 def _inline(module: fx.GraphModule, node: fx.Node) -> None:

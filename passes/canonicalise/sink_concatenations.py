@@ -9,13 +9,14 @@ of views; no number changes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
 
 from ecospa_fx.ir.alias import written_to
 from ecospa_fx.ir.build import insert
+from ecospa_fx.ir.passes import PassResult
 from ecospa_fx.passes.canonicalise.hoist_selections import COPIES, STEPS, VIEWS, axis_before
 
 aten = torch.ops.aten
@@ -23,19 +24,24 @@ _FLATTEN = aten.flatten.using_ints
 _JOINS = {aten.cat.default, aten.concat.default, aten.concatenate.default, aten.stack.default}
 
 
-def sink_concatenations(module: fx.GraphModule) -> bool:
-    """Rewrite the graph in place. Returns whether anything moved."""
-    graph, changed = module.graph, False
-    for node in list(graph.nodes):
-        if node.op == "call_function" and node.target in {*VIEWS, _FLATTEN}:
-            found = _chain(node)
-            if found is not None:
-                node.replace_all_uses_with(_sunk(graph, node, found))
-                changed = True
-    if changed:
-        graph.eliminate_dead_code(lambda n: n.is_impure() or n.op != "call_function" or not _movable(n))
-        graph.lint()
-    return changed
+@dataclass(frozen=True, slots=True)
+class SinkConcatenations:
+    """``cat([a, b], 2).view(b, t, n * d)`` becomes ``cat([a.flatten(2), b.flatten(2)], 2)``. Exact to the bit."""
+
+    name: ClassVar[str] = "sink-concatenations"
+
+    def run(self, graph_module: fx.GraphModule) -> PassResult:
+        """Rewrite the graph in place; what is written to in place stays as it is."""
+        graph, changes = graph_module.graph, 0
+        for node in list(graph.nodes):
+            if node.op == "call_function" and node.target in {*VIEWS, _FLATTEN}:
+                chain = _chain(node)
+                if chain is not None:
+                    node.replace_all_uses_with(_sunk(graph, node, chain))
+                    changes += 1
+        if changes:
+            graph.eliminate_dead_code(lambda n: n.is_impure() or n.op != "call_function" or not _movable(n))
+        return PassResult(graph_module, changes)
 
 
 def _movable(node: fx.Node) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import sqrt
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -29,7 +29,7 @@ class EqualWidths:
     On the CPU only: kernels of GPUs take different widths. Exact up to the order of summation within attention.
     """
 
-    name: str = "equal-widths"
+    name: ClassVar[str] = "equal-widths"
 
     def run(self, graph_module: fx.GraphModule) -> PassResult:
         """Rewrite the graph in place."""

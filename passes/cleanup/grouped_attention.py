@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import sympy
 import torch
@@ -33,7 +33,7 @@ class GroupedAttention:
     Exact up to the order of summation within attention.
     """
 
-    name: str = "grouped-attention"
+    name: ClassVar[str] = "grouped-attention"
 
     def run(self, graph_module: fx.GraphModule) -> PassResult:
         """Rewrite the graph in place."""

@@ -9,7 +9,7 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -45,8 +45,10 @@ class ShrinkCouplings:
     Raises PlanError where the plan was made for another model.
     """
 
+    name: ClassVar[str] = "shrink-couplings"
+
     plan: Plan
-    name: str = "shrink-couplings"
+    """What to remove; made for this graph."""
 
     def run(self, graph_module: fx.GraphModule) -> PassResult:
         """Shrink a graph module in place."""
