@@ -15,6 +15,8 @@ from ecospa_fx.axes.shapes import regrouped
 
 Zero = Literal["all", "any", "lost"]
 UNIT = Axis(1, (Piece(0, ()),))
+MAKERS = 12
+"""More parameters than this make the residual stream, whose makers nobody asks for."""
 
 
 class Call:
@@ -71,12 +73,9 @@ class Call:
         made, descent = self._made or self._union(v.made for v in values), self.descent or descent_of(values)
         return Value(axes, flags, self._weights(values), self.node, made, descent=descent)
 
-    MAKERS = 12
-    """More parameters than this make the residual stream, whose makers nobody asks for."""
-
     def _union(self, several: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
         names = tuple(dict.fromkeys(name for made in several for name in made))
-        return names if len(names) <= self.MAKERS else ()
+        return names if len(names) <= MAKERS else ()
 
     @staticmethod
     def _weights(values: Sequence[Value]) -> tuple[str, ...]:

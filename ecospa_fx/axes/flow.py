@@ -20,6 +20,7 @@ from ecospa_fx.axes import registry
 from ecospa_fx.axes.call import Call
 from ecospa_fx.axes.dims import Axis, DimKind, Dims, Misaligned
 from ecospa_fx.axes.findings import Blocker, Findings, Value, several
+from ecospa_fx.axes.notation import Notation, flow_text
 from ecospa_fx.axes.reasons import CACHE, RETURNED, Reason
 from ecospa_fx.ir.alias import shares, written, written_by
 from ecospa_fx.ir.program import Program
@@ -37,6 +38,15 @@ class AxisFlow:
     record: Findings
     values: dict[fx.Node, Any]
     parameters: dict[str, Value]
+
+    @property
+    def notation(self) -> Notation:
+        """Names for the dims, those of parameters first, in their order; see `ecospa_fx.axes.notation`."""
+        tensors = [*self.parameters.values(), *(one for value in self.values.values() for one in several(value))]
+        return Notation(self.dims, (axis for value in tensors for axis in value.axes))
+
+    def __str__(self) -> str:
+        return flow_text(self.values, self.parameters, self.record, self.notation)
 
 
 def analyse(program: Program, allow: Collection[str] = ()) -> AxisFlow:
@@ -102,6 +112,16 @@ def _shared(walked: AxisFlow) -> frozenset[str]:
     blocked = {root for o in record.blocks for root in _roots(dims, o.dim)}
     free = (n for n in found if any(d not in blocked for a in walked.parameters[n].axes for d in dims.dims_of(a)))
     return frozenset(free)
+
+
+def apply_rule(call: Call) -> Value | list[Value]:
+    """What the rule of an operator, or its refusal, makes of a call."""
+    rule = registry.find(call.operator)
+    refusal = registry.refusal(call.operator)
+    result = rule(call) if rule is not None else call.block_all(refusal.why, refusal.remedy)
+    if not registry.is_linear(call.operator):
+        call.fixes((axis for value in several(result) for axis in value.axes), nonlinear=True)
+    return result
 
 
 class _Walk:
@@ -186,11 +206,7 @@ class _Walk:
     def _apply(self, node: fx.Node, operator: str, arguments: dict[str, Any]) -> Call:
         """Let the operator's rule speak, or its refusal, and keep what comes out."""
         call = Call(node, operator, arguments, self._shapes(node), self.dims, self.record)
-        rule = registry.find(operator)
-        refusal = registry.refusal(operator)
-        result: Any = rule(call) if rule is not None else call.block_all(refusal.why, refusal.remedy)
-        if not registry.is_linear(operator):
-            call.fixes((axis for one in several(result) for axis in one.axes), nonlinear=True)
+        result: Any = apply_rule(call)
         listed = isinstance(node.meta.get("val"), list | tuple)
         if isinstance(result, list) and not listed:
             result = result[0] if result else None
