@@ -24,6 +24,7 @@ from ecospa_fx.errors import TrainingError
 from ecospa_fx.importance.score import score
 from ecospa_fx.importance.scores import Scores, given_scores
 from ecospa_fx.origin import origin
+from ecospa_fx.passes.lossy.measurement import Measurement
 from ecospa_fx.plan import Plan, Selection
 from ecospa_fx.training import history
 from ecospa_fx.training.allocation import allocate, bounds, uniform_share
@@ -35,7 +36,7 @@ from ecospa_fx.training.moving_scores import MovingScores
 from ecospa_fx.training.optimizer_surgery import held_bytes
 from ecospa_fx.training.remaining_couplings import narrowed
 from ecospa_fx.training.schedule import AtStart, Schedule, check_schedule, default_schedule
-from ecospa_fx.training.second_order import Measured, SecondOrder, second_order
+from ecospa_fx.training.second_order import SecondOrder, second_order
 from ecospa_fx.training.settings import (
     SECOND_ORDER,
     Settings,
@@ -256,16 +257,19 @@ class SparseTraining:
         self, scores: Mapping[str, Tensor], share: float
     ) -> tuple[dict[str, Tensor], Mapping[str, Tensor] | None]:
         """What stays, the same in all processes, and what to add to parameters to make up for the rest, if known."""
-        measured = self._measured()
-        keep = self._units(scores if measured is None else measured.scores(), share)
+        second, measurement = self._second_order, self._measured()
+        if second is not None and measurement is not None:
+            scores = second.scores(measurement)
+        keep = self._units(scores, share)
         check_same(keep, self._running.flat().device, self._settings.group)
         # Where a norm runs over what is kept, its inputs before the shrink are not those after it.
-        if measured is None or self._compensation is None or any(c.inexact for c in self._now):
+        exact = not any(c.inexact for c in self._now)
+        if second is None or measurement is None or self._compensation is None or not exact:
             return keep, None
         gone = {c.name: ~keep[c.name][self._keep[c.name]].view(c.carriers, c.size) for c in self._now}
-        return keep, measured.making_up(gone)
+        return keep, second.changes(measurement, gone)
 
-    def _measured(self) -> Measured | None:
+    def _measured(self) -> Measurement | None:
         """What second-order scores need of the units that are there. Linear couplings have been turned then."""
         if self._second_order is None:
             return None
