@@ -34,7 +34,7 @@ LIMIT = 1 << 36
 """Bytes of all example inputs: more is no example."""
 
 
-def blank(told: Any) -> Any:
+def blank(told: object) -> Any:
     """The value that was described, with zeros in its tensors. Raises ValueError for anything else."""
     try:
         if _bytes(told) > LIMIT:
@@ -44,7 +44,7 @@ def blank(told: Any) -> Any:
         raise ValueError("it describes no value") from error
 
 
-def _bytes(told: Any) -> int:
+def _bytes(told: object) -> int:
     """Of all tensors of a description."""
     if not isinstance(told, dict) or len(told.keys() - {"dtype"}) != 1:
         raise ValueError(f"a {type(told).__name__} describes no value")

@@ -36,7 +36,7 @@ def flat(items: Iterable[tuple[Any, Any]]) -> tuple[Any, ...]:
     return tuple(part for item in items for part in item)
 
 
-def pairs(parts: tuple[Any, ...]) -> Iterator[tuple[Any, Any]]:
+def pairs(parts: tuple[object, ...]) -> Iterator[tuple[Any, Any]]:
     return zip(parts[::2], parts[1::2], strict=True)
 
 
@@ -44,7 +44,7 @@ def _read_dict(holder: dict[Any, Any]) -> tuple[Any, ...]:
     return flat(dict.items(holder))
 
 
-def _write_dict(holder: dict[Any, Any], parts: tuple[Any, ...]) -> None:
+def _write_dict(holder: dict[Any, Any], parts: tuple[object, ...]) -> None:
     plain: Any = OrderedDict if isinstance(holder, OrderedDict) else dict  # past what subclasses make of it
     plain.clear(holder)
     for key, value in pairs(parts):
@@ -61,16 +61,16 @@ def assign(holder: Any, key: Any, *value: Any) -> None:
         del holder[key]
 
 
-def _write_list(holder: list[Any], parts: tuple[Any, ...]) -> None:
+def _write_list(holder: list[Any], parts: tuple[object, ...]) -> None:
     list.__setitem__(holder, slice(None), parts)
 
 
-def _write_deque(holder: deque[Any], parts: tuple[Any, ...]) -> None:
+def _write_deque(holder: deque[Any], parts: tuple[object, ...]) -> None:
     deque.clear(holder)
     deque.extend(holder, parts)
 
 
-def _write_set(holder: set[Any], parts: tuple[Any, ...]) -> None:
+def _write_set(holder: set[Any], parts: tuple[object, ...]) -> None:
     set.clear(holder)
     set.update(holder, parts)
 
@@ -82,7 +82,7 @@ def _read_cell(holder: CellType) -> tuple[Any, ...]:
         return ()
 
 
-def _write_cell(holder: CellType, parts: tuple[Any, ...]) -> None:
+def _write_cell(holder: CellType, parts: tuple[object, ...]) -> None:
     if parts:
         holder.cell_contents = parts[0]
     else:
@@ -101,12 +101,12 @@ def _slots(kind: type) -> tuple[str, ...]:
     return _NAMES.setdefault(kind, tuple(n for n in slots if n not in ("__dict__", "__weakref__")))
 
 
-def _read_slots(holder: Any) -> tuple[Any, ...]:
+def _read_slots(holder: object) -> tuple[Any, ...]:
     items = ((n, _attribute(holder, n)) for n in _slots(type(holder)))
     return flat(item for item in items if item[1] is not None)
 
 
-def _write_slots(holder: Any, parts: tuple[Any, ...]) -> None:
+def _write_slots(holder: object, parts: tuple[object, ...]) -> None:
     items = dict(pairs(parts))
     for name in [name for name, _ in pairs(_read_slots(holder)) if name not in items]:
         object.__delattr__(holder, name)
@@ -114,7 +114,7 @@ def _write_slots(holder: Any, parts: tuple[Any, ...]) -> None:
         object.__setattr__(holder, name, value)
 
 
-def _read_class(holder: Any) -> tuple[Any, ...]:
+def _read_class(holder: object) -> tuple[Any, ...]:
     return (type(holder),)
 
 
@@ -126,7 +126,7 @@ def _read_type(holder: type) -> tuple[Any, ...]:
     return flat(vars(holder).items())
 
 
-def _write_type(holder: type, parts: tuple[Any, ...]) -> None:
+def _write_type(holder: type, parts: tuple[object, ...]) -> None:
     items = dict(pairs(parts))
     for name in [name for name in vars(holder) if name not in items]:
         delattr(holder, name)
@@ -145,7 +145,7 @@ _SLOTS, CLASS_OF = Kind(_read_slots, _write_slots, keyed=True), Kind(_read_class
 CLASS = Kind(_read_type, _write_type, keyed=True)
 
 
-def holders(thing: Any) -> Iterator[tuple[Any, Kind]]:
+def holders(thing: object) -> Iterator[tuple[Any, Kind]]:
     """Everything about a thing that can hold something else later, and how."""
     kind = type(thing)
     for base, container in _CONTAINERS:
@@ -163,7 +163,7 @@ def holders(thing: Any) -> Iterator[tuple[Any, Kind]]:
             yield thing, _SLOTS
 
 
-def _attribute(thing: Any, name: str) -> Any:
+def _attribute(thing: object, name: str) -> Any:
     """An attribute past ``__getattr__`` of the class, None where there is none."""
     try:
         return object.__getattribute__(thing, name)
@@ -201,7 +201,7 @@ _LENDERS: tuple[type, ...] = (
 )  # fmt: skip
 
 
-def lends(value: Any) -> bool:
+def lends(value: object) -> bool:
     """Whether something that a class or a Python module holds may be a table, or code that has one."""
     return isinstance(value, _LENDERS) or not is_foreign(type(value))
 
@@ -211,7 +211,7 @@ def lends(value: Any) -> bool:
 _EMPTY = (FakeTensor, FunctionalTensor, torch.SymInt, torch.SymFloat, torch.SymBool, fx.Proxy)
 
 
-def is_empty(value: Any, depth: int = 4) -> bool:
+def is_empty(value: object, depth: int = 4) -> bool:
     """Whether a value, or something in it, exists only while a model is traced."""
     if isinstance(value, _EMPTY):
         return True

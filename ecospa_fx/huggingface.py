@@ -46,7 +46,7 @@ def is_causal(model: nn.Module) -> bool:
     return type(model).__name__ in names.values()
 
 
-def build(config: Any, device: str) -> Any:
+def build(config: object, device: str) -> Any:
     """The model of a configuration without values: on ``meta``, or on the CPU in memory that nobody has written yet.
 
     Buffers hold what the constructor computes, except on ``meta``.

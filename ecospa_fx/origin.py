@@ -36,7 +36,9 @@ class Origin:
     integers: Any = None
 
 
-def origin(model: nn.Module, plan: Plan, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Origin:
+def origin(
+    model: nn.Module, plan: Plan, args: Sequence[object] = (), kwargs: Mapping[str, object] | None = None
+) -> Origin:
     """The origin of what ``shrink(model, plan, args, kwargs)`` returns."""
     model = unwrapped(model)
     kind, config = type(model), getattr(model, "config", None)

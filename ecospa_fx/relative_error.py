@@ -34,7 +34,7 @@ class RelativeError(float):
         return RelativeError, (float(self), self.left_out)
 
 
-def relative_error(got: Sequence[Any], want: Sequence[Any]) -> RelativeError:
+def relative_error(got: Sequence[object], want: Sequence[object]) -> RelativeError:
     """The largest relative error of any number in some leaves; leaves that are no tensors count for nothing.
 
     A number is compared to itself, or to the usual size of the numbers in its tensor where that is larger: the median

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import nn
 
@@ -26,8 +26,8 @@ Result = TypeVar("Result")
 def shrunk(
     model: nn.Module,
     plan: Plan,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
+    args: Sequence[object],
+    kwargs: Mapping[str, object],
     passes: Sequence[Pass] | None = None,
     *,
     compare: bool = False,
@@ -50,8 +50,8 @@ def shrunk(
 def smaller(
     model: nn.Module,
     plan: Plan,
-    args: Sequence[Any] = (),
-    kwargs: Mapping[str, Any] | None = None,
+    args: Sequence[object] = (),
+    kwargs: Mapping[str, object] | None = None,
     passes: Sequence[Pass] | None = None,
     *,
     compare: bool = False,

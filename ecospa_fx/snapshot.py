@@ -78,7 +78,7 @@ def _waits(module: str) -> bool:
     return any(module == name or module.startswith(f"{name}.") for name in _WAITING)
 
 
-def exchange(model: nn.Module, others: Mapping[int, Any]) -> None:
+def exchange(model: nn.Module, others: Mapping[int, object]) -> None:
     """Put other things, by the identity of those that they stand for, wherever a model holds these. Nothing is written.
 
     Closures, methods of helper objects and tuples in containers count; what the model's own code cannot reach does not.
@@ -89,7 +89,7 @@ def exchange(model: nn.Module, others: Mapping[int, Any]) -> None:
             kept.kind.write(kept.holder, parts)
 
 
-def _exchanged(part: Any, others: Mapping[int, Any]) -> Any:
+def _exchanged(part: object, others: Mapping[int, object]) -> Any:
     if type(part) is tuple:
         parts = tuple(_exchanged(item, others) for item in part)
         return parts if any(a is not b for a, b in zip(parts, part, strict=True)) else part
@@ -156,7 +156,7 @@ class Snapshot:
             return id(tensor) in self._buffers
         return id(tensor) not in self._swapped and tensor.numel() * tensor.element_size() <= LARGEST
 
-    def _parts(self, thing: Any, path: str, shared: bool) -> Iterator[tuple[Any, str]]:
+    def _parts(self, thing: object, path: str, shared: bool) -> Iterator[tuple[Any, str]]:
         """What a thing holds; its containers are noted on the way."""
         for holder, kind in holders(thing):
             parts = kind.read(holder)
@@ -199,7 +199,7 @@ class Snapshot:
                     self._seen[id(namespace)] = namespace
                     self._share(namespace, DICT, namespace, name, shared=True)
 
-    def _share(self, parts: Mapping[str, Any], kind: Kind, holder: Any, name: str, *, shared: bool) -> None:
+    def _share(self, parts: Mapping[str, object], kind: Kind, holder: object, name: str, *, shared: bool) -> None:
         self.kept.append(_Kept(holder, kind.read(holder), kind, shared, name))
         namespace = {n: v for n, v in parts.items() if not (n.startswith("__") and n.endswith("__")) or callable(v)}
         self._walk(deque((v, f"{name}.{n}") for n, v in namespace.items() if lends(v)), shared=shared)
@@ -225,7 +225,7 @@ class Snapshot:
                 cache.cache_clear()
 
 
-def _named(parts: tuple[Any, ...], kind: Kind, path: str) -> Iterator[tuple[Any, str]]:
+def _named(parts: tuple[object, ...], kind: Kind, path: str) -> Iterator[tuple[Any, str]]:
     if not kind.keyed:
         yield from ((part, path) for part in parts if type(part) not in ATOMS)
         return

@@ -60,7 +60,7 @@ def from_plain(kind: type[Kind], value: object) -> Kind:
     return cast(Kind, _read(kind, value))
 
 
-def _read(kind: Any, value: object) -> Any:
+def _read(kind: object, value: object) -> Any:
     origin, inner = get_origin(kind), get_args(kind)
     if is_dataclass(kind):
         return _dataclass(kind, value)
@@ -89,7 +89,7 @@ def _dataclass(kind: Any, value: object) -> Any:
     return kind(**{name: _read(types[name], told[name]) for name in given})
 
 
-def _plain(kind: Any, value: object) -> Any:
+def _plain(kind: object, value: object) -> Any:
     if type(value) is kind or (kind is float and type(value) is int):
         return value
     raise TypeError(f"{value!r:.40} stands where {_NAMES[kind]} belongs")

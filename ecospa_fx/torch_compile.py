@@ -75,7 +75,9 @@ class Input:
     parameter: str
 
 
-def _names(graph: fx.GraphModule, twin: fx.GraphModule, inputs: Sequence[Any], model: nn.Module | None) -> list[Input]:
+def _names(
+    graph: fx.GraphModule, twin: fx.GraphModule, inputs: Sequence[object], model: nn.Module | None
+) -> list[Input]:
     known = {id(p): name for name, p in reversed(list(model.named_parameters()))} if model is not None else None
     placeholders = graph.graph.find_nodes(op="placeholder")
     found = []
@@ -136,7 +138,7 @@ class _Smaller:
         self.run: Compiled
 
     @classmethod
-    def of(cls, graph: fx.GraphModule, inputs: Sequence[Any], plan: Plan, compiler: str | Compiled) -> _Smaller:
+    def of(cls, graph: fx.GraphModule, inputs: Sequence[object], plan: Plan, compiler: str | Compiled) -> _Smaller:
         """Shrink and compile a graph. plan: by the names of its arguments."""
         sizes = _read_sizes(graph)
         left = [i for i in range(len(inputs)) if i not in sizes]
@@ -150,14 +152,14 @@ class _Smaller:
         made.run = torch._dynamo.lookup_backend(compiler)(small, made.example(inputs))
         return made
 
-    def __call__(self, *inputs: Any) -> Any:
+    def __call__(self, *inputs: object) -> Any:
         return self.run(*self.inputs(inputs))
 
-    def inputs(self, given: Sequence[Any]) -> list[Any]:
+    def inputs(self, given: Sequence[object]) -> list[Any]:
         """The inputs of the smaller graph."""
         return [self._kept(o, given[o]) if isinstance(o, int) else o for o in self.order]
 
-    def example(self, given: Sequence[Any]) -> list[Any]:
+    def example(self, given: Sequence[object]) -> list[Any]:
         """The inputs for a compiler: sizes of weights are numbers, those of other inputs what the tracer made them."""
         mode, inputs = detect_fake_mode(), self.inputs(given)
         if mode is None:

@@ -28,7 +28,7 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
 
 
 def compared(
-    programs: Iterable[ExportedForm], model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+    programs: Iterable[ExportedForm], model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]
 ) -> Iterator[ExportedForm]:
     """The programs as they come; before the first one, a warning where it does not do what the model does.
 
@@ -41,12 +41,12 @@ def compared(
         yield program
 
 
-def _has_values(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+def _has_values(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> bool:
     given = [t for t in pytree.tree_leaves(opened((args, kwargs))) if isinstance(t, Tensor)]
     return not any(t.is_meta or isinstance(t, FakeTensor) for t in (*model.parameters(), *model.buffers(), *given))
 
 
-def _compare(program: ExportedForm, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+def _compare(program: ExportedForm, model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
     try:
         with _evaluated(model) as devices:
             want = _leaves(lambda: _called(model, args, kwargs), devices)
@@ -69,12 +69,12 @@ def _compare(program: ExportedForm, model: nn.Module, args: Sequence[Any], kwarg
     )
 
 
-def _called(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+def _called(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> Any:
     own_args, own_kwargs = copied((tuple(args), dict(kwargs)))
     return model(*own_args, **own_kwargs)
 
 
-def _traced(program: ExportedForm, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+def _traced(program: ExportedForm, model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> Any:
     evaluator = PartialInterpreter(program, model, args, kwargs)
     values = {**evaluator.start(args, kwargs), **evaluator.weights()}
     evaluator.run(evaluator.order, values)
@@ -88,11 +88,11 @@ def _leaves(run: Any, devices: Iterable[torch.device], seed: int = 0) -> list[An
     return pytree.tree_leaves(opened(run()))
 
 
-def _floats(leaves: Sequence[Any]) -> list[Tensor]:
+def _floats(leaves: Sequence[object]) -> list[Tensor]:
     return [t for t in leaves if isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex())]
 
 
-def _tolerance(leaves: Sequence[Any]) -> float:
+def _tolerance(leaves: Sequence[object]) -> float:
     dtype = min((t.dtype for t in _floats(leaves)), key=lambda d: d.itemsize, default=torch.float64)
     return TOLERANCE.get(dtype, 0.5)
 

@@ -86,7 +86,7 @@ def without_fast_path() -> Iterator[None]:
 
 @leaves_untouched(calls=True)
 def masked_error(
-    model: nn.Module, small: nn.Module, plan: Plan, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None
+    model: nn.Module, small: nn.Module, plan: Plan, args: Sequence[object], kwargs: Mapping[str, object] | None = None
 ) -> RelativeError:
     """Largest error of ``small`` against the masked ``model``, relative to what numbers in each output usually are.
 
@@ -111,7 +111,7 @@ def masked_error(
 
 
 def narrowed(
-    small: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None
+    small: nn.Module, args: Sequence[object], kwargs: Mapping[str, object] | None = None
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments of the dense model as the smaller one takes them: (args, kwargs), caches cut to the kept units.
 
@@ -127,7 +127,7 @@ def narrowed(
     return found
 
 
-def _called(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+def _called(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> list[Any]:
     """The leaves of what the model returns for copies of the arguments, and of the objects among these afterwards."""
     own_args, own_kwargs = copied((tuple(args), dict(kwargs)))
     with without_fast_path():

@@ -54,7 +54,7 @@ class TimeLimit(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def attempts(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Attempt]:
+def attempts(model: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> list[Attempt]:
     """From most to least that becomes a symbol: every axis, every axis with one symbol for the batch, the batch, none.
 
     A size of 1 never becomes a symbol, so a batch of one is doubled for the example. Of images only the batch does:
@@ -71,7 +71,7 @@ def attempts(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 def _kinds_of_shapes(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Symbols for every axis, the same with one for all batches if there are several; symbols for the batches alone."""
     tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim()]
@@ -108,16 +108,20 @@ def takes_one(program: ExportedProgram) -> bool:
     return not any(isinstance(size, int) or size.node.expr.is_number for size in batches)
 
 
-def _twice(leaf: Any) -> Any:
+def _twice(leaf: object) -> Any:
     return torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) and leaf.dim() else leaf
 
 
 def _dynamic_shapes(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fixed: Mapping[int, int], first: Any = Dim.AUTO
+    model: nn.Module,
+    args: tuple[object, ...],
+    kwargs: dict[str, Any],
+    fixed: Mapping[int, int],
+    first: object = Dim.AUTO,
 ) -> dict[str, Any]:
     """Axes left to torch to decide. fixed: by id of a tensor how many of its last ones are not; first: the first."""
 
-    def axes(leaf: Any) -> Any:
+    def axes(leaf: object) -> Any:
         if isinstance(leaf, Opened):
             return [axes(part) for part in leaf.leaves]
         if is_of_user(leaf):  # put together anew, its class might refuse what stands for a tensor
@@ -128,7 +132,7 @@ def _dynamic_shapes(
             return None
         return {axis: Dim.AUTO if axis else first for axis in range(leaf.dim() - fixed.get(id(leaf), 0))}
 
-    def apart(leaf: Any) -> bool:
+    def apart(leaf: object) -> bool:
         return isinstance(leaf, Opened) or is_of_user(leaf)
 
     bound = bound_arguments(model, args, kwargs)
@@ -136,7 +140,7 @@ def _dynamic_shapes(
     return found
 
 
-def bound_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def bound_arguments(model: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments by the names that ``forward`` gives them."""
     try:
         return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)

@@ -31,7 +31,9 @@ from ecospa_fx.snapshot import untouched
 log = logging.getLogger(__name__)
 
 
-def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, *, dynamic: bool) -> ExportedForm:
+def capture(
+    model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object] | None, *, dynamic: bool
+) -> ExportedForm:
     """Export a module, which stays untouched.
 
     dynamic: sizes of the inputs become symbols wherever the model allows it; otherwise the graph holds for the example
@@ -42,7 +44,7 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | N
 
 
 def captures(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, *, dynamic: bool
+    model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object] | None, *, dynamic: bool
 ) -> Iterator[ExportedForm]:
     """The exports of a module that torch can make, from most to fewest symbolic sizes. Raises CaptureError for none."""
     parts: tuple[tuple[Any, ...], dict[str, Any]] = opened((tuple(args), dict(kwargs or {})))
@@ -194,7 +196,7 @@ def _in_other_mode(model: nn.Module, view: nn.Module, attempt: Attempt) -> Expor
 
 
 @contextmanager
-def _marks_kept(inputs: Any) -> Iterator[None]:
+def _marks_kept(inputs: object) -> Iterator[None]:
     """Attributes of the example's tensors: an export that fails leaves on them which axes it took for symbols."""
     tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
     before = [dict(t.__dict__) for t in tensors]

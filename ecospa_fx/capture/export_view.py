@@ -12,7 +12,7 @@ from torch import nn
 from ecospa_fx.ir.pytrees import closed, opened, unchanged
 
 
-def seen(model: nn.Module, kwargs: Mapping[str, Any]) -> nn.Module:
+def seen(model: nn.Module, kwargs: Mapping[str, object]) -> nn.Module:
     """A view of the model, on the same parameters, that takes and returns objects in parts.
 
     Its ``forward`` names what the model's own catches in ``**kwargs``, whose shapes torch.export does not take. Where
@@ -30,7 +30,7 @@ def seen(model: nn.Module, kwargs: Mapping[str, Any]) -> nn.Module:
         new = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in caught]
         signature = signature.replace(parameters=[*own, *new])
 
-    def parts(*args: Any, **kwargs: Any) -> Any:
+    def parts(*args: object, **kwargs: object) -> Any:
         (args, kwargs), made = closed((args, kwargs))
         before = [opened(one) for one in made]
         result = opened(forward(*args, **kwargs), {id(one): i for i, one in enumerate(made)})

@@ -61,28 +61,28 @@ class ElementCall:
                 return None
         return value.at(places)
 
-    def pointwise(self, function: Callable[..., Any], *names: str) -> Piecewise | None:
+    def pointwise(self, function: Callable[..., object], *names: str) -> Piecewise | None:
         """A function of numbers, position by position."""
         values = [self.aligned(name) for name in names]
         return None if any(v is None for v in values) else combined(function, *(v for v in values if v is not None))
 
-    def moved(self, places: Sequence[Any]) -> ElementValue:
+    def moved(self, places: Sequence[object]) -> ElementValue:
         """The elements of ``self`` at other positions: one expression for each of its axes."""
         return self.value().at({position(axis): sympy.sympify(place) for axis, place in enumerate(places)})
 
 
-def _scalar(given: Any) -> Any:
+def _scalar(given: object) -> Any:
     if isinstance(given, fx.Node) and not isinstance(given.meta.get("val"), Tensor):
         return given.meta["val"]
     return given
 
 
-def same(a: Any, b: Any) -> bool:
+def same(a: object, b: object) -> bool:
     """Whether two sizes are equal, whatever the symbols stand for."""
     return bool(sympy.expand(as_number(a) - as_number(b)) == 0)
 
 
-def element_rule(*operators: Any) -> Callable[[ElementRule], ElementRule]:
+def element_rule(*operators: object) -> Callable[[ElementRule], ElementRule]:
     """Register a rule for operators."""
 
     def register(rule: ElementRule) -> ElementRule:

@@ -42,7 +42,7 @@ class Piecewise:
 
     cases: tuple[tuple[Condition, Number], ...]
 
-    def at(self, places: Mapping[Any, Any]) -> Piecewise:
+    def at(self, places: Mapping[object, object]) -> Piecewise:
         """The same, with positions replaced."""
         return merged((c.xreplace(dict(places)), n.xreplace(dict(places))) for c, n in self.cases)
 
@@ -64,7 +64,7 @@ class IndexedRead:
     source: fx.Node
     places: tuple[Number, ...]
 
-    def at(self, places: Mapping[Any, Any]) -> IndexedRead:
+    def at(self, places: Mapping[object, object]) -> IndexedRead:
         """The same, with positions replaced."""
         return IndexedRead(self.source, tuple(sympy.sympify(p).xreplace(dict(places)) for p in self.places))
 
@@ -77,7 +77,7 @@ def _parts(expression: Any) -> int:
     return 1 + sum(_parts(part) for part in expression.args)
 
 
-def small_enough(expressions: Iterable[Any]) -> None:
+def small_enough(expressions: Iterable[object]) -> None:
     """Raises TooLarge where expressions have more than LARGEST parts together."""
     size = 0
     for expression in expressions:
@@ -98,12 +98,12 @@ def merged(cases: Any) -> Piecewise:
     return Piecewise(tuple((c, n) for n, c in found.items()))
 
 
-def constant(number: Any) -> Piecewise:
+def constant(number: object) -> Piecewise:
     """The same number everywhere."""
     return Piecewise(((TRUE, as_number(number)),))
 
 
-def as_number(value: Any) -> Number:
+def as_number(value: object) -> Number:
     """A Python or symbolic number as an expression."""
     if isinstance(value, torch.SymInt):
         return value.node.expr
@@ -117,7 +117,7 @@ def truth(condition: Condition) -> Piecewise:
     return merged([(condition, sympy.Integer(1)), (negated(condition), sympy.Integer(0))])
 
 
-def combined(function: Callable[..., Any], *values: Piecewise) -> Piecewise | None:
+def combined(function: Callable[..., object], *values: Piecewise) -> Piecewise | None:
     """A function of numbers case by case; it returns a number, a condition, or None where it does not know."""
     cases: list[tuple[Condition, Number]] = []
     if prod(len(v.cases) for v in values) > COMBINATIONS:
@@ -134,7 +134,7 @@ def combined(function: Callable[..., Any], *values: Piecewise) -> Piecewise | No
     return merged(cases)
 
 
-def is_condition(value: Any) -> bool:
+def is_condition(value: object) -> bool:
     """Whether an expression is true or false; a symbol, which could be either, counts as a number here."""
     return isinstance(value, Boolean) and not isinstance(value, sympy.Symbol)
 
@@ -177,7 +177,7 @@ def negated(condition: Condition) -> Condition:
     return sympy.Not(condition)
 
 
-def settled(condition: Condition, shape: Sequence[Any]) -> Condition:
+def settled(condition: Condition, shape: Sequence[object]) -> Condition:
     """A condition without the comparisons that hold, or fail, at every position of a tensor of this shape."""
     known = {}
     for atom in condition.atoms(sympy.Ge):
@@ -193,14 +193,14 @@ def settled(condition: Condition, shape: Sequence[Any]) -> Condition:
     return sympy.And(*parts)
 
 
-def _implies(one: Condition, other: Condition, shape: Sequence[Any]) -> bool:
+def _implies(one: Condition, other: Condition, shape: Sequence[object]) -> bool:
     """Whether a comparison makes a different one superfluous."""
     if one == other or not (isinstance(one, sympy.Ge) and isinstance(other, sympy.Ge)):
         return False
     return lowest((other.lhs - other.rhs) - (one.lhs - one.rhs), shape)
 
 
-def lowest(number: Number, shape: Sequence[Any]) -> bool:
+def lowest(number: Number, shape: Sequence[object]) -> bool:
     """Whether a number is never negative at any position of a tensor of this shape, for all sizes from 1."""
     number = sympy.expand(number)
     for axis, size in enumerate(shape):

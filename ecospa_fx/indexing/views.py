@@ -98,7 +98,7 @@ def repeat_interleave(call: ElementCall) -> ElementValue | None:
     return call.moved([sympy.floor(position(a) / times) if a == axis else position(a) for a in range(call.rank())])
 
 
-def regrouped(inside: Sequence[Any], outside: Sequence[Any]) -> list[Any] | None:
+def regrouped(inside: Sequence[object], outside: Sequence[object]) -> list[Any] | None:
     """The position along each axis before a reshape, from those after it; None where sizes do not tell."""
     places: list[Any] = [0] * len(inside)
     before = [(axis, as_number(s)) for axis, s in enumerate(inside) if not same(s, 1)]

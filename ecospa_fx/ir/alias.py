@@ -90,7 +90,7 @@ def _given(node: fx.Node) -> Iterator[tuple[Any, Any]]:
     yield from ((argument, named[argument.name]) for argument in schema_of(node).arguments if argument.name in named)
 
 
-def _nodes(values: Any) -> list[fx.Node]:
+def _nodes(values: object) -> list[fx.Node]:
     return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, fx.Node)]
 
 

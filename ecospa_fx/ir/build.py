@@ -52,7 +52,7 @@ def fake_mode(graph: fx.Graph) -> Any:
     return detect_fake_mode([first]) if first is not None else None
 
 
-def layout(value: Any) -> Any:
+def layout(value: object) -> Any:
     """Sizes and strides as text: comparing symbols would tie them."""
     if isinstance(value, list | tuple):
         return [layout(one) for one in value]

@@ -57,7 +57,7 @@ class _Numbers:
         self.known: dict[Any, int] = {}
         self.unknown = 0
 
-    def of(self, symbol: Any, environment: Any) -> int:
+    def of(self, symbol: object, environment: object) -> int:
         """The number of a symbol, always the same."""
         if symbol not in self.known:
             self.known[symbol] = self._choose(symbol, environment)
@@ -82,13 +82,13 @@ class _Numbers:
         return int(hint)
 
 
-def _holds(guard: Any, numbers: Mapping[Any, int]) -> bool:
+def _holds(guard: object, numbers: Mapping[Any, int]) -> bool:
     """Whether a requirement may be met: not where it is false, or where something in it is divided by zero."""
     value = _value(guard, numbers)
     return value is not None and value != False  # noqa: E712 (sympy's)
 
 
-def _is_size(expression: Any, numbers: Mapping[Any, int]) -> bool:
+def _is_size(expression: object, numbers: Mapping[Any, int]) -> bool:
     """Whether a size can be computed, as far as its symbols have numbers."""
     value = _value(expression, numbers)
     return value is not None and (not value.is_number or (bool(value.is_integer) and value >= 0))

@@ -93,7 +93,7 @@ def _first(node: fx.Node) -> Any:
     return node.args[0]
 
 
-def _passes(node: fx.Node, known: dict[fx.Node, fx.Node], operators: Sequence[Any]) -> bool:
+def _passes(node: fx.Node, known: dict[fx.Node, fx.Node], operators: Sequence[object]) -> bool:
     return node.op == "call_function" and node.target in operators and node.args[0] in known
 
 
@@ -131,25 +131,25 @@ def _corresponds(node: fx.Node, other: fx.Node, known: dict[fx.Node, fx.Node], n
     return all(matches(a, b, known) for a, b in zip(mine, its, strict=True))
 
 
-def _matches_in_numbers(a: Any, b: Any, known: dict[fx.Node, fx.Node]) -> bool:
+def _matches_in_numbers(a: object, b: object, known: dict[fx.Node, fx.Node]) -> bool:
     a, b = _example(a), _example(b)
     return _matches(a, b, known) and (not isinstance(a, int) or isinstance(a, bool) or a == b)
 
 
-def _example(value: Any) -> Any:
+def _example(value: object) -> Any:
     """The number of a size in the example; anything else as it is."""
     size = value.meta.get("val") if isinstance(value, fx.Node) else value
     number = _hint(size) if isinstance(size, torch.SymInt) else None
     return value if number is None else number
 
 
-def _matches(a: Any, b: Any, known: dict[fx.Node, fx.Node]) -> bool:
+def _matches(a: object, b: object, known: dict[fx.Node, fx.Node]) -> bool:
     if isinstance(a, fx.Node) or isinstance(b, fx.Node):
         return isinstance(a, fx.Node) and isinstance(b, fx.Node) and known.get(a) is known.get(b) is not None
     return type(a) is type(b) and (_numeric(a) or bool(a == b))
 
 
-def _numeric(value: Any) -> bool:
+def _numeric(value: object) -> bool:
     return isinstance(value, bool | int | float)
 
 

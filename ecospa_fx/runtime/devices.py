@@ -17,7 +17,7 @@ def follow_device(graph: fx.Graph, device: torch.device, of: str = "") -> None:
     of: the attribute of that module which is moved in its place.
     """
 
-    def names(value: Any) -> bool:
+    def names(value: object) -> bool:
         return isinstance(value, torch.device) and value.type == device.type and value.index in (None, device.index)
 
     naming = [node for node in graph.nodes if node.op == "call_function" and any(map(names, _leaves(node)))]

@@ -29,7 +29,9 @@ class PartialInterpreter:
     model, args, kwargs: what the program was captured from.
     """
 
-    def __init__(self, program: ExportedForm, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    def __init__(
+        self, program: ExportedForm, model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]
+    ) -> None:
         self.program = program
         nodes = list(program.graph.nodes)
         self.order = [node for node in nodes if node.op == "call_function"]
@@ -50,7 +52,7 @@ class PartialInterpreter:
             self._last[read] = len(self.order)
         self._place = {node: place for place, node in enumerate(self.order)}
 
-    def start(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> NodeValues:
+    def start(self, args: Sequence[object], kwargs: Mapping[str, object]) -> NodeValues:
         """The values that a call of the dense model begins with, but for the parameters: arguments and buffers.
 
         All that the graph may write into is copied, so that a call can be repeated.
@@ -102,13 +104,13 @@ class PartialInterpreter:
         target: Any = node.target
         return target(*args, **kwargs)
 
-    def answer(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def answer(self, args: Sequence[object], kwargs: Mapping[str, object]) -> Any:
         """What the module returns for these arguments, which stay as they are."""
         values = {**self.start(args, kwargs), **self.weights()}
         self.run(self.order, values)
         return self.returned(values, args, kwargs)
 
-    def returned(self, values: NodeValues, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def returned(self, values: NodeValues, args: Sequence[object], kwargs: Mapping[str, object]) -> Any:
         """What the module returns for these arguments, which stay as they are, once all nodes have run."""
         leaves: Any = fx.node.map_arg(self.output.args[0], values.__getitem__)
         given = copied((tuple(args), dict(kwargs)))
@@ -123,7 +125,7 @@ def _overwrites(node: fx.Node) -> bool:
     return is_operator(node) and schema_of(node).is_mutable
 
 
-def detached(value: Any) -> Any:
+def detached(value: object) -> Any:
     """A value without its history; sizes and other constants as they are."""
     if isinstance(value, list | tuple):
         return type(value)(detached(one) for one in value)

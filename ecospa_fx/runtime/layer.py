@@ -54,7 +54,7 @@ class Code:
         return _code, (self.source, plain)
 
 
-def _is(one: Any, other: Any) -> bool:
+def _is(one: object, other: object) -> bool:
     """Whether a name means the same; numbers that were pickled are objects of their own."""
     return one is other or (type(one) is type(other) is float and repr(one) == repr(other))
 
@@ -64,7 +64,7 @@ class _Named:
     module: str
 
 
-def _code(source: str, names: Mapping[str, Any]) -> Code:
+def _code(source: str, names: Mapping[str, object]) -> Code:
     found = {n: importlib.import_module(v.module) if isinstance(v, _Named) else v for n, v in names.items()}
     return Code(source, found)
 
@@ -99,7 +99,7 @@ class GraphLayer(Constants):
         self._graph_device = moved(self._graph_device, fn)
         return self
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, protocol: object) -> Any:
         """Pickled as its source, because its class exists in this process only."""
         return _unpickled, (type(self).__bases__[0], type(self).__name__, self._graph_code), self.__dict__
 
@@ -192,11 +192,11 @@ class Layers:
         return Constants() if constants else nn.Module()
 
 
-def _is_beside(name: str, held: Any) -> bool:
+def _is_beside(name: str, held: object) -> bool:
     return isinstance(held, nn.Module) and ("@" in name or name == FIRST_CALL)
 
 
-def _is_constant(held: Any) -> bool:
+def _is_constant(held: object) -> bool:
     """Whether an attribute is a tensor, or an object of a class that torch's operators know."""
     return isinstance(held, (Tensor, torch.ScriptObject))
 

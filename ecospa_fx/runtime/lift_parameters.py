@@ -17,7 +17,7 @@ from ecospa_fx.wrappers import unwrapped
 
 
 def owned(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None
+    model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object] | None
 ) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
     """(model, args, kwargs) where no argument is a Parameter: a module that holds them, and the other arguments.
 
@@ -55,17 +55,17 @@ def check_call(model: object, args: object, kwargs: object, refused: type[Ecospa
         raise refused(f"kwargs must be a mapping of arguments by name, not {kwargs!r:.60}: write {{'mask': mask}}")
 
 
-def _numbered(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _numbered(args: tuple[object, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """With the example's number for every size that a tracer gave a symbol: asking that tracer would tell it."""
 
-    def number(value: Any) -> Any:
+    def number(value: object) -> Any:
         return value.node.hint if isinstance(value, torch.SymInt) else value
 
     found: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(number, (args, kwargs))
     return found
 
 
-def _holds_parameters(value: Any) -> bool:
+def _holds_parameters(value: object) -> bool:
     tensors = [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]
     found = [t for t in tensors if isinstance(t, nn.Parameter)]
     if found and len(found) < len(tensors):
@@ -79,7 +79,7 @@ def _holds_parameters(value: Any) -> bool:
 class Owned(nn.Module):
     """A module with parameters that another one takes as arguments."""
 
-    def __init__(self, model: nn.Module, lifted: Mapping[int | str, Any]) -> None:
+    def __init__(self, model: nn.Module, lifted: Mapping[int | str, object]) -> None:
         super().__init__()
         for own, its in ((self._parameters, model._parameters), (self._buffers, model._buffers)):
             own.update(its)  # type: ignore[arg-type]
@@ -101,7 +101,7 @@ class Owned(nn.Module):
                 structure,
             )
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
+        def forward(*args: object, **kwargs: object) -> Any:
             # by name, because the exporter puts other tensors in their places
             held = {p: pytree.tree_unflatten([find() for find in own], spec) for p, (own, spec) in trees.items()}
             rest, count = iter(args), len(args) + sum(isinstance(place, int) for place in held)
@@ -113,7 +113,7 @@ class Owned(nn.Module):
         forward.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]
         self.__dict__["forward"] = forward
 
-    def _hold(self, path: str, value: Any) -> Callable[[], Any]:
+    def _hold(self, path: str, value: object) -> Callable[[], Any]:
         """Register a leaf of an argument. Returns what finds it again."""
         if not isinstance(value, nn.Parameter):
             return lambda: value
@@ -127,5 +127,5 @@ class Owned(nn.Module):
         return partial(self.get_parameter, path)
 
 
-def _told(key: Any) -> str:
+def _told(key: object) -> str:
     return str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key))))

@@ -47,7 +47,7 @@ def _called(module: Any) -> list[Any]:
     return [module.get_submodule(str(node.target)) for node in module.graph.nodes if node.op == "call_module"]
 
 
-def _has_graph(module: Any) -> bool:
+def _has_graph(module: object) -> bool:
     return isinstance(getattr(module, "graph", None), fx.Graph)
 
 

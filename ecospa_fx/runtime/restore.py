@@ -21,7 +21,7 @@ from ecospa_fx.runtime.signature import CallAdapter, call_adapter
 
 @one_at_a_time()
 def restore(
-    program: ExportedForm, model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    program: ExportedForm, model: nn.Module, args: Sequence[object] = (), kwargs: Mapping[str, object] | None = None
 ) -> nn.Module:
     """The program as a module with the hierarchy, parameter names and mode of `model`.
 

@@ -160,7 +160,7 @@ def _run(sizes: Any, whole: int) -> tuple[int, ...]:
     return tuple(found) if product == whole else ()
 
 
-def _same(a: Any, b: Any) -> bool:
+def _same(a: object, b: object) -> bool:
     return bool(a == b) if isinstance(a, int) and isinstance(b, int) else str(a) == str(b)
 
 

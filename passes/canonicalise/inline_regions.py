@@ -104,7 +104,7 @@ def _computed(node: fx.Node, device: str) -> list[torch.dtype]:
         return []
 
 
-def _types(value: Any) -> list[torch.dtype]:
+def _types(value: object) -> list[torch.dtype]:
     leaves = pytree.tree_leaves(value)
     return [t.dtype for t in leaves if isinstance(t, torch.Tensor) and t.is_floating_point()]
 
@@ -115,11 +115,11 @@ def _following(node: fx.Node) -> Iterator[fx.Node]:
         yield node
 
 
-def _several(results: Any) -> list[Any]:
+def _several(results: object) -> list[Any]:
     return list(results) if isinstance(results, list | tuple) else [results]
 
 
-def _detached(graph: fx.Graph, node: Any, like: fx.Node) -> Any:
+def _detached(graph: fx.Graph, node: object, like: fx.Node) -> Any:
     """The node without gradients; it belongs to the module that left them out, not to the one that made the node."""
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():

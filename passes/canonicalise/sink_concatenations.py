@@ -77,7 +77,7 @@ def _chain(view: fx.Node) -> _Concatenation | None:
     return _Concatenation(source, at, axis, tuple(steps)) if at == position else None
 
 
-def _merged(view: fx.Node, source: Any) -> int | None:
+def _merged(view: fx.Node, source: object) -> int | None:
     """The axis that a view makes by merging several, where all others stay as they are; their places begin there."""
     if not isinstance(source, fx.Node) or not isinstance(source.meta.get("val"), Tensor):
         return None
@@ -92,7 +92,7 @@ def _merged(view: fx.Node, source: Any) -> int | None:
     return first if first < len(outside) and all(_same(inside[i + gone], outside[i]) for i in tail) else None
 
 
-def _same(a: Any, b: Any) -> bool:
+def _same(a: object, b: object) -> bool:
     return bool(a == b) if isinstance(a, int) and isinstance(b, int) else str(a) == str(b)
 
 

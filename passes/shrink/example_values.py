@@ -64,7 +64,7 @@ class ExampleValues:
             self._values[node] = self._in_numbers(node.meta["val"])
         return self._values[node]
 
-    def _in_numbers(self, value: Any) -> Any:
+    def _in_numbers(self, value: object) -> Any:
         if isinstance(value, list | tuple):
             return type(value)(self._in_numbers(one) for one in value)
         if isinstance(value, Tensor):
@@ -78,7 +78,7 @@ class ExampleValues:
             return value
         raise NotNumbers
 
-    def _with_symbols(self, before: Any, after: Any) -> Any:
+    def _with_symbols(self, before: object, after: object) -> Any:
         """A value in numbers with the symbols that the value before the change had in the same places."""
         if isinstance(after, list | tuple):
             if not isinstance(before, list | tuple) or len(before) != len(after):
@@ -123,7 +123,7 @@ class ExampleValues:
         return found
 
 
-def _without_memory(value: Any) -> Any:
+def _without_memory(value: object) -> Any:
     """A value on the meta device: operators that make tensors of nothing put them elsewhere."""
     if isinstance(value, list | tuple):
         return type(value)(_without_memory(one) for one in value)

@@ -314,7 +314,7 @@ def _edited(program: Program, node: fx.Node, resize: Resize) -> int:
     return 1
 
 
-def _stored(program: Program, node: fx.Node, argument: Any) -> Any:
+def _stored(program: Program, node: fx.Node, argument: object) -> Any:
     """An argument as a graph holds it: tensors are buffers."""
     if not isinstance(argument, Tensor):
         return argument
