@@ -30,10 +30,10 @@ def model_class(config: Any) -> Any:
         if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
             return named
     for auto in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel"):
-        known = getattr(transformers, auto)._model_mapping
-        if type(config) in known:
-            found = known[type(config)]
-            return found[0] if isinstance(found, tuple | list) else found
+        mapping = getattr(transformers, auto)._model_mapping
+        if type(config) in mapping:
+            models = mapping[type(config)]
+            return models[0] if isinstance(models, tuple | list) else models
     raise StorageError(f"transformers knows no model for a {type(config).__name__}: name a function that builds it")
 
 

@@ -38,10 +38,10 @@ def _number(text: str) -> float:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    result = dict(pairs)
+    if len(result) < len(pairs):
         raise ValueError("a key stands in it twice")
-    return found
+    return result
 
 
 # -- dataclasses -------------------------------------------------------------------------------------------------
@@ -65,7 +65,7 @@ def _read(kind: object, value: object) -> Any:
     if is_dataclass(kind):
         return _dataclass(kind, value)
     if origin in (Union, UnionType):
-        rest = [one for one in inner if one is not NoneType]
+        rest = [inner_kind for inner_kind in inner if inner_kind is not NoneType]
         return None if value is None and len(rest) < len(inner) else _read(rest[0], value)
     if origin is Literal:
         if value not in inner:
@@ -76,17 +76,17 @@ def _read(kind: object, value: object) -> Any:
         kinds = [inner[0]] * len(items) if inner[-1] is Ellipsis else inner
         if len(kinds) != len(items):
             raise ValueError(f"{value!r:.40} stands where a list of {len(kinds)} belongs")
-        return tuple(_read(one, item) for one, item in zip(kinds, items, strict=True))
+        return tuple(_read(inner_kind, item) for inner_kind, item in zip(kinds, items, strict=True))
     if origin in (dict, Mapping):
         return {name: _read(inner[1], item) for name, item in _of(dict, value, "an object").items()}
     return _plain(kind, value)
 
 
 def _dataclass(kind: Any, value: object) -> Any:
-    told, types = _of(dict, value, "an object"), get_type_hints(kind)
+    items, types = _of(dict, value, "an object"), get_type_hints(kind)
     needed = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
-    given = [f.name for f in fields(kind) if f.name in told or f.name in needed]
-    return kind(**{name: _read(types[name], told[name]) for name in given})
+    names = [f.name for f in fields(kind) if f.name in items or f.name in needed]
+    return kind(**{name: _read(types[name], items[name]) for name in names})
 
 
 def _plain(kind: object, value: object) -> Any:

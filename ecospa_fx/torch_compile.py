@@ -54,11 +54,11 @@ def backend(
 
     def compile_graph(graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
         twin = fx.GraphModule(graph, copy.deepcopy(graph.graph))  # the tracer calls what it made by the graph it made
-        own = _within(plan, _names(graph, twin, inputs, whole), inputs)
-        if not own.selections:
-            found: Compiled = torch._dynamo.lookup_backend(compiler)(graph, list(inputs))
-            return found
-        return _Smaller.of(twin, inputs, own, compiler)
+        part = _within(plan, _names(graph, twin, inputs, whole), inputs)
+        if not part.selections:
+            compiled: Compiled = torch._dynamo.lookup_backend(compiler)(graph, list(inputs))
+            return compiled
+        return _Smaller.of(twin, inputs, part, compiler)
 
     return compile_graph
 
@@ -78,14 +78,14 @@ class Input:
 def _names(
     graph: fx.GraphModule, twin: fx.GraphModule, inputs: Sequence[object], model: nn.Module | None
 ) -> list[Input]:
-    known = {id(p): name for name, p in reversed(list(model.named_parameters()))} if model is not None else None
+    names = {id(p): name for name, p in reversed(list(model.named_parameters()))} if model is not None else None
     placeholders = graph.graph.find_nodes(op="placeholder")
-    found = []
+    result = []
     for i, (node, argument, value) in enumerate(zip(placeholders, _arguments(twin), inputs, strict=True)):
         if isinstance(value, nn.Parameter):
-            name = known.get(id(value)) if known is not None else _told(node)
-            found.append(Input(i, argument, name or argument))
-    return found
+            name = names.get(id(value)) if names is not None else _told(node)
+            result.append(Input(i, argument, name or argument))
+    return result
 
 
 def _arguments(graph: fx.GraphModule) -> list[str]:
@@ -101,26 +101,26 @@ def _told(node: fx.Node) -> str | None:
 
 def _within(plan: Plan, names: Sequence[Input], inputs: Sequence[Any]) -> Plan:
     """The part of a plan that a graph holds, by the names of the graph's arguments."""
-    shapes, here = dict(plan.shapes), {one.parameter: one.argument for one in names}
-    for one in names:
-        found = tuple(inputs[one.position].shape)
-        if shapes.get(one.parameter) != found:
+    shapes, here = dict(plan.shapes), {entry.parameter: entry.argument for entry in names}
+    for entry in names:
+        shape = tuple(inputs[entry.position].shape)
+        if shapes.get(entry.parameter) != shape:
             raise PlanError(
-                f"the compiled graph reads a parameter {one.parameter!r} of shape {found}, which the plan does not "
+                f"the compiled graph reads a parameter {entry.parameter!r} of shape {shape}, which the plan does not "
                 "have: make the plan for the model that is compiled, and give that as model="
             )
     selections = []
     for selection in plan:
-        held = [m.parameter in here for m in selection.members]
-        if any(held) and not all(held):
+        present = [m.parameter in here for m in selection.members]
+        if any(present) and not all(present):
             raise PlanError(
                 f"the compiled graph has only a part of coupling {selection.name!r}: let torch.compile capture the "
                 "model whole, with fullgraph=True"
             )
-        if all(held):
+        if all(present):
             members = tuple(replace(m, parameter=here[m.parameter]) for m in selection.members)
             selections.append(replace(selection, members=members))
-    return Plan(tuple(selections), tuple((one.argument, shapes[one.parameter]) for one in names))
+    return Plan(tuple(selections), tuple((entry.argument, shapes[entry.parameter]) for entry in names))
 
 
 # -- the smaller graph -------------------------------------------------------------------------------------------
@@ -145,27 +145,27 @@ class _Smaller:
         with torch._guards.tracing(None):  # what exporting requires of its example is no guard of the caller's graph
             model, args, kwargs = owned(graph, [_own(inputs[i]) for i in left], None)
             program = shrunk(model, plan, args, kwargs)
-        at = {name: i for i, name in zip(left, _arguments(graph), strict=True)}
-        made = cls(_order(program, at, [i for i in left if not isinstance(inputs[i], nn.Parameter)]),
-                   {at[name]: mask for name, mask in plan.masks(model).items()})  # fmt: skip
+        positions = {name: i for i, name in zip(left, _arguments(graph), strict=True)}
+        instance = cls(_order(program, positions, [i for i in left if not isinstance(inputs[i], nn.Parameter)]),
+                   {positions[name]: mask for name, mask in plan.masks(model).items()})  # fmt: skip
         small = fx.GraphModule(program.exported.graph_module, program.graph)
-        made.run = torch._dynamo.lookup_backend(compiler)(small, made.example(inputs))
-        return made
+        instance.run = torch._dynamo.lookup_backend(compiler)(small, instance.example(inputs))
+        return instance
 
     def __call__(self, *inputs: object) -> Any:
         return self.run(*self.inputs(inputs))
 
-    def inputs(self, given: Sequence[object]) -> list[Any]:
+    def inputs(self, arguments: Sequence[object]) -> list[Any]:
         """The inputs of the smaller graph."""
-        return [self._kept(o, given[o]) if isinstance(o, int) else o for o in self.order]
+        return [self._kept(o, arguments[o]) if isinstance(o, int) else o for o in self.order]
 
-    def example(self, given: Sequence[object]) -> list[Any]:
+    def example(self, arguments: Sequence[object]) -> list[Any]:
         """The inputs for a compiler: sizes of weights are numbers, those of other inputs what the tracer made them."""
-        mode, inputs = detect_fake_mode(), self.inputs(given)
+        mode, inputs = detect_fake_mode(), self.inputs(arguments)
         if mode is None:
             return inputs
-        own = [not isinstance(o, int) or o in self.masks for o in self.order]
-        return [mode.from_tensor(t, static_shapes=True) if new else t for t, new in zip(inputs, own, strict=True)]
+        new_flags = [not isinstance(o, int) or o in self.masks for o in self.order]
+        return [mode.from_tensor(t, static_shapes=True) if new else t for t, new in zip(inputs, new_flags, strict=True)]
 
     def _kept(self, position: int, value: Any) -> Any:
         mask = self.masks.get(position)
@@ -179,16 +179,16 @@ class _Smaller:
         return self.copies[position][1]
 
 
-def _order(program: ExportedForm, at: Mapping[str, int], rest: Sequence[int]) -> list[int | Tensor]:
-    """Where each input of a program comes from. at: positions of parameters by name; rest: of the other inputs."""
-    held = {**program.exported.constants, **program.exported.state_dict}
+def _order(program: ExportedForm, positions: Mapping[str, int], rest: Sequence[int]) -> list[int | Tensor]:
+    """Where each input of a program comes from. positions: of parameters by name; rest: of the other inputs."""
+    stored = {**program.exported.constants, **program.exported.state_dict}
     others, order = iter(rest), list[int | Tensor]()
     for spec in program.exported.graph_signature.input_specs:
         name = str(spec.target)
         if spec.kind is InputKind.USER_INPUT:
             order.append(next(others))
         else:
-            order.append(at[name] if spec.kind is InputKind.PARAMETER else held[name])
+            order.append(positions[name] if spec.kind is InputKind.PARAMETER else stored[name])
     return order
 
 
@@ -208,7 +208,7 @@ def _read_sizes(graph: fx.GraphModule) -> set[int]:
     """Let a graph read the sizes that it takes as numbers off its tensors. Returns their positions."""
     placeholders = graph.graph.find_nodes(op="placeholder")
     values = [node.meta.get("example_value") for node in placeholders]
-    gone = set()
+    removed = set()
     for i, (node, value) in enumerate(zip(placeholders, values, strict=True)):
         if not isinstance(value, torch.SymInt):
             continue
@@ -220,7 +220,7 @@ def _read_sizes(graph: fx.GraphModule) -> set[int]:
                     read = graph.graph.call_method("size", (other, axes[0]))
                 node.replace_all_uses_with(read)
                 graph.graph.erase_node(node)
-                gone.add(i)
+                removed.add(i)
                 break
     graph.recompile()
-    return gone
+    return removed

@@ -42,8 +42,8 @@ def compared(
 
 
 def _has_values(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> bool:
-    given = [t for t in pytree.tree_leaves(opened((args, kwargs))) if isinstance(t, Tensor)]
-    return not any(t.is_meta or isinstance(t, FakeTensor) for t in (*model.parameters(), *model.buffers(), *given))
+    tensors = [t for t in pytree.tree_leaves(opened((args, kwargs))) if isinstance(t, Tensor)]
+    return not any(t.is_meta or isinstance(t, FakeTensor) for t in (*model.parameters(), *model.buffers(), *tensors))
 
 
 def _compare(program: ExportedForm, model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> None:

@@ -67,8 +67,8 @@ def unwritten(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         with torch.no_grad():
-            for (held, name, value), values in zip(places, saved, strict=True):
-                held[name] = value
+            for (buffers, name, value), values in zip(places, saved, strict=True):
+                buffers[name] = value
                 if value is not None and values is not None and not torch.equal(value, values):
                     value.copy_(values)
 
@@ -123,8 +123,8 @@ def narrowed(
     calling = getattr(unwrapped(small), "_graph_calling", None)
     if calling is None or not any(leaf.cut for leaf in calling.leaves):
         return tuple(args), dict(kwargs or {})
-    found: tuple[tuple[Any, ...], dict[str, Any]] = calling.narrowed(tuple(args), dict(kwargs or {}))
-    return found
+    call: tuple[tuple[Any, ...], dict[str, Any]] = calling.narrowed(tuple(args), dict(kwargs or {}))
+    return call
 
 
 def _called(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> list[Any]:

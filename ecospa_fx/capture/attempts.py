@@ -61,13 +61,13 @@ def attempts(model: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any])
     symbolic heights and widths make torch prove divisibility window by window, which takes minutes.
     """
     tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim()]
-    found = []
+    result = []
     if tensors and all(t.shape[0] == 1 for t in tensors):
         more, named = pytree.tree_map(_twice, (args, kwargs))
         wide, batches = _kinds_of_shapes(model, more, named)
-        found += [Attempt(more, named, shapes, True) for shapes in (wide or [batches])]
+        result += [Attempt(more, named, shapes, True) for shapes in (wide or [batches])]
     wide, batches = _kinds_of_shapes(model, args, kwargs)
-    return [*found, *(Attempt(args, kwargs, shapes) for shapes in (*wide, batches)), Attempt(args, kwargs, None)]
+    return [*result, *(Attempt(args, kwargs, shapes) for shapes in (*wide, batches)), Attempt(args, kwargs, None)]
 
 
 def _kinds_of_shapes(
@@ -136,8 +136,8 @@ def _dynamic_shapes(
         return isinstance(leaf, Opened) or is_of_user(leaf)
 
     bound = bound_arguments(model, args, kwargs)
-    found: dict[str, Any] = pytree.tree_map(axes, bound, is_leaf=apart)
-    return found
+    shapes: dict[str, Any] = pytree.tree_map(axes, bound, is_leaf=apart)
+    return shapes
 
 
 def bound_arguments(model: nn.Module, args: tuple[object, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

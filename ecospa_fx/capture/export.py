@@ -52,16 +52,16 @@ def captures(
     _refuse_quantised(model)
     _refuse_sharded(model)
     bound_arguments(model, args, kwargs)
-    view, failure, made, functions = seen(model, kwargs), None, False, dict[str, None]()
+    view, failure, succeeded, functions = seen(model, kwargs), None, False, dict[str, None]()
     for attempt in attempts(view, args, kwargs) if dynamic else [Attempt(args, kwargs, None)]:
         result = _attempted(model, view, attempt, functions if dynamic else None)
         if isinstance(result, ExportedForm):
-            if dynamic and not made:
+            if dynamic and not succeeded:
                 warn_of_custom_functions(functions)
-            made = True
+            succeeded = True
             yield result
         failure = result if isinstance(result, Exception) else failure
-    if failure is not None and not made:
+    if failure is not None and not succeeded:
         raise failed(model, failure, *closed((args, kwargs))[0])
 
 
@@ -169,9 +169,9 @@ def _in_both_modes(model: nn.Module, view: nn.Module, program: ExportedProgram, 
     if other is None or aligned is None:
         note_dropout(program.graph)
         return program
-    own = aligned.complete or model.training
-    aligned.note(training=model.training or not own)
-    chosen = program if own else other
+    usable = aligned.complete or model.training
+    aligned.note(training=model.training or not usable)
+    chosen = program if usable else other
     allow_other_strides(chosen.graph)
     return chosen
 

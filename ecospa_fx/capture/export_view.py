@@ -24,18 +24,18 @@ def seen(model: nn.Module, kwargs: Mapping[str, object]) -> nn.Module:
     # what it sets on itself while it is traced is set on the view, where the exporter finds it
     forward = model.__dict__.get("forward") or MethodType(type(model).forward, view)
     signature = inspect.signature(model.forward)
-    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     caught = [name for name in kwargs if name not in signature.parameters]
-    if caught and len(own) < len(signature.parameters):
+    if caught and len(named) < len(signature.parameters):
         new = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in caught]
-        signature = signature.replace(parameters=[*own, *new])
+        signature = signature.replace(parameters=[*named, *new])
 
     def parts(*args: object, **kwargs: object) -> Any:
-        (args, kwargs), made = closed((args, kwargs))
-        before = [opened(one) for one in made]
-        result = opened(forward(*args, **kwargs), {id(one): i for i, one in enumerate(made)})
-        after = [opened(one) for one in made]
-        if not made:
+        (args, kwargs), arguments = closed((args, kwargs))
+        before = [opened(value) for value in arguments]
+        result = opened(forward(*args, **kwargs), {id(value): i for i, value in enumerate(arguments)})
+        after = [opened(value) for value in arguments]
+        if not arguments:
             return result
         return result, [None if unchanged(a, b) else b for a, b in zip(before, after, strict=True)]
 

@@ -12,25 +12,25 @@ from torch import Tensor, fx
 from ecospa_fx.indexing.values import ElementValue, IndexedRead, Piecewise, as_number, combined, constant, position
 from ecospa_fx.ir.schema import named_arguments
 
-Known = dict[fx.Node, ElementValue]
+Computed = dict[fx.Node, ElementValue]
 ElementRule = Callable[["ElementCall"], ElementValue | None]
-NodeRule = Callable[[fx.Node, Known], ElementValue | None]
+NodeRule = Callable[[fx.Node, Computed], ElementValue | None]
 RULES: dict[Any, NodeRule] = {}
 
 
 class ElementCall:
     """A call as a rule sees it: arguments by name, defaults included."""
 
-    def __init__(self, node: fx.Node, known: Known) -> None:
-        self.node, self.known = node, known
+    def __init__(self, node: fx.Node, computed: Computed) -> None:
+        self.node, self.computed = node, computed
         self.arguments = named_arguments(node, defaults=True)
         self.shape = shape_of(node)
         self.dtype: torch.dtype = node.meta["val"].dtype
 
     def __getitem__(self, name: str) -> Any:
         """An argument; sizes as numbers or symbols, tensors as nodes."""
-        given = self.arguments.get(name)
-        return _scalar(given)
+        argument = self.arguments.get(name)
+        return _scalar(argument)
 
     def rank(self, name: str = "self") -> int:
         """How many axes a tensor argument has."""
@@ -42,15 +42,15 @@ class ElementCall:
 
     def value(self, name: str = "self") -> ElementValue:
         """What the elements of a tensor argument are, in their own positions."""
-        given = self[name]
-        return self.known[given] if isinstance(given, fx.Node) else constant(given)
+        argument = self[name]
+        return self.computed[argument] if isinstance(argument, fx.Node) else constant(argument)
 
     def aligned(self, name: str) -> Piecewise | None:
         """What the elements of an argument are, in the positions of the result; None for those of other tensors."""
-        given, value = self[name], self.value(name)
+        argument, value = self[name], self.value(name)
         if not isinstance(value, Piecewise):
             return None
-        shape = shape_of(given) if isinstance(given, fx.Node) else ()
+        shape = shape_of(argument) if isinstance(argument, fx.Node) else ()
         offset, places = len(self.shape) - len(shape), {}
         for axis, size in enumerate(shape):
             if same(size, self.shape[axis + offset]):
@@ -71,10 +71,10 @@ class ElementCall:
         return self.value().at({position(axis): sympy.sympify(place) for axis, place in enumerate(places)})
 
 
-def _scalar(given: object) -> Any:
-    if isinstance(given, fx.Node) and not isinstance(given.meta.get("val"), Tensor):
-        return given.meta["val"]
-    return given
+def _scalar(argument: object) -> Any:
+    if isinstance(argument, fx.Node) and not isinstance(argument.meta.get("val"), Tensor):
+        return argument.meta["val"]
+    return argument
 
 
 def same(a: object, b: object) -> bool:
@@ -87,7 +87,7 @@ def element_rule(*operators: object) -> Callable[[ElementRule], ElementRule]:
 
     def register(rule: ElementRule) -> ElementRule:
         for operator in operators:
-            RULES[operator] = lambda node, known: rule(ElementCall(node, known))
+            RULES[operator] = lambda node, computed: rule(ElementCall(node, computed))
         return rule
 
     return register

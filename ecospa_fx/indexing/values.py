@@ -88,14 +88,14 @@ def small_enough(expressions: Iterable[object]) -> None:
 
 def merged(cases: Any) -> Piecewise:
     """Cases without the impossible ones; equal numbers under one condition. Raises TooLarge for too many."""
-    found: dict[Number, Condition] = {}
+    conditions: dict[Number, Condition] = {}
     for condition, number in cases:
         if condition is not FALSE and condition != FALSE:
-            found[number] = sympy.Or(found.get(number, FALSE), condition)
-            small_enough(found.values())
-    if len(found) == 1:
-        return Piecewise(((TRUE, next(iter(found))),))
-    return Piecewise(tuple((c, n) for n, c in found.items()))
+            conditions[number] = sympy.Or(conditions.get(number, FALSE), condition)
+            small_enough(conditions.values())
+    if len(conditions) == 1:
+        return Piecewise(((TRUE, next(iter(conditions))),))
+    return Piecewise(tuple((c, n) for n, c in conditions.items()))
 
 
 def constant(number: object) -> Piecewise:
@@ -179,25 +179,25 @@ def negated(condition: Condition) -> Condition:
 
 def settled(condition: Condition, shape: Sequence[object]) -> Condition:
     """A condition without the comparisons that hold, or fail, at every position of a tensor of this shape."""
-    known = {}
+    constants = {}
     for atom in condition.atoms(sympy.Ge):
         gap = sympy.expand(atom.lhs - atom.rhs)
         if lowest(gap, shape):
-            known[atom] = TRUE
+            constants[atom] = TRUE
         elif lowest(-gap - 1, shape):
-            known[atom] = FALSE
-    condition = condition.xreplace(known) if known else condition
+            constants[atom] = FALSE
+    condition = condition.xreplace(constants) if constants else condition
     if not isinstance(condition, sympy.And):
         return condition
     parts = [c for c in condition.args if not any(_implies(other, c, shape) for other in condition.args)]
     return sympy.And(*parts)
 
 
-def _implies(one: Condition, other: Condition, shape: Sequence[object]) -> bool:
+def _implies(first: Condition, other: Condition, shape: Sequence[object]) -> bool:
     """Whether a comparison makes a different one superfluous."""
-    if one == other or not (isinstance(one, sympy.Ge) and isinstance(other, sympy.Ge)):
+    if first == other or not (isinstance(first, sympy.Ge) and isinstance(other, sympy.Ge)):
         return False
-    return lowest((other.lhs - other.rhs) - (one.lhs - one.rhs), shape)
+    return lowest((other.lhs - other.rhs) - (first.lhs - first.rhs), shape)
 
 
 def lowest(number: Number, shape: Sequence[object]) -> bool:

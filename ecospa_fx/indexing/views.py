@@ -109,7 +109,7 @@ def regrouped(inside: Sequence[object], outside: Sequence[object]) -> list[Any] 
             return None
         rows, columns = group
         before, after = before[len(rows) :], after[len(columns) :]
-        flat = reduce(lambda total, one: total * one[1] + position(one[0]), columns, sympy.Integer(0))
+        flat = reduce(lambda total, column: total * column[1] + position(column[0]), columns, sympy.Integer(0))
         for axis, size in reversed(rows[1:]):
             places[axis] = sympy.Mod(flat, size)
             flat = sympy.floor(flat / size)
@@ -136,15 +136,15 @@ def _group(before: list[Any], after: list[Any]) -> tuple[list[Any], list[Any]] |
 @element_rule(aten.index.Tensor)
 def index(call: ElementCall) -> ElementValue | None:
     """Positions that are computed, where none of them counts from the right."""
-    given = [(axis, n) for axis, n in enumerate(call["indices"]) if n is not None]
-    if any(n.meta["val"].dtype is torch.bool for _, n in given):
+    indexed = [(axis, n) for axis, n in enumerate(call["indices"]) if n is not None]
+    if any(n.meta["val"].dtype is torch.bool for _, n in indexed):
         return None
-    ranks = [len(shape_of(n)) for _, n in given]
-    adjacent = [a for a, _ in given] == list(range(given[0][0], given[0][0] + len(given)))
-    first, wide = (given[0][0] if adjacent else 0), max(ranks)
+    ranks = [len(shape_of(n)) for _, n in indexed]
+    adjacent = [a for a, _ in indexed] == list(range(indexed[0][0], indexed[0][0] + len(indexed)))
+    first, wide = (indexed[0][0] if adjacent else 0), max(ranks)
     places: dict[int, Any] = {}
-    for (axis, node), rank in zip(given, ranks, strict=True):
-        value = call.known[node]
+    for (axis, node), rank in zip(indexed, ranks, strict=True):
+        value = call.computed[node]
         number = value.single if isinstance(value, Piecewise) else None
         if number is None or not lowest(number, shape_of(node)):
             return None

@@ -42,8 +42,8 @@ def evaluate(node: fx.Node) -> Any:
 
 def _value(node: fx.Node) -> Any:
     """The value of a node; graphs that higher-order operators call are their own."""
-    held = node.graph.owning_module if node.op == "get_attr" and "val" not in node.meta else None
-    return node.meta["val"] if held is None else held.get_submodule(str(node.target))
+    owner = node.graph.owning_module if node.op == "get_attr" and "val" not in node.meta else None
+    return node.meta["val"] if owner is None else owner.get_submodule(str(node.target))
 
 
 def fake_mode(graph: fx.Graph) -> Any:
@@ -55,7 +55,7 @@ def fake_mode(graph: fx.Graph) -> Any:
 def layout(value: object) -> Any:
     """Sizes and strides as text: comparing symbols would tie them."""
     if isinstance(value, list | tuple):
-        return [layout(one) for one in value]
+        return [layout(item) for item in value]
     return str((tuple(value.shape), value.stride())) if isinstance(value, torch.Tensor) else str(value)
 
 
@@ -85,6 +85,6 @@ def _is_known(node: fx.Node) -> bool:
 
 
 def _read(node: fx.Node) -> set[fx.Node]:
-    found: list[fx.Node] = []
-    fx.node.map_arg((node.args, node.kwargs), found.append)
-    return set(found)
+    nodes: list[fx.Node] = []
+    fx.node.map_arg((node.args, node.kwargs), nodes.append)
+    return set(nodes)

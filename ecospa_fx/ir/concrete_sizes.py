@@ -20,17 +20,17 @@ def concrete_sizes(graph: fx.Graph) -> Sizes:
     the example's is taken if there is one; a size that the data decides counts as a large prime.
     """
     numbers = _Numbers(list(_computed_sizes(graph)))
-    known: dict[Any, int] = {}
+    sizes: dict[Any, int] = {}
 
     def size(value: Any) -> int:
         if isinstance(value, int):
             return value
         expression = value.node.expr
-        if expression not in known:
+        if expression not in sizes:
             symbols = sorted(expression.free_symbols, key=str)
             chosen = {symbol: numbers.of(symbol, value.node.shape_env) for symbol in symbols}
-            known[expression] = int(expression.subs(chosen))
-        return known[expression]
+            sizes[expression] = int(expression.subs(chosen))
+        return sizes[expression]
 
     return size
 
@@ -105,10 +105,10 @@ def _value(expression: Any, numbers: Mapping[Any, int]) -> Any:
 
 def _prime(index: int) -> int:
     """Primes far from any width, one per unknown size."""
-    candidate, found = 1_000_003, -1
+    candidate, count = 1_000_003, -1
     while True:
         if all(candidate % d for d in range(3, 1001, 2)):
-            found += 1
-            if found == index:
+            count += 1
+            if count == index:
                 return candidate
         candidate += 2

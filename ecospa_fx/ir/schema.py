@@ -43,9 +43,9 @@ def named_arguments(node: fx.Node, *, defaults: bool = False) -> dict[str, Any]:
 def tensor_arguments(node: fx.Node) -> Iterator[fx.Node]:
     """The nodes among an operator's arguments, those in lists included, in the order of its schema."""
     for argument in named_arguments(node).values():
-        for one in argument if isinstance(argument, list | tuple) else [argument]:
-            if isinstance(one, fx.Node):
-                yield one
+        for value in argument if isinstance(argument, list | tuple) else [argument]:
+            if isinstance(value, fx.Node):
+                yield value
 
 
 def with_arguments(node: fx.Node, values: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -53,9 +53,9 @@ def with_arguments(node: fx.Node, values: Mapping[str, Any]) -> tuple[tuple[Any,
     names = [a.name for a in schema_of(node).arguments]
     args, kwargs = list(node.args), dict(node.kwargs)
     for name, value in values.items():
-        at = names.index(name)
-        if at < len(args):
-            args[at] = value
+        index = names.index(name)
+        if index < len(args):
+            args[index] = value
         else:
             kwargs[name] = value
     return tuple(args), kwargs

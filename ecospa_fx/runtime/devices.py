@@ -33,9 +33,9 @@ def follow_device(graph: fx.Graph, device: torch.device, of: str = "") -> None:
 
 
 def _leaves(node: fx.Node) -> list[Any]:
-    found: list[Any] = []
-    fx.node.map_aggregate((node.args, node.kwargs), found.append)
-    return found
+    leaves: list[Any] = []
+    fx.node.map_aggregate((node.args, node.kwargs), leaves.append)
+    return leaves
 
 
 def moved(device: torch.device, fn: Any) -> torch.device:

@@ -58,9 +58,9 @@ class PartialInterpreter:
         All that the graph may write into is copied, so that a call can be repeated.
         Raises InputError where the graph does not hold for these arguments.
         """
-        given = copied((tuple(args), dict(kwargs)))
+        arguments = copied((tuple(args), dict(kwargs)))
         try:
-            leaves = self._calling.flat(*given)
+            leaves = self._calling.flat(*arguments)
         except TypeError as error:
             raise InputError(f"the call of a batch is not that of the example: {error}") from error
         values: NodeValues = dict(zip(self.program.inputs, leaves, strict=True))
@@ -69,8 +69,8 @@ class PartialInterpreter:
             if node.op != "placeholder" or node in values or node in program.parameters:
                 continue
             if node in program.stored:
-                held = program.buffer(program.stored[node])
-                values[node] = held.clone() if node in program.state else held
+                buffer = program.buffer(program.stored[node])
+                values[node] = buffer.clone() if node in program.state else buffer
             elif node.name in lifted:
                 values[node] = program.exported.constants[lifted[node.name]]
             else:
@@ -85,8 +85,8 @@ class PartialInterpreter:
         """A constant that a pass has added."""
         exported = self.program.exported
         (spec,) = (s for s in exported.graph_signature.input_specs if getattr(s.arg, "name", None) == node.name)
-        found: Tensor = exported.constants[str(spec.target)]
-        return found
+        constant: Tensor = exported.constants[str(spec.target)]
+        return constant
 
     def run(self, nodes: Iterable[fx.Node], values: NodeValues) -> None:
         """Compute nodes, given in the order of the graph, into `values`; what nothing reads any more is dropped."""
@@ -113,12 +113,12 @@ class PartialInterpreter:
     def returned(self, values: NodeValues, args: Sequence[object], kwargs: Mapping[str, object]) -> Any:
         """What the module returns for these arguments, which stay as they are, once all nodes have run."""
         leaves: Any = fx.node.map_arg(self.output.args[0], values.__getitem__)
-        given = copied((tuple(args), dict(kwargs)))
+        arguments = copied((tuple(args), dict(kwargs)))
         if self.overwrites and self._calling.stateful:  # objects among the arguments come back as the graph left them
-            for node, leaf in zip(self.program.inputs, self._calling.flat(*given), strict=True):
+            for node, leaf in zip(self.program.inputs, self._calling.flat(*arguments), strict=True):
                 if isinstance(leaf, Tensor):
                     leaf.detach().copy_(values[node])
-        return self._calling.returned(list(leaves), *given)
+        return self._calling.returned(list(leaves), *arguments)
 
 
 def _overwrites(node: fx.Node) -> bool:
@@ -128,5 +128,5 @@ def _overwrites(node: fx.Node) -> bool:
 def detached(value: object) -> Any:
     """A value without its history; sizes and other constants as they are."""
     if isinstance(value, list | tuple):
-        return type(value)(detached(one) for one in value)
+        return type(value)(detached(item) for item in value)
     return value.detach() if isinstance(value, torch.Tensor) else value

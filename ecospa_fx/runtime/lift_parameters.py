@@ -29,8 +29,8 @@ def owned(
     check_call(model, args, kwargs)
     model = unwrapped(model)
     args, kwargs = _numbered(tuple(args), dict(kwargs or {}))
-    given: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}  # type: ignore[dict-item]
-    lifted = {place: value for place, value in given.items() if _holds_parameters(value)}
+    arguments: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}  # type: ignore[dict-item]
+    lifted = {place: value for place, value in arguments.items() if _holds_parameters(value)}
     if not lifted:
         return model, args, kwargs
     holder = Owned(model, lifted)
@@ -61,19 +61,19 @@ def _numbered(args: tuple[object, ...], kwargs: dict[str, Any]) -> tuple[tuple[A
     def number(value: object) -> Any:
         return value.node.hint if isinstance(value, torch.SymInt) else value
 
-    found: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(number, (args, kwargs))
-    return found
+    numbered: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(number, (args, kwargs))
+    return numbered
 
 
 def _holds_parameters(value: object) -> bool:
     tensors = [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]
-    found = [t for t in tensors if isinstance(t, nn.Parameter)]
-    if found and len(found) < len(tensors):
+    parameters = [t for t in tensors if isinstance(t, nn.Parameter)]
+    if parameters and len(parameters) < len(tensors):
         raise CaptureError(
             "an argument holds Parameters beside other tensors, so that it is unclear which call the smaller model "
             "takes: pass Parameters as arguments of their own"
         )
-    return bool(found)
+    return bool(parameters)
 
 
 class Owned(nn.Module):
@@ -81,8 +81,8 @@ class Owned(nn.Module):
 
     def __init__(self, model: nn.Module, lifted: Mapping[int | str, object]) -> None:
         super().__init__()
-        for own, its in ((self._parameters, model._parameters), (self._buffers, model._buffers)):
-            own.update(its)  # type: ignore[arg-type]
+        for target, source in ((self._parameters, model._parameters), (self._buffers, model._buffers)):
+            target.update(source)  # type: ignore[arg-type]
         self._modules.update(model._modules)
         self.training = model.training
         signature = inspect.signature(model.forward)
@@ -95,7 +95,7 @@ class Owned(nn.Module):
             name = place if isinstance(place, str) else names[min(place, *rest or [place])]
             spread = isinstance(place, int) and signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL
             leaves, structure = pytree.tree_flatten_with_path(value)
-            paths = [".".join([name, *([str(place)] if spread else []), *map(_told, way)]) for way, _ in leaves]
+            paths = [".".join([name, *([str(place)] if spread else []), *map(_key_name, way)]) for way, _ in leaves]
             trees[place] = (
                 [self._hold(*entry) for entry in zip(paths, (leaf for _, leaf in leaves), strict=True)],
                 structure,
@@ -103,13 +103,15 @@ class Owned(nn.Module):
 
         def forward(*args: object, **kwargs: object) -> Any:
             # by name, because the exporter puts other tensors in their places
-            held = {p: pytree.tree_unflatten([find() for find in own], spec) for p, (own, spec) in trees.items()}
-            rest, count = iter(args), len(args) + sum(isinstance(place, int) for place in held)
-            everything = [held[i] if i in held else next(rest) for i in range(count)]
-            return model.forward(*everything, **kwargs, **{n: v for n, v in held.items() if isinstance(n, str)})
+            values = {
+                p: pytree.tree_unflatten([find() for find in finders], spec) for p, (finders, spec) in trees.items()
+            }
+            rest, count = iter(args), len(args) + sum(isinstance(place, int) for place in values)
+            everything = [values[i] if i in values else next(rest) for i in range(count)]
+            return model.forward(*everything, **kwargs, **{n: v for n, v in values.items() if isinstance(n, str)})
 
-        gone = {name for i, name in enumerate(names) if i in lifted or name in lifted}
-        kept = [p for name, p in signature.parameters.items() if name not in gone or p.kind is p.VAR_POSITIONAL]
+        bound = {name for i, name in enumerate(names) if i in lifted or name in lifted}
+        kept = [p for name, p in signature.parameters.items() if name not in bound or p.kind is p.VAR_POSITIONAL]
         forward.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]
         self.__dict__["forward"] = forward
 
@@ -127,5 +129,5 @@ class Owned(nn.Module):
         return partial(self.get_parameter, path)
 
 
-def _told(key: object) -> str:
+def _key_name(key: object) -> str:
     return str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key))))

@@ -82,10 +82,10 @@ def _rooted(
     """
     root: Any = Layers(model).convert(module, base=GraphModel)
     root._graph_calling = call_adapter(program, model, args, kwargs)
-    told = inspect.signature(model.forward)
+    signature = inspect.signature(model.forward)
     itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
     # trainers and exporters look for the names of the arguments there
-    type(root).forward.__signature__ = told.replace(parameters=[itself, *told.parameters.values()])
+    type(root).forward.__signature__ = signature.replace(parameters=[itself, *signature.parameters.values()])
     return cast(nn.Module, root)
 
 

@@ -38,12 +38,12 @@ class ExampleValues:
         """Give a node the example value that follows from its inputs. Raises what its operator raises."""
         self._values.pop(node, None)
         try:
-            found = self._computed(node)
-            node.meta["val"] = self._with_symbols(node.meta.get("val"), found)
+            value = self._computed(node)
+            node.meta["val"] = self._with_symbols(node.meta.get("val"), value)
         except NotNumbers:
             node.meta["val"] = evaluate(node)
         else:
-            self._values[node] = found
+            self._values[node] = value
 
     def _computed(self, node: fx.Node) -> Any:
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), self._of)
@@ -66,7 +66,7 @@ class ExampleValues:
 
     def _in_numbers(self, value: object) -> Any:
         if isinstance(value, list | tuple):
-            return type(value)(self._in_numbers(one) for one in value)
+            return type(value)(self._in_numbers(item) for item in value)
         if isinstance(value, Tensor):
             if detect_fake_mode([value]) is None or value.layout is not torch.strided:
                 raise NotNumbers
@@ -108,7 +108,7 @@ class ExampleValues:
         numbers = [[self.sizes(s) for s in sizes] for sizes in (before.shape, before.stride())]
         if numbers == [list(after.shape), list(after.stride())]:
             return list(before.stride())
-        found: list[Size] = [0] * len(shape)
+        strides: list[Size] = [0] * len(shape)
         inside: Size = 1
         for axis in sorted(range(len(shape)), key=lambda i: (after.stride(i), after.shape[i], -i)):
             stride, number = after.stride(axis), self.sizes(inside)
@@ -118,13 +118,13 @@ class ExampleValues:
                 if stride % number or not is_concrete_int(before.stride(axis)):
                     raise NotNumbers
                 inside = inside * (stride // number)
-            found[axis] = inside
+            strides[axis] = inside
             inside = inside * shape[axis]
-        return found
+        return strides
 
 
 def _without_memory(value: object) -> Any:
     """A value on the meta device: operators that make tensors of nothing put them elsewhere."""
     if isinstance(value, list | tuple):
-        return type(value)(_without_memory(one) for one in value)
+        return type(value)(_without_memory(item) for item in value)
     return value.to("meta") if isinstance(value, Tensor) and not value.is_meta else value
