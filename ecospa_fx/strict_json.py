@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 Kind = TypeVar("Kind")
 
@@ -26,7 +26,7 @@ def strict_json(text: str | bytes) -> Any:
         raise ValueError("it is nested too deeply") from error
 
 
-def _constant(name: str) -> Any:
+def _constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number")
 
 
@@ -37,7 +37,7 @@ def _number(text: str) -> float:
     return value
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     result = dict(pairs)
     if len(result) < len(pairs):
         raise ValueError("a key stands in it twice")
@@ -60,7 +60,7 @@ def from_plain(kind: type[Kind], value: object) -> Kind:
     return cast(Kind, _read(kind, value))
 
 
-def _read(kind: object, value: object) -> Any:
+def _read(kind: object, value: object) -> object:
     origin, inner = get_origin(kind), get_args(kind)
     if is_dataclass(kind):
         return _dataclass(kind, value)
@@ -82,14 +82,14 @@ def _read(kind: object, value: object) -> Any:
     return _plain(kind, value)
 
 
-def _dataclass(kind: Any, value: object) -> Any:
+def _dataclass(kind: Any, value: object) -> object:
     items, types = _of(dict, value, "an object"), get_type_hints(kind)
     needed = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
     names = [f.name for f in fields(kind) if f.name in items or f.name in needed]
     return kind(**{name: _read(types[name], items[name]) for name in names})
 
 
-def _plain(kind: object, value: object) -> Any:
+def _plain(kind: object, value: object) -> object:
     if type(value) is kind or (kind is float and type(value) is int):
         return value
     raise TypeError(f"{value!r:.40} stands where {_NAMES[kind]} belongs")

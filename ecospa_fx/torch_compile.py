@@ -17,17 +17,18 @@ from torch.export.graph_signature import InputKind
 from ecospa_fx.errors import PlanError
 from ecospa_fx.inplace.edits import cut
 from ecospa_fx.ir.program import ExportedForm
+from ecospa_fx.ir.pytrees import Tree
 from ecospa_fx.plan import Plan, check_plan
 from ecospa_fx.rewrite import shrunk
 from ecospa_fx.runtime.lift_parameters import owned
 from ecospa_fx.wrappers import unwrapped
 
-Compiled = Callable[..., Any]
+Compiled = Callable[..., Tree]
 
 
 def backend(
     plan: Plan, *, compiler: str | Compiled = "inductor", model: nn.Module | None = None
-) -> Callable[[fx.GraphModule, Sequence[Any]], Compiled]:
+) -> Callable[[fx.GraphModule, Sequence[Tree]], Compiled]:
     """A backend for ``torch.compile`` that shrinks what it is given and hands it on to another one.
 
     plan: of the model that is compiled; compiler: the backend that compiles the smaller graph; model: that model, for
@@ -52,7 +53,7 @@ def backend(
         raise PlanError(f"model={model!r:.60} is not an nn.Module: pass the model that is compiled, or leave it out")
     whole = None if model is None else unwrapped(model)
 
-    def compile_graph(graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+    def compile_graph(graph: fx.GraphModule, inputs: Sequence[Tree]) -> Compiled:
         twin = fx.GraphModule(graph, copy.deepcopy(graph.graph))  # the tracer calls what it made by the graph it made
         part = _within(plan, _names(graph, twin, inputs, whole), inputs)
         if not part.selections:
@@ -99,7 +100,7 @@ def _told(node: fx.Node) -> str | None:
     return ".".join(parts) or None
 
 
-def _within(plan: Plan, names: Sequence[Input], inputs: Sequence[Any]) -> Plan:
+def _within(plan: Plan, names: Sequence[Input], inputs: Sequence[Tree]) -> Plan:
     """The part of a plan that a graph holds, by the names of the graph's arguments."""
     shapes, here = dict(plan.shapes), {entry.parameter: entry.argument for entry in names}
     for entry in names:
@@ -134,7 +135,7 @@ class _Smaller:
 
     def __init__(self, order: Sequence[int | Tensor], masks: Mapping[int, Tensor]) -> None:
         self.order, self.masks = order, masks
-        self.copies: dict[int, tuple[Any, Tensor]] = {}
+        self.copies: dict[int, tuple[tuple[int, int], Tensor]] = {}
         self.run: Compiled
 
     @classmethod
@@ -152,14 +153,14 @@ class _Smaller:
         instance.run = torch._dynamo.lookup_backend(compiler)(small, instance.example(inputs))
         return instance
 
-    def __call__(self, *inputs: object) -> Any:
+    def __call__(self, *inputs: object) -> Tree:
         return self.run(*self.inputs(inputs))
 
-    def inputs(self, arguments: Sequence[object]) -> list[Any]:
+    def inputs(self, arguments: Sequence[object]) -> list[Tree]:
         """The inputs of the smaller graph."""
         return [self._kept(o, arguments[o]) if isinstance(o, int) else o for o in self.order]
 
-    def example(self, arguments: Sequence[object]) -> list[Any]:
+    def example(self, arguments: Sequence[object]) -> list[Tree]:
         """The inputs for a compiler: sizes of weights are numbers, those of other inputs what the tracer made them."""
         mode, inputs = detect_fake_mode(), self.inputs(arguments)
         if mode is None:
@@ -167,7 +168,7 @@ class _Smaller:
         new_flags = [not isinstance(o, int) or o in self.masks for o in self.order]
         return [mode.from_tensor(t, static_shapes=True) if new else t for t, new in zip(inputs, new_flags, strict=True)]
 
-    def _kept(self, position: int, value: Any) -> Any:
+    def _kept(self, position: int, value: Tree) -> Tree:
         mask = self.masks.get(position)
         if mask is None:
             return value
@@ -192,7 +193,7 @@ def _order(program: ExportedForm, positions: Mapping[str, int], rest: Sequence[i
     return order
 
 
-def _own(value: Any) -> Any:
+def _own(value: Tree) -> Tree:
     """A parameter as it is, a copy of any other tensor: exporting marks its inputs, which the tracer guards."""
     plain = isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
     return value.detach().clone() if plain else value

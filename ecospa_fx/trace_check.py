@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from ecospa_fx.errors import warn_caller
 from ecospa_fx.ir.program import ExportedForm
-from ecospa_fx.ir.pytrees import copied, opened
+from ecospa_fx.ir.pytrees import Tree, copied, opened
 from ecospa_fx.module_modes import set_mode
 from ecospa_fx.relative_error import relative_error
 from ecospa_fx.runtime.interpreter import PartialInterpreter
@@ -69,19 +68,19 @@ def _compare(program: ExportedForm, model: nn.Module, args: Sequence[object], kw
     )
 
 
-def _called(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> Any:
+def _called(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> Tree:
     own_args, own_kwargs = copied((tuple(args), dict(kwargs)))
     return model(*own_args, **own_kwargs)
 
 
-def _traced(program: ExportedForm, model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> Any:
+def _traced(program: ExportedForm, model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> Tree:
     evaluator = PartialInterpreter(program, model, args, kwargs)
     values = {**evaluator.start(args, kwargs), **evaluator.weights()}
     evaluator.run(evaluator.order, values)
     return evaluator.returned(values, args, kwargs)
 
 
-def _leaves(run: Any, devices: Iterable[torch.device], seed: int = 0) -> list[Any]:
+def _leaves(run: Callable[[], Tree], devices: Iterable[torch.device], seed: int = 0) -> list[Tree]:
     torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach devices that are not restored
     for device in devices:
         torch.cuda.default_generators[device.index or 0].manual_seed(seed)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ecospa_fx.errors import warn_caller
-from ecospa_fx.ir.pytrees import copied, objects, opened
+from ecospa_fx.ir.pytrees import Arguments, NamedArguments, Tree, copied, objects, opened
 from ecospa_fx.ir.slices import take
 from ecospa_fx.ir.tracing import same_chance
 from ecospa_fx.plan import Plan
@@ -112,7 +111,7 @@ def masked_error(
 
 def narrowed(
     small: nn.Module, args: Sequence[object], kwargs: Mapping[str, object] | None = None
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+) -> tuple[Arguments, NamedArguments]:
     """Arguments of the dense model as the smaller one takes them: (args, kwargs), caches cut to the kept units.
 
     Where nothing gets narrower, they are the arguments themselves. What a masked dense model has in its caches, the
@@ -123,11 +122,11 @@ def narrowed(
     calling = getattr(unwrapped(small), "_graph_calling", None)
     if calling is None or not any(leaf.cut for leaf in calling.leaves):
         return tuple(args), dict(kwargs or {})
-    call: tuple[tuple[Any, ...], dict[str, Any]] = calling.narrowed(tuple(args), dict(kwargs or {}))
+    call: tuple[Arguments, NamedArguments] = calling.narrowed(tuple(args), dict(kwargs or {}))
     return call
 
 
-def _called(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> list[Any]:
+def _called(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> list[Tree]:
     """The leaves of what the model returns for copies of the arguments, and of the objects among these afterwards."""
     own_args, own_kwargs = copied((tuple(args), dict(kwargs)))
     with without_fast_path():

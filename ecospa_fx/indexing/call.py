@@ -15,7 +15,7 @@ from ecospa_fx.ir.schema import named_arguments
 Computed = dict[fx.Node, ElementValue]
 ElementRule = Callable[["ElementCall"], ElementValue | None]
 NodeRule = Callable[[fx.Node, Computed], ElementValue | None]
-RULES: dict[Any, NodeRule] = {}
+RULES: dict[object, NodeRule] = {}
 
 
 class ElementCall:
@@ -93,8 +93,9 @@ def element_rule(*operators: object) -> Callable[[ElementRule], ElementRule]:
     return register
 
 
-def shape_of(node: Any) -> tuple[Any, ...]:
+def shape_of(node: object) -> tuple[Any, ...]:
     """The sizes of a node's tensor."""
+    assert isinstance(node, fx.Node)  # whatever an operator takes as a tensor
     return tuple(node.meta["val"].shape)
 
 

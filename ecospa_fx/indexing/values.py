@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import product
 from math import prod
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import sympy
 import torch
 from sympy.logic.boolalg import Boolean
 from torch import fx
 
-Number: TypeAlias = Any
-"""A sympy expression."""
-Condition: TypeAlias = Any
-"""A sympy truth value."""
+Number: TypeAlias = sympy.Expr
+"""A number, as an expression of positions and sizes."""
+Condition: TypeAlias = sympy.Basic
+"""A truth value, as an expression of positions and sizes."""
 TRUE, FALSE = sympy.true, sympy.false
 LARGEST = 512
 """How many parts an expression may have: masks of many regions need more, and no flag says what they hide."""
@@ -73,7 +73,7 @@ ElementValue = Piecewise | IndexedRead
 
 
 @lru_cache(maxsize=1 << 16)
-def _parts(expression: Any) -> int:
+def _parts(expression: sympy.Basic) -> int:
     return 1 + sum(_parts(part) for part in expression.args)
 
 
@@ -86,7 +86,7 @@ def small_enough(expressions: Iterable[object]) -> None:
             raise TooLarge
 
 
-def merged(cases: Any) -> Piecewise:
+def merged(cases: Iterable[tuple[Condition, Number]]) -> Piecewise:
     """Cases without the impossible ones; equal numbers under one condition. Raises TooLarge for too many."""
     conditions: dict[Number, Condition] = {}
     for condition, number in cases:

@@ -82,7 +82,7 @@ def written(graph: fx.Graph) -> set[fx.Node]:
 # -- what a call says of itself ----------------------------------------------------------------------------------
 
 
-def _given(node: fx.Node) -> Iterator[tuple[Any, Any]]:
+def _given(node: fx.Node) -> Iterator[tuple[torch._C.Argument, Any]]:
     """The arguments of an operator's schema with what a call gives for each."""
     if not is_operator(node):
         return

@@ -8,16 +8,17 @@ import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
+
+from ecospa_fx.ir.schema import Args, Kwargs
 
 _INHERITED = ("nn_module_stack", "stack_trace", "torch_fn", "source_fn_stack", "custom")
 
 
-def insert(
-    graph: fx.Graph, target: Any, args: tuple[Any, ...], like: fx.Node, kwargs: dict[str, Any] | None = None
-) -> fx.Node:
+def insert(graph: fx.Graph, target: fx.node.Target, args: Args, like: fx.Node, kwargs: Kwargs | None = None) -> fx.Node:
     """A call at the graph's insertion point that belongs where `like` belongs, with its value propagated."""
-    node = inherit(graph.call_function(target, args, kwargs or {}), like)
+    node = inherit(graph.create_node("call_function", target, args, kwargs or {}), like)
     node.meta["val"] = evaluate(node)
     return node
 
@@ -46,13 +47,13 @@ def _value(node: fx.Node) -> Any:
     return node.meta["val"] if owner is None else owner.get_submodule(str(node.target))
 
 
-def fake_mode(graph: fx.Graph) -> Any:
+def fake_mode(graph: fx.Graph) -> FakeTensorMode | None:
     """The mode that the example values of a graph live in; None for real ones."""
     first = next((n.meta["val"] for n in graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)), None)
     return detect_fake_mode([first]) if first is not None else None
 
 
-def layout(value: object) -> Any:
+def layout(value: object) -> object:
     """Sizes and strides as text: comparing symbols would tie them."""
     if isinstance(value, list | tuple):
         return [layout(item) for item in value]

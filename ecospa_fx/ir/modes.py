@@ -9,13 +9,12 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from ecospa_fx.ir.schema import is_operator, named_arguments, with_arguments
+from ecospa_fx.ir.schema import Args, Kwargs, Size, input_node, is_operator, named_arguments, with_arguments
 
 KEY = "by_mode"
 """Where a node keeps {argument: (in training, in evaluation)} in its meta data."""
@@ -69,28 +68,24 @@ def align(training: fx.Graph, evaluation: fx.Graph, numbers: bool = False) -> Al
         elif numbers and other is not None and _is_size(other):
             its.pop(0)
         elif numbers and node is not None and _shows_whole(node, matched):
-            matched[node] = matched[_first(mine.pop(0))]
+            matched[node] = matched[input_node(mine.pop(0))]
         elif numbers and other is not None and _shows_whole(other, matched):
-            matched[other] = matched[_first(its.pop(0))]
+            matched[other] = matched[input_node(its.pop(0))]
         elif node is not None and other is not None and _corresponds(node, other, matched, numbers):
             matched[node] = matched[other] = other
             pairs.append((mine.pop(0), its.pop(0)))
         elif node is not None and _passes(node, matched, _LAYOUT):
-            matched[node] = matched[_first(mine.pop(0))]
+            matched[node] = matched[input_node(mine.pop(0))]
         elif other is not None and _passes(other, matched, _LAYOUT):
-            matched[other] = matched[_first(its.pop(0))]
+            matched[other] = matched[input_node(its.pop(0))]
         elif node is not None and _passes(node, matched, _DROPOUT):
-            matched[node] = matched[_first(node)]
+            matched[node] = matched[input_node(node)]
             pairs.append((mine.pop(0), None))
         else:
             return (
                 f"node {node or other} of {'training' if node else 'evaluation'} has no counterpart in the other mode"
             )
     return Aligned(tuple(pairs))
-
-
-def _first(node: fx.Node) -> Any:
-    return node.args[0]
 
 
 def _passes(node: fx.Node, matched: dict[fx.Node, fx.Node], operators: Sequence[object]) -> bool:
@@ -109,11 +104,11 @@ def _shows_whole(node: fx.Node, matched: dict[fx.Node, fx.Node]) -> bool:
     """Whether a node is a slice of all that there is, for the example's sizes; with numbers torch leaves it out."""
     if not _passes(node, matched, (torch.ops.aten.slice.Tensor,)):
         return False
-    shapes = [[_hint(size) for size in n.meta["val"].shape] for n in (node, _first(node))]
+    shapes = [[_hint(size) for size in n.meta["val"].shape] for n in (node, input_node(node))]
     return None not in shapes[0] and shapes[0] == shapes[1]
 
 
-def _hint(size: Any) -> int | None:
+def _hint(size: Size) -> int | None:
     """The number of a size in the example; None for one that depends on data."""
     if isinstance(size, torch.SymInt):
         return size.node.hint if size.node.has_hint() else None
@@ -136,7 +131,7 @@ def _matches_in_numbers(a: object, b: object, matched: dict[fx.Node, fx.Node]) -
     return _matches(a, b, matched) and (not isinstance(a, int) or isinstance(a, bool) or a == b)
 
 
-def _example(value: object) -> Any:
+def _example(value: object) -> object:
     """The number of a size in the example; anything else as it is."""
     size = value.meta.get("val") if isinstance(value, fx.Node) else value
     number = _hint(size) if isinstance(size, torch.SymInt) else None
@@ -153,20 +148,20 @@ def _numeric(value: object) -> bool:
     return isinstance(value, bool | int | float)
 
 
-def _arguments(node: fx.Node) -> dict[str, Any]:
+def _arguments(node: fx.Node) -> Kwargs:
     if not is_operator(node):
         return {"args": node.args, "kwargs": dict(node.kwargs)}
     return named_arguments(node, defaults=True)
 
 
-def _literals(node: fx.Node, other: fx.Node | None) -> dict[str, tuple[Any, Any]]:
+def _literals(node: fx.Node, other: fx.Node | None) -> dict[str, tuple[float, float]]:
     """Literal arguments that differ; a dropout that is missing is one that is off."""
     mine = _arguments(node)
     its = {**mine, "train": False} if other is None else _arguments(other)
     return {n: (v, its[n]) for n, v in mine.items() if _numeric(v) and _numeric(its[n]) and v != its[n]}
 
 
-def evaluation_arguments(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def evaluation_arguments(node: fx.Node) -> tuple[Args, Kwargs]:
     """The arguments of a call as they are in evaluation mode."""
     noted = node.meta.get(KEY)
     if not noted:
@@ -211,7 +206,7 @@ def follow_notes(graph: fx.Graph, of: str = "") -> int:
     return len(noted)
 
 
-def _chosen(graph: fx.Graph, mode: fx.Node, training: Any, evaluation: Any) -> fx.Node:
+def _chosen(graph: fx.Graph, mode: fx.Node, training: float, evaluation: float) -> fx.Node:
     if isinstance(training, bool):
         return mode if training else graph.call_function(operator.not_, (mode,))
     part = graph.call_function(operator.mul, (training - evaluation, mode))

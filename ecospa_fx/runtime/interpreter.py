@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from ecospa_fx.errors import InputError
 from ecospa_fx.ir.modes import evaluation_arguments
 from ecospa_fx.ir.program import ExportedForm
-from ecospa_fx.ir.pytrees import copied
+from ecospa_fx.ir.pytrees import Tree, copied
 from ecospa_fx.ir.schema import is_operator, schema_of
 from ecospa_fx.runtime.signature import call_adapter
 
@@ -40,7 +40,7 @@ class PartialInterpreter:
         self._calling = call_adapter(program, model, args, kwargs)
         self.overwrites = any(_overwrites(node) for node in self.order)
         """Whether some node changes a value that another one has computed."""
-        self.instead: Mapping[fx.Node, Callable[[NodeValues], Any]] = {}
+        self.instead: Mapping[fx.Node, Callable[[NodeValues], object]] = {}
         """What is computed in place of a node's operator, from the values that the node reads."""
         self._arguments = {node: evaluation_arguments(node) for node in self.order}
         self._last: dict[fx.Node, int] = {}
@@ -97,20 +97,20 @@ class PartialInterpreter:
                 if self._last.get(read, -1) <= place:
                     values.pop(read, None)
 
-    def _computed(self, node: fx.Node, values: NodeValues) -> Any:
+    def _computed(self, node: fx.Node, values: NodeValues) -> object:
         if node in self.instead:
             return self.instead[node](values)
         args, kwargs = fx.node.map_arg(self._arguments[node], values.__getitem__)
         target: Any = node.target
         return target(*args, **kwargs)
 
-    def answer(self, args: Sequence[object], kwargs: Mapping[str, object]) -> Any:
+    def answer(self, args: Sequence[object], kwargs: Mapping[str, object]) -> Tree:
         """What the module returns for these arguments, which stay as they are."""
         values = {**self.start(args, kwargs), **self.weights()}
         self.run(self.order, values)
         return self.returned(values, args, kwargs)
 
-    def returned(self, values: NodeValues, args: Sequence[object], kwargs: Mapping[str, object]) -> Any:
+    def returned(self, values: NodeValues, args: Sequence[object], kwargs: Mapping[str, object]) -> Tree:
         """What the module returns for these arguments, which stay as they are, once all nodes have run."""
         leaves: Any = fx.node.map_arg(self.output.args[0], values.__getitem__)
         arguments = copied((tuple(args), dict(kwargs)))

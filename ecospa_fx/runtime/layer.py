@@ -21,12 +21,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from ecospa_fx.ir.modes import follow_notes
+from ecospa_fx.ir.pytrees import Tree
 from ecospa_fx.runtime.devices import ATTRIBUTE, follow_device, moved
 from ecospa_fx.runtime.repeated_calls import FIRST_CALL
 
 _NUMBERS = count()
 
-_USUAL: dict[str, Any] = dict(fx.Graph().python_code("self").globals)
+_USUAL: dict[str, object] = dict(fx.Graph().python_code("self").globals)
 """What generated code may name. Functions that name no more live in this scope, because whoever calls a compiled
 layer waits until every scope that its functions live in has been checked."""
 
@@ -36,19 +37,18 @@ class Code:
     """Source text of one function, and what its global names mean."""
 
     source: str
-    names: Mapping[str, Any]
+    names: Mapping[str, object]
 
-    def function(self) -> Callable[..., Any]:
+    def function(self) -> Callable[..., Tree]:
         """The function, with its source where tracebacks and the compiler look for it."""
         file = f"<graph layer {next(_NUMBERS)}>"
         linecache.cache[file] = (len(self.source), None, self.source.splitlines(keepends=True), file)
         usual = all(name in _USUAL and _is(value, _USUAL[name]) for name, value in self.names.items())
-        namespace: dict[str, Any] = {}
+        namespace: dict[str, Callable[..., Tree]] = {}
         exec(compile(self.source, file, "exec"), _USUAL if usual else dict(self.names), namespace)
-        forward: Callable[..., Any] = namespace["forward"]
-        return forward
+        return namespace["forward"]
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[object, ...]:
         """Modules among the names are pickled by name."""
         plain = {n: _Named(v.__name__) if isinstance(v, ModuleType) else v for n, v in self.names.items()}
         return _code, (self.source, plain)
@@ -99,11 +99,11 @@ class GraphLayer(Constants):
         self._graph_device = moved(self._graph_device, fn)
         return self
 
-    def __reduce_ex__(self, protocol: object) -> Any:
+    def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
         """Pickled as its source, because its class exists in this process only."""
         return _unpickled, (type(self).__bases__[0], type(self).__name__, self._graph_code), self.__dict__
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> GraphLayer:
+    def __deepcopy__(self, memo: dict[int, object]) -> GraphLayer:
         """A copy of the same class, which runs the very same code."""
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +12,13 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from ecospa_fx.errors import CaptureError, EcospaError
+from ecospa_fx.ir.pytrees import Arguments, NamedArguments, Tree
 from ecospa_fx.wrappers import unwrapped
 
 
 def owned(
     model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object] | None
-) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+) -> tuple[nn.Module, Arguments, NamedArguments]:
     """(model, args, kwargs) where no argument is a Parameter: a module that holds them, and the other arguments.
 
     The module has everything that `model` has; what were arguments are parameters by their names, those in containers
@@ -29,7 +29,7 @@ def owned(
     check_call(model, args, kwargs)
     model = unwrapped(model)
     args, kwargs = _numbered(tuple(args), dict(kwargs or {}))
-    arguments: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}  # type: ignore[dict-item]
+    arguments: dict[int | str, object] = {**dict(enumerate(args)), **kwargs}  # type: ignore[dict-item]
     lifted = {place: value for place, value in arguments.items() if _holds_parameters(value)}
     if not lifted:
         return model, args, kwargs
@@ -55,13 +55,13 @@ def check_call(model: object, args: object, kwargs: object, refused: type[Ecospa
         raise refused(f"kwargs must be a mapping of arguments by name, not {kwargs!r:.60}: write {{'mask': mask}}")
 
 
-def _numbered(args: tuple[object, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _numbered(args: Arguments, kwargs: NamedArguments) -> tuple[Arguments, NamedArguments]:
     """With the example's number for every size that a tracer gave a symbol: asking that tracer would tell it."""
 
-    def number(value: object) -> Any:
+    def number(value: object) -> object:
         return value.node.hint if isinstance(value, torch.SymInt) else value
 
-    numbered: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(number, (args, kwargs))
+    numbered: tuple[Arguments, NamedArguments] = pytree.tree_map(number, (args, kwargs))
     return numbered
 
 
@@ -101,7 +101,7 @@ class Owned(nn.Module):
                 structure,
             )
 
-        def forward(*args: object, **kwargs: object) -> Any:
+        def forward(*args: object, **kwargs: object) -> Tree:
             # by name, because the exporter puts other tensors in their places
             values = {
                 p: pytree.tree_unflatten([find() for find in finders], spec) for p, (finders, spec) in trees.items()
@@ -115,7 +115,7 @@ class Owned(nn.Module):
         forward.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]
         self.__dict__["forward"] = forward
 
-    def _hold(self, path: str, value: object) -> Callable[[], Any]:
+    def _hold(self, path: str, value: object) -> Callable[[], object]:
         """Register a leaf of an argument. Returns what finds it again."""
         if not isinstance(value, nn.Parameter):
             return lambda: value

@@ -12,6 +12,7 @@ from torch import nn
 
 from ecospa_fx.ir.module_stacks import arrange_stacks
 from ecospa_fx.ir.program import ExportedForm
+from ecospa_fx.ir.pytrees import Tree
 from ecospa_fx.ir.tracing import one_at_a_time, quiet
 from ecospa_fx.module_modes import copy_modes
 from ecospa_fx.runtime.layer import Code, GraphLayer, Layers, own_copy
@@ -69,12 +70,12 @@ class GraphModel(GraphLayer):
         return type(name, (cls,), methods)
 
 
-def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+def _forward(self: Any, *args: object, **kwargs: object) -> Tree:
     return self._graph_calling.call(self._graph_run, args, kwargs)
 
 
 def _rooted(
-    program: ExportedForm, module: Any, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+    program: ExportedForm, module: nn.Module, model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]
 ) -> nn.Module:
     """An unflattened module as layers that run their own code.
 

@@ -8,6 +8,7 @@ the flat axis is sliced in steps. Purely a rewrite of views; no number changes.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from typing import Any, ClassVar
@@ -19,6 +20,7 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from ecospa_fx.ir.alias import written_to
 from ecospa_fx.ir.build import insert
 from ecospa_fx.ir.passes import PassResult
+from ecospa_fx.ir.schema import Args, Size, input_node
 
 aten = torch.ops.aten
 VIEWS = {aten.view.default, aten.reshape.default, aten.unflatten.int, aten._unsafe_view.default}
@@ -122,7 +124,7 @@ def axis_before(step: fx.Node, position: int) -> int | None:
 
 def _untouched(view: fx.Node, position: int) -> int | None:
     """Where an axis of a view's output is in its input, if the view only regroups the axes before and after it."""
-    source: Any = view.args[0]
+    source = input_node(view)
     if view.target is aten.unflatten.int or not isinstance(source.meta.get("val"), Tensor):
         return None
     inside, outside = source.meta["val"].shape, view.meta["val"].shape
@@ -150,7 +152,7 @@ def _split_of(view: fx.Node, position: int, last: int, steps: tuple[tuple[fx.Nod
     return None
 
 
-def _run(sizes: Any, whole: int) -> tuple[int, ...]:
+def _run(sizes: Iterable[Size], whole: int) -> tuple[int, ...]:
     """The leading sizes whose product is `whole`, or none; sizes of 1 after them are left out."""
     product, parts = 1, []
     for size in sizes:
@@ -193,7 +195,7 @@ def _hoist(graph: fx.Graph, node: fx.Node, chain: _Chain) -> bool:
 def _apart(node: fx.Node, chain: _Chain) -> bool:
     """Whether every position of the selected axis is selected by itself, from this view or from others like it."""
     like = [n for n in chain.source.users if n.target is chain.view.target and n.args == chain.view.args]
-    source: Any = node.args[0]
+    source = input_node(node)
     users = [user for n in dict.fromkeys([source, *like]) for user in n.users]
     singles = sum(user.target is aten.select.int for user in users)
     return node.target is aten.unbind.int or (node.target is aten.select.int and singles >= chain.parts[chain.part])
@@ -225,7 +227,7 @@ def _part(graph: fx.Graph, node: fx.Node, chain: _Chain, span: tuple[int, int], 
     return result
 
 
-def _arguments(step: fx.Node, place: int, size: int) -> tuple[Any, ...]:
+def _arguments(step: fx.Node, place: int, size: int) -> Args:
     """What a step does to the part: a view has another size where the selected axis is."""
     if step.target not in VIEWS:
         return step.args[1:]
@@ -233,11 +235,11 @@ def _arguments(step: fx.Node, place: int, size: int) -> tuple[Any, ...]:
     return ([size if i == place and n != -1 else n for i, n in enumerate(shape)],)
 
 
-def _sizes(graph: fx.Graph, chain: _Chain, like: fx.Node) -> list[Any]:
+def _sizes(graph: fx.Graph, chain: _Chain, like: fx.Node) -> list[int | fx.Node]:
     """Sizes of the view's output as arguments: numbers where they are known, else as the view has them."""
     outside, grown = chain.view.meta["val"].shape, len(chain.parts) - 1
     written: Any = chain.view.args[1] if chain.view.target is not aten.unflatten.int else None
-    sizes: list[Any] = []
+    sizes: list[int | fx.Node] = []
     for i, size in enumerate(outside):
         if is_concrete_int(size) or written is not None:
             sizes.append(int(size) if is_concrete_int(size) else written[i])

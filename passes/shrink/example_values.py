@@ -6,7 +6,7 @@ axes are symbols, and which, stays as it was. Where that is not so, the operator
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch._guards import detect_fake_mode
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from ecospa_fx.ir.build import evaluate
+from ecospa_fx.ir.schema import Sizes
 
 Size = Any
 """A number or a symbol."""
@@ -30,7 +31,7 @@ class ExampleValues:
     sizes: the number that stands for a size.
     """
 
-    def __init__(self, sizes: Callable[[Any], int]) -> None:
+    def __init__(self, sizes: Sizes) -> None:
         self.sizes = sizes
         self._values: dict[fx.Node, Any] = {}
 

@@ -6,7 +6,7 @@ Exact: the result equals the graph with every parameter multiplied by its mask.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import gcd
 from typing import Any, ClassVar
@@ -26,7 +26,7 @@ from ecospa_fx.ir.build import evaluate, inherit, layout
 from ecospa_fx.ir.passes import PassResult
 from ecospa_fx.ir.program import AttributeForm, Program
 from ecospa_fx.ir.provenance import module_of
-from ecospa_fx.ir.schema import is_operator, named_arguments, operator_name, tensor_arguments, with_arguments
+from ecospa_fx.ir.schema import Args, is_operator, named_arguments, operator_name, tensor_arguments, with_arguments
 from ecospa_fx.ir.slices import take
 from ecospa_fx.ir.tracing import one_at_a_time
 from ecospa_fx.passes.shrink.example_values import ExampleValues
@@ -86,7 +86,7 @@ def shrink_program(program: Program, plan: Plan) -> int:
 # -- plan to choices ---------------------------------------------------------------------------------------------
 
 
-def _key(members: Sequence[Member]) -> frozenset[Any]:
+def _key(members: Sequence[Member]) -> frozenset[tuple[object, ...]]:
     return frozenset((m.parameter, m.axis, m.carrier_axis, m.carriers, m.units, frozenset(m.boxes)) for m in members)
 
 
@@ -171,11 +171,11 @@ class _Gathers:
 
     def __init__(self, program: Program, kept: Narrowing) -> None:
         self.program, self.kept = program, kept
-        self.made: dict[Any, fx.Node] = {}
+        self.made: dict[tuple[object, ...], fx.Node] = {}
         self.current: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
         """What a user reads in place of an operand so far."""
         self.done: set[tuple[fx.Node, fx.Node, int]] = set()
-        self.constants: dict[Any, fx.Node] = {}
+        self.constants: dict[tuple[object, ...], fx.Node] = {}
 
     def insert(self, gather: Gather) -> int:
         """Reduce one operand before its user; 0 where nothing of it goes."""
@@ -267,7 +267,7 @@ class _Gathers:
             self.constants[key] = self.program.add_buffer(module_of(user), tensor.contiguous())
         return self.constants[key]
 
-    def _call(self, target: Any, args: tuple[Any, ...], user: fx.Node) -> fx.Node:
+    def _call(self, target: Callable[..., object], args: Args, user: fx.Node) -> fx.Node:
         return inherit(self.program.graph.call_function(target, args), user)
 
 
