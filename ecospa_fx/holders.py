@@ -1,4 +1,4 @@
-"""What holds other things, in Python: how it is read and written, past what subclasses make of that."""
+"""Reading and writing what Python objects hold (attributes, items, cells, slots), past the code of their classes."""
 
 from __future__ import annotations
 
@@ -29,10 +29,12 @@ _LENT = ("collections", "types", "weakref", "functools")
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """How holders of one kind are read, as a flat tuple, and written."""
+    """How holders of one kind are read and written."""
 
     read: Callable[[Any], Parts]
+    """From a holder to what it holds, as a flat tuple."""
     write: Callable[[Any, Parts], None]
+    """Makes a holder hold such a tuple."""
     keyed: bool = False
     """Whether the parts are keys and values in turn."""
 

@@ -18,22 +18,24 @@ ATTRIBUTE = "ecospa_origin"
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What is needed to build a shrunk model again, besides its weights.
-
-    plan: what was removed; model_class: qualified name; config: JSON of a transformers model, else None; attention:
-    its attention implementation; inputs: example inputs without their values, or None where they cannot be described;
-    buffers: names of the original model's buffers; training: its mode. integers: those that `shrink_` wrote, as
-    JSON; None for a graph.
-    """
+    """What is needed to build a shrunk model again, besides its weights."""
 
     plan: Plan
+    """What was removed."""
     model_class: str
+    """The qualified name of the original model's class."""
     config: str | None
+    """The configuration of a transformers model as JSON, else None."""
     attention: str | None
+    """The attention implementation of a transformers model, else None."""
     inputs: Any
+    """The example inputs without their values, as JSON holds them; None where they cannot be described."""
     buffers: tuple[str, ...]
+    """The names of the original model's buffers."""
     training: bool
+    """The mode of the original model."""
     integers: Any = None
+    """The integers that `shrink_` wrote, as JSON holds them; None for a graph."""
 
 
 def origin(

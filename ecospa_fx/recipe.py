@@ -34,7 +34,7 @@ from ecospa_fx.passes.shrink.shrink_couplings import shrink_program
 from ecospa_fx.plan import Plan
 from ecospa_fx.planning import plan as make_plan
 from ecospa_fx.progress import watched
-from ecospa_fx.runtime.bfloat16 import quick
+from ecospa_fx.runtime.bfloat16 import in_bfloat16
 from ecospa_fx.runtime.interpreter import PartialInterpreter
 from ecospa_fx.sensitivity_search import Sensitivity
 
@@ -265,7 +265,7 @@ def _measured(
 ) -> tuple[CouplingViews, Curvature]:
     """Views of the chosen couplings and what the data says of them, in the bases that suit removal."""
 
-    rounded = quick(evaluator, {member.parameter for coupling in chosen for member in coupling.members})
+    rounded = in_bfloat16(evaluator, {member.parameter for coupling in chosen for member in coupling.members})
 
     def measured(views: CouplingViews, label: str, results: Sequence[LinearUse] = ()) -> Curvature:
         return Collector(rounded, views, results).run(recipe.shown(task.batches, label), task.loss)

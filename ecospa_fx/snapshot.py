@@ -1,4 +1,4 @@
-"""What a module is, noted before a verb looks at it, and put back afterwards.
+"""Everything that a module holds, noted before a verb looks at it, and put back afterwards.
 
 A call of a model may leave anything behind: hooks, attributes, tables in a dictionary, a class. While a model is traced
 all of that is made of tensors without content, and a verb that promises to leave the model alone takes it back whatever

@@ -1,4 +1,4 @@
-"""A plan in front of torch.compile: the dense module keeps its weights, and what is compiled reads the kept part."""
+"""A backend for torch.compile: the module keeps its dense weights, and what is compiled reads their kept part."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ecospa_fx.ir.program import ExportedForm
 from ecospa_fx.ir.pytrees import Tree
 from ecospa_fx.plan import Plan, check_plan
 from ecospa_fx.rewrite import shrunk
-from ecospa_fx.runtime.lift_parameters import owned
+from ecospa_fx.runtime.lift_parameters import lift_parameters
 from ecospa_fx.wrappers import unwrapped
 
 Compiled = Callable[..., Tree]
@@ -69,11 +69,14 @@ def backend(
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """A parameter that a graph takes: its position, the name of the argument, and its name in the model."""
+    """A parameter that a graph takes as an argument."""
 
     position: int
+    """Where among the arguments."""
     argument: str
+    """The name of the argument."""
     parameter: str
+    """The name of the parameter in the model."""
 
 
 def _names(
@@ -144,7 +147,7 @@ class _Smaller:
         sizes = _read_sizes(graph)
         left = [i for i in range(len(inputs)) if i not in sizes]
         with torch._guards.tracing(None):  # what exporting requires of its example is no guard of the caller's graph
-            model, args, kwargs = owned(graph, [_own(inputs[i]) for i in left], None)
+            model, args, kwargs = lift_parameters(graph, [_own(inputs[i]) for i in left], None)
             program = shrunk(model, plan, args, kwargs)
         positions = {name: i for i, name in zip(left, _arguments(graph), strict=True)}
         instance = cls(_order(program, positions, [i for i in left if not isinstance(inputs[i], nn.Parameter)]),

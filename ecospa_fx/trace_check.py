@@ -1,4 +1,4 @@
-"""Whether what was traced computes what the model computes, on the example: code may ask whether it is being traced."""
+"""Checks on the example that the traced graph computes what the model does: code may ask whether it is traced."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Proof by numbers: a smaller model against the dense one with masked parameters."""
+"""Checks by numbers that a smaller model equals the dense one with masked parameters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ecospa_fx.ir.tracing import same_chance
 from ecospa_fx.plan import Plan
 from ecospa_fx.relative_error import RelativeError, relative_error
 from ecospa_fx.runtime.guards import leaves_untouched
-from ecospa_fx.runtime.lift_parameters import owned
+from ecospa_fx.runtime.lift_parameters import lift_parameters
 from ecospa_fx.snapshot import exchange
 from ecospa_fx.wrappers import unwrapped
 
@@ -95,7 +95,7 @@ def masked_error(
     or the places of infinities differ, where ``small`` gives NaN and ``model`` does not, and where there is nothing
     to compare.
     """
-    model, args, kwargs = owned(model, args, kwargs)
+    model, args, kwargs = lift_parameters(model, args, kwargs)
     calling = getattr(unwrapped(small), "_graph_calling", None)
     with torch.no_grad():
         got = _called(small, *narrowed(small, args, kwargs))

@@ -1,4 +1,4 @@
-"""From a module to a graph: `torch.export`, sub-graphs inlined, parameters known by name and identity."""
+"""From a module to a graph: torch.export, in both modes, followed by the passes that make graphs alike."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from ecospa_fx.capture.attempts import Attempt, TimeLimit, attempts, bound_arguments, takes_one
-from ecospa_fx.capture.export_view import seen
+from ecospa_fx.capture.export_view import export_view
 from ecospa_fx.capture.failure import failed
 from ecospa_fx.capture.functorch import write_out_transforms
 from ecospa_fx.capture.gradient_modes import gradient_modes_recorded, warn_of_custom_functions
@@ -52,7 +52,7 @@ def captures(
     _refuse_quantised(model)
     _refuse_sharded(model)
     bound_arguments(model, args, kwargs)
-    view, failure, succeeded, functions = seen(model, kwargs), None, False, dict[str, None]()
+    view, failure, succeeded, functions = export_view(model, kwargs), None, False, dict[str, None]()
     for attempt in attempts(view, args, kwargs) if dynamic else [Attempt(args, kwargs, None)]:
         result = _attempted(model, view, attempt, functions if dynamic else None)
         if isinstance(result, ExportedForm):

@@ -1,4 +1,4 @@
-"""The model as the exporter sees it: arguments by name, and objects as containers of what they hold."""
+"""A model as torch.export takes it: arguments by name, and objects such as caches as containers of tensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from ecospa_fx.ir.pytrees import closed, opened, unchanged
 
 
-def seen(model: nn.Module, kwargs: Mapping[str, object]) -> nn.Module:
+def export_view(model: nn.Module, kwargs: Mapping[str, object]) -> nn.Module:
     """A view of the model, on the same parameters, that takes and returns objects in parts.
 
     Its ``forward`` names what the model's own catches in ``**kwargs``, whose shapes torch.export does not take. Where

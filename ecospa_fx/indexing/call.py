@@ -1,4 +1,4 @@
-"""What a rule of elements sees: a call with its arguments by name; where it does not know, it returns None."""
+"""The call of an operator as a rule for symbolic elements sees it; a rule that does not know returns None."""
 
 from __future__ import annotations
 

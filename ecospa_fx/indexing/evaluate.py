@@ -1,4 +1,4 @@
-"""What the elements of a tensor are, as expressions in their own positions.
+"""Symbolic elements: every element of a tensor as an expression of its own position.
 
 ``arange(n)[:, None] >= arange(n)`` is, at row i0 and column i1, the condition ``i0 - i1 >= 0``, however it is spelt.
 `Elements` finds such expressions for everything that is computed from sizes and constants alone, for all sizes at

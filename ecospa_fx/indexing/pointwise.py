@@ -1,4 +1,4 @@
-"""Functions of elements at the same position."""
+"""Symbolic elements of tensors: pointwise operators (comparisons, logic, arithmetic)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Expressions for the elements of tensors: numbers by condition, and elements of other tensors."""
+"""Expressions for the elements of a tensor: numbers by condition (piecewise), and elements of other tensors."""
 
 from __future__ import annotations
 
@@ -38,9 +38,10 @@ def position(axis: int) -> sympy.Symbol:
 
 @dataclass(frozen=True, slots=True)
 class Piecewise:
-    """Numbers by condition: exactly one condition holds at each position. A truth value is 1 or 0."""
+    """Numbers by condition. A truth value is 1 or 0."""
 
     cases: tuple[tuple[Condition, Number], ...]
+    """Conditions and numbers; exactly one condition holds at each position."""
 
     def at(self, places: Mapping[object, object]) -> Piecewise:
         """The same, with positions replaced."""
@@ -62,7 +63,9 @@ class IndexedRead:
     """One element of the tensor that another node computes."""
 
     source: fx.Node
+    """The other node."""
     places: tuple[Number, ...]
+    """The position along each axis of its tensor, from the positions in the reader's."""
 
     def at(self, places: Mapping[object, object]) -> IndexedRead:
         """The same, with positions replaced."""

@@ -1,4 +1,4 @@
-"""The same elements at other positions."""
+"""Symbolic elements of tensors: operators that move elements (views, expand, slices, indices)."""
 
 from __future__ import annotations
 

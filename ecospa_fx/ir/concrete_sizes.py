@@ -1,4 +1,4 @@
-"""Numbers in place of the sizes that a graph keeps open."""
+"""Concrete numbers in place of symbolic sizes, so chosen that no two sizes agree by accident."""
 
 from __future__ import annotations
 

@@ -30,12 +30,10 @@ _LAYOUT = (torch.ops.aten.contiguous.default, torch.ops.aten.clone.default, torc
 
 @dataclass(frozen=True, slots=True)
 class Aligned:
-    """Two graphs of one model that differ in literals only.
-
-    pairs: the nodes of both that correspond; a dropout that evaluation left out has None.
-    """
+    """Two graphs of one model that differ in literals only."""
 
     pairs: tuple[tuple[fx.Node, fx.Node | None], ...]
+    """The nodes of both that correspond; a dropout that evaluation left out has None."""
 
     @property
     def complete(self) -> bool:

@@ -26,21 +26,23 @@ from ecospa_fx.ir.slices import TensorSlice
 
 
 class Program(ABC):
-    """A graph whose parameters can be replaced.
-
-    parameters: node to the first name of the parameter, so that tied parameters are one; shapes: by that name; state:
-    buffers that the graph writes into, by node; inputs: nodes that the caller gives; narrowed, cut_buffers: how inputs
-    and outputs, and buffers by name, were cut.
-    """
+    """A graph whose parameters can be replaced."""
 
     graph: fx.Graph
     parameters: Mapping[fx.Node, str]
+    """By node the first name of the parameter, so that tied parameters are one."""
     shapes: Mapping[str, tuple[int, ...]]
+    """Shapes of the parameters by that name."""
     sizes: Sizes
+    """Numbers in place of sizes that are symbols."""
     state: Mapping[fx.Node, str]
+    """By node the names of buffers that the graph writes into."""
     inputs: Collection[fx.Node]
+    """The nodes that the caller gives."""
     narrowed: dict[fx.Node, TensorSlice]
+    """How inputs and outputs were cut."""
     cut_buffers: dict[str, TensorSlice]
+    """How buffers were cut, by name."""
 
     def narrow_input(self, node: fx.Node, cut: TensorSlice, sizes: Sequence[int | None]) -> None:
         """Let an input be narrower. sizes: per axis, None where it stays as it is."""

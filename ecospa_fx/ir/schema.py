@@ -1,4 +1,4 @@
-"""Calls of operators by what their schemas say: the operator's name, and its arguments by theirs, read and written."""
+"""Calls of operators by their schemas: the operator's name, and arguments by theirs, read and written."""
 
 from __future__ import annotations
 

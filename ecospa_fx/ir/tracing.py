@@ -1,4 +1,4 @@
-"""What is the whole process's while a model is traced: one trace at a time, and silence for its thread alone."""
+"""What surrounds a trace: one at a time in a process, and silence in its own thread alone."""
 
 from __future__ import annotations
 

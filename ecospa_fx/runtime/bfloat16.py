@@ -23,7 +23,7 @@ FEW_ROWS = 64
 """Up to so many rows, rounding the matrix takes what the quicker product saves."""
 
 
-def quick(evaluator: PartialInterpreter, parameters: Collection[str]) -> PartialInterpreter:
+def in_bfloat16(evaluator: PartialInterpreter, parameters: Collection[str]) -> PartialInterpreter:
     """The same evaluator, in which products by these float32 matrices are rounded, if that is quicker.
 
     Returns it unchanged where nothing is to be gained, or where the caller has chosen a precision per device.
@@ -61,7 +61,7 @@ def may_choose_precision() -> bool:
 
 
 @contextmanager
-def quick_products() -> Iterator[None]:
+def medium_precision() -> Iterator[None]:
     """Products in the precision that PyTorch calls "medium" inside, and every setting as it was outside.
 
     Nothing changes where the caller has chosen a precision per device.

@@ -34,10 +34,12 @@ layer waits until every scope that its functions live in has been checked."""
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Code:
-    """Source text of one function, and what its global names mean."""
+    """A function as its source text."""
 
     source: str
+    """The text, as ``fx.Graph.python_code`` writes it."""
     names: Mapping[str, object]
+    """What its global names mean."""
 
     def function(self) -> Callable[..., Tree]:
         """The function, with its source where tracebacks and the compiler look for it."""

@@ -16,7 +16,7 @@ from ecospa_fx.ir.pytrees import Arguments, NamedArguments, Tree
 from ecospa_fx.wrappers import unwrapped
 
 
-def owned(
+def lift_parameters(
     model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object] | None
 ) -> tuple[nn.Module, Arguments, NamedArguments]:
     """(model, args, kwargs) where no argument is a Parameter: a module that holds them, and the other arguments.
@@ -33,7 +33,7 @@ def owned(
     lifted = {place: value for place, value in arguments.items() if _holds_parameters(value)}
     if not lifted:
         return model, args, kwargs
-    holder = Owned(model, lifted)
+    holder = LiftedParameters(model, lifted)
     rest = [value for i, value in enumerate(args) if i not in lifted]
     return holder, tuple(rest), {name: value for name, value in kwargs.items() if name not in lifted}
 
@@ -76,7 +76,7 @@ def _holds_parameters(value: object) -> bool:
     return bool(parameters)
 
 
-class Owned(nn.Module):
+class LiftedParameters(nn.Module):
     """A module with parameters that another one takes as arguments."""
 
     def __init__(self, model: nn.Module, lifted: Mapping[int | str, object]) -> None:

@@ -1,4 +1,4 @@
-"""From a graph back to a tree of modules with the names that the user knows."""
+"""From a graph back to a module, with the submodules and parameter names of the original."""
 
 from __future__ import annotations
 
