@@ -26,7 +26,7 @@ from ecospa_fx.planning import plan as make_plan
 from ecospa_fx.recipe import SECOND_ORDER, Task, checked, compress_program
 from ecospa_fx.rewrite import first_fit, smaller
 from ecospa_fx.runtime.guards import leaves_untouched
-from ecospa_fx.runtime.lift_parameters import owned
+from ecospa_fx.runtime.lift_parameters import lift_parameters
 from ecospa_fx.runtime.restore import restore
 from ecospa_fx.trace_check import compared
 from ecospa_fx.verify import masked
@@ -58,7 +58,7 @@ def detect(
         [('ffn', 32)]
     """
     check_allow(allow)
-    model, args, kwargs = owned(model, args, kwargs)
+    model, args, kwargs = lift_parameters(model, args, kwargs)
     return detected(capture(model, args, kwargs, dynamic=False), model, allow, (args, kwargs))
 
 
@@ -126,7 +126,7 @@ def compress(  # noqa: PLR0913  # the data, the method and what may go meet here
     check_options("compress", options, CompressOptions, compress)
     check_data(batches, loss, ScoreError)
     asked = Compression.of(method, ratio, scores, options)
-    model, args, kwargs = owned(model, args, kwargs)
+    model, args, kwargs = lift_parameters(model, args, kwargs)
     couplings = _couplings(model, args, kwargs, couplings, options)
     if method == SECOND_ORDER:
         return _rebuilt(Task(model, args, kwargs, couplings, *checked(batches, loss), asked.scores), asked)

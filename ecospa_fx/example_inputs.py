@@ -34,21 +34,21 @@ LIMIT = 1 << 36
 """Bytes of all example inputs: more is no example."""
 
 
-def blank(told: Any) -> Any:
+def blank(description: object) -> Any:
     """The value that was described, with zeros in its tensors. Raises ValueError for anything else."""
     try:
-        if _bytes(told) > LIMIT:
+        if _bytes(description) > LIMIT:
             raise ValueError("the example inputs would not fit into memory")
-        return _blank(told)
+        return _blank(description)
     except (RecursionError, RuntimeError, OverflowError, TypeError, AttributeError, KeyError) as error:
         raise ValueError("it describes no value") from error
 
 
-def _bytes(told: Any) -> int:
+def _bytes(description: object) -> int:
     """Of all tensors of a description."""
-    if not isinstance(told, dict) or len(told.keys() - {"dtype"}) != 1:
-        raise ValueError(f"a {type(told).__name__} describes no value")
-    ((kind, content),) = ((key, value) for key, value in told.items() if key != "dtype")
+    if not isinstance(description, dict) or len(description.keys() - {"dtype"}) != 1:
+        raise ValueError(f"a {type(description).__name__} describes no value")
+    ((kind, content),) = ((key, value) for key, value in description.items() if key != "dtype")
     if kind == "tensor":
         if not all(type(n) is int and n >= 0 for n in content):
             raise ValueError(f"{content!r:.40} is no shape")
@@ -56,19 +56,19 @@ def _bytes(told: Any) -> int:
     if kind in ("dict", "tuple", "list"):
         return sum(map(_bytes, content.values() if kind == "dict" else content))
     if kind != "value" or not (content is None or isinstance(content, bool | int | float | str)):
-        raise ValueError(f"a {type(told).__name__} describes no value")
+        raise ValueError(f"a {type(description).__name__} describes no value")
     return 0
 
 
-def _blank(told: Any) -> Any:
-    if "tensor" in told:
-        dtype = getattr(torch, str(told.get("dtype")), None)
+def _blank(description: Any) -> Any:
+    if "tensor" in description:
+        dtype = getattr(torch, str(description.get("dtype")), None)
         if not isinstance(dtype, torch.dtype):
-            raise ValueError(f"{told.get('dtype')!r:.40} is no type of tensor")
-        return torch.zeros(told["tensor"], dtype=dtype)
-    if "value" in told:
-        return told["value"]
-    if "dict" in told:
-        return {key: _blank(item) for key, item in told["dict"].items()}
-    items = [_blank(item) for item in told["tuple" if "tuple" in told else "list"]]
-    return tuple(items) if "tuple" in told else items
+            raise ValueError(f"{description.get('dtype')!r:.40} is no type of tensor")
+        return torch.zeros(description["tensor"], dtype=dtype)
+    if "value" in description:
+        return description["value"]
+    if "dict" in description:
+        return {key: _blank(item) for key, item in description["dict"].items()}
+    items = [_blank(item) for item in description["tuple" if "tuple" in description else "list"]]
+    return tuple(items) if "tuple" in description else items

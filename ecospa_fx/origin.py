@@ -18,29 +18,33 @@ ATTRIBUTE = "ecospa_origin"
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What is needed to build a shrunk model again, besides its weights.
-
-    plan: what was removed; model_class: qualified name; config: JSON of a transformers model, else None; attention:
-    its attention implementation; inputs: example inputs without their values, or None where they cannot be described;
-    buffers: names of the original model's buffers; training: its mode. integers: those that `shrink_` wrote, as
-    JSON; None for a graph.
-    """
+    """What is needed to build a shrunk model again, besides its weights."""
 
     plan: Plan
+    """What was removed."""
     model_class: str
+    """The qualified name of the original model's class."""
     config: str | None
+    """The configuration of a transformers model as JSON, else None."""
     attention: str | None
+    """The attention implementation of a transformers model, else None."""
     inputs: Any
+    """The example inputs without their values, as JSON holds them; None where they cannot be described."""
     buffers: tuple[str, ...]
+    """The names of the original model's buffers."""
     training: bool
+    """The mode of the original model."""
     integers: Any = None
+    """The integers that `shrink_` wrote, as JSON holds them; None for a graph."""
 
 
-def origin(model: nn.Module, plan: Plan, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Origin:
+def origin(
+    model: nn.Module, plan: Plan, args: Sequence[object] = (), kwargs: Mapping[str, object] | None = None
+) -> Origin:
     """The origin of what ``shrink(model, plan, args, kwargs)`` returns."""
     model = unwrapped(model)
     kind, config = type(model), getattr(model, "config", None)
-    known = kind.__module__.startswith("transformers.models.") and hasattr(config, "to_json_string")
+    configured = kind.__module__.startswith("transformers.models.") and hasattr(config, "to_json_string")
     try:
         inputs = described((tuple(args), dict(kwargs or {})))
     except TypeError:
@@ -48,8 +52,8 @@ def origin(model: nn.Module, plan: Plan, args: Sequence[Any] = (), kwargs: Mappi
     return Origin(
         plan=plan,
         model_class=f"{kind.__module__}.{kind.__qualname__}",
-        config=config.to_json_string() if known and config is not None else None,
-        attention=getattr(config, "_attn_implementation", None) if known else None,
+        config=config.to_json_string() if configured and config is not None else None,
+        attention=getattr(config, "_attn_implementation", None) if configured else None,
         inputs=inputs,
         buffers=tuple(name for name, _ in model.named_buffers()),
         training=model.training,
@@ -64,7 +68,7 @@ def remember(small: nn.Module, origin: Origin) -> nn.Module:
 
 def origin_of(small: nn.Module) -> Origin:
     """Where a model that `shrink` or `compress` returned came from. Raises PlanError for any other."""
-    found = getattr(unwrapped(small), ATTRIBUTE, None)
-    if not isinstance(found, Origin):
+    noted = getattr(unwrapped(small), ATTRIBUTE, None)
+    if not isinstance(noted, Origin):
         raise PlanError(f"{type(small).__name__} does not come from ecospa_fx.shrink or ecospa_fx.compress")
-    return found
+    return noted

@@ -33,7 +33,7 @@ from ecospa_fx.passes.shrink.shrink_couplings import shrink_program
 from ecospa_fx.plan import Plan
 from ecospa_fx.planning import plan as make_plan
 from ecospa_fx.progress import watched
-from ecospa_fx.runtime.bfloat16 import quick
+from ecospa_fx.runtime.bfloat16 import in_bfloat16
 from ecospa_fx.runtime.interpreter import PartialInterpreter
 from ecospa_fx.sensitivity_search import Sensitivity
 
@@ -261,7 +261,7 @@ def _measured(
     program: ExportedForm, evaluator: PartialInterpreter, task: Task, recipe: Recipe, chosen: Sequence[Coupling]
 ) -> Measurement:
     """What the data says of the chosen couplings, in the bases that suit removal."""
-    rounded = quick(evaluator, {member.parameter for coupling in chosen for member in coupling.members})
+    rounded = in_bfloat16(evaluator, {member.parameter for coupling in chosen for member in coupling.members})
 
     def collect(views: CouplingViews, results: Sequence[LinearUse]) -> Curvature:
         batches = recipe.shown(task.batches, "bases" if results else "curvature")

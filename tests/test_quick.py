@@ -17,7 +17,7 @@ from ecospa_fx.capture.export import capture
 from ecospa_fx.distillation.distill import Distill
 from ecospa_fx.importance.curvature import Collector
 from ecospa_fx.runtime import bfloat16 as module
-from ecospa_fx.runtime.bfloat16 import FEW_ROWS, _Rounded, quick, quick_products
+from ecospa_fx.runtime.bfloat16 import FEW_ROWS, _Rounded, in_bfloat16, medium_precision
 from ecospa_fx.runtime.interpreter import PartialInterpreter
 from tests.counting import data, loss_of, mean_loss
 
@@ -97,16 +97,16 @@ def result(found: PartialInterpreter, x: Tensor) -> Tensor:
 def test_products_by_the_named_matrices_are_rounded_and_no_others() -> None:
     model, x = Mixed().eval(), torch.randn(FEW_ROWS + 1, 8)
     exact = evaluator(model, x)
-    assert len(quick(exact, NAMES).instead) == 2  # not the one behind a transposition
-    (node,) = quick(exact, ["down.weight"]).instead
+    assert len(in_bfloat16(exact, NAMES).instead) == 2  # not the one behind a transposition
+    (node,) = in_bfloat16(exact, ["down.weight"]).instead
     assert any(read.name.endswith("down_weight") for read in node.all_input_nodes)
-    assert result(quick(exact, []), x).equal(model(x))
-    near, want = result(quick(exact, NAMES), x), model(x)
+    assert result(in_bfloat16(exact, []), x).equal(model(x))
+    near, want = result(in_bfloat16(exact, NAMES), x), model(x)
     assert not near.equal(want)
     torch.testing.assert_close(near, want, rtol=0.02, atol=0.05)
     assert result(exact, x).equal(want)  # what it was made from stays as it was
     few = x[:FEW_ROWS]
-    assert result(quick(evaluator(model, few), NAMES), few).equal(model(few))
+    assert result(in_bfloat16(evaluator(model, few), NAMES), few).equal(model(few))
 
 
 def test_compression_measures_and_learns_with_them(monkeypatch: pytest.MonkeyPatch, trained: nn.Module) -> None:
@@ -135,15 +135,15 @@ def test_compression_measures_and_learns_with_them(monkeypatch: pytest.MonkeyPat
 def test_nothing_changes_where_nothing_is_to_be_gained(monkeypatch: pytest.MonkeyPatch) -> None:
     for dtype in (torch.float64, torch.bfloat16):
         x = torch.randn(4, 8, dtype=dtype)
-        assert not quick(evaluator(Mixed().to(dtype).eval(), x), NAMES).instead
+        assert not in_bfloat16(evaluator(Mixed().to(dtype).eval(), x), NAMES).instead
     x = torch.randn(4, 8)
     found = evaluator(Mixed().eval(), x)
     with monkeypatch.context() as patch:
         patch.setattr(module, "_multiplies_bfloat16", lambda: False)
-        assert quick(found, NAMES) is found
+        assert in_bfloat16(found, NAMES) is found
     with monkeypatch.context() as patch:
         patch.setattr(module, "may_choose_precision", lambda: False)
-        assert quick(found, NAMES) is found
+        assert in_bfloat16(found, NAMES) is found
 
 
 PLACES = ("generic", "all"), ("mkldnn", "all"), ("cuda", "all"), ("mkldnn", "matmul"), ("cuda", "matmul")
@@ -191,7 +191,7 @@ def test_settings_of_precision_are_what_they_were_and_later_ones_reach_as_far(
     begin()
     want = later()
     begin()
-    with quick_products():
+    with medium_precision():
         inside = shown()
     assert later() == want
     assert (inside[-1] == "medium") is may_choose(want[0])
@@ -204,6 +204,6 @@ def may_choose(shown: list[str]) -> bool:
 
 def test_where_pytorch_has_no_settings_per_device_there_is_nothing_to_restore(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_setting", None)
-    with quick_products():
+    with medium_precision():
         assert torch.get_float32_matmul_precision() == "medium"
     assert torch.get_float32_matmul_precision() == "highest"

@@ -1,4 +1,4 @@
-"""From a module to a graph: `torch.export`, sub-graphs inlined, parameters known by name and identity."""
+"""From a module to a graph: torch.export, in both modes, followed by the passes that make graphs alike."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from ecospa_fx.capture.attempts import Attempt, TimeLimit, attempts, bound_arguments, takes_one
-from ecospa_fx.capture.export_view import seen
+from ecospa_fx.capture.export_view import export_view
 from ecospa_fx.capture.failure import failed
 from ecospa_fx.capture.functorch import write_out_transforms
 from ecospa_fx.capture.gradient_modes import gradient_modes_recorded, warn_of_custom_functions
@@ -31,7 +31,9 @@ from ecospa_fx.snapshot import untouched
 log = logging.getLogger(__name__)
 
 
-def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, *, dynamic: bool) -> ExportedForm:
+def capture(
+    model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object] | None, *, dynamic: bool
+) -> ExportedForm:
     """Export a module, which stays untouched.
 
     dynamic: sizes of the inputs become symbols wherever the model allows it; otherwise the graph holds for the example
@@ -42,7 +44,7 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | N
 
 
 def captures(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, *, dynamic: bool
+    model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object] | None, *, dynamic: bool
 ) -> Iterator[ExportedForm]:
     """The exports of a module that torch can make, from most to fewest symbolic sizes. Raises CaptureError for none."""
     parts: tuple[tuple[Any, ...], dict[str, Any]] = opened((tuple(args), dict(kwargs or {})))
@@ -50,16 +52,16 @@ def captures(
     _refuse_quantised(model)
     _refuse_sharded(model)
     bound_arguments(model, args, kwargs)
-    view, failure, made, functions = seen(model, kwargs), None, False, dict[str, None]()
+    view, failure, succeeded, functions = export_view(model, kwargs), None, False, dict[str, None]()
     for attempt in attempts(view, args, kwargs) if dynamic else [Attempt(args, kwargs, None)]:
         result = _attempted(model, view, attempt, functions if dynamic else None)
         if isinstance(result, ExportedForm):
-            if dynamic and not made:
+            if dynamic and not succeeded:
                 warn_of_custom_functions(functions)
-            made = True
+            succeeded = True
             yield result
         failure = result if isinstance(result, Exception) else failure
-    if failure is not None and not made:
+    if failure is not None and not succeeded:
         raise failed(model, failure, *closed((args, kwargs))[0])
 
 
@@ -170,9 +172,9 @@ def _in_both_modes(model: nn.Module, view: nn.Module, program: ExportedProgram, 
     if other is None or aligned is None:
         note_dropout(program.graph)
         return program
-    own = aligned.complete or model.training
-    aligned.note(training=model.training or not own)
-    chosen = program if own else other
+    usable = aligned.complete or model.training
+    aligned.note(training=model.training or not usable)
+    chosen = program if usable else other
     allow_other_strides(chosen.graph)
     return chosen
 
@@ -197,7 +199,7 @@ def _in_other_mode(model: nn.Module, view: nn.Module, attempt: Attempt) -> Expor
 
 
 @contextmanager
-def _marks_kept(inputs: Any) -> Iterator[None]:
+def _marks_kept(inputs: object) -> Iterator[None]:
     """Attributes of the example's tensors: an export that fails leaves on them which axes it took for symbols."""
     tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
     before = [dict(t.__dict__) for t in tensors]

@@ -7,7 +7,6 @@ import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
 from torch import nn
@@ -22,7 +21,7 @@ _LIBRARY = sysconfig.get_paths()["stdlib"] + "/"
 _TORCH = str(Path(torch.__file__).parent) + "/"
 
 
-def failed(model: nn.Module, error: Exception, args: Sequence[Any], kwargs: Mapping[str, Any]) -> CaptureError:
+def failed(model: nn.Module, error: Exception, args: Sequence[object], kwargs: Mapping[str, object]) -> CaptureError:
     """The error to raise for one of torch's, which is its cause in short.
 
     Where the model itself does not take the arguments, that is said, by what its own call raises.
@@ -39,7 +38,7 @@ def failed(model: nn.Module, error: Exception, args: Sequence[Any], kwargs: Mapp
     return refusal
 
 
-def _raised_by_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Exception | None:
+def _raised_by_call(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> Exception | None:
     """What the model itself raises for these arguments; nothing remains of the call."""
     try:
         args, kwargs = copied((tuple(args), dict(kwargs)))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
@@ -36,7 +34,7 @@ def write_out_transforms(program: ExportedProgram) -> ExportedProgram:
     return written
 
 
-def _wrapped(value: Any) -> bool:
+def _wrapped(value: object) -> bool:
     tensors = (t for t in pytree.tree_leaves(value) if isinstance(t, Tensor))
     return any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors)
 

@@ -25,7 +25,7 @@ from ecospa_fx.distillation.divergence import (
 from ecospa_fx.distillation.token_mixing import TokenMixing
 from ecospa_fx.errors import ScoreError, warn_caller
 from ecospa_fx.importance.losses import Batch, Loss, NormalisedLoss, Slopes, leaves_of, slopes_of
-from ecospa_fx.runtime.bfloat16 import quick, quick_products
+from ecospa_fx.runtime.bfloat16 import in_bfloat16, medium_precision
 from ecospa_fx.runtime.interpreter import NodeValues, PartialInterpreter
 
 EPSILON = 3e-7
@@ -82,8 +82,8 @@ class Distill:
             raise ScoreError("the smaller model's loss is not finite: run it in bfloat16 or float32")
         check_positive(before)
         begun = _copies(leaves)
-        with torch.inference_mode(False), torch.enable_grad(), quick_products():
-            self._descend(pair.quick(), self.rate * math.sqrt(lost), batches, watch)
+        with torch.inference_mode(False), torch.enable_grad(), medium_precision():
+            self._descend(pair.rounded(), self.rate * math.sqrt(lost), batches, watch)
         after = pair.settle(begun, judges, before)
         if after < before.value:
             for node, leaf in leaves.items():
@@ -127,10 +127,10 @@ class _Pair:
     leaves: Mapping[fx.Node, nn.Parameter]
     loss: Loss
 
-    def quick(self) -> _Pair:
+    def rounded(self) -> _Pair:
         """The same two with products rounded where that is quicker; what comes of it is judged without."""
         names = {self.small.program.parameters[node] for node in self.leaves}
-        return replace(self, dense=quick(self.dense, names), small=quick(self.small, names))
+        return replace(self, dense=in_bfloat16(self.dense, names), small=in_bfloat16(self.small, names))
 
     def divergence(self, batch: Batch) -> Divergence:
         """How far the smaller one's output is from the dense one's."""

@@ -98,7 +98,7 @@ def _aliases(target: Any) -> tuple[dict[str, bool], dict[str, bool], bool]:
     return writes, shown, any(a.name == "train" for a in schema.arguments)
 
 
-def _nodes(values: Any) -> list[fx.Node]:
+def _nodes(values: object) -> list[fx.Node]:
     return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, fx.Node)]
 
 

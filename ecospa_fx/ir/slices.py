@@ -12,16 +12,16 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AxisSlice:
-    """One axis reduced to some positions.
-
-    size: positions that it had; other: None, or an axis along which the choice differs; positions: LongTensor of those
-    that stay, [positions] or a view that broadcasts over the other axes.
-    """
+    """One axis reduced to some positions."""
 
     axis: int
+    """Which axis."""
     size: int
+    """How many positions it had."""
     other: int | None
+    """An axis along which the choice differs, or None."""
     positions: Tensor
+    """LongTensor of the positions that stay, [positions] or a view that broadcasts over the other axes."""
 
     @classmethod
     def along(cls, axis: int, size: int, other: int, rows: Tensor, rank: int) -> AxisSlice:

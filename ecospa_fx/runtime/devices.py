@@ -17,7 +17,7 @@ def follow_device(graph: fx.Graph, device: torch.device, of: str = "") -> None:
     of: the attribute of that module which is moved in its place.
     """
 
-    def names(value: Any) -> bool:
+    def names(value: object) -> bool:
         return isinstance(value, torch.device) and value.type == device.type and value.index in (None, device.index)
 
     naming = [node for node in graph.nodes if node.op == "call_function" and any(map(names, _leaves(node)))]
@@ -33,9 +33,9 @@ def follow_device(graph: fx.Graph, device: torch.device, of: str = "") -> None:
 
 
 def _leaves(node: fx.Node) -> list[Any]:
-    found: list[Any] = []
-    fx.node.map_aggregate((node.args, node.kwargs), found.append)
-    return found
+    leaves: list[Any] = []
+    fx.node.map_aggregate((node.args, node.kwargs), leaves.append)
+    return leaves
 
 
 def moved(device: torch.device, fn: Any) -> torch.device:

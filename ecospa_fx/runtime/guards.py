@@ -1,4 +1,4 @@
-"""What every public verb does that leaves a model as it was."""
+"""The decorator of public verbs that leave a model as it was."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a graph back to a tree of modules with the names that the user knows."""
+"""From a graph back to a module, with the submodules and parameter names of the original."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from ecospa_fx.ir.module_stacks import arrange_stacks
 from ecospa_fx.ir.program import ExportedForm
+from ecospa_fx.ir.pytrees import Tree
 from ecospa_fx.ir.tracing import one_at_a_time, quiet
 from ecospa_fx.module_modes import copy_modes
 from ecospa_fx.runtime.layer import Code, GraphLayer, Layers, own_copy
@@ -21,7 +22,7 @@ from ecospa_fx.runtime.signature import CallAdapter, call_adapter
 
 @one_at_a_time()
 def restore(
-    program: ExportedForm, model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    program: ExportedForm, model: nn.Module, args: Sequence[object] = (), kwargs: Mapping[str, object] | None = None
 ) -> nn.Module:
     """The program as a module with the hierarchy, parameter names and mode of `model`.
 
@@ -69,12 +70,12 @@ class GraphModel(GraphLayer):
         return type(name, (cls,), methods)
 
 
-def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+def _forward(self: Any, *args: object, **kwargs: object) -> Tree:
     return self._graph_calling.call(self._graph_run, args, kwargs)
 
 
 def _rooted(
-    program: ExportedForm, module: Any, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+    program: ExportedForm, module: nn.Module, model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]
 ) -> nn.Module:
     """An unflattened module as layers that run their own code.
 
@@ -82,10 +83,10 @@ def _rooted(
     """
     root: Any = Layers(model).convert(module, base=GraphModel)
     root._graph_calling = call_adapter(program, model, args, kwargs)
-    told = inspect.signature(model.forward)
+    signature = inspect.signature(model.forward)
     itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
     # trainers and exporters look for the names of the arguments there
-    type(root).forward.__signature__ = told.replace(parameters=[itself, *told.parameters.values()])
+    type(root).forward.__signature__ = signature.replace(parameters=[itself, *signature.parameters.values()])
     return cast(nn.Module, root)
 
 

@@ -1,4 +1,4 @@
-"""The arguments of a restored model: brought into the form of the example's, or refused."""
+"""How a restored model is called: arguments are bound, checked and flattened as in the example, or refused."""
 
 from __future__ import annotations
 

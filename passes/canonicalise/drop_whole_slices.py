@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from ecospa_fx.ir.passes import PassResult
+from ecospa_fx.ir.schema import input_node
 
 aten = torch.ops.aten
 _END = 2**62
@@ -29,9 +30,7 @@ class DropWholeSlices:
         graph = graph_module.graph
         whole = [n for n in graph.nodes if n.op == "call_function" and n.target is aten.slice.Tensor and _is_whole(n)]
         for node in whole:
-            source = node.args[0]
-            assert isinstance(source, fx.Node)  # the operator's schema
-            node.replace_all_uses_with(source)
+            node.replace_all_uses_with(input_node(node))
             graph.erase_node(node)
         return PassResult(graph_module, len(whole))
 

@@ -46,21 +46,21 @@ def _is_region(node: fx.Node) -> bool:
 
 
 def _inline(module: fx.GraphModule, node: fx.Node) -> None:
-    at = _WRAPPERS[str(node.target)]
-    region = node.args[at]
+    index = _WRAPPERS[str(node.target)]
+    region = node.args[index]
     assert isinstance(region, fx.Node)  # the operator's own contract
     body = getattr(module, str(region.target))
-    known: dict[fx.Node, Any] = dict(
-        zip((n for n in body.graph.nodes if n.op == "placeholder"), node.args[at + 1 :], strict=True)
+    copies: dict[fx.Node, Any] = dict(
+        zip((n for n in body.graph.nodes if n.op == "placeholder"), node.args[index + 1 :], strict=True)
     )
     frozen = str(node.target) == "wrap_with_set_grad_enabled" and node.args[0] is False
     with module.graph.inserting_before(node):
-        results = module.graph.graph_copy(body.graph, known)
+        results = module.graph.graph_copy(body.graph, copies)
         for inner in (n for n in body.graph.nodes if n.op == "get_attr"):  # regions within the region, above all
-            known[inner].target = f"{region.target}_{inner.target}"
-            setattr(module, known[inner].target, getattr(body, str(inner.target)))
+            copies[inner].target = f"{region.target}_{inner.target}"
+            setattr(module, copies[inner].target, getattr(body, str(inner.target)))
         if str(node.target) == "wrap_with_autocast" and node.args[2]:
-            _write_out_casts([known[n] for n in body.graph.nodes if n.op == "call_function"], str(node.args[0]))
+            _write_out_casts([copies[n] for n in body.graph.nodes if n.op == "call_function"], str(node.args[0]))
         readers = set(node.users)
         after = next((n for n in _following(node) if n not in readers), None)
         node.meta[KEY] = stack_between(node.prev, after, node.meta.get(KEY) or {})
@@ -104,7 +104,7 @@ def _computed(node: fx.Node, device: str) -> list[torch.dtype]:
         return []
 
 
-def _types(value: Any) -> list[torch.dtype]:
+def _types(value: object) -> list[torch.dtype]:
     leaves = pytree.tree_leaves(value)
     return [t.dtype for t in leaves if isinstance(t, torch.Tensor) and t.is_floating_point()]
 
@@ -115,11 +115,11 @@ def _following(node: fx.Node) -> Iterator[fx.Node]:
         yield node
 
 
-def _several(results: Any) -> list[Any]:
+def _several(results: object) -> list[Any]:
     return list(results) if isinstance(results, list | tuple) else [results]
 
 
-def _detached(graph: fx.Graph, node: Any, like: fx.Node) -> Any:
+def _detached(graph: fx.Graph, node: object, like: fx.Node) -> Any:
     """The node without gradients; it belongs to the module that left them out, not to the one that made the node."""
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():

@@ -16,6 +16,7 @@ from ecospa_fx.errors import CaptureError
 from ecospa_fx.ir.alias import writers
 from ecospa_fx.ir.passes import PassResult
 from ecospa_fx.ir.provenance import source_of
+from ecospa_fx.ir.schema import input_node
 
 _NEUTRAL = {
     torch.ops.aten.mul_.Tensor: 1, torch.ops.aten.mul_.Scalar: 1, torch.ops.aten.div_.Tensor: 1,
@@ -45,9 +46,7 @@ class RefuseParameterWrites:
         for node, parameter in writes.items():
             if not _changes_nothing(node):
                 raise _refusal(parameter.meta["parameter"], node)
-            unwritten = node.args[0]
-            assert isinstance(unwritten, fx.Node)  # the operator's schema
-            node.replace_all_uses_with(unwritten)
+            node.replace_all_uses_with(input_node(node))
             graph.erase_node(node)
         return PassResult(graph_module, len(writes))
 

@@ -50,12 +50,15 @@ def _movable(node: fx.Node) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Concatenation:
-    """join → steps → view, which merges the joined axis, as the outermost, into output axis `axis`."""
+    """join → steps → view, which merges the joined axis, as the outermost, into a longer one."""
 
     join: fx.Node
-    at: int
+    joined: int
+    """The axis along which the parts are joined."""
     axis: int
+    """The axis of the view into which that is merged."""
     steps: tuple[fx.Node, ...]
+    """The moves between join and view, in order."""
 
 
 def _chain(view: fx.Node) -> _Concatenation | None:
@@ -73,26 +76,26 @@ def _chain(view: fx.Node) -> _Concatenation | None:
         source = source.args[0]
     if not isinstance(source, fx.Node) or source.target not in _JOINS or not _separable(source):
         return None
-    at = _dim_of(source) % source.meta["val"].dim()
-    return _Concatenation(source, at, axis, tuple(steps)) if at == position else None
+    joined = _dim_of(source) % source.meta["val"].dim()
+    return _Concatenation(source, joined, axis, tuple(steps)) if joined == position else None
 
 
-def _merged(view: fx.Node, source: Any) -> int | None:
+def _merged(view: fx.Node, source: object) -> int | None:
     """The axis that a view makes by merging several, where all others stay as they are; their places begin there."""
     if not isinstance(source, fx.Node) or not isinstance(source.meta.get("val"), Tensor):
         return None
     inside, outside = source.meta["val"].shape, view.meta["val"].shape
-    gone = len(inside) - len(outside)
-    if gone < 1:
+    merged = len(inside) - len(outside)
+    if merged < 1:
         return None
     first = 0
     while first < len(outside) and _same(inside[first], outside[first]):
         first += 1
     tail = range(first + 1, len(outside))
-    return first if first < len(outside) and all(_same(inside[i + gone], outside[i]) for i in tail) else None
+    return first if first < len(outside) and all(_same(inside[i + merged], outside[i]) for i in tail) else None
 
 
-def _same(a: Any, b: Any) -> bool:
+def _same(a: object, b: object) -> bool:
     return bool(a == b) if isinstance(a, int) and isinstance(b, int) else str(a) == str(b)
 
 
@@ -103,8 +106,8 @@ def _separable(join: fx.Node) -> bool:
 
 
 def _dim_of(join: fx.Node) -> int:
-    found: Any = join.args[1] if len(join.args) > 1 else join.kwargs.get("dim", 0)
-    return int(found)
+    dim: Any = join.args[1] if len(join.args) > 1 else join.kwargs.get("dim", 0)
+    return int(dim)
 
 
 def _sunk(graph: fx.Graph, view: fx.Node, chain: _Concatenation) -> fx.Node:
@@ -116,7 +119,7 @@ def _sunk(graph: fx.Graph, view: fx.Node, chain: _Concatenation) -> fx.Node:
 
 def _viewed(graph: fx.Graph, view: fx.Node, chain: _Concatenation, part: fx.Node) -> fx.Node:
     if chain.join.target is aten.stack.default:
-        part = insert(graph, aten.unsqueeze.default, (part, chain.at), like=view)
+        part = insert(graph, aten.unsqueeze.default, (part, chain.joined), like=view)
     for step in chain.steps:
         if step.target not in COPIES:
             part = insert(graph, step.target, (part, *step.args[1:]), like=view, kwargs=dict(step.kwargs))

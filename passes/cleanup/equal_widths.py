@@ -63,6 +63,6 @@ def _widen(node: fx.Node) -> None:
         node.replace_all_uses_with(cut, delete_user_cb=lambda user: user is not cut)
 
 
-def _filled(graph: fx.Graph, node: Any, width: int, user: fx.Node) -> Any:
+def _filled(graph: fx.Graph, node: object, width: int, user: fx.Node) -> Any:
     missing = width - shape_of(node)[-1]
     return insert(graph, aten.constant_pad_nd.default, (node, [0, missing]), user) if missing else node

@@ -6,7 +6,7 @@ Exact: the result equals the graph with every parameter multiplied by its mask.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import gcd
 from typing import Any, ClassVar
@@ -26,7 +26,7 @@ from ecospa_fx.ir.build import evaluate, inherit, layout
 from ecospa_fx.ir.passes import PassResult
 from ecospa_fx.ir.program import AttributeForm, Program
 from ecospa_fx.ir.provenance import module_of
-from ecospa_fx.ir.schema import is_operator, named_arguments, operator_name, tensor_arguments, with_arguments
+from ecospa_fx.ir.schema import Args, is_operator, named_arguments, operator_name, tensor_arguments, with_arguments
 from ecospa_fx.ir.slices import take
 from ecospa_fx.ir.tracing import one_at_a_time
 from ecospa_fx.passes.shrink.example_values import ExampleValues
@@ -86,34 +86,34 @@ def shrink_program(program: Program, plan: Plan) -> int:
 # -- plan to choices ---------------------------------------------------------------------------------------------
 
 
-def _key(members: Sequence[Member]) -> frozenset[Any]:
+def _key(members: Sequence[Member]) -> frozenset[tuple[object, ...]]:
     return frozenset((m.parameter, m.axis, m.carrier_axis, m.carriers, m.units, frozenset(m.boxes)) for m in members)
 
 
-def _choices(plan: Plan, found: Sequence[LocatedCoupling], walked: AxisFlow) -> dict[int, DimSelection]:
+def _choices(plan: Plan, couplings: Sequence[LocatedCoupling], walked: AxisFlow) -> dict[int, DimSelection]:
     """Per dim what a plan keeps; couplings are recognised by their members."""
-    known = {_key(f.coupling.members): f for f in found}
+    by_members = {_key(f.coupling.members): f for f in couplings}
     choices = {}
     for selection in plan:
-        entry = known.get(_key(selection.members))
+        entry = by_members.get(_key(selection.members))
         if entry is None or entry.coupling.blocked is not None:
             raise PlanError(
-                f"coupling {selection.name!r} of the plan cannot be shrunk in this graph: {_why(selection, found)}; "
-                "detect and plan again on this model and these inputs"
+                f"coupling {selection.name!r} of the plan cannot be shrunk in this graph: "
+                f"{_why(selection, couplings)}; detect and plan again on this model and these inputs"
             )
         sizes = [walked.dims.sizes[c] for c in entry.carriers]
         choices[entry.dim] = DimSelection(entry.carriers, (~selection.removed).view(*sizes, selection.size))
     return choices
 
 
-def _why(selection: Selection, found: Sequence[LocatedCoupling]) -> str:
+def _why(selection: Selection, couplings: Sequence[LocatedCoupling]) -> str:
     """Why a graph does not offer what a plan selected: what blocks a dim of this size in the same places."""
 
     def places(members: Sequence[Member]) -> tuple[int, set[tuple[str, int]]]:
         return members[0].units, {(m.parameter, m.axis) for m in members}
 
     wanted = places(selection.members)
-    refusals = (c.blocked.message for c in (f.coupling for f in found) if c.blocked and places(c.members) == wanted)
+    refusals = (c.blocked.message for c in (f.coupling for f in couplings) if c.blocked and places(c.members) == wanted)
     return next(refusals, "it is not there")
 
 
@@ -135,9 +135,9 @@ def _cut_state(program: Program, walked: AxisFlow, kept: Narrowing) -> set[fx.No
     cut = set()
     for node, name in program.state.items():
         value = walked.values.get(node)
-        if any(kept.changed(axis) for one in several(value) for axis in one.axes):
-            (one,) = several(value)
-            program.cut_buffers[name] = slice_of(kept, one.axes)
+        if any(kept.changed(axis) for part in several(value) for axis in part.axes):
+            (part,) = several(value)
+            program.cut_buffers[name] = slice_of(kept, part.axes)
             program.replace_buffer(node, name, take(program.buffer(name), program.cut_buffers[name]))
             cut.add(node)
     return cut
@@ -147,10 +147,10 @@ def _narrow_inputs(program: Program, walked: AxisFlow, kept: Narrowing) -> set[f
     """Inputs that the caller allowed to get narrower."""
     cut = set()
     for node in program.inputs:
-        for one in several(walked.values.get(node)):
-            if any(kept.changed(axis) for axis in one.axes):
-                sizes = [kept.count(axis) if kept.changed(axis) else None for axis in one.axes]
-                program.narrow_input(node, slice_of(kept, one.axes), sizes)
+        for value in several(walked.values.get(node)):
+            if any(kept.changed(axis) for axis in value.axes):
+                sizes = [kept.count(axis) if kept.changed(axis) else None for axis in value.axes]
+                program.narrow_input(node, slice_of(kept, value.axes), sizes)
                 cut.add(node)
     return cut
 
@@ -158,9 +158,9 @@ def _narrow_inputs(program: Program, walked: AxisFlow, kept: Narrowing) -> set[f
 def _note_outputs(program: Program, walked: AxisFlow, kept: Narrowing) -> None:
     """How outputs get narrower, for whoever compares them with the dense ones."""
     for node in (source for end in program.graph.find_nodes(op="output") for source in end.all_input_nodes):
-        for one in several(walked.values.get(node)):
-            if any(kept.changed(axis) for axis in one.axes):
-                program.narrowed[node] = slice_of(kept, one.axes)
+        for value in several(walked.values.get(node)):
+            if any(kept.changed(axis) for axis in value.axes):
+                program.narrowed[node] = slice_of(kept, value.axes)
 
 
 # -- stored operands ---------------------------------------------------------------------------------------------
@@ -171,11 +171,11 @@ class _Gathers:
 
     def __init__(self, program: Program, kept: Narrowing) -> None:
         self.program, self.kept = program, kept
-        self.made: dict[Any, fx.Node] = {}
+        self.made: dict[tuple[object, ...], fx.Node] = {}
         self.current: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
         """What a user reads in place of an operand so far."""
         self.done: set[tuple[fx.Node, fx.Node, int]] = set()
-        self.constants: dict[Any, fx.Node] = {}
+        self.constants: dict[tuple[object, ...], fx.Node] = {}
 
     def insert(self, gather: Gather) -> int:
         """Reduce one operand before its user; 0 where nothing of it goes."""
@@ -204,10 +204,10 @@ class _Gathers:
 
     def _present(self, gather: Gather) -> Tensor:
         """Which positions the operand still has: repeats of something stored may be cut where they are made."""
-        own = self.kept.mask(gather.operand.axes, gather.operand_axis)
-        if not bool((own == own[:1]).all()):
+        rows = self.kept.mask(gather.operand.axes, gather.operand_axis)
+        if not bool((rows == rows[:1]).all()):
             raise PlanError(f"node {gather.user.name} reads a stored tensor whose repeats differ along another axis")
-        return own[0]
+        return rows[0]
 
     def _reduce(self, gather: Gather, source: fx.Node, mask: Tensor, places: int | None, lead: int) -> fx.Node:
         rank, axis, user = len(gather.operand.axes), gather.operand_axis, gather.user
@@ -267,7 +267,7 @@ class _Gathers:
             self.constants[key] = self.program.add_buffer(module_of(user), tensor.contiguous())
         return self.constants[key]
 
-    def _call(self, target: Any, args: tuple[Any, ...], user: fx.Node) -> fx.Node:
+    def _call(self, target: Callable[..., object], args: Args, user: fx.Node) -> fx.Node:
         return inherit(self.program.graph.call_function(target, args), user)
 
 
@@ -314,7 +314,7 @@ def _edited(program: Program, node: fx.Node, resize: Resize) -> int:
     return 1
 
 
-def _stored(program: Program, node: fx.Node, argument: Any) -> Any:
+def _stored(program: Program, node: fx.Node, argument: object) -> Any:
     """An argument as a graph holds it: tensors are buffers."""
     if not isinstance(argument, Tensor):
         return argument
@@ -329,9 +329,9 @@ def _propagate(program: Program, walked: AxisFlow, kept: Narrowing, stale: set[f
     """New example values for every node that a change reaches, checked against what the axes predict."""
     examples = ExampleValues(program.sizes)
     for node in program.graph.nodes:
-        known = walked.values.get(node)
+        axes_of = walked.values.get(node)
         touched = "val" not in node.meta or any(n in stale for n in node.all_input_nodes)
-        touched = touched or any(kept.changed(axis) for v in several(known) for axis in v.axes)
+        touched = touched or any(kept.changed(axis) for v in several(axes_of) for axis in v.axes)
         if node.op != "call_function" or not touched:
             continue
         before = layout(node.meta.get("val"))
@@ -360,8 +360,8 @@ def _free_of_strides(program: Program, node: fx.Node) -> None:
 
 
 def _check(program: Program, walked: AxisFlow, kept: Narrowing, node: fx.Node) -> None:
-    found = node.meta["val"]
-    tensors = [t for t in (found if isinstance(found, list | tuple) else [found]) if isinstance(t, Tensor)]
+    example = node.meta["val"]
+    tensors = [t for t in (example if isinstance(example, list | tuple) else [example]) if isinstance(t, Tensor)]
     for tensor, value in zip(tensors, several(walked.values.get(node)), strict=False):
         shape = [program.sizes(s) for s in tensor.shape]
         want = [kept.count(axis) if kept.changed(axis) else size for axis, size in zip(value.axes, shape, strict=True)]
