@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from ecospa_fx.axes.dims import Axis, DimKind, Dims, Misaligned, Piece
-from ecospa_fx.axes.findings import Blocker, Descent, Effect, Findings, Gather
+from ecospa_fx.axes.findings import Action, Blocker, Descent, Effect, Findings, Gather
 from ecospa_fx.axes.findings import Value as Value
 from ecospa_fx.axes.products import descent_of, events_of, factors_of, note_product, note_sides, squares
 from ecospa_fx.axes.reasons import NOTHING, PARAMETER, RENORMALISE, WHOLE, ZERO, Reason
@@ -102,12 +102,12 @@ class Call:
 
     # -- verbs -----------------------------------------------------------------------------------------------
 
-    def note(self, axes: Axis | Iterable[Axis], action: str, detail: str = "") -> None:
-        """Record what happens here to the dims of some axes."""
+    def note(self, axes: Axis | Iterable[Axis], action: Action) -> None:
+        """Record what happens here to the dims of some axes. Raises ValueError for a text that is no `Action`."""
         for axis in [axes] if isinstance(axes, Axis) else axes:
             for dim in self.dims.dims_of(axis):
                 if self.dims.origins[dim] is not DimKind.STORED:
-                    self.record.events.append(Effect(dim, self.node, action, detail))
+                    self.record.events.append(Effect(dim, self.node, Action(action)))
 
     def fixes(self, axes: Iterable[Axis], nonlinear: bool = False) -> None:
         """No other basis may be chosen along some axes: something is added here, or a function applied."""
@@ -256,7 +256,7 @@ class Call:
             axes.append(self.align(here, scales) if here and size != 1 else UNIT)
             if zero == "any" and len(here) > 1 and size != 1:
                 gates = sum(v.descent.learnt and not v.weights for v, _ in here)
-                self.note(axes[-1], "multiplied", "activations" if gates > 1 else "")
+                self.note(axes[-1], Action.MULTIPLIED_ACTIVATIONS if gates > 1 else Action.MULTIPLIED)
             if not scales and len(here) < len(operands) and size != 1:
                 self.fixes([axes[-1]])
             live = [v.zero[i] for v, i in here if self.follows(v.axes[i], axes[-1])]
@@ -334,11 +334,11 @@ class Call:
                 met = axes[0] if axis is not axes[0] else axes[1]
                 self.block(met, "it is contracted with a stored tensor or a model input", PARAMETER)
         weights = [v for v, _ in entries if v.weights or v.descent.picked]
-        detail = "parameter" if weights else "activations" if len(entries) > 1 else "ones"
-        self.note(axes[0], "contracts", detail)
+        alone = Action.CONTRACTS_ACTIVATIONS if len(entries) > 1 else Action.CONTRACTS_ONES
+        self.note(axes[0], Action.CONTRACTS_PARAMETER if weights else alone)
         pieces = [d for p in self.dims.resolve(axes[0]).pieces for d, _ in p.dims]
         for dim in dict.fromkeys(d for d in pieces if pieces.count(d) > 1):
-            self.record.events.append(Effect(dim, self.node, "paired"))
+            self.record.events.append(Effect(dim, self.node, Action.PAIRED))
         note_sides(self, entries, len(weights), apart)
         if not any(v.zero[i] for v, i in entries):
             self.block(axes[0], "it is summed over although removed elements are not zero there", ZERO)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
 from ecospa_fx.axes.dims import Axis
@@ -73,14 +74,40 @@ class Gather:
     """Whether the operand's own elements become elements of the result, as those of a cache do."""
 
 
+class Action(StrEnum):
+    """What may happen to a dim at a node; the kind and the symmetry of its coupling follow from that."""
+
+    CONTRACTS_PARAMETER = "contracts parameter"
+    """Summed over, against a parameter."""
+    CONTRACTS_ACTIVATIONS = "contracts activations"
+    """Summed over, two activations against one another."""
+    CONTRACTS_ONES = "contracts ones"
+    """Summed over alone."""
+    MULTIPLIED = "multiplied"
+    """Multiplied elementwise with something that is no activation."""
+    MULTIPLIED_ACTIVATIONS = "multiplied activations"
+    """Multiplied elementwise with another activation, as under a gate."""
+    BATCHED = "batched"
+    """A product of activations is computed for each of its positions."""
+    AVERAGED = "averaged"
+    """Only one side of a product of activations has it, and the result keeps it."""
+    PAIRED = "paired"
+    """Its positions go in pairs with those of another axis, as in rotations and complex numbers."""
+    NONLINEAR = "nonlinear"
+    """A function is applied to each of its positions."""
+
+
+PRODUCTS = frozenset({Action.CONTRACTS_ACTIVATIONS, Action.AVERAGED, Action.BATCHED})
+"""What happens to the dims of tensors that are contracted with others that depend on the input."""
+
+
 @dataclass(frozen=True, slots=True)
 class Effect:
     """What one node does to one dim."""
 
     dim: int
     node: Any
-    action: str
-    detail: str = ""
+    action: Action
 
 
 @dataclass(frozen=True, slots=True)

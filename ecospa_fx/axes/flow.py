@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from ecospa_fx.axes import registry
 from ecospa_fx.axes.call import Call
 from ecospa_fx.axes.dims import Axis, DimKind, Dims, Misaligned
-from ecospa_fx.axes.findings import Blocker, Findings, Value, several
+from ecospa_fx.axes.findings import PRODUCTS, Blocker, Findings, Value, several
 from ecospa_fx.axes.notation import Notation, flow_text
 from ecospa_fx.axes.reasons import CACHE, RETURNED, Reason
 from ecospa_fx.ir.alias import shares, written, written_by
@@ -86,12 +86,8 @@ def _caches(walked: AxisFlow, inputs: Iterable[fx.Node], changed: Collection[fx.
     return found
 
 
-_MEETINGS = {("contracts", "activations"), ("averaged", ""), ("batched", "")}
-"""What happens to the dims of tensors that are multiplied with others that depend on the input."""
-
-
 def _met(dims: Dims, record: Findings) -> set[int]:
-    events = (e for e in record.events if (e.action, e.detail) in _MEETINGS)
+    events = (e for e in record.events if e.action in PRODUCTS)
     return {root for event in events for root in _roots(dims, event.dim)}
 
 

@@ -88,7 +88,7 @@ def statements(findings: Findings, notation: Notation) -> dict[fx.Node, list[str
         lines.setdefault(node, {}).setdefault(text, []).append(dim)
 
     for effect in findings.events:
-        note(effect.node, f"{effect.action} {effect.detail}".strip(), effect.dim)
+        note(effect.node, effect.action, effect.dim)
     for dim, node, nonlinear in findings.fixed:
         note(node, "a function of each position" if nonlinear else "no other basis", dim)
     for label, blockers in (

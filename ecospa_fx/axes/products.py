@@ -12,7 +12,7 @@ from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING
 
 from ecospa_fx.axes.dims import Axis, DimKind
-from ecospa_fx.axes.findings import Descent, Product, Value
+from ecospa_fx.axes.findings import Action, Descent, Product, Value
 from ecospa_fx.axes.reasons import ZERO
 
 if TYPE_CHECKING:
@@ -111,9 +111,9 @@ def events_of(call: Call, operands: Sequence[Value], labels: Labels, out: Sequen
     summed = any(name not in after and len(axes) > 1 for name, axes in held.items())
     for name, axes in held.items() if len(own) > 1 else ():
         if name in after and len(axes) < len(own):
-            call.note(axes, "averaged")
+            call.note(axes, Action.AVERAGED)
         elif name in after:
-            call.note(axes, *(("batched",) if summed else ("multiplied", "activations")))
+            call.note(axes, Action.BATCHED if summed else Action.MULTIPLIED_ACTIVATIONS)
 
 
 def note_sum(call: Call, value: Value, over: Sequence[int]) -> None:
@@ -122,7 +122,7 @@ def note_sum(call: Call, value: Value, over: Sequence[int]) -> None:
     labels = [range(rank - len(v.axes), rank) for v in value.factors]
     for i in over:
         wide = sum(i in own and v.axes[i - own[0]].size > 1 for v, own in zip(value.factors, labels, strict=True))
-        call.note(value.axes[i], "contracts", "activations" if wide > 1 else "ones")
+        call.note(value.axes[i], Action.CONTRACTS_ACTIVATIONS if wide > 1 else Action.CONTRACTS_ONES)
         if not value.zero[i]:
             call.block(value.axes[i], "it is summed over although removed elements are not zero there", ZERO)
     if value.factors:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx, nn
 
 from ecospa_fx.axes.dims import Axis, DimKind, Dims, Piece
-from ecospa_fx.axes.findings import Blocker, Effect, several
+from ecospa_fx.axes.findings import Action, Blocker, Effect, several
 from ecospa_fx.axes.flow import AxisFlow, analyse
 from ecospa_fx.axes.reasons import Reason
 from ecospa_fx.coupling.carriers import carriers_of
@@ -255,7 +255,7 @@ def _coupling(
     dims: Dims, dim: int, carriers: tuple[int, ...], members: tuple[Member, ...], kind: str, events: Sequence[Effect],
     refusal: Refusal | None,
 ) -> Coupling:  # fmt: skip
-    actions = {e.action for e in events} | {f"{e.action} {e.detail}" for e in events}
+    actions = {event.action for event in events}
     layer = _layer([m.parameter for m in members])
     return Coupling("", kind, layer, dims.sizes[dim], prod(dims.sizes[c] for c in carriers),
                     _symmetry(kind, actions), members, 0, refusal)  # fmt: skip
@@ -272,7 +272,7 @@ def _paths(flow: AxisFlow, events: Mapping[int, Sequence[Effect]]) -> dict[int, 
                         actions[dim].setdefault(node, {})
     for dim, own in events.items():
         for event in own:
-            actions[dim].setdefault(event.node, {})[f"{event.action} {event.detail}".strip()] = None
+            actions[dim].setdefault(event.node, {})[event.action] = None
     order = {node: i for i, node in enumerate(flow.values)}
     return {
         dim: tuple(_step(node, own, at) for node, own in sorted(at.items(), key=lambda item: order[item[0]]))
@@ -285,13 +285,16 @@ def _step(node: fx.Node, own: Iterable[str], carrying: Mapping[fx.Node, object])
     return EvidenceStep(node.name, operator_of(node), action, source_of(node), module_of(node))
 
 
-def _symmetry(kind: str, actions: set[str]) -> Symmetry:
+_FIXES_BASIS = {Action.NONLINEAR, Action.BATCHED, Action.CONTRACTS_ONES}
+
+
+def _symmetry(kind: str, actions: set[Action]) -> Symmetry:
     """What commutes with everything that happens to the dim on its way."""
-    if kind == "heads" or actions & {"nonlinear", "batched", "contracts ones"}:
+    if kind == "heads" or actions & _FIXES_BASIS:
         return "permutation"
-    if "paired" in actions:
+    if Action.PAIRED in actions:
         return "rotary" if kind == "qk" else "permutation"
-    return "permutation" if "multiplied" in actions else "linear"
+    return "permutation" if actions & {Action.MULTIPLIED, Action.MULTIPLIED_ACTIVATIONS} else "linear"
 
 
 def _opposed(flow: AxisFlow) -> dict[int, list[tuple[tuple[str, ...], tuple[str, ...], bool]]]:

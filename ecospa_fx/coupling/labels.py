@@ -26,7 +26,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from ecospa_fx.axes.dims import Axis, Dims
-from ecospa_fx.axes.findings import Effect, Product
+from ecospa_fx.axes.findings import Action, Effect, Product
 from ecospa_fx.axes.flow import AxisFlow
 
 
@@ -62,17 +62,17 @@ class Labels:
     def kind(self, dim: int, events: Iterable[Effect]) -> str:
         """The label of a dim that these events happen to; see the table above."""
         seen = self._evidence
-        actions = {(e.action, e.detail) for e in events}
+        actions = {event.action for event in events}
         if dim in seen.scores:
             return "qk"
         if self._is_head(dim):
             return "heads"
         if dim in seen.mixed or dim in seen.batches:
             return "vo"
-        if dim in seen.dots and ("contracts", "parameter") not in actions and not self._together.get(dim):
+        if dim in seen.dots and Action.CONTRACTS_PARAMETER not in actions and not self._together.get(dim):
             return "qk"
-        nonlinear = self.fixed.get(dim, False) or any(action == "nonlinear" for action, _ in actions)
-        products = {("multiplied", "activations"), ("contracts", "activations")}
+        nonlinear = self.fixed.get(dim, False) or Action.NONLINEAR in actions
+        products = {Action.MULTIPLIED_ACTIVATIONS, Action.CONTRACTS_ACTIVATIONS}
         return "ffn" if nonlinear or actions & products else "pair"
 
     def _is_head(self, dim: int) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from ecospa_fx.axes.call import UNIT, Call, Value
 from ecospa_fx.axes.dims import DimKind
+from ecospa_fx.axes.findings import Action
 from ecospa_fx.axes.products import note_sum
 from ecospa_fx.axes.reasons import EVAL
 from ecospa_fx.axes.registry import axis_rule
@@ -95,7 +96,7 @@ def renorm(call: Call) -> Value:
     """Each slice along one axis is scaled by its own norm, which removed elements must not count in."""
     value = call["self"]
     axis = call["dim"] % len(value.axes)
-    call.note(value.axes, "nonlinear")
+    call.note(value.axes, Action.NONLINEAR)
     for i in (j for j in range(len(value.axes)) if j != axis and not value.zero[j]):
         call.mixes(value, i, "aten.renorm takes norms over it although removed elements are not zero there")
     return call.passes(value)
@@ -168,7 +169,7 @@ def batch_norm(call: Call) -> Value | list[Value]:
         call.block(channel, f"{call.operator} would update its running statistics in a copy", EVAL)
     learnt = [v for v in operands if v.weights]
     zero = len(learnt) == 2 and all(v.zero[0] for v in learnt)
-    call.note(channel, "nonlinear")
+    call.note(channel, Action.NONLINEAR)
     result = call.value([value.axes[0], channel, *value.axes[2:]], [False, zero, *[False] * len(value.axes[2:])])
     for i in (j for j in range(len(value.axes)) if j != 1):
         call.block(value.axes[i], f"{call.operator} uses statistics over it")
