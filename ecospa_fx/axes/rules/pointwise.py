@@ -39,7 +39,7 @@ def _first(call: Call) -> Value:
 @axis_rule(*_names(_SAME), linear=True)
 def same(call: Call) -> Value:
     """The same numbers, perhaps of another type."""
-    return replace(call.passes(_first(call)), tag=_first(call).tag)
+    return replace(call.passes(_first(call)), sorting=_first(call).sorting)
 
 
 @axis_rule(*_names(_COPIES), linear=True)
@@ -110,8 +110,8 @@ def div(call: Call) -> Value:
     result = call.pointwise([numerator, divisor], "lost", scales=True)
     pad = [False] * (len(result.axes) - len(numerator.zero))
     flags = [*pad, *numerator.zero]
-    own = [*[None] * len(pad), *numerator.axes]
-    kept = [z and a is not None and call.follows(a, b) for z, a, b in zip(flags, own, result.axes, strict=True)]
+    axes = [*[None] * len(pad), *numerator.axes]
+    kept = [z and a is not None and call.follows(a, b) for z, a, b in zip(flags, axes, result.axes, strict=True)]
     return call.value(result.axes, kept)
 
 
@@ -144,8 +144,8 @@ def _zero_if(call: Call, result: Value, operands: list[Value], possible: bool = 
     """`result` with the flags of an operation that is 0 where all `operands` are."""
     flags = []
     for position, axis in enumerate(result.axes):
-        at = [(v, position - len(result.axes) + len(v.axes)) for v in operands]
-        here = [(v, i) for v, i in at if i >= 0 and v.axes[i].size == axis.size and call.follows(v.axes[i], axis)]
+        aligned = [(v, position - len(result.axes) + len(v.axes)) for v in operands]
+        here = [(v, i) for v, i in aligned if i >= 0 and v.axes[i].size == axis.size and call.follows(v.axes[i], axis)]
         flags.append(possible and len(here) == len(operands) and all(v.zero[i] for v, i in here))
     return call.value(result.axes, flags)
 
