@@ -19,7 +19,7 @@ def fresh(dims: Dims, *sizes: int, kind: DimKind = DimKind.PARAMETER) -> list[Ax
 def test_products_and_sums() -> None:
     dims = Dims()
     heads, width, rest = fresh(dims, 2, 4, 3)
-    notation = Notation(dims)
+    notation = Notation(dims.sizes, dims.origins)
     pair = dims.merge([heads, width])
     assert notation.axis(heads) == "a"
     assert notation.axis(pair) == "(a b)"
@@ -35,12 +35,12 @@ def test_products_and_sums() -> None:
 def test_kinds_of_dims_have_letters_of_their_own() -> None:
     dims = Dims()
     (cut,), (kept,), (blank,) = (fresh(dims, 5, kind=kind) for kind in DimKind)
-    assert Notation(dims).axes([cut, kept, blank], [True, True, False]) == "(a° A _5)"
+    assert Notation(dims.sizes, dims.origins).axes([cut, kept, blank], [True, True, False]) == "(a° A _5)"
 
 
 def test_names_go_on_after_z() -> None:
     dims = Dims()
-    notation = Notation(dims, fresh(dims, *[2] * 26))
+    notation = Notation(dims.sizes, dims.origins, fresh(dims, *[2] * 26))
     assert [notation.axis(axis) for axis in fresh(dims, 2, 2)] == ["a1", "b1"]
 
 
@@ -48,9 +48,11 @@ def test_what_lies_in_no_rows_is_a_formula() -> None:
     dims = Dims()
     (whole,) = fresh(dims, 7)
     dims.take(whole, 0, 7, 2)
-    assert Notation(dims).axis(whole) == "{2·a | 2·b+1}"
+    assert Notation(dims.sizes, dims.origins).axis(dims.resolve(whole)) == "{2·a | 2·b+1}"
     assert str(dims.resolve(whole)) == "{2·d1 | 2·d2+1}"
-    assert Notation(dims).axis(Axis(8, (Piece(0, ((dims.new(3, DimKind.PARAMETER), 2),)),))) == "{2·a}"
+    assert (
+        Notation(dims.sizes, dims.origins).axis(Axis(8, (Piece(0, ((dims.new(3, DimKind.PARAMETER), 2),)),))) == "{2·a}"
+    )
 
 
 def test_an_axis_prints_without_its_dims() -> None:

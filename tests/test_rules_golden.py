@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from ecospa_fx.axes import registry
 from ecospa_fx.axes.call import Call, Value
 from ecospa_fx.axes.dims import DimKind, Dims
-from ecospa_fx.axes.findings import Descent, Findings
+from ecospa_fx.axes.findings import Descent, Findings, resolved
 from ecospa_fx.axes.flow import apply_rule
 from ecospa_fx.axes.notation import Notation, product_text, statements
 from tests.rule_examples import FAMILIES, Example, Operand
@@ -77,7 +77,12 @@ class Statement:
         self.arguments = pytree.tree_map(lambda leaf: self.value(leaf), named(example))
         self.literal = named(example)
         call = Call(self.node, example.operator, self.arguments, shapes(example), self.dims, self.findings)
-        self.example, self.result = example, apply_rule(call)
+        result = apply_rule(call)
+        self.example, self.findings = example, self.findings.resolved(self.dims)
+        self.result = (
+            [resolved(v, self.dims) for v in result] if isinstance(result, list) else resolved(result, self.dims)
+        )
+        self.arguments = pytree.tree_map(self.resolved, self.arguments, is_leaf=lambda leaf: isinstance(leaf, Value))
 
     def value(self, leaf: object) -> object:
         """A tensor of a call; anything else as it is."""
@@ -90,9 +95,13 @@ class Statement:
         zero = (leaf.kind in "xw",) * len(axes)
         return Value(axes, zero, weights, node, weights, descent=Descent(learnt=leaf.kind in "xy"))
 
+    def resolved(self, leaf: object) -> object:
+        """A tensor of a call, when the rule has spoken."""
+        return resolved(leaf, self.dims) if isinstance(leaf, Value) else leaf
+
     def lines(self) -> Iterator[str]:
         """The call and what is noted."""
-        notation = Notation(self.dims)
+        notation = Notation(self.dims.sizes, self.dims.origins)
         arguments = ", ".join(
             f"{name} {self.text(a, notation, self.literal[name])}" for name, a in self.arguments.items()
         )
@@ -103,8 +112,8 @@ class Statement:
             yield f"    {text}"
         for product in self.findings.products:
             yield f"    {product_text(product, notation)}"
-        for dim, axis, _ in self.findings.routed:
-            yield f"    {notation.dims([dim])}: each position belongs to one of {notation.axis(axis)}"
+        for route in self.findings.routed:
+            yield f"    {notation.dim(route.dim)}: each position belongs to one of {notation.axis(route.axis)}"
 
     def text(self, argument: object, notation: Notation, literal: object) -> str:
         """An argument in the notation."""

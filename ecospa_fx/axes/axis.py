@@ -33,6 +33,11 @@ class Axis:
     size: int
     pieces: tuple[Piece, ...]
 
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """The distinct dims of its pieces."""
+        return tuple(dict.fromkeys(dim for piece in self.pieces for dim, _ in piece.dims))
+
     def __str__(self) -> str:
         return axis_text(self, "d{}".format, lambda dim: None)
 

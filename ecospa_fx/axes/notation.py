@@ -21,26 +21,25 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import fx
 
 from ecospa_fx.axes.axis import Axis, DimKind, axis_text
-from ecospa_fx.axes.dims import Dims
-from ecospa_fx.axes.findings import Findings, Gather, Product, Value
+from ecospa_fx.axes.findings import Findings, Gather, NodeValue, Product, Value
 from ecospa_fx.ir.schema import is_operator, operator_name
 
 
 class Notation:
-    """Names for the dims of one graph, given in the order in which axes are shown to it."""
+    """Names for the dims of one graph, given in the order in which resolved axes are shown to it."""
 
-    def __init__(self, dims: Dims, axes: Iterable[Axis] = ()) -> None:
-        self._dims = dims
+    def __init__(self, sizes: Sequence[int], origins: Sequence[DimKind], axes: Iterable[Axis] = ()) -> None:
+        self._sizes, self._origins = sizes, origins
         self._names: dict[int, str] = {}
         self._counts = {DimKind.PARAMETER: 0, DimKind.STORED: 0}
         for axis in axes:
             self.axis(axis)
 
     def dim(self, dim: int) -> str:
-        """The name of an unreplaced dim."""
+        """The name of a dim."""
         if dim not in self._names:
-            kind = self._dims.origins[dim]
-            self._names[dim] = f"_{self._dims.sizes[dim]}" if kind is DimKind.BLANK else self._next(kind)
+            kind = self._origins[dim]
+            self._names[dim] = f"_{self._sizes[dim]}" if kind is DimKind.BLANK else self._next(kind)
         return self._names[dim]
 
     def _next(self, kind: DimKind) -> str:
@@ -50,30 +49,32 @@ class Notation:
         return f"{letter}{number or ''}"
 
     def dims(self, dims: Iterable[int]) -> str:
-        """Names of the unreplaced dims that some dims stand for, each once."""
-        roots = (root for dim in dims for piece in self._dims.roots(dim) for root, _ in piece.dims)
-        return ", ".join(dict.fromkeys(map(self.dim, roots)))
+        """Names of some dims, each once."""
+        return ", ".join(dict.fromkeys(map(self.dim, dims)))
 
     def axis(self, axis: Axis) -> str:
         """One axis."""
-        return axis_text(self._dims.resolve(axis), self.dim, self._dims.sizes.__getitem__)
+        return axis_text(axis, self.dim, self._sizes.__getitem__)
 
     def axes(self, axes: Sequence[Axis], zero: Sequence[bool] = ()) -> str:
         """The axes of a tensor; zero: which of them hold 0 where masking removes."""
         marks = zero or [False] * len(axes)
-        cut = [mark and self._dims.cuttable(axis) for axis, mark in zip(axes, marks, strict=True)]
+        cut = [mark and self._cuttable(axis) for axis, mark in zip(axes, marks, strict=True)]
         texts = (self.axis(axis) + ("°" if mark else "") for axis, mark in zip(axes, cut, strict=True))
         return f"({' '.join(texts)})"
 
-    def value(self, value: object) -> str:
+    def _cuttable(self, axis: Axis) -> bool:
+        return any(self._origins[dim] is DimKind.PARAMETER for dim in axis.dims)
+
+    def value(self, value: NodeValue) -> str:
         """The tensor, or the tensors, that a node gives."""
         if isinstance(value, list):
             return ", ".join(map(self.value, value))
-        return self.axes(value.axes, value.zero) if isinstance(value, Value) else "-"
+        return self.axes(value.axes, value.zero) if value is not None else "nothing"
 
     def legend(self) -> str:
         """The sizes of all dims that were named."""
-        letters = (f"{name}={self._dims.sizes[dim]}" for dim, name in self._names.items() if not name.startswith("_"))
+        letters = (f"{name}={self._sizes[dim]}" for dim, name in self._names.items() if not name.startswith("_"))
         return " ".join(letters)
 
 
@@ -88,9 +89,9 @@ def statements(findings: Findings, notation: Notation) -> dict[fx.Node, list[str
         lines.setdefault(node, {}).setdefault(text, []).append(dim)
 
     for effect in findings.events:
-        note(effect.node, f"{effect.action} {effect.detail}".strip(), effect.dim)
-    for dim, node, nonlinear in findings.fixed:
-        note(node, "a function of each position" if nonlinear else "no other basis", dim)
+        note(effect.node, effect.action, effect.dim)
+    for basis in findings.fixed:
+        note(basis.node, "a function of each position" if basis.nonlinear else "no other basis", basis.dim)
     for label, blockers in (
         ("blocked", findings.blocks),
         ("inexact", findings.inexact),
@@ -107,10 +108,9 @@ def statements(findings: Findings, notation: Notation) -> dict[fx.Node, list[str
 
 
 def _gather(gather: Gather, notation: Notation) -> str:
-    operand = getattr(gather.operand.node, "name", "?")
     target = notation.axis(gather.target[gather.target_axis])
     joined = ", its elements become the result's" if gather.joins else ""
-    return f"{target}: {operand} is stored, and gathered along its axis {gather.operand_axis}{joined}"
+    return f"{target}: {gather.source.name} is stored, and gathered along its axis {gather.operand_axis}{joined}"
 
 
 def product_text(product: Product, notation: Notation) -> str:
@@ -123,7 +123,7 @@ def product_text(product: Product, notation: Notation) -> str:
 
 
 def flow_text(
-    values: Mapping[fx.Node, object], parameters: Mapping[str, Value], findings: Findings, notation: Notation
+    values: Mapping[fx.Node, NodeValue], parameters: Mapping[str, Value], findings: Findings, notation: Notation
 ) -> str:
     """A line for every parameter, input and call, what was noted there below it, and the sizes of the dims."""
     said = statements(findings, notation)
@@ -140,7 +140,7 @@ def flow_text(
     return "\n".join([*lines, f"where {notation.legend()}"])
 
 
-def _name(node: fx.Node, value: object) -> str:
+def _name(node: fx.Node, value: NodeValue) -> str:
     """A parameter's own name for the node that holds it."""
     named = node.op != "call_function" and isinstance(value, Value) and len(value.weights) == 1
     return value.weights[0] if named and isinstance(value, Value) else node.name

@@ -120,7 +120,7 @@ class NarrowedOps:
         self._gathered: dict[tuple[fx.Node, fx.Node], list[tuple[int, Axis]]] = {}
         for g in walked.record.gathers:
             met = (g.operand_axis, g.target[g.target_axis])
-            self._gathered.setdefault((g.user, g.operand.node), []).append(met)
+            self._gathered.setdefault((g.user, g.source), []).append(met)
         self._found = {f.coupling.name: f for f in found if f.coupling.blocked is None}
         self._names = {f.dim: name for name, f in self._found.items()}
         self._calls: dict[fx.Node, tuple[str, ...]] | None = None
@@ -141,7 +141,7 @@ class NarrowedOps:
         if len(operands) < 2:
             return ()
         values = [*operands, *several(self._walked.values[node])]
-        dims = dict.fromkeys(d for v in values for axis in v.axes for d in self._walked.dims.dims_of(axis))
+        dims = dict.fromkeys(d for v in values for axis in v.axes for d in axis.dims)
         return tuple(self._names[d] for d in dims if d in self._names)
 
     def size(self, name: str) -> int:
@@ -156,15 +156,15 @@ class NarrowedOps:
 
     def _kept(self, widths: tuple[tuple[str, int], ...]) -> Narrowing:
         if widths not in self._known:
-            self._known[widths] = Narrowing(self._walked.dims, self._choices(widths))
+            self._known[widths] = Narrowing(self._walked.sizes, self._choices(widths))
         return self._known[widths]
 
     def _choices(self, widths: Iterable[tuple[str, int]]) -> dict[int, DimSelection]:
-        dims, choices = self._walked.dims, {}
+        sizes_of, choices = self._walked.sizes, {}
         for name, width in widths:
             entry = self._found[name]
-            sizes = [dims.sizes[c] for c in entry.carriers]
-            keep = torch.arange(dims.sizes[entry.dim]) < width  # which ones does not matter to sizes
+            sizes = [sizes_of[c] for c in entry.carriers]
+            keep = torch.arange(sizes_of[entry.dim]) < width  # which ones does not matter to sizes
             choices[entry.dim] = DimSelection(entry.carriers, keep.expand(*sizes, -1))
         return choices
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from ecospa_fx.axes.call import UNIT, Call, Value
 from ecospa_fx.axes.dims import Axis, DimKind
+from ecospa_fx.axes.findings import Order, Sorting
 from ecospa_fx.axes.products import picked_from
 from ecospa_fx.axes.reasons import WHERE
 from ecospa_fx.axes.registry import axis_rule
@@ -278,8 +279,9 @@ def counts(call: Call) -> Value:
     (result,) = call.block_all(f"{call.operator} counts its elements")
     bins = int(call.get("bins", 100))
     whole = call.operator == "aten.bincount" or (call.get("min", 0), call.get("max", 0)) == (0, bins - 1)
-    if whole and value.tag is not None and value.tag[0] == "sorted" and call.get("weights") is None:
-        return replace(result, tag=("counts", value.tag[1]))
+    ordered = value.sorting is not None and value.sorting.order is Order.SORTED
+    if whole and ordered and value.sorting is not None and call.get("weights") is None:
+        return replace(result, sorting=Sorting(Order.COUNTS, value.sorting.node))
     return result
 
 
