@@ -100,7 +100,7 @@ def _choices(plan: Plan, found: Sequence[LocatedCoupling], walked: AxisFlow) -> 
                 "detect and plan again on this model and these inputs"
             )
         sizes = [walked.dims.sizes[c] for c in entry.carriers]
-        choices[entry.dim] = DimSelection(entry.carriers, (~selection.removed).view(*sizes, selection.size))
+        choices[entry.dim] = DimSelection(entry.carriers, selection.mask.view(*sizes, selection.size))
     return choices
 
 
