@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 import ecospa_fx as eco
 from ecospa_fx.capture.export import captures
 from ecospa_fx.coupling.types import Coupling
-from ecospa_fx.coupling.unit_elements import removed_elements
+from ecospa_fx.coupling.unit_elements import coupled_elements, removed_elements
 from ecospa_fx.importance.compensation import Compensated
 from ecospa_fx.importance.curvature import Collector, Curvature
 from ecospa_fx.importance.linalg import regular_inverse
@@ -92,13 +92,12 @@ class MaskedTraining:
     @property
     def removed(self) -> float:
         """Share of the couplings' elements that is gone."""
-        gone = removed_elements(self.shapes, [(c.members, ~self.keep[c.name]) for c in self.couplings])
-        return gone / self.held(self.couplings, self.shapes)
+        removed = removed_elements(self.shapes, [(c.members, self.keep[c.name]) for c in self.couplings])
+        return removed / self.held(self.couplings, self.shapes)
 
     @staticmethod
     def held(couplings: Sequence[Coupling], shapes: Mapping[str, tuple[int, ...]]) -> int:
-        whole = [(c.members, torch.ones(c.carriers, c.size, dtype=torch.bool)) for c in couplings]
-        return removed_elements(shapes, whole)
+        return coupled_elements(shapes, (c.members for c in couplings))
 
     def plan(self, keep: Mapping[str, Tensor]) -> Plan:
         """What stays, as a plan of the dense model."""
@@ -196,7 +195,7 @@ class MaskedTraining:
         """Let the units that stay do what those that go did."""
         values = {name: tensor.detach() for name, tensor in self.program.values.items()}
         made = Compensated(self.couplings, values, views, curvature, self.options.damping)
-        for name, value in made.made_up({name: ~kept for name, kept in keep.items()}):
+        for name, value in made.compensated(keep):
             self.program.replace_parameter(name, value)
 
     # -- fading ------------------------------------------------------------------------------------------------

@@ -88,12 +88,17 @@ class Selection:
         return len({len(units) for units in self.keep}) > 1
 
     @property
+    def mask(self) -> Tensor:
+        """BoolTensor [carriers, units], True where a unit is kept."""
+        mask = torch.zeros(self.carriers, self.size, dtype=torch.bool)
+        for row, units in zip(mask, self.keep, strict=True):
+            row[list(units)] = True
+        return mask
+
+    @property
     def removed(self) -> Tensor:
-        """BoolTensor [carriers, units], True where a unit goes."""
-        gone = torch.ones(self.carriers, self.size, dtype=torch.bool)
-        for row, units in zip(gone, self.keep, strict=True):
-            row[list(units)] = False
-        return gone
+        """BoolTensor [carriers, units], True where a unit is removed."""
+        return ~self.mask
 
     def even(self) -> Selection:
         """The same with the first units that go added, until every carrier keeps as many as the fullest."""
@@ -188,7 +193,7 @@ class Plan:
 
     def factors(self) -> dict[str, unit_elements.Factors]:
         """Kept positions per axis of every parameter that loses elements; see `ecospa_fx.coupling.unit_elements`."""
-        return unit_elements.keep_factors(dict(self.shapes), self._removals(self.selections))
+        return unit_elements.keep_factors(dict(self.shapes), self._choices(self.selections))
 
     def masks(self, model: nn.Module) -> dict[str, Tensor]:
         """BoolTensor of the dense shape, True where an element stays, for every parameter that loses elements.
@@ -222,17 +227,16 @@ class Plan:
     @property
     def removed_parameters(self) -> int:
         """Elements that go, each counted once."""
-        return unit_elements.removed_elements(dict(self.shapes), self._removals(self.selections))
+        return unit_elements.removed_elements(dict(self.shapes), self._choices(self.selections))
 
     @property
     def coupled_parameters(self) -> int:
         """Elements that the selected couplings hold, each counted once."""
-        whole = [(s.members, torch.ones(s.carriers, s.size, dtype=torch.bool)) for s in self.selections]
-        return unit_elements.removed_elements(dict(self.shapes), whole)
+        return unit_elements.coupled_elements(dict(self.shapes), (s.members for s in self.selections))
 
     @staticmethod
-    def _removals(selections: Iterable[Selection]) -> Iterator[unit_elements.Removal]:
-        return ((s.members, s.removed) for s in selections)
+    def _choices(selections: Iterable[Selection]) -> Iterator[unit_elements.UnitChoice]:
+        return ((s.members, s.mask) for s in selections)
 
     # -- printing ----------------------------------------------------------------------------------------------
 
@@ -248,7 +252,7 @@ class Plan:
                 s.layer,
                 s.kind + (" (inexact)" if s.inexact else "") + (" (narrower cache)" if s.resized else ""),
                 _width(s),
-                f"{unit_elements.removed_elements(shapes, self._removals([s])):,}",
+                f"{unit_elements.removed_elements(shapes, self._choices([s])):,}",
             ]
             for s in self.selections
         ]

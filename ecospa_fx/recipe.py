@@ -187,8 +187,8 @@ def compress_program(program: ExportedForm, task: Task, ratio: float, recipe: Re
     # Where a norm runs over what is kept, the dense model's inputs are not those of the smaller one.
     in_turn = recipe.least_squares == IN_TURN or (recipe.least_squares is not False and any(s.inexact for s in plan))
     dense = PartialInterpreter(program.frozen(), task.model, task.args, task.kwargs)
-    gone = {selection.name: selection.removed for selection in plan}
-    for name, value in (replace(weights, damping=None) if in_turn else weights).made_up(gone):
+    keep = {selection.name: selection.mask for selection in plan}
+    for name, value in (replace(weights, damping=None) if in_turn else weights).compensated(keep):
         program.replace_parameter(name, value)
     shrink_program(program, plan)
     small = PartialInterpreter(program, task.model, task.args, task.kwargs)

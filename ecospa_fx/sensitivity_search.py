@@ -47,7 +47,7 @@ class Sensitivity:
         best = last = make_plan(couplings, ratio, scores, **planning)
         least = self.loss_of(best)
         for _ in range(self.rounds):
-            base = {s.name: s.removed for s in last}
+            base = {s.name: s.mask for s in last}
             bench = self._bench(last)
             widths = {s.name: around(s.size, s.size - s.kept, ratio) for s in last}
             curves = measured(bench, self.weights, scores.values, widths, base, self.watch)
@@ -65,9 +65,9 @@ class Sensitivity:
         return found
 
     def _bench(self, plan: Plan) -> TrialLosses:
-        gone = {s.name: s.removed for s in plan}
-        names = {name for c in self.weights.couplings if c.name in gone for name in self.weights.touched(c)}
-        return TrialLosses(self.evaluator, self.batches, self.loss, self.weights.weights(gone, names))
+        keep = {s.name: s.mask for s in plan}
+        names = {name for c in self.weights.couplings if c.name in keep for name in self.weights.touched(c)}
+        return TrialLosses(self.evaluator, self.batches, self.loss, self.weights.weights(keep, names))
 
 
 def around(size: int, removed: int, ratio: float) -> list[int]:

@@ -168,11 +168,11 @@ def test_a_shrink_equals_masking_what_makes_up_for_it() -> None:
         assert second is not None
         assert measured is not None
         keep = sparse._units(second.scores(measured), share)
-        gone = {c.name: ~keep[c.name][sparse._keep[c.name]].view(c.carriers, c.size) for c in sparse._now}
+        left = {c.name: keep[c.name][sparse._keep[c.name]].view(c.carriers, c.size) for c in sparse._now}
         weights = Compensated(sparse._now, measured.values, measured.views, measured.curvature)
         masked = copy.deepcopy(sparse.model)
-        masked.load_state_dict(weights.weights(gone, measured.values))
-        sparse._compensated(keep, second.changes(measured, gone))
+        masked.load_state_dict(weights.weights(left, measured.values))
+        sparse._compensated(keep, second.changes(measured, left))
         for small in (sparse.model, average):
             assert torch.allclose(small(ids(99)), masked(ids(99)), rtol=1e-9, atol=1e-9)
     assert sparse.removed > 0.35
@@ -186,7 +186,7 @@ def test_queries_and_keys_that_stay_rise_for_those_that_go() -> None:
     assert second is not None
     assert measured is not None
     keep = sparse._units(second.scores(measured), 1.0)
-    changed = set(second.changes(measured, {name: ~kept for name, kept in keep.items()}))
+    changed = set(second.changes(measured, keep))
     assert changed == {f"blocks.{i}.{side}.{kind}" for i in (0, 1) for side in "qk" for kind in ("weight", "bias")}
 
 

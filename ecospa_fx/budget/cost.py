@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from ecospa_fx.budget.graph_cost import NarrowedOps, Operation, Widths, flops
 from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.coupling.types import Coupling
-from ecospa_fx.coupling.unit_elements import Removal, Shapes, removed_elements
+from ecospa_fx.coupling.unit_elements import Shapes, UnitChoice, coupled_elements, removed_elements
 
 
 class CostModel(ABC):
@@ -52,8 +52,8 @@ class CostModel(ABC):
         return found
 
     @abstractmethod
-    def removed(self, removals: Mapping[str, Removal], kept: Widths) -> float:
-        """What goes altogether. removals: per coupling its members and the units that go; kept: how many stay."""
+    def removed(self, choices: Mapping[str, UnitChoice], kept: Widths) -> float:
+        """What is removed altogether. choices: per coupling its members and kept units; kept: how many these are."""
 
     @abstractmethod
     def held(self, couplings: Sequence[Coupling]) -> float:
@@ -71,12 +71,11 @@ class Parameters(CostModel):
         gone = torch.tensor([coupling.size - k for k in kept], dtype=torch.float64)
         return gone * (coupling.parameters / coupling.size)
 
-    def removed(self, removals: Mapping[str, Removal], kept: Widths) -> float:
-        return removed_elements(self.shapes, removals.values())
+    def removed(self, choices: Mapping[str, UnitChoice], kept: Widths) -> float:
+        return removed_elements(self.shapes, choices.values())
 
     def held(self, couplings: Sequence[Coupling]) -> float:
-        whole = [(c.members, torch.ones(c.carriers, c.size, dtype=torch.bool)) for c in couplings]
-        return removed_elements(self.shapes, whole)
+        return coupled_elements(self.shapes, (c.members for c in couplings))
 
 
 class GraphCost(CostModel):
@@ -155,7 +154,7 @@ class GraphCost(CostModel):
         spent = [sum(self.price(node, {name: point}) for node in nodes) for point in points]
         return spent[-1] - _interpolated(points, spent, kept)
 
-    def removed(self, removals: Mapping[str, Removal], kept: Widths) -> float:
+    def removed(self, choices: Mapping[str, UnitChoice], kept: Widths) -> float:
         nodes = dict.fromkeys(node for name in kept for node in self._narrowed.get(name, ()))
         return sum(self.price(node, {}) - self.price(node, kept) for node in nodes)
 

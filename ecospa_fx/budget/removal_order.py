@@ -13,7 +13,6 @@ from ecospa_fx.budget.alignment import preferred_multiple
 from ecospa_fx.budget.cost import CostModel
 from ecospa_fx.budget.ties import Carried, Tie
 from ecospa_fx.coupling.types import Coupling
-from ecospa_fx.coupling.unit_elements import Removal
 from ecospa_fx.errors import PlanError
 from ecospa_fx.plan import Selection
 
@@ -113,16 +112,16 @@ class RemovalOrder:
         gone = (self.coupling.size - kept) * self.coupling.carriers
         return self.removed.index(gone) + 1 if gone else 0
 
-    def removal(self, rungs: int) -> Removal:
-        """What the first `rungs` rungs take."""
-        gone = torch.zeros(self.coupling.carriers, self.coupling.size, dtype=torch.bool)
+    def keep(self, rungs: int) -> Tensor:
+        """BoolTensor [carriers, units], True where a unit is kept after the first `rungs` rungs."""
+        keep = torch.ones(self.coupling.carriers, self.coupling.size, dtype=torch.bool)
         if rungs:
-            gone.view(-1)[self.order[: self.removed[rungs - 1]]] = True
-        return self.coupling.members, gone
+            keep.view(-1)[self.order[: self.removed[rungs - 1]]] = False
+        return keep
 
     def selection(self, rungs: int) -> Selection:
         """What stays after the first `rungs` rungs."""
-        return Selection.of(self.coupling, self.removal(rungs)[1].logical_not())
+        return Selection.of(self.coupling, self.keep(rungs))
 
 
 def numbered(order: Tensor) -> Tensor:
@@ -197,7 +196,7 @@ def removed_at(spending: CostModel, ladders: Sequence[RemovalOrder], rungs: Sequ
     """What is freed by some rungs of each ladder, together."""
     taken = {x.coupling.name: (x, n) for x, n in zip(ladders, rungs, strict=True) if n}
     kept = {name: x.coupling.size - x.removed[n - 1] // x.coupling.carriers for name, (x, n) in taken.items()}
-    return spending.removed({name: x.removal(n) for name, (x, n) in taken.items()}, kept)
+    return spending.removed({name: (x.coupling.members, x.keep(n)) for name, (x, n) in taken.items()}, kept)
 
 
 def in_carried_step(

@@ -10,11 +10,10 @@ from math import prod
 from textwrap import dedent, indent
 from typing import TYPE_CHECKING, Literal
 
-import torch
 from tabulate import tabulate
 
 from ecospa_fx.coupling.types import Box, Coupling, EvidenceStep, Member, Refusal
-from ecospa_fx.coupling.unit_elements import removed_elements
+from ecospa_fx.coupling.unit_elements import coupled_elements
 
 if TYPE_CHECKING:
     from ecospa_fx.coupling.couplings import Couplings
@@ -45,8 +44,7 @@ def coupling_table(couplings: Couplings) -> str:
 
 def covered_parameters(couplings: Couplings) -> int:
     """Elements that the offered couplings hold, each counted once however many hold it."""
-    whole = ((c.members, torch.ones(c.carriers, c.size, dtype=torch.bool)) for c in couplings.offered)
-    return removed_elements(couplings.shapes, whole)
+    return coupled_elements(couplings.shapes, (c.members for c in couplings.offered))
 
 
 def _totals(couplings: Couplings) -> str:

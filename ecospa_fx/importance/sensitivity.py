@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from ecospa_fx.coupling.types import Coupling
 from ecospa_fx.errors import ScoreError
-from ecospa_fx.importance.compensation import Compensated, Removed
+from ecospa_fx.importance.compensation import Compensated, Keep
 from ecospa_fx.importance.score import Batch, Loss
 from ecospa_fx.runtime.interpreter import NodeValues, PartialInterpreter
 
@@ -124,7 +124,7 @@ def measured(
     weights: Compensated,
     scores: Mapping[str, Tensor],
     widths: Mapping[str, Sequence[int]],
-    base: Removed,
+    base: Keep,
     watch: Watcher = lambda trials: trials,
 ) -> Curves:
     """Curves of all couplings of `widths`, which lists kept units from most to fewest, around a base.
@@ -142,22 +142,22 @@ def measured(
         pairs = ((kept, max(loss - whole, 0.0)) for kept, loss in zip(widths[name], others, strict=True))
         rises[name] = tuple((kept, rise) for kept, rise in pairs if isfinite(rise))
         told += sum(rise for _, rise in rises[name])
-        predicted += sum(float(scores[name][least(scores[name], kept)].sum()) for kept, _ in rises[name])
+        predicted += sum(float(scores[name][~keep_best(scores[name], kept)].sum()) for kept, _ in rises[name])
     return Curves(rises, told / predicted if predicted > 0 else 0.0)
 
 
 def _trial(
-    weights: Compensated, scores: Mapping[str, Tensor], coupling: Coupling, widths: Sequence[int], base: Removed
+    weights: Compensated, scores: Mapping[str, Tensor], coupling: Coupling, widths: Sequence[int], base: Keep
 ) -> Trial:
     touched = weights.touched(coupling)
 
     def variant(kept: int) -> Callable[[], ChangedWeights]:
-        return lambda: weights.weights({**base, coupling.name: least(scores[coupling.name], kept)}, touched)
+        return lambda: weights.weights({**base, coupling.name: keep_best(scores[coupling.name], kept)}, touched)
 
     return Trial(coupling.name, touched, [variant(kept) for kept in (coupling.size, *widths)])
 
 
-def least(scores: Tensor, kept: int) -> Tensor:
-    """BoolTensor [carriers, units], True for the units of least score, so that `kept` stay in every carrier."""
+def keep_best(scores: Tensor, kept: int) -> Tensor:
+    """BoolTensor [carriers, units], True for the `kept` units of greatest score in every carrier."""
     order = scores.to("cpu", torch.float64).sort(dim=1, stable=True).indices
-    return torch.zeros(scores.shape, dtype=torch.bool).scatter_(1, order[:, : scores.shape[1] - kept], True)
+    return torch.ones(scores.shape, dtype=torch.bool).scatter_(1, order[:, : scores.shape[1] - kept], False)

@@ -69,7 +69,7 @@ def allocate(
     climb = GreedySchedule.of(Parameters(shapes), ladders, tracks)
     forced = sum(int((t.keys == -torch.inf).sum()) for t in tracks)
     rungs = climb.rungs(_height(climb, goal, forced))
-    return {x.coupling.name: ~x.removal(n)[1] for x, n in zip(ladders, rungs, strict=True)}
+    return {x.coupling.name: x.keep(n) for x, n in zip(ladders, rungs, strict=True)}
 
 
 def _ladder(coupling: Coupling, values: Tensor, limits: WidthBounds, round_to: int) -> RemovalOrder:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ecospa_fx.coupling.types import Coupling
 from ecospa_fx.errors import EcospaError, TrainingError
-from ecospa_fx.importance.compensation import Removed
+from ecospa_fx.importance.compensation import Keep
 from ecospa_fx.importance.curvature import Collector, Curvature
 from ecospa_fx.importance.linear_views import CouplingViews
 from ecospa_fx.importance.samples import samples_of
@@ -85,9 +85,9 @@ class SecondOrder:
             result[name].zero_()
         return result
 
-    def changes(self, measurement: Measurement, gone: Removed) -> dict[str, Tensor]:
-        """What to add to parameters, by name, for the rest to make up for units that go: see `Compensated`."""
-        compensated = dict(measurement.compensated().made_up(gone))
+    def changes(self, measurement: Measurement, keep: Keep) -> dict[str, Tensor]:
+        """What to add to parameters, by name, so that kept units make up for the others: see `Compensated`."""
+        compensated = dict(measurement.compensated().compensated(keep))
         values = measurement.values
         return {name: of_first(value - values[name], self.group) for name, value in compensated.items()}
 

@@ -17,7 +17,7 @@ from ecospa_fx.coupling.choice import ChoiceOptions, checked_limits, choosable, 
 from ecospa_fx.coupling.couplings import Couplings, check_couplings
 from ecospa_fx.coupling.detection import check_allow
 from ecospa_fx.coupling.types import Coupling
-from ecospa_fx.coupling.unit_elements import removed_elements
+from ecospa_fx.coupling.unit_elements import coupled_elements, removed_elements
 from ecospa_fx.errors import TrainingError
 from ecospa_fx.importance.methods import gate_members
 from ecospa_fx.importance.score import Batch, Loss
@@ -182,15 +182,13 @@ def check_reach(
     couplings: Sequence[Coupling], settings: Settings, target: float, limits: Mapping[str, float], form: ShrinkableGraph
 ) -> None:
     """Raise TrainingError where floors and limits, by name of coupling, keep more than the target leaves."""
-    gone, steps = [], settings.multiples(couplings, form.parameters)
+    choices, steps = [], settings.multiples(couplings, form.parameters)
     uniform = uniform_share(couplings, limits, target)
     for c in couplings:
         least, _ = bounds(c.size, c.size, uniform, settings.shares, steps[c.name], limits.get(c.name, 1.0))
-        units = torch.zeros(c.carriers, c.size, dtype=torch.bool)
-        units[:, least:] = True
-        gone.append((c.members, units))
-    whole = [(members, torch.ones_like(units)) for members, units in gone]
-    most = removed_elements(form.shapes, gone) / removed_elements(form.shapes, whole)
+        keep = torch.arange(c.size).expand(c.carriers, -1) < least
+        choices.append((c.members, keep))
+    most = removed_elements(form.shapes, choices) / coupled_elements(form.shapes, (c.members for c in couplings))
     if most < target * 0.98:
         rounding = settings.round_to or f"None, which is {max(steps.values())} here,"
         limited = f", limits={dict(settings.limits)}" if settings.limits else ""

@@ -19,7 +19,7 @@ from ecospa_fx.checks import check_options
 from ecospa_fx.coupling.choice import shares
 from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.coupling.types import Coupling
-from ecospa_fx.coupling.unit_elements import Factors, removed_elements
+from ecospa_fx.coupling.unit_elements import Factors, coupled_elements
 from ecospa_fx.errors import TrainingError
 from ecospa_fx.importance.score import score
 from ecospa_fx.importance.scores import Scores, given_scores
@@ -266,8 +266,8 @@ class SparseTraining:
         exact = not any(c.inexact for c in self._now)
         if second is None or measurement is None or self._compensation is None or not exact:
             return keep, None
-        gone = {c.name: ~keep[c.name][self._keep[c.name]].view(c.carriers, c.size) for c in self._now}
-        return keep, second.changes(measurement, gone)
+        left = {c.name: keep[c.name][self._keep[c.name]].view(c.carriers, c.size) for c in self._now}
+        return keep, second.changes(measurement, left)
 
     def _measured(self) -> Measurement | None:
         """What second-order scores need of the units that are there. Linear couplings have been turned then."""
@@ -380,7 +380,7 @@ class SparseTraining:
 
 def _held(shapes: Mapping[str, tuple[int, ...]], couplings: Sequence[Coupling]) -> int:
     """Elements that couplings hold, each counted once."""
-    return removed_elements(shapes, [(c.members, torch.ones(c.carriers, c.size, dtype=torch.bool)) for c in couplings])
+    return coupled_elements(shapes, (c.members for c in couplings))
 
 
 def _compiled() -> int:

@@ -102,7 +102,7 @@ def _choices(plan: Plan, couplings: Sequence[LocatedCoupling], walked: AxisFlow)
                 f"{_why(selection, couplings)}; detect and plan again on this model and these inputs"
             )
         sizes = [walked.sizes[c] for c in entry.carriers]
-        choices[entry.dim] = DimSelection(entry.carriers, (~selection.removed).view(*sizes, selection.size))
+        choices[entry.dim] = DimSelection(entry.carriers, selection.mask.view(*sizes, selection.size))
     return choices
 
 
