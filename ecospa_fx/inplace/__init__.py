@@ -1,1 +1,1 @@
-"""Shrinking the user's own module in place, with its configuration."""
+"""A plan written back into the user's own module, and into the configuration that builds it."""
