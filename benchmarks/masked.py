@@ -32,10 +32,10 @@ from ecospa_fx.plan import Plan, Selection
 from ecospa_fx.runtime.interpreter import PartialInterpreter
 from ecospa_fx.training.allocation import allocate, bounds
 from ecospa_fx.training.moving_scores import MovingScores
-from ecospa_fx.training.optimizer_basis import turn_gradient
+from ecospa_fx.training.optimizer_basis import transform_states
 from ecospa_fx.training.remaining_couplings import narrowed
 from ecospa_fx.training.second_order import LOOKS
-from ecospa_fx.training.settings import Settings, chosen
+from ecospa_fx.training.settings import Settings, choose_couplings
 from ecospa_fx.training.tensor_cuts import cuts_between
 
 Compensation = Literal["none", "solve", "full"]
@@ -68,7 +68,7 @@ class MaskedTraining:
         self.limits = settings.shares
         couplings = eco.detect(model, (ids[:2],))
         self.shapes = couplings.shapes
-        self.couplings = chosen(couplings, settings, options.scores, model)
+        self.couplings = choose_couplings(couplings, settings, options.scores, model)
         self.keep = {c.name: torch.ones(c.carriers, c.size, dtype=torch.bool) for c in self.couplings}
         self.running = MovingScores(options.scores, options.window)
         self.running.follow(self.couplings, self.parameters, {})
@@ -183,7 +183,7 @@ class MaskedTraining:
             for group, matrix in ((change.first, inverse), (change.second, change.basis)):
                 for side in group:
                     weight = self.parameters[side.member.parameter]
-                    turn_gradient([self.optimizer], weight, side.member.axis, side.positions, matrix)
+                    transform_states([self.optimizer], weight, side.member.axis, side.positions, matrix)
             name = next(c.name for c in self.couplings if change.first[0].member in c.members)
             before = self.keep[name]
             keep[name] = (torch.arange(before.shape[1]) < before[0].sum()).expand_as(before).clone()

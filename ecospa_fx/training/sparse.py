@@ -1,4 +1,4 @@
-"""The driver: a model that shrinks while the user's own loop trains it."""
+"""Structured pruning during training: removes units at scheduled steps while the user's own loop trains the model."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from ecospa_fx.passes.lossy.measurement import Measurement
 from ecospa_fx.plan import Plan, Selection
 from ecospa_fx.training import history
 from ecospa_fx.training.allocation import allocate, bounds, uniform_share
-from ecospa_fx.training.checkpoint import packed, unpacked
-from ecospa_fx.training.compensate import Compensation, read
+from ecospa_fx.training.checkpoint import pack_state, unpack_state
+from ecospa_fx.training.compensate import Compensation, calibration_batches
 from ecospa_fx.training.distributed import all_agree, averaged, check_same
 from ecospa_fx.training.graph_model import ShrinkableGraph
 from ecospa_fx.training.moving_scores import MovingScores
-from ecospa_fx.training.optimizer_surgery import held_bytes
+from ecospa_fx.training.optimizer_surgery import optimizer_bytes
 from ecospa_fx.training.remaining_couplings import narrowed
 from ecospa_fx.training.schedule import AtStart, Schedule, check_schedule, default_schedule
 from ecospa_fx.training.second_order import SecondOrder, second_order
@@ -44,11 +44,11 @@ from ecospa_fx.training.settings import (
     check_arguments,
     check_reach,
     check_unshared,
-    chosen,
+    choose_couplings,
     optimizers_of,
     other_owners,
 )
-from ecospa_fx.training.sharded import whole
+from ecospa_fx.training.sharded import full_tensor
 from ecospa_fx.training.tensor_cuts import cuts_between
 from ecospa_fx.training.tracked_model import TrackedModel
 from ecospa_fx.wrappers import unwrapped
@@ -99,7 +99,7 @@ class SparseTraining:
         check_options("SparseTraining", options, TrainingOptions, SparseTraining)
         check_arguments(model, args, kwargs, target, state)
         self._settings, self._target, optimizers = Settings(**options), target, optimizers_of(optimizer)
-        self._given = scores if isinstance(scores, Scores | Mapping) else None
+        self._user_scores = scores if isinstance(scores, Scores | Mapping) else None
         method = self._settings.method(scores)
         self._measures = method == SECOND_ORDER
         self._schedule = schedule or default_schedule(self._settings.total_steps, self._measures)
@@ -108,17 +108,19 @@ class SparseTraining:
         gathered = "gate-fisher" if method is None or self._measures else method
         self._running = MovingScores(gathered, self._settings.window)
         model = unwrapped(model, resizing=TrainingError)
-        owners, choose = other_owners(model), partial(chosen, settings=self._settings, method=method, model=model)
+        owners = other_owners(model)
+        choose = partial(choose_couplings, settings=self._settings, method=method, model=model)
         self._form = ShrinkableGraph(model, args, dict(kwargs or {}), self._settings.allow, choose)
         self._chosen = self._now = self._form.chosen
         check_unshared(self._chosen, owners)
         self._held = _held(self._form.shapes, self._chosen)
         self._keep = {c.name: torch.ones(c.carriers, c.size, dtype=torch.bool) for c in self._chosen}
         self._factors: Mapping[str, Factors] = {}
-        self._step, self._pending, self._said, self.history = 0, False, False, list[history.Shrink]()
+        self._step, self._pending, self._warned, self.history = 0, False, False, list[history.Shrink]()
         self._limits = shares(self.couplings, self._chosen, self._settings.limits, TrainingError)
         check_reach(self._chosen, self._settings, target, self._limits, self._form)
-        self._model, self._batches = TrackedModel(self._form, self._settings.wrap), read(self._settings.batches)
+        self._model = TrackedModel(self._form, self._settings.wrap)
+        self._batches = calibration_batches(self._settings.batches)
         self._second_order, self._compensation = self._measuring(), self._compensating()
         self._running.follow(self._chosen, self._form.parameters, {})
         self._origin = origin(model, self.plan, args, kwargs)
@@ -181,9 +183,9 @@ class SparseTraining:
         step, with a warning.
         """
         if not self._model.backwards:
-            if not self._said:
+            if not self._warned:
                 log.warning("step() is ignored: no backward pass reached the model since its last call")
-            self._said = True
+            self._warned = True
             return
         self._model.backwards, self._step = 0, self._step + 1
         due = self._pending or self._step in self._steps
@@ -203,7 +205,7 @@ class SparseTraining:
     def state_dict(self) -> dict[str, Any]:
         """Everything to resume from, besides the states of `model` and the optimizers; ``weights_only`` can load it."""
         progress, values = (self._step, self._pending), self._running.values()
-        return packed(progress, self._form.shapes, self._keep, values, self.history)
+        return pack_state(progress, self._form.shapes, self._keep, values, self.history)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken: before the states of `model` and the optimizers are loaded.
@@ -211,7 +213,7 @@ class SparseTraining:
         The model is brought to the sizes of that moment, so that they fit. Raises TrainingError for the state of
         another model, and where this model is smaller than that one was; nothing has changed then.
         """
-        step, pending, keep, values, records = unpacked(state, self._form.shapes, self._keep)
+        step, pending, keep, values, records = unpack_state(state, self._form.shapes, self._keep)
         self._apply(keep, {})
         self._running.follow(self._now, self._form.parameters, values)
         self._step, self._pending, self.history = step, pending, records
@@ -256,7 +258,7 @@ class SparseTraining:
     def _decided(
         self, scores: Mapping[str, Tensor], share: float
     ) -> tuple[dict[str, Tensor], Mapping[str, Tensor] | None]:
-        """What stays, the same in all processes, and what to add to parameters to make up for the rest, if known."""
+        """The units to keep, the same in all processes, and the compensation to add to parameters, if known."""
         second, measurement = self._second_order, self._measured()
         if second is not None and measurement is not None:
             scores = second.scores(measurement)
@@ -273,7 +275,7 @@ class SparseTraining:
         """What second-order scores need of the units that are there. Linear couplings have been turned then."""
         if self._second_order is None:
             return None
-        values = {name: whole(p) for name, p in self._form.parameters.items()}
+        values = {name: full_tensor(p) for name, p in self._form.parameters.items()}
         evaluator = self._form.evaluator(self.plan, values)
         return self._second_order.measured(evaluator, self._now, self._model)
 
@@ -293,19 +295,19 @@ class SparseTraining:
         goal = _held(shapes, self._now) - round(self._held * left)
         even = dense if options.allocation == "uniform" else None
         kept = allocate(self._now, shapes, scores, limits, goal, round_to=steps, dense=even)
-        found = {}
+        result = {}
         for name, before in self._keep.items():
-            found[name] = before.clone()
-            found[name][before] = kept[name].flatten()
-        return found
+            result[name] = before.clone()
+            result[name][before] = kept[name].flatten()
+        return result
 
     def _compensated(self, keep: Mapping[str, Tensor], changes: Mapping[str, Tensor] | None) -> int:
-        """`_apply`, and what stays makes up for what goes if that is wanted: by the changes, if known."""
+        """`_apply`, with the remaining weights updated to compensate if that is wanted: by the changes, if known."""
         if self._compensation is None or changes is not None:
             return self._apply(keep, changes or {})
-        before = self.plan, {name: whole(p) for name, p in self._form.parameters.items()}  # cutting makes new memory
+        before = self.plan, {n: full_tensor(p) for n, p in self._form.parameters.items()}  # cutting makes new memory
         modules = self._apply(keep, {})
-        after = self.plan, {name: whole(p) for name, p in self._form.parameters.items()}
+        after = self.plan, {name: full_tensor(p) for name, p in self._form.parameters.items()}
         self._model.add(self._compensation.changes(self._form.evaluator, before, after))
         return modules
 
@@ -345,7 +347,7 @@ class SparseTraining:
             step=self._step,
             removed=self.removed,
             parameters=sum(p.numel() for p in self._form.module.parameters()),
-            optimizer_bytes=held_bytes(self._model.optimizers),
+            optimizer_bytes=optimizer_bytes(self._model.optimizers),
             modules=modules,
             compiled=_compiled(),
             seconds=seconds,
@@ -355,8 +357,8 @@ class SparseTraining:
         log.info("step %s: %.1f %% removed, %s parameters left", shrink.step, 100 * shrink.removed, shrink.parameters)
 
     def _shrink_at_start(self) -> None:
-        if self._given is not None:
-            self._shrink(given_scores(self.couplings, self._chosen, self._given, TrainingError), 1.0)
+        if self._user_scores is not None:
+            self._shrink(given_scores(self.couplings, self._chosen, self._user_scores, TrainingError), 1.0)
             return
         loss, batches = self._settings.loss, self._batches
         if not batches or loss is None:

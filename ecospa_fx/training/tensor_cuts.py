@@ -73,12 +73,12 @@ def cuts_between(
     shapes: Mapping[str, tuple[int, ...]], before: Mapping[str, Factors], after: Mapping[str, Factors]
 ) -> dict[str, TensorCut]:
     """The cut of every parameter that `after` leaves less of than `before` does. shapes: dense."""
-    found = {}
+    cuts = {}
     for name, factors in after.items():
         cut = _cut(name, shapes[name], before.get(name, {}), factors)
         if cut.before != cut.after:
-            found[name] = cut
-    return found
+            cuts[name] = cut
+    return cuts
 
 
 def _cut(name: str, shape: tuple[int, ...], before: Factors, after: Factors) -> TensorCut:
