@@ -16,7 +16,7 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_finish() -> None:
-    """Collect garbage rarely: exports make many objects that live on, and looking through them takes a fifth of a run."""
+    """Collect garbage rarely: exports make many objects that live on; to look through them takes a fifth of a run."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)

@@ -99,14 +99,7 @@ class SparseTraining:
         check_options("SparseTraining", options, TrainingOptions, SparseTraining)
         check_arguments(model, args, kwargs, target, state)
         self._settings, self._target, optimizers = Settings(**options), target, optimizers_of(optimizer)
-        self._user_scores = scores if isinstance(scores, Scores | Mapping) else None
-        method = self._settings.method(scores)
-        self._measures = method == SECOND_ORDER
-        self._schedule = schedule or default_schedule(self._settings.total_steps, self._measures)
-        check_schedule(self._schedule, self._settings.total_steps, own_scores=method is None)
-        self._steps = frozenset(self._schedule.steps)
-        gathered = "gate-fisher" if method is None or self._measures else method
-        self._running = MovingScores(gathered, self._settings.window)
+        method = self._configure(schedule, scores)
         model = unwrapped(model, resizing=TrainingError)
         owners = other_owners(model)
         choose = partial(choose_couplings, settings=self._settings, method=method, model=model)
@@ -125,6 +118,18 @@ class SparseTraining:
         self._running.follow(self._chosen, self._form.parameters, {})
         self._origin = origin(model, self.plan, args, kwargs)
         self._begin(optimizers, state)
+
+    def _configure(self, schedule: Schedule | None, scores: object) -> str | None:
+        """Set when to shrink and by which scores. Returns the method's name, None for the user's own scores."""
+        self._user_scores = scores if isinstance(scores, Scores | Mapping) else None
+        method = self._settings.method(scores)
+        self._measures = method == SECOND_ORDER
+        self._schedule = schedule or default_schedule(self._settings.total_steps, self._measures)
+        check_schedule(self._schedule, self._settings.total_steps, own_scores=method is None)
+        self._steps = frozenset(self._schedule.steps)
+        gathered = "gate-fisher" if method is None or self._measures else method
+        self._running = MovingScores(gathered, self._settings.window)
+        return method
 
     def _begin(self, optimizers: Sequence[Optimizer], state: Mapping[str, Any] | None) -> None:
         self._model.remember(self._origin)
