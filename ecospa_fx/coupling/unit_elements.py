@@ -27,21 +27,21 @@ Removal = tuple[Sequence[Member], Tensor]
 
 def keep_factors(shapes: Shapes, removals: Iterable[Removal]) -> dict[str, Factors]:
     """The factors of every parameter that loses elements; True where positions stay."""
-    found: dict[str, Factors] = {}
+    result: dict[str, Factors] = {}
     for members, removed in removals:
-        gone = removed.flatten().nonzero().flatten()
-        if not len(gone):
+        units = removed.flatten().nonzero().flatten()
+        if not len(units):
             continue
         for member in members:
-            shape, positions = shapes[member.parameter], member.indices.flatten(0, 1).index_select(0, gone)
+            shape, positions = shapes[member.parameter], member.indices.flatten(0, 1).index_select(0, units)
             axes = (member.axis,) if member.carrier_axis is None else (member.carrier_axis, member.axis)
             if member.carrier_axis is not None:
-                positions = positions + (gone // member.units)[:, None] * shape[member.axis]
-            factors = found.setdefault(member.parameter, {})
+                positions = positions + (units // member.units)[:, None] * shape[member.axis]
+            factors = result.setdefault(member.parameter, {})
             if axes not in factors:
                 factors[axes] = torch.ones([shape[a] for a in axes], dtype=torch.bool)
             factors[axes].view(-1).index_fill_(0, positions.flatten(), False)
-    return found
+    return result
 
 
 def mask(shape: Sequence[int], factors: Factors, device: torch.device | None = None) -> Tensor:
