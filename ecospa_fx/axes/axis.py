@@ -20,18 +20,22 @@ class DimKind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Positions ``offset + Σ index(dim) · stride``; dims in order of falling stride."""
+    """Positions ``offset + Σ index(dim) · stride``."""
 
     offset: int
+    """The first position."""
     dims: tuple[tuple[int, int], ...]
+    """(dim, stride), in order of falling stride."""
 
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """One axis of one tensor: its size and the pieces that tile it."""
+    """One axis of one tensor."""
 
     size: int
+    """Its positions."""
     pieces: tuple[Piece, ...]
+    """The pieces that tile it, each position once."""
 
     @property
     def dims(self) -> tuple[int, ...]:
@@ -44,10 +48,12 @@ class Axis:
 
 @dataclass(frozen=True, slots=True)
 class FixedContact:
-    """Where a parameter's dim met a stored one while two axes were unified; `stored_first`: the first axis has it."""
+    """Where a parameter's dim met a stored one while two axes were unified."""
 
     dim: int
+    """The parameter's dim."""
     stored_first: bool
+    """Whether the stored dim lies on the first of the two axes."""
 
 
 class Misaligned(Exception):

@@ -17,6 +17,7 @@ which masking removes are exactly 0 there.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from sys import maxsize
 
 from torch import fx
 
@@ -158,4 +159,4 @@ def _argument(argument: fx.node.Argument, names: Mapping[fx.Node, str]) -> str:
         return names.get(argument, argument.name)
     if isinstance(argument, list | tuple):
         return f"[{', '.join(_argument(item, names) for item in argument)}]"
-    return str(argument)
+    return "end" if argument == maxsize else str(argument)

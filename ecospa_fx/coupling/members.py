@@ -137,7 +137,7 @@ def _ordered(dim: int, place: Occurrence, carriers: tuple[int, ...]) -> tuple[in
 # -- members of a plan -------------------------------------------------------------------------------------------
 
 
-def shape_told(shape: tuple[int, ...] | None) -> str:
+def shape_text(shape: tuple[int, ...] | None) -> str:
     """A parameter's shape for people, None for one that is not there."""
     return "absent" if shape is None else f"of shape {shape}"
 
@@ -149,7 +149,7 @@ def check_member(member: Member, shapes: Mapping[str, tuple[int, ...]], coupling
     if shape is None or len(set(axes)) < len(axes) or not all(0 <= a < len(shape) for a in axes):
         raise PlanError(
             f"coupling {coupling!r} names axes {axes} of parameter {member.parameter!r}, "
-            f"which is {shape_told(shape)}: make the plan anew"
+            f"which is {shape_text(shape)}: make the plan anew"
         )
     slices = None if member.carrier_axis is None else shape[member.carrier_axis]
     if not all(_fits(box, member, shape[member.axis]) for box in member.boxes) or slices not in (None, member.carriers):
