@@ -22,7 +22,7 @@ from ecospa_fx.ir.modes import Aligned, align, note_dropout
 from ecospa_fx.ir.passes import run_passes
 from ecospa_fx.ir.program import ExportedForm
 from ecospa_fx.ir.pytrees import Arguments, NamedArguments, closed, opened
-from ecospa_fx.ir.tracing import one_at_a_time, quiet, same_chance
+from ecospa_fx.ir.tracing import one_at_a_time, quiet, random_state_restored
 from ecospa_fx.module_modes import set_mode
 from ecospa_fx.passes.canonicalise import CANONICALISE
 from ecospa_fx.snapshot import untouched
@@ -137,7 +137,7 @@ def _export(
     args, kwargs, shapes, _ = attempt
     with (
         quiet(),
-        same_chance(),
+        random_state_restored(),
         untouched(model, view, traced=True),
         _marks_kept((args, kwargs)),
         gradient_modes_recorded(functions if functions is not None else {}),

@@ -32,7 +32,9 @@ def shares(node: fx.Node) -> list[fx.Node]:
 def written_by(node: fx.Node) -> list[fx.Node]:
     """The arguments that a call writes into, lists of tensors and arguments by name among them."""
     result = [
-        value for argument, value in _given(node) if argument.alias_info is not None and argument.alias_info.is_write
+        value
+        for argument, value in _schema_arguments(node)
+        if argument.alias_info is not None and argument.alias_info.is_write
     ]
     return list(dict.fromkeys(_nodes(result)))
 
@@ -47,13 +49,13 @@ def bases(node: fx.Node) -> set[fx.Node]:
             result.add(current)
         waiting += [source for source in sources if source not in seen]
         seen.update(sources)
-    return _one_of_several(node, result)
+    return _of_chosen_result(node, result)
 
 
 def written_to(node: fx.Node) -> bool:
     """Whether anything is written in place into the memory that a node's result may share with others."""
     first = bases(node)
-    first |= {other for base in first for other in _beside(base)}
+    first |= {other for base in first for other in _sharing_memory(base)}
     seen, waiting = set(first), list(first)
     while waiting:
         for user in waiting.pop().users:
@@ -82,7 +84,7 @@ def written(graph: fx.Graph) -> set[fx.Node]:
 # -- what a call says of itself ----------------------------------------------------------------------------------
 
 
-def _given(node: fx.Node) -> Iterator[tuple[torch._C.Argument, Any]]:
+def _schema_arguments(node: fx.Node) -> Iterator[tuple[torch._C.Argument, Any]]:
     """The arguments of an operator's schema with what a call gives for each."""
     if not is_operator(node):
         return
@@ -99,9 +101,9 @@ def _views(node: fx.Node) -> set[fx.Node]:
     if not is_operator(node):
         return set()
     returned = [r.alias_info for r in schema_of(node).returns if r.alias_info is not None]
-    marked = [(a.alias_info, value) for a, value in _given(node) if a.alias_info is not None]
+    marked = [(a.alias_info, value) for a, value in _schema_arguments(node) if a.alias_info is not None]
     result = [value for info, value in marked if any(_overlap(info, other) for other in returned)]
-    if any(argument.name == "train" for argument, _ in _given(node)):  # returns its input in the other mode
+    if any(argument.name == "train" for argument, _ in _schema_arguments(node)):  # returns its input in the other mode
         result += node.all_input_nodes[:1]
     return set(_nodes(result))
 
@@ -127,7 +129,7 @@ def _storages(node: fx.Node) -> set[int]:
     return result
 
 
-def _one_of_several(node: fx.Node, result: set[fx.Node]) -> set[fx.Node]:
+def _of_chosen_result(node: fx.Node, result: set[fx.Node]) -> set[fx.Node]:
     """Of the bases of what was one of several results those whose memory it has."""
     storages = _storages(node)
     certain = {base for base in result if not storages.isdisjoint(_storages(base))}
@@ -137,10 +139,10 @@ def _one_of_several(node: fx.Node, result: set[fx.Node]) -> set[fx.Node]:
 def _all_bases(node: fx.Node) -> set[fx.Node]:
     """The bases, and parameters and buffers that lie in the same memory."""
     result = bases(node)
-    return result | {other for base in result for other in _beside(base)}
+    return result | {other for base in result for other in _sharing_memory(base)}
 
 
-def _beside(node: fx.Node) -> list[fx.Node]:
+def _sharing_memory(node: fx.Node) -> list[fx.Node]:
     """Other stored tensors and inputs in the memory of one."""
     storages = _storages(node) if node.op in ("placeholder", "get_attr") else set()
     stored = (n for op in ("placeholder", "get_attr") for n in node.graph.find_nodes(op=op)) if storages else ()
