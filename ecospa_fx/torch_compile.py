@@ -87,7 +87,7 @@ def _names(
     result = []
     for i, (node, argument, value) in enumerate(zip(placeholders, _arguments(twin), inputs, strict=True)):
         if isinstance(value, nn.Parameter):
-            name = names.get(id(value)) if names is not None else _told(node)
+            name = names.get(id(value)) if names is not None else _parameter_name(node)
             result.append(Input(i, argument, name or argument))
     return result
 
@@ -96,7 +96,7 @@ def _arguments(graph: fx.GraphModule) -> list[str]:
     return list(inspect.signature(graph.forward).parameters)
 
 
-def _told(node: fx.Node) -> str | None:
+def _parameter_name(node: fx.Node) -> str | None:
     """The name of a parameter by the way on which the tracer found it, from the module that is compiled."""
     name: Any = getattr(getattr(node, "_dynamo_source", None), "name", "")  # a method before torch 2.12
     parts = re.findall(r"\._(?:modules|parameters)\['([^']+)'\]", name() if callable(name) else name)
@@ -147,7 +147,7 @@ class _Smaller:
         sizes = _read_sizes(graph)
         left = [i for i in range(len(inputs)) if i not in sizes]
         with torch._guards.tracing(None):  # what exporting requires of its example is no guard of the caller's graph
-            model, args, kwargs = lift_parameters(graph, [_own(inputs[i]) for i in left], None)
+            model, args, kwargs = lift_parameters(graph, [_without_marks(inputs[i]) for i in left], None)
             program = shrunk(model, plan, args, kwargs)
         positions = {name: i for i, name in zip(left, _arguments(graph), strict=True)}
         instance = cls(_order(program, positions, [i for i in left if not isinstance(inputs[i], nn.Parameter)]),
@@ -196,7 +196,7 @@ def _order(program: ExportedForm, positions: Mapping[str, int], rest: Sequence[i
     return order
 
 
-def _own(value: Tree) -> Tree:
+def _without_marks(value: Tree) -> Tree:
     """A parameter as it is, a copy of any other tensor: exporting marks its inputs, which the tracer guards."""
     plain = isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
     return value.detach().clone() if plain else value

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from ecospa_fx.errors import warn_caller
 from ecospa_fx.ir.pytrees import Arguments, NamedArguments, Tree, copied, objects, opened
 from ecospa_fx.ir.slices import take
-from ecospa_fx.ir.tracing import same_chance
+from ecospa_fx.ir.tracing import random_state_restored
 from ecospa_fx.plan import Plan
 from ecospa_fx.relative_error import RelativeError, relative_error
 from ecospa_fx.runtime.guards import leaves_untouched
@@ -62,7 +62,7 @@ def unwritten(model: nn.Module) -> Iterator[None]:
     places = [(module._buffers, name, value) for module in model.modules() for name, value in module._buffers.items()]
     saved = [None if value is None else value.clone() for _, _, value in places]
     try:
-        with same_chance():
+        with random_state_restored():
             yield
     finally:
         with torch.no_grad():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +21,8 @@ from ecospa_fx.ir.build import allow_other_strides, sync_users
 from ecospa_fx.ir.modes import Aligned, align, draws, note_dropout
 from ecospa_fx.ir.passes import run_passes
 from ecospa_fx.ir.program import ExportedForm
-from ecospa_fx.ir.pytrees import closed, opened
-from ecospa_fx.ir.tracing import one_at_a_time, quiet, same_chance
+from ecospa_fx.ir.pytrees import Arguments, NamedArguments, closed, opened
+from ecospa_fx.ir.tracing import one_at_a_time, quiet, random_state_restored
 from ecospa_fx.module_modes import set_mode
 from ecospa_fx.passes.canonicalise import CANONICALISE
 from ecospa_fx.snapshot import untouched
@@ -47,7 +46,7 @@ def captures(
     model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object] | None, *, dynamic: bool
 ) -> Iterator[ExportedForm]:
     """The exports of a module that torch can make, from most to fewest symbolic sizes. Raises CaptureError for none."""
-    parts: tuple[tuple[Any, ...], dict[str, Any]] = opened((tuple(args), dict(kwargs or {})))
+    parts: tuple[Arguments, NamedArguments] = opened((tuple(args), dict(kwargs or {})))
     args, kwargs = parts
     _refuse_quantised(model)
     _refuse_sharded(model)
@@ -138,7 +137,7 @@ def _export(
     args, kwargs, shapes, _ = attempt
     with (
         quiet(),
-        same_chance(),
+        random_state_restored(),
         untouched(model, view, traced=True),
         _marks_kept((args, kwargs)),
         gradient_modes_recorded(functions if functions is not None else {}),

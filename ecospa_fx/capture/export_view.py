@@ -5,11 +5,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from types import MethodType
-from typing import Any
 
 from torch import nn
 
-from ecospa_fx.ir.pytrees import closed, opened, unchanged
+from ecospa_fx.ir.pytrees import Tree, closed, opened, unchanged
 
 
 def export_view(model: nn.Module, kwargs: Mapping[str, object]) -> nn.Module:
@@ -30,7 +29,7 @@ def export_view(model: nn.Module, kwargs: Mapping[str, object]) -> nn.Module:
         new = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in caught]
         signature = signature.replace(parameters=[*named, *new])
 
-    def parts(*args: object, **kwargs: object) -> Any:
+    def parts(*args: object, **kwargs: object) -> Tree:
         (args, kwargs), arguments = closed((args, kwargs))
         before = [opened(value) for value in arguments]
         result = opened(forward(*args, **kwargs), {id(value): i for i, value in enumerate(arguments)})

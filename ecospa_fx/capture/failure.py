@@ -69,7 +69,7 @@ def _where(model: nn.Module, error: Exception) -> str:
     return f", in module {path!r} ({_name(model.get_submodule(path))}),{called}" if path else called
 
 
-def _told(frame: traceback.FrameSummary) -> str:
+def _in_words(frame: traceback.FrameSummary) -> str:
     return f"{frame.filename}:{frame.lineno}: {frame.line}".rstrip(": ")
 
 

@@ -48,13 +48,13 @@ def bases(node: fx.Node) -> set[fx.Node]:
             result.add(current)
         waiting += [source for source in sources if source not in seen]
         seen.update(sources)
-    return _one_of_several(node, result)
+    return _of_chosen_result(node, result)
 
 
 def written_to(node: fx.Node) -> bool:
     """Whether anything is written in place into the memory that a node's result may share with others."""
     first = bases(node)
-    first |= {other for base in first for other in _beside(base)}
+    first |= {other for base in first for other in _sharing_memory(base)}
     seen, waiting = set(first), list(first)
     while waiting:
         for user in waiting.pop().users:
@@ -137,7 +137,7 @@ def _storages(node: fx.Node) -> set[int]:
     return result
 
 
-def _one_of_several(node: fx.Node, result: set[fx.Node]) -> set[fx.Node]:
+def _of_chosen_result(node: fx.Node, result: set[fx.Node]) -> set[fx.Node]:
     """Of the bases of what was one of several results those whose memory it has."""
     storages = _storages(node)
     certain = {base for base in result if not storages.isdisjoint(_storages(base))}
@@ -147,10 +147,10 @@ def _one_of_several(node: fx.Node, result: set[fx.Node]) -> set[fx.Node]:
 def _all_bases(node: fx.Node) -> set[fx.Node]:
     """The bases, and parameters and buffers that lie in the same memory."""
     result = bases(node)
-    return result | {other for base in result for other in _beside(base)}
+    return result | {other for base in result for other in _sharing_memory(base)}
 
 
-def _beside(node: fx.Node) -> list[fx.Node]:
+def _sharing_memory(node: fx.Node) -> list[fx.Node]:
     """Other stored tensors and inputs in the memory of one."""
     storages = _storages(node) if node.op in ("placeholder", "get_attr") else set()
     stored = (n for op in ("placeholder", "get_attr") for n in node.graph.find_nodes(op=op)) if storages else ()

@@ -7,12 +7,12 @@ call ends in "@1". Cutting works where the calls nest like brackets: the nodes o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import fx
 
 KEY = "nn_module_stack"
-Stack = dict[str, Any]
+Stack = dict[str, tuple[str, object]]
+"""By key the path and the class of every module that a node lies in, from the root down."""
 
 
 def arrange_stacks(graph: fx.Graph, paths: set[str]) -> None:

@@ -45,7 +45,7 @@ _models: WeakKeyDictionary[nn.Module, AbstractContextManager[object]] = WeakKeyD
 
 
 @contextmanager
-def alone_with(model: nn.Module) -> Iterator[None]:
+def model_locked(model: nn.Module) -> Iterator[None]:
     """Other threads that look at the same model wait: while it is traced, its weights have no content."""
     with _own:
         lock = _models.setdefault(model, threading.RLock())
@@ -131,7 +131,7 @@ def _unmute() -> None:
 
 
 @contextmanager
-def same_chance() -> Iterator[None]:
+def random_state_restored() -> Iterator[None]:
     """Random numbers go on outside as if none had been drawn inside: those of Python, NumPy and torch on the CPU.
 
     Not where other threads are running, which may draw from the same sources.

@@ -106,15 +106,16 @@ def _is_slow(matrix: Tensor) -> bool:
     return matrix.device.type == "cpu" and matrix.dtype == torch.float32
 
 
-def _product(site: LinearUse, by_name: dict[str, fx.Node]) -> Callable[[NodeValues], Any]:
+def _product(site: LinearUse, by_name: dict[str, fx.Node]) -> Callable[[NodeValues], Tensor]:
     matrix, bias = by_name[site.parameter], by_name[site.bias] if site.bias is not None else None
 
-    def compute(values: NodeValues) -> Any:
+    def compute(values: NodeValues) -> Tensor:
         x, weight = values[site.input], site.matrix(values[matrix])
         added = values[bias] if bias is not None else None
         if x.shape[:-1].numel() <= FEW_ROWS:
             return linear(x, weight, added)
-        return _Rounded.apply(x, weight, added)  # type: ignore[no-untyped-call]
+        rounded: Tensor = _Rounded.apply(x, weight, added)  # type: ignore[no-untyped-call]
+        return rounded
 
     return compute
 

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from ecospa_fx.ir.passes import PassResult
-from ecospa_fx.ir.schema import input_node
+from ecospa_fx.ir.schema import input_node, named_arguments
 
 aten = torch.ops.aten
 _END = 2**62
@@ -36,5 +36,6 @@ class DropWholeSlices:
 
 
 def _is_whole(node: fx.Node) -> bool:
-    _, start, stop, step = [*node.args[1:], None, None, None, None][:4]
+    arguments = named_arguments(node, defaults=True)
+    start, stop, step = (arguments[name] for name in ("start", "end", "step"))
     return start in (None, 0) and step in (None, 1) and (stop is None or (isinstance(stop, int) and stop >= _END))

@@ -20,7 +20,7 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from ecospa_fx.ir.alias import written_to
 from ecospa_fx.ir.build import insert
 from ecospa_fx.ir.passes import PassResult
-from ecospa_fx.ir.schema import Args, Size, input_node
+from ecospa_fx.ir.schema import Args, Size, input_node, named_arguments
 
 aten = torch.ops.aten
 VIEWS = {aten.view.default, aten.reshape.default, aten.unflatten.int, aten._unsafe_view.default}
@@ -99,26 +99,24 @@ def _chain(node: fx.Node) -> _Chain | None:
 
 
 def _dim_of(node: fx.Node) -> int:
-    index = 2 if node.target in _CUTS else 1
-    dim: Any = node.args[index] if len(node.args) > index else node.kwargs.get("dim", 0)
-    return int(dim)
+    return int(named_arguments(node, defaults=True)["dim"])
 
 
 def axis_before(step: fx.Node, position: int) -> int | None:
     """Where the axis at `position` after a step was before it; None where the step made it."""
-    arguments: Any = step.args
-    rank, inside = int(step.meta["val"].dim()), int(arguments[0].meta["val"].dim())
+    arguments = named_arguments(step)
+    rank, inside = int(step.meta["val"].dim()), int(input_node(step).meta["val"].dim())
     if step.target in COPIES:
         return position
     if step.target is aten.permute.default:
-        return int(arguments[1][position]) % rank
+        return int(arguments["dims"][position]) % rank
     if step.target is aten.transpose.int:
-        a, b = (int(d) % rank for d in arguments[1:3])
+        a, b = (int(arguments[name]) % rank for name in ("dim0", "dim1"))
         return {a: b, b: a}.get(position, position)
     if step.target is aten.unsqueeze.default:
-        new = int(arguments[1]) % rank
+        new = int(arguments["dim"]) % rank
         return None if position == new else position - (position > new)
-    removed = int(arguments[1]) % inside
+    removed = int(arguments["dim"]) % inside
     return position + (position >= removed and inside > rank)
 
 
@@ -169,16 +167,16 @@ def _same(a: object, b: object) -> bool:
 
 def _hoist(graph: fx.Graph, node: fx.Node, chain: _Chain) -> bool:
     """Replace the uses of one selection."""
-    arguments: Any = node.args
+    arguments = named_arguments(node, defaults=True)
     size = chain.parts[chain.part]
     if chain.innermost and not _apart(node, chain):
         return False
     if node.target is aten.select.int:
-        index = int(arguments[2]) % size
+        index = int(arguments["index"]) % size
         node.replace_all_uses_with(_part(graph, node, chain, (index, index + 1), drop=True))
         return True
     if node.target is aten.slice.Tensor:
-        start, stop, step = slice(*[*arguments, None, None, None][2:5]).indices(size)
+        start, stop, step = slice(*(arguments[name] for name in ("start", "end", "step"))).indices(size)
         if step != 1 or stop <= start or (start, stop) == (0, size):
             return False
         node.replace_all_uses_with(_part(graph, node, chain, (start, stop), drop=False))

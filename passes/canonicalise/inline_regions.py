@@ -64,7 +64,7 @@ def _inline(module: fx.GraphModule, node: fx.Node) -> None:
         readers = set(node.users)
         after = next((n for n in _following(node) if n not in readers), None)
         node.meta[KEY] = stack_between(node.prev, after, node.meta.get(KEY) or {})
-        outputs = [_detached(module.graph, r, like=node) if frozen else r for r in _several(results)]
+        outputs = [_detached(module.graph, r, like=node) if frozen else r for r in _listed(results)]
     for user in list(node.users):
         position: Any = user.args[1]
         user.replace_all_uses_with(outputs[position])
@@ -115,11 +115,11 @@ def _following(node: fx.Node) -> Iterator[fx.Node]:
         yield node
 
 
-def _several(results: object) -> list[Any]:
+def _listed(results: fx.node.Argument) -> list[fx.node.Argument]:
     return list(results) if isinstance(results, list | tuple) else [results]
 
 
-def _detached(graph: fx.Graph, node: object, like: fx.Node) -> Any:
+def _detached(graph: fx.Graph, node: fx.node.Argument, like: fx.Node) -> fx.node.Argument:
     """The node without gradients; it belongs to the module that left them out, not to the one that made the node."""
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from ecospa_fx.ir.alias import written_to
 from ecospa_fx.ir.build import insert
 from ecospa_fx.ir.passes import PassResult
+from ecospa_fx.ir.schema import named_arguments
 from ecospa_fx.passes.canonicalise.hoist_selections import COPIES, STEPS, VIEWS, axis_before
 
 aten = torch.ops.aten
@@ -101,18 +102,17 @@ def _same(a: object, b: object) -> bool:
 
 def _separable(join: fx.Node) -> bool:
     """Whether the parts have one rank, which torch's empty tensors have not, and nothing is written into the whole."""
-    parts: Any = join.args[0]
+    parts = named_arguments(join)["tensors"]
     return len(parts) > 1 and len({part.meta["val"].dim() for part in parts}) == 1 and not written_to(join)
 
 
 def _dim_of(join: fx.Node) -> int:
-    dim: Any = join.args[1] if len(join.args) > 1 else join.kwargs.get("dim", 0)
-    return int(dim)
+    return int(named_arguments(join, defaults=True)["dim"])
 
 
 def _sunk(graph: fx.Graph, view: fx.Node, chain: _Concatenation) -> fx.Node:
     """The concatenation of the views of the parts."""
-    parts: Any = chain.join.args[0]
+    parts = named_arguments(chain.join)["tensors"]
     with graph.inserting_before(view):
         return insert(graph, aten.cat.default, ([_viewed(graph, view, chain, p) for p in parts], chain.axis), like=view)
 

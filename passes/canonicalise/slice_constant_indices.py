@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from ecospa_fx.ir.build import insert
 from ecospa_fx.ir.passes import PassResult
-from ecospa_fx.ir.schema import input_node
+from ecospa_fx.ir.schema import input_node, named_arguments
 
 aten = torch.ops.aten
 _COPIES = {aten.lift_fresh_copy.default, aten.clone.default, aten.detach.default, aten.detach_.default}
@@ -47,7 +47,7 @@ class SliceConstantIndices:
 def _span(node: fx.Node) -> tuple[int, int, int] | None:
     """Axis, start and stop where the only index is a constant run of neighbouring positions."""
     source = input_node(node)
-    indices: Any = node.args[1]
+    indices = named_arguments(node)["indices"]
     axes = [i for i, entry in enumerate(indices) if entry is not None]
     if len(axes) != 1:
         return None

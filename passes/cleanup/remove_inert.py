@@ -68,10 +68,10 @@ def _alike(node: fx.Node, source: fx.Node) -> bool:
     a, b = node.meta.get("val"), source.meta.get("val")
     if not isinstance(a, Tensor) or not isinstance(b, Tensor) or (a.dtype, a.device) != (b.dtype, b.device):
         return False
-    return _told(a) == _told(b)
+    return _sizes_and_strides(a) == _sizes_and_strides(b)
 
 
-def _told(tensor: Tensor) -> list[str]:
+def _sizes_and_strides(tensor: Tensor) -> list[str]:
     return [str(s) for s in (*tensor.shape, "|", *tensor.stride())]
 
 

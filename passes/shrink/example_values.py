@@ -15,10 +15,8 @@ from torch._guards import detect_fake_mode
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from ecospa_fx.ir.build import evaluate
-from ecospa_fx.ir.schema import Sizes
-
-Size = Any
-"""A number or a symbol."""
+from ecospa_fx.ir.pytrees import Tree
+from ecospa_fx.ir.schema import Size, Sizes
 
 
 class NotNumbers(Exception):
@@ -33,7 +31,7 @@ class ExampleValues:
 
     def __init__(self, sizes: Sizes) -> None:
         self.sizes = sizes
-        self._values: dict[fx.Node, Any] = {}
+        self._values: dict[fx.Node, Tree] = {}
 
     def renew(self, node: fx.Node) -> None:
         """Give a node the example value that follows from its inputs. Raises what its operator raises."""
@@ -46,7 +44,7 @@ class ExampleValues:
         else:
             self._values[node] = value
 
-    def _computed(self, node: fx.Node) -> Any:
+    def _computed(self, node: fx.Node) -> Tree:
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), self._of)
         kwargs = dict(kwargs)
         function: Any = node.target
@@ -58,14 +56,14 @@ class ExampleValues:
         except Exception as error:  # whatever it is, evaluating with symbols raises it again, or does not
             raise NotNumbers from error
 
-    def _of(self, node: fx.Node) -> Any:
+    def _of(self, node: fx.Node) -> Tree:
         if node not in self._values:
             if "val" not in node.meta:
                 raise NotNumbers
             self._values[node] = self._in_numbers(node.meta["val"])
         return self._values[node]
 
-    def _in_numbers(self, value: object) -> Any:
+    def _in_numbers(self, value: object) -> Tree:
         if isinstance(value, list | tuple):
             return type(value)(self._in_numbers(item) for item in value)
         if isinstance(value, Tensor):
@@ -79,7 +77,7 @@ class ExampleValues:
             return value
         raise NotNumbers
 
-    def _with_symbols(self, before: object, after: object) -> Any:
+    def _with_symbols(self, before: object, after: object) -> Tree:
         """A value in numbers with the symbols that the value before the change had in the same places."""
         if isinstance(after, list | tuple):
             if not isinstance(before, list | tuple) or len(before) != len(after):
@@ -124,7 +122,7 @@ class ExampleValues:
         return strides
 
 
-def _without_memory(value: object) -> Any:
+def _without_memory(value: object) -> Tree:
     """A value on the meta device: operators that make tensors of nothing put them elsewhere."""
     if isinstance(value, list | tuple):
         return type(value)(_without_memory(item) for item in value)

@@ -14,6 +14,7 @@ from ecospa_fx.ir.build import evaluate, inherit, layout
 from ecospa_fx.ir.linears import LinearUse, linear_uses
 from ecospa_fx.ir.program import Program
 from ecospa_fx.ir.provenance import module_of
+from ecospa_fx.ir.schema import Args
 from ecospa_fx.plan import Plan
 
 aten = torch.ops.aten
@@ -107,7 +108,7 @@ class _Edits:
         node.replace_all_uses_with(filled, delete_user_cb=lambda user: user is not padded)
         return filled
 
-    def _call(self, target: Callable[..., Any], args: tuple[Any, ...], like: fx.Node) -> fx.Node:
+    def _call(self, target: Callable[..., Any], args: Args, like: fx.Node) -> fx.Node:
         return inherit(self.program.graph.call_function(target, args), like)
 
 
