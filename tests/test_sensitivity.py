@@ -126,10 +126,10 @@ def straight(kept: Sequence[int]) -> Tensor:
 
 def test_a_curve_goes_through_what_was_measured_and_no_further() -> None:
     curves = Curves({FFN.name: ((9, 3.0), (6, 2.0), (3, 9.0))})
-    lost = curves.lost(FFN, range(12, 0, -1), straight)
+    lost = curves.rise(FFN, range(12, 0, -1), straight)
     want = [0, 1, 2, 3, 3, 3, 3, 5, 7, 9, torch.inf, torch.inf]  # it never falls
     assert lost.tolist() == pytest.approx(want)
-    assert Curves({FFN.name: ()}).lost(FFN, [12, 11], straight).tolist() == [0.0, torch.inf]
+    assert Curves({FFN.name: ()}).rise(FFN, [12, 11], straight).tolist() == [0.0, torch.inf]
 
 
 rises = st.lists(st.floats(0, 9), min_size=3, max_size=3)
