@@ -114,8 +114,8 @@ def looked_at(model: nn.Module) -> tuple[ExportedForm, PartialInterpreter, Coupl
 
 def pair(model: nn.Module, ratio: float) -> tuple[PartialInterpreter, PartialInterpreter]:
     """A program and what is left of it without some FFN units."""
-    program, _, _ = looked_at(model)
     example = (data(2)[0][0][0].repeat(2, 1),)
+    program, couplings = capture(model, example, {}, dynamic=True), eco.detect(model, example)
     dense = PartialInterpreter(program.frozen(), model, example, {})
-    shrink_program(program, eco.plan(eco.detect(model, example), ratio, kinds=["ffn"], scores="magnitude"))
+    shrink_program(program, eco.plan(couplings, ratio, kinds=["ffn"], scores="magnitude"))
     return dense, PartialInterpreter(program, model, example, {})

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+
+import ecospa_fx as eco
+from ecospa_fx.coupling.couplings import Couplings
 
 SIZES = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 TOKENS = {"vocab_size": 61, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 64}
@@ -37,3 +41,10 @@ def tiny(name: str, **options: Any) -> tuple[nn.Module, dict[str, Any]]:
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
     return model.double().eval(), cached
+
+
+@cache
+def couplings_of(name: str) -> Couplings:
+    """What is found in a model by its name; every call of `tiny` makes the same one."""
+    model, kwargs = tiny(name)
+    return eco.detect(model, (), kwargs)

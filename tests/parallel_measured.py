@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 
 import ecospa_fx as eco
 from ecospa_fx.errors import EcospaError
-from tests.parallel_training import DEVICE, main, write
+from tests.parallel_training import device, ended, write
 from tests.test_second_order_training import batches, ids, language, loss_of
 
 STEPS = 7
@@ -46,15 +46,15 @@ def outcome(folder: Path, rank: int, world: int, mode: str) -> str:
     schedule: Any = eco.AtStart() if begins else eco.Linear(start=2, end=4, every=2)
     scores = "gate-fisher" if mode == "start" else None
     sparse = eco.SparseTraining(
-        language().to(DEVICE), (ids(0).to(DEVICE),), target=0.4, schedule=schedule, scores=scores, wrap=wrap,
+        language().to(device()), (ids(0).to(device()),), target=0.4, schedule=schedule, scores=scores, wrap=wrap,
         round_to=1,  # by default it is what the device likes
-        batches=tree_map_only(Tensor, lambda t: t.to(DEVICE), batches()[rank::world]), loss=loss,
+        batches=tree_map_only(Tensor, lambda t: t.to(device()), batches()[rank::world]), loss=loss,
     )  # fmt: skip
     optimizer = torch.optim.AdamW(sparse.model.parameters(), lr=1e-2)
     sparse.attach(optimizer)
     try:
         for step in range(STEPS):
-            part = ids(step).chunk(world)[rank].to(DEVICE)
+            part = ids(step).chunk(world)[rank].to(device())
             torch.autograd.backward(loss_of(sparse.model(part), (part,), {}))
             sparse.step()
             optimizer.step()
@@ -65,5 +65,9 @@ def outcome(folder: Path, rank: int, world: int, mode: str) -> str:
     return ""
 
 
+def begin() -> None:
+    ended(outcome)
+
+
 if __name__ == "__main__":
-    main(outcome)
+    begin()

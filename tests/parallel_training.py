@@ -26,7 +26,10 @@ import ecospa_fx as eco
 from ecospa_fx.errors import TrainingError
 
 STEPS, BATCH = 9, 8
-DEVICE = os.environ.get("PARALLEL_DEVICE", "cpu")
+
+
+def device() -> str:
+    return os.environ.get("PARALLEL_DEVICE", "cpu")
 
 
 def sharded(module: nn.Module) -> nn.Module:
@@ -41,9 +44,9 @@ def sharded(module: nn.Module) -> nn.Module:
 def built(target: float, wrap: Any) -> tuple[eco.SparseTraining, torch.optim.Optimizer]:
     torch.manual_seed(0)
     first = nn.Sequential(nn.Linear(6, 40), nn.GELU(), nn.Linear(40, 6))
-    model = nn.Sequential(first, nn.Linear(6, 32), nn.GELU(), nn.Linear(32, 2)).double().to(DEVICE)
+    model = nn.Sequential(first, nn.Linear(6, 32), nn.GELU(), nn.Linear(32, 2)).double().to(device())
     sparse = eco.SparseTraining(
-        model, (torch.randn(4, 6, dtype=torch.float64, device=DEVICE),), target=target, wrap=wrap,
+        model, (torch.randn(4, 6, dtype=torch.float64, device=device()),), target=target, wrap=wrap,
         round_to=1,  # by default it is what the device likes
         schedule=eco.Linear(start=2, end=6, every=2),
     )  # fmt: skip
@@ -56,7 +59,7 @@ def train(sparse: eco.SparseTraining, optimizer: torch.optim.Optimizer, steps: r
     rank, world = place
     for step in steps:
         source = torch.Generator().manual_seed(step)
-        batch = torch.randn(BATCH, 6, generator=source, dtype=torch.float64).to(DEVICE)
+        batch = torch.randn(BATCH, 6, generator=source, dtype=torch.float64).to(device())
         torch.autograd.backward(sparse.model(batch.chunk(world)[rank]).square().mean())
         sparse.step()
         optimizer.step()
@@ -110,14 +113,14 @@ def write(path: Path, sparse: eco.SparseTraining, optimizer: torch.optim.Optimiz
     torch.save({"weights": weights, "optimizer": states, "sparse": sparse.state_dict()}, path)
 
 
-def main(outcome: Callable[[Path, int, int, str], str]) -> None:
+def ended(outcome: Callable[[Path, int, int, str], str]) -> None:
     """Ends without the interpreter's teardown: a thread of gloo that wants the GIL during it aborts the process."""
     folder, rank, world = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     torch.set_num_threads(1)
-    if DEVICE == "cuda":
+    if device() == "cuda":
         torch.cuda.set_device(rank)
     if world > 1:
-        backend = "nccl" if DEVICE == "cuda" else "gloo"
+        backend = "nccl" if device() == "cuda" else "gloo"
         dist.init_process_group(backend, init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=world)
     error = outcome(folder, rank, world, sys.argv[4] if len(sys.argv) > 4 else "")
     if world > 1:
@@ -128,5 +131,9 @@ def main(outcome: Callable[[Path, int, int, str], str]) -> None:
     os._exit(1 if error else 0)
 
 
+def begin() -> None:
+    ended(outcome)
+
+
 if __name__ == "__main__":
-    main(outcome)
+    begin()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import replace
+from functools import cache
 from typing import Any, Literal
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 import ecospa_fx as eco
 from ecospa_fx.budget import alignment
 from ecospa_fx.budget.alignment import preferred_multiple
+from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.coupling.types import Box, Coupling, Member
 from ecospa_fx.errors import PlanError, TrainingError
 from ecospa_fx.plan import Plan
@@ -31,6 +33,13 @@ def model(dtype: torch.dtype, **options: Any) -> tuple[nn.Module, dict[str, Any]
     return made.to(dtype), kwargs
 
 
+@cache
+def detected(dtype: torch.dtype) -> tuple[nn.Module, dict[str, Any], Couplings]:
+    """The model with what is found in it. No test changes it."""
+    made, kwargs = model(dtype)
+    return made, kwargs, eco.detect(made, (), kwargs)
+
+
 def steps(plan: Plan) -> dict[str, set[int]]:
     """By kind, what the kept numbers of couplings that lost anything are multiples of, up to 8."""
     found: dict[str, set[int]] = defaultdict(set)
@@ -45,8 +54,7 @@ def steps(plan: Plan) -> dict[str, set[int]]:
 )
 @pytest.mark.parametrize("uniform", [True, False])
 def test_units_of_every_width_make_whole_vectors(dtype: torch.dtype, step: int, uniform: bool) -> None:
-    made, kwargs = model(dtype)
-    couplings = eco.detect(made, (), kwargs)
+    made, kwargs, couplings = detected(dtype)
     parameters = dict(made.named_parameters())
     wanted = {"ffn": step, "vo": step, "qk": max(step // 2, 1), "heads": 1}  # one of qk is a rotary pair
     assert {c.kind: preferred_multiple(c, parameters) for c in couplings.offered} == wanted
@@ -59,29 +67,29 @@ def test_units_of_every_width_make_whole_vectors(dtype: torch.dtype, step: int, 
 
 
 def test_a_number_of_ones_own_is_kept_to_and_plans_are_as_before() -> None:
-    made, kwargs = model(torch.bfloat16)
-    couplings = eco.detect(made, (), kwargs)
+    _, _, couplings = detected(torch.bfloat16)
     assert eco.plan(couplings, 0.4, scores="magnitude") == eco.plan(couplings, 0.4, round_to=1, scores="magnitude")
     assert 1 in steps(eco.plan(couplings, 0.4, scores="magnitude"))["ffn"]
     assert steps(eco.plan(couplings, 0.4, round_to=2, kinds=["qk"], floor=0, scores="magnitude"))["qk"] <= {2, 4, 8}
 
 
 def test_a_device_that_likes_any_width(monkeypatch: pytest.MonkeyPatch) -> None:
-    made, kwargs = model(torch.bfloat16)
-    couplings = eco.detect(made, (), kwargs)
+    _, _, couplings = detected(torch.bfloat16)
     monkeypatch.delitem(alignment.LIKED, "cpu")
     assert eco.plan(couplings, 0.4, round_to=None, scores="magnitude") == eco.plan(couplings, 0.4, scores="magnitude")
 
 
 @pytest.mark.parametrize("allocation", ["global", "uniform"])
 def test_training_keeps_widths_that_the_device_likes(allocation: Literal["global", "uniform"]) -> None:
-    made, kwargs = model(torch.float32)
+    made, kwargs = model(torch.float32, num_hidden_layers=1)
     optimizer = torch.optim.SGD(made.parameters(), lr=1e-3)
     sparse = eco.SparseTraining(
         made, (), kwargs, optimizer=optimizer, target=0.45, schedule=eco.Constant(every=1, part=0.5), window=1,
         allocation=allocation,
     )  # fmt: skip
-    halved = dict(model(torch.bfloat16)[0].named_parameters())  # such are the products under autocast
+    halved = dict(
+        model(torch.bfloat16, num_hidden_layers=1)[0].named_parameters()
+    )  # such are the products under autocast
     wanted = {c.name: preferred_multiple(c, halved) for c in sparse.couplings.offered}
     for _ in range(2):
         torch.autograd.backward(sparse.model(**kwargs).logits.square().mean())

@@ -112,7 +112,7 @@ def reached(couplings: Couplings, wanted: dict[str, Any]) -> Plan | None:
         return None
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(options)
 def test_widths_ratio_and_determinism(wanted: dict[str, Any]) -> None:
     made = reached(COUPLINGS, wanted)

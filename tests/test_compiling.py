@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import ecospa_fx as eco
-from tests.hugging import tiny
+from tests.hugging import couplings_of, tiny
 from tests.inplace import half, largest, masked_twin, plan_of
 
 
@@ -94,7 +94,7 @@ def test_an_optimizer_trains_the_dense_parameters() -> None:
 def test_models_of_transformers(name: str) -> None:
     torch._dynamo.reset()
     model, kwargs = tiny(name)
-    plan = eco.plan(eco.detect(model, (), kwargs), ratio=0.5, scores="random")
+    plan = eco.plan(couplings_of(name), ratio=0.5, scores="random")
     twin = masked_twin(model, plan)
     run = compiled(model, eco.backend(plan, compiler="aot_eager"), fullgraph=True)
     with torch.no_grad():

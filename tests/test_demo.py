@@ -120,6 +120,7 @@ def test_too_many_windows_are_refused() -> None:
     ("method", "error", "status", "verdict"),
     [("second-order", None, 0, "(exact)"), ("magnitude", 1e-6, 1, "NOT EXACT")],
 )
+@pytest.mark.usefixtures("shallow")
 def test_the_demonstration(
     method: str,
     error: float | None,

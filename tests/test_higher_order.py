@@ -34,15 +34,14 @@ class Beside(nn.Module):
 
 
 def proven(something: nn.Module) -> tuple[str, Couplings]:
-    """What is offered, by two random plans that are exact, and all couplings."""
+    """What is offered, by a random plan that is exact, and all couplings."""
     torch.manual_seed(0)
     model = Beside(something).double().requires_grad_(False)
     for parameter in model.parameters():
         nn.init.normal_(parameter)
     couplings = eco.detect(model, (X,))
-    for seed in range(2):
-        plan = eco.plan(couplings, ratio=0.5, scores="random", seed=seed)
-        assert masked_error(model, eco.shrink(model, plan, (X,)), plan, (X,)) <= 1e-9
+    plan = eco.plan(couplings, ratio=0.5, scores="random")
+    assert masked_error(model, eco.shrink(model, plan, (X,)), plan, (X,)) <= 1e-9
     return ", ".join(sorted(f"{c.kind} {c.size}×{c.carriers}" for c in couplings.offered)), couplings
 
 

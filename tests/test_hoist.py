@@ -135,10 +135,11 @@ def test_multihead_attention(batch_first: bool) -> None:
             return result
 
     model, args = Self().double().train(), (torch.randn(2, 5, 8).double(),)
-    found = sizes(eco.detect(model, args))
+    couplings = eco.detect(model, args)
+    found = sizes(couplings)
     assert {k: found[k] for k in ("qk", "vo")} == {"qk": (4, HEADS), "vo": (4, HEADS)}
     for kinds in (["qk"], ["vo"], ["qk", "vo"]):
-        assert shrunk(model, args, kinds) <= 1e-9
+        assert shrunk(model, args, kinds, couplings=couplings) <= 1e-9
 
 
 def test_a_gate_inside_every_head_is_apart_from_its_value() -> None:

@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import ecospa_fx as eco
 from ecospa_fx.errors import PlanError
 from ecospa_fx.verify import masked
-from tests.hugging import tiny
+from tests.hugging import couplings_of, tiny
 from tests.inplace import assert_loaded, assert_same, half, largest, masked_twin, plan_of, state, uneven
 
 # -- transformers ------------------------------------------------------------------------------------------------
@@ -24,7 +24,7 @@ from tests.inplace import assert_loaded, assert_same, half, largest, masked_twin
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit"])
 def test_models_of_transformers(name: str) -> None:
     model, kwargs = tiny(name)
-    plan = plan_of(eco.detect(model, (), kwargs), ["ffn", "heads"], uneven)
+    plan = plan_of(couplings_of(name), ["ffn", "heads"], uneven)
     twin = masked_twin(model, plan)
     eco.shrink_(model, plan, (), kwargs)
     with torch.no_grad():
@@ -47,7 +47,7 @@ def test_models_of_transformers(name: str) -> None:
 @pytest.mark.parametrize("name", ["gpt2", "bert", "vit"])
 def test_head_dimensions_that_an_attribute_carries(name: str) -> None:
     model, kwargs = tiny(name)
-    plan = plan_of(eco.detect(model, (), kwargs), ["qk", "vo"], half)
+    plan = plan_of(couplings_of(name), ["qk", "vo"], half)
     with masked(model, plan), torch.no_grad():
         want = model(**kwargs).logits
     eco.shrink_(model, plan, (), kwargs)
@@ -58,7 +58,7 @@ def test_head_dimensions_that_an_attribute_carries(name: str) -> None:
 def test_head_dimensions_of_other_widths_than_their_keys_are_refused() -> None:
     model, kwargs = tiny("gpt2")
     before = state(model)
-    plan = plan_of(eco.detect(model, (), kwargs), ["vo"], half)
+    plan = plan_of(couplings_of("gpt2"), ["vo"], half)
     with pytest.raises(PlanError, match=r"'transformer\.h\.0\.attn\.vo'"):
         eco.shrink_(model, plan, (), kwargs)
     assert_same(model, before)
@@ -120,7 +120,7 @@ def test_tables_that_all_layers_share_are_cut_where_all_keep_the_same_pairs(inte
 
 def test_rotary_head_dimensions_of_a_llama(tmp_path: Path) -> None:
     model, kwargs = tiny("llama")
-    couplings = eco.detect(model, (), kwargs)
+    couplings = couplings_of("llama")
     plan = eco.plan(couplings, 0.4, expressible_in="module", kinds=["qk", "vo", "ffn"], floor=0, scores="magnitude")
     twin: Any = masked_twin(model, plan)
     own: Any = eco.shrink_(model, plan, (), kwargs)
@@ -147,7 +147,7 @@ def test_other_pairs_in_each_layer_cannot_share_a_table() -> None:
     model, kwargs = tiny("llama")
     before = state(model)
     with pytest.raises(PlanError, match="cannot be written back into the module"):
-        eco.shrink_(model, plan_of(eco.detect(model, (), kwargs), ["qk", "vo"], half), (), kwargs)
+        eco.shrink_(model, plan_of(couplings_of("llama"), ["qk", "vo"], half), (), kwargs)
     assert_same(model, before)
 
 
@@ -159,7 +159,7 @@ def test_other_pairs_in_each_layer_cannot_share_a_table() -> None:
 )
 def test_plans_stay_within_what_the_code_carries(name: str, kinds: set[str]) -> None:
     model, kwargs = tiny(name)
-    plan = eco.plan(eco.detect(model, (), kwargs), ratio=0.4, expressible_in="module", floor=0, scores="magnitude")
+    plan = eco.plan(couplings_of(name), ratio=0.4, expressible_in="module", floor=0, scores="magnitude")
     assert {s.kind for s in plan} == kinds
     assert 0.35 < plan.removed_parameters / plan.coupled_parameters < 0.45
     assert len({s.kept for s in plan if s.kind == "ffn"}) == 2
@@ -200,9 +200,7 @@ def test_standard_checkpoints(name: str, tmp_path: Path) -> None:
     model, kwargs = tiny(name)
     dense = copy.deepcopy(model)
     own: Any = model
-    plan = eco.plan(
-        eco.detect(model, (), kwargs), ratio=0.4, expressible_in="module", uniform=True, floor=0, scores="magnitude"
-    )
+    plan = eco.plan(couplings_of(name), ratio=0.4, expressible_in="module", uniform=True, floor=0, scores="magnitude")
     eco.shrink_(model, plan, (), kwargs)
     own.save_pretrained(tmp_path)
     assert "ecospa" not in "".join(path.read_text(errors="ignore") for path in tmp_path.glob("*.json"))
@@ -223,7 +221,7 @@ def test_numbers_of_heads_are_those_that_the_configuration_takes() -> None:
     options = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 6, "head_dim": 8}
     model, kwargs = tiny("llama", **options)
     couplings = eco.detect(model, (), kwargs)
-    for ratio in (0.2, 0.35, 0.5):
+    for ratio in (0.2, 0.5):
         plan = eco.plan(
             couplings,
             ratio,
@@ -243,7 +241,7 @@ def test_widths_of_their_own_leave_the_configuration_alone() -> None:
     model, kwargs = tiny("llama")
     config: Any = model.config
     before = config.to_dict()
-    eco.shrink_(model, plan_of(eco.detect(model, (), kwargs), ["ffn"], uneven), (), kwargs)
+    eco.shrink_(model, plan_of(couplings_of("llama"), ["ffn"], uneven), (), kwargs)
     assert config.to_dict() == before
 
 
@@ -278,7 +276,7 @@ def test_a_configuration_that_cannot_follow_is_named(kind: str, field: str) -> N
     model, kwargs = tiny("llama")
     if kind == "ffn":
         field = "intermediate_size = 112"
-    plan = plan_of(eco.detect(model, (), kwargs), [kind], lambda c, i: c.size // 2 if i else c.size)
+    plan = plan_of(couplings_of("llama"), [kind], lambda c, i: c.size // 2 if i else c.size)
     with pytest.warns(
         UserWarning, match=rf"^config\.{field}\b.* cannot say .*LlamaForCausalLM .*ecospa_fx\.save"
     ) as told:
@@ -289,5 +287,5 @@ def test_a_configuration_that_cannot_follow_is_named(kind: str, field: str) -> N
 
 def test_a_configuration_that_follows_is_not_named(recwarn: pytest.WarningsRecorder) -> None:
     model, kwargs = tiny("llama")
-    eco.shrink_(model, plan_of(eco.detect(model, (), kwargs), ["ffn"], half), (), kwargs)
+    eco.shrink_(model, plan_of(couplings_of("llama"), ["ffn"], half), (), kwargs)
     assert not [one for one in recwarn if "cannot say" in str(one.message)]

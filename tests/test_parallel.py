@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -14,9 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests import processes
 from tests.test_resume import assert_equal
-
-ROOT = Path(__file__).parents[1]
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
 
@@ -29,17 +25,8 @@ def together(
 ) -> list[tuple[int, str]]:
     """Run all processes; the exit code and the error output of each. On GPUs, the backend is NCCL."""
     folder.mkdir()
-    command = [sys.executable, "-W", "ignore", "-m", f"tests.{script}", str(folder)]
-    environment = {**os.environ, "PARALLEL_DEVICE": device}
-    running = [
-        subprocess.Popen(
-            [*command, str(rank), str(world), *arguments],
-            stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment,
-        )
-        for rank in range(world)
-    ]  # fmt: skip
-    errors = [process.communicate(timeout=300)[1] for process in running]
-    return [(process.returncode, error) for process, error in zip(running, errors, strict=True)]
+    ranks = [[str(folder), str(rank), str(world), *arguments] for rank in range(world)]
+    return processes.together(folder, f"tests.{script}", ranks, device)
 
 
 def result(folder: Path, rank: int) -> dict[str, Any]:

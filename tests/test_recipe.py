@@ -35,7 +35,9 @@ def test_couplings_that_are_known_are_taken_and_those_of_another_model_refused(t
             eco.compress(trained, batches[0][0], couplings=couplings, method=method, allow="cache", **options)
 
 
-@pytest.mark.parametrize("options", [{}, {"distillation": 0}, {"basis": False, "gates": False}])
+@pytest.mark.parametrize(
+    "options", [{"distillation": 32}, {"distillation": 0}, {"basis": False, "gates": False, "distillation": 0}]
+)
 def test_what_does_nothing_goes_first_and_costs_nothing(options: dict[str, Any]) -> None:
     """Dead units: after their removal the loss is the dense one's."""
     model = learnt(Tokens(bias=True))
@@ -55,7 +57,7 @@ def test_it_beats_removal_alone_and_more_costs_more(shape: dict[str, Any]) -> No
     batches, losses = data(), [mean_loss(model, data())]
     options: dict[str, Any] = {"batches": batches, "loss": loss_of, "couplings": eco.detect(model, batches[0][0])}
     for ratio in (0.25, 0.5):
-        small = eco.compress(model, batches[0][0], ratio=ratio, **options)
+        small = eco.compress(model, batches[0][0], ratio=ratio, distillation=64, **options)
         bare = eco.compress(model, batches[0][0], ratio=ratio, method="gate-fisher", **options)
         assert mean_loss(small, batches) < mean_loss(bare, batches)
         losses.append(mean_loss(small, batches))

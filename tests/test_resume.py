@@ -6,8 +6,6 @@ import copy
 import io
 import random
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +14,17 @@ import torch
 
 import ecospa_fx as eco
 from ecospa_fx.errors import TrainingError
+from tests.processes import together
 from tests.test_sparse import adamw, mlp, sparse_mlp, train
 
-ROOT = Path(__file__).parents[1]
 STEPS = 14
 
 
-def started(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    """The script, from the root of the checkout, so that it imports this one, installed or not."""
-    command = [sys.executable, "-W", "ignore", "-m", "tests.killed_training", str(folder), *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-
-
-def run_until(folder: Path, last: int, *arguments: str) -> int:
-    """Run until a step is done, where the process waits to be killed. Returns its exit code."""
-    process = started(folder, *arguments, str(last))
-    assert process.stdout is not None
-    for line in process.stdout:
-        if int(line) >= last:
-            process.send_signal(signal.SIGKILL)
-            break
-    process.stdout.close()
-    return process.wait()
+def run(folder: Path, *numbers: int) -> int:
+    """One process that trains, from its checkpoint if there is one. Returns its exit code."""
+    ((code, error),) = together(folder, "tests.killed_training", [[str(folder), *map(str, numbers)]])
+    assert not error
+    return code
 
 
 def checkpoint(folder: Path) -> dict[str, Any]:
@@ -66,15 +53,15 @@ def test_a_killed_run_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
     folders = [tmp_path / name for name in ("undisturbed", "killed")]
     for folder in folders:
         folder.mkdir()
-    assert started(folders[0]).wait() == 0
+    assert run(folders[0]) == 0
     source = random.Random(0)
-    assert run_until(folders[1], source.randint(1, 4), "5") == -signal.SIGKILL
+    assert run(folders[1], 5, source.randint(1, 4)) == -signal.SIGKILL
     assert checkpoint(folders[1])["sparse"]["step"] < 5
-    assert run_until(folders[1], STEPS, "5") == -signal.SIGKILL  # by itself, between two parameters of a shrink
+    assert run(folders[1], 5, STEPS) == -signal.SIGKILL  # by itself, between two parameters of a shrink
     assert (folders[1] / "killed").exists()
     assert checkpoint(folders[1])["sparse"]["step"] == 4
-    assert run_until(folders[1], source.randint(7, 11), "5") == -signal.SIGKILL
-    assert started(folders[1]).wait() == 0
+    assert run(folders[1], 5, source.randint(7, 11)) == -signal.SIGKILL
+    assert run(folders[1]) == 0
     undisturbed, killed = (checkpoint(folder) for folder in folders)
     assert undisturbed["sparse"]["step"] == STEPS
     assert len(undisturbed["sparse"]["history"]) == 5

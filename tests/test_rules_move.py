@@ -265,7 +265,7 @@ def regroupings(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return shape(), shape()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(regroupings(), st.integers(0, 3))
 def test_any_reshape(shapes: tuple[tuple[int, ...], tuple[int, ...]], seed: int) -> None:
     old, new = shapes
@@ -274,7 +274,7 @@ def test_any_reshape(shapes: tuple[tuple[int, ...], tuple[int, ...]], seed: int)
     check_rule(lambda a: (2 * a.reshape(new)).reshape(old) + a, [tagged(*old)], masked=False, seed=seed)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.integers(0, 11), st.integers(1, 12), st.integers(1, 4), st.sampled_from([(12,), (3, 4), (2, 6), (2, 2, 3)]))
 def test_any_slice(start: int, length: int, step: int, parts: tuple[int, ...]) -> None:
     stop = min(12, start + length)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,7 @@ def example() -> tuple[tuple[Tensor], dict[str, float]]:
     return (torch.randn(2, HIDDEN, generator=torch.Generator().manual_seed(1)),), {"factor": 2.0}
 
 
+@cache
 def shrunk(seed: int = 0) -> tuple[Mlp, nn.Module, Plan]:
     """A model whose buffers a fresh one would not have, and its smaller form, which knows where it came from."""
     torch.manual_seed(seed)
@@ -312,7 +314,7 @@ def hugging_face(tmp_path: Path) -> tuple[Path, nn.Module, dict[str, object]]:
     torch.manual_seed(0)
     sizes = {"hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = transformers.LlamaConfig(
-        num_hidden_layers=2, vocab_size=64, tie_word_embeddings=True, attn_implementation="eager", **sizes
+        num_hidden_layers=1, vocab_size=64, tie_word_embeddings=True, attn_implementation="eager", **sizes
     )
     model = transformers.LlamaForCausalLM(config).eval()
     kwargs: dict[str, object] = {"input_ids": torch.arange(24).view(2, 12), "use_cache": False}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from ecospa_fx.errors import StorageError
 from ecospa_fx.origin import origin_of
 from ecospa_fx.plan import Plan
 from ecospa_fx.storage.models import load, save
-from tests.hugging import tiny
+from tests.hugging import couplings_of, tiny
 from tests.inplace import assert_loaded, kept, plan_of, uneven
 from tests.test_beyond import write_rows
 from tests.test_inplace import HIDDEN as WIDTH
@@ -29,6 +30,14 @@ def edited(folder: Path) -> tuple[nn.Module, Plan]:
     plan = plan_of(eco.detect(model, args), ["ffn", "heads"], uneven)
     save(eco.shrink_(model, plan, args), folder)
     return model, plan
+
+
+@pytest.fixture(scope="module")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where such a module is saved."""
+    folder = tmp_path_factory.mktemp("edited") / "own"
+    edited(folder)
+    return folder
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -63,8 +72,10 @@ def test_a_module_edited_in_place_comes_back_as_its_own_class(tmp_path: Path, de
         ([["layers.0", [], "heads", None, -1]], "has no integer at"),
     ],
 )
-def test_only_integers_are_written_and_only_over_integers(tmp_path: Path, integers: object, sentence: str) -> None:
-    edited(tmp_path / "own")
+def test_only_integers_are_written_and_only_over_integers(
+    once: Path, tmp_path: Path, integers: object, sentence: str
+) -> None:
+    shutil.copytree(once, tmp_path / "own")
     forge(tmp_path / "own", integers=integers)
     with pytest.raises(StorageError, match=sentence):
         load(tmp_path / "own", model=Model)
@@ -72,7 +83,7 @@ def test_only_integers_are_written_and_only_over_integers(tmp_path: Path, intege
 
 def test_an_edited_transformers_model_generates_after_loading(tmp_path: Path) -> None:
     model, kwargs = tiny("llama")
-    own: Any = eco.shrink_(model, plan_of(eco.detect(model, (), kwargs), ["ffn", "heads"], uneven), (), kwargs)
+    own: Any = eco.shrink_(model, plan_of(couplings_of("llama"), ["ffn", "heads"], uneven), (), kwargs)
     save(own, tmp_path / "own")
     back: Any = load(tmp_path / "own")
     assert type(back) is type(own)

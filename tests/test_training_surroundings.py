@@ -193,9 +193,9 @@ def test_compress_with_fewer_samples_than_units() -> None:
             y: Tensor = self.head((x + self.body(x)).mean(1))
             return y
 
-    for seed in range(5):
+    for seed in range(2):
         torch.manual_seed(seed)
         model, x = Pooled(), torch.randn(4, 6, 16)
         for rows in (x, torch.zeros_like(x), x[:1]):
-            small = eco.compress(model, (x,), ratio=0.5, batches=[((rows,), {})], loss=square)
+            small = eco.compress(model, (x,), ratio=0.5, batches=[((rows,), {})], loss=square, distillation=16)
             assert small(x).isfinite().all()

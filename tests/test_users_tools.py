@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import ecospa_fx as eco
-from tests.hugging import tiny
+from tests.hugging import couplings_of, tiny
 from tests.inplace import assert_loaded, half, largest, masked_twin, plan_of, uneven
 
 transformers = pytest.importorskip("transformers")
@@ -21,8 +22,13 @@ TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
 
 def edited(name: str = "llama", count: Any = uneven) -> tuple[Any, Any, dict[str, Any]]:
     """A model with fewer FFN units and KV groups, and its dense twin with the same units masked."""
+    return copy.deepcopy(_edited(name, count))
+
+
+@cache
+def _edited(name: str, count: Any) -> tuple[Any, Any, dict[str, Any]]:
     model, kwargs = tiny(name)
-    plan = plan_of(eco.detect(model, (), kwargs), ["ffn", "heads"], count)
+    plan = plan_of(couplings_of(name), ["ffn", "heads"], count)
     twin = masked_twin(model, plan)
     return eco.shrink_(model, plan, (), kwargs), twin, kwargs
 
