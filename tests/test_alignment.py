@@ -49,6 +49,7 @@ def steps(plan: Plan) -> dict[str, set[int]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "step"), [(torch.bfloat16, 8), (torch.float32, 4), (torch.float64, 2)], ids=["2", "4", "8 bytes"]
 )
@@ -79,6 +80,7 @@ def test_a_device_that_likes_any_width(monkeypatch: pytest.MonkeyPatch) -> None:
     assert eco.plan(couplings, 0.4, round_to=None, scores="magnitude") == eco.plan(couplings, 0.4, scores="magnitude")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("allocation", ["global", "uniform"])
 def test_training_keeps_widths_that_the_device_likes(allocation: Literal["global", "uniform"]) -> None:
     made, kwargs = model(torch.float32, num_hidden_layers=1)
@@ -130,6 +132,7 @@ def test_what_has_fewer_units_stays_whole_and_the_refusal_says_why() -> None:
     assert eco.plan(couplings, 0.5, round_to=1, scores="magnitude").selections[0].kept == 4
 
 
+@pytest.mark.slow
 def test_couplings_in_step_are_aligned_each() -> None:
     made, kwargs = tiny("gpt2", n_embd=64, n_head=2)
     couplings = eco.detect(made.bfloat16(), (), kwargs)

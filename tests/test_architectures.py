@@ -107,6 +107,7 @@ SHAPES: dict[Callable[[], Any], Counter[tuple[str, int, int]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", SHAPES, ids=lambda make: make.__name__)
 def test_what_is_found_and_that_it_is_exact(make: Callable[[], tuple[nn.Module, Callable[[int], Inputs]]]) -> None:
     torch.manual_seed(0)
@@ -143,6 +144,7 @@ def llava() -> tuple[nn.Module, Callable[[int], Inputs]]:
     return transformers.LlavaForConditionalGeneration(config), inputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [bert, llava], ids=lambda make: make.__name__)
 def test_recorded_hidden_states_are_as_many_in_a_model_that_was_looked_at(
     make: Callable[[], tuple[nn.Module, Callable[[int], Inputs]]],
@@ -173,6 +175,7 @@ def test_query_heads_of_one_key_are_reached_by_their_kind() -> None:
     assert all(len(c.contains) == 2 for c in couplings.offered if c.kind == "heads")
 
 
+@pytest.mark.slow
 def test_tied_weights_stay_tied_and_names_stay() -> None:
     model, inputs = llama()
     plan = eco.plan(eco.detect(model, *inputs(2)), 0.5, scores="magnitude")

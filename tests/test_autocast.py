@@ -35,6 +35,7 @@ def kept(model: nn.Module, x: Tensor) -> nn.Module:
     return eco.shrink(model, Plan((), tuple(parameter_shapes(model).items())), (x,))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gradients", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_region_computes_in_the_types_that_it_had(gradients: bool, dtype: torch.dtype) -> None:

@@ -70,6 +70,7 @@ def write_copied(cache: Tensor, at: Tensor, new: Tensor) -> None:
     cache.index_copy_(2, at, new)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("write", [write_rows, write_slice, write_shifted, write_copied])
 def test_a_cache_in_buffers_shrinks_with_the_pair(write: Callable[[Tensor, Tensor, Tensor], Any]) -> None:
     torch.manual_seed(0)
@@ -84,6 +85,7 @@ def test_a_cache_in_buffers_shrinks_with_the_pair(write: Callable[[Tensor, Tenso
     assert tuple(model.keys.shape) == (2, GROUPS, 5, WIDTH)
 
 
+@pytest.mark.slow
 def test_a_cache_that_is_an_input_keeps_its_width() -> None:
     class Given(Cached):
         def forward(self, x: Tensor, at: Tensor, keys: Tensor, values: Tensor) -> Any:  # type: ignore[override]
@@ -115,6 +117,7 @@ class Universal(nn.Module):
         return x
 
 
+@pytest.mark.slow
 def test_a_layer_called_three_times_has_one_set_of_parameters() -> None:
     model, args = Universal().double(), (noise(2, 3, HIDDEN),)
     assert offers(model, args) == "ffn 8×1, heads 2×1, qk 6×2, vo 6×2"
@@ -325,6 +328,7 @@ class Tabled(nn.Module):
         return x
 
 
+@pytest.mark.slow
 def test_a_parameter_that_only_multiplies_what_many_weights_made_ties_nothing_together() -> None:
     torch.manual_seed(0)
     model, args = Tabled().double(), (noise(2, 5, HIDDEN),)

@@ -112,6 +112,7 @@ def reached(couplings: Couplings, wanted: dict[str, Any]) -> Plan | None:
         return None
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(options)
 def test_widths_ratio_and_determinism(wanted: dict[str, Any]) -> None:
@@ -138,6 +139,7 @@ def widest_rung(made: Plan, wanted: dict[str, Any]) -> float:
     return max(steps.values()) + 1e-6
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(options, st.floats(0.01, 0.99))
 def test_a_larger_ratio_removes_more_of_the_same(wanted: dict[str, Any], other: float) -> None:
@@ -158,6 +160,7 @@ def test_uniform_keeps_equal_widths_in_equal_couplings(wanted: dict[str, Any]) -
     assert all(len(w) == 1 for w in widths.values())
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None)
 @given(options)
 def test_ragged_carriers_go_at_their_own_pace(wanted: dict[str, Any]) -> None:
@@ -249,6 +252,7 @@ def test_nothing_offered_makes_no_plan() -> None:
             plan(Couplings(offered, MODEL), 0.5, "magnitude")
 
 
+@pytest.mark.slow
 def test_a_hundred_wide_layers_take_seconds() -> None:
     with torch.device("meta"):
         layers = [nn.Sequential(nn.Linear(64, 28_672), nn.Linear(28_672, 64)) for _ in range(100)]

@@ -90,6 +90,7 @@ def halved(model: nn.Module, args: Any, kwargs: Mapping[str, Any], **options: An
 # -- the call stays the same ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_caches_go_in_and_come_out_as_they_did(kind: str) -> None:
     model = language_model(kind)
@@ -107,6 +108,7 @@ def test_caches_go_in_and_come_out_as_they_did(kind: str) -> None:
     assert fresh.get_seq_length() == 5  # the last call filled it; tracing did not
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_graph_reads_the_prompt_and_decodes(kind: str) -> None:
     model = language_model(kind, layers=2)
@@ -156,6 +158,7 @@ def memory() -> Memory:
     return Memory(noise(2, GROUPS, 4, WIDTH), noise(2, GROUPS, 4, WIDTH, seed=1))
 
 
+@pytest.mark.slow
 def test_an_object_of_the_callers_own_is_grown_in_place() -> None:
     model, example = Remembering().double(), memory()
     small, plan = halved(model, (noise(2, 3, HIDDEN), example), {})
@@ -184,6 +187,7 @@ def test_an_object_in_another_state_is_refused_with_what_differs() -> None:
 # -- caches that shrink --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_returned_keys_block_and_say_which_option_lifts_it() -> None:
     couplings = eco.detect(language_model("llama"), (tokens(5),), {"use_cache": True})
     messages = {
@@ -196,6 +200,7 @@ def test_returned_keys_block_and_say_which_option_lifts_it() -> None:
         eco.shrink(language_model("llama"), plan, (tokens(5),), {"use_cache": True})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("which", ["none", "fresh", "filled", "static"])
 def test_allowed_the_caches_shrink_with_the_pair(kind: str, which: str) -> None:
@@ -214,6 +219,7 @@ def test_allowed_the_caches_shrink_with_the_pair(kind: str, which: str) -> None:
     assert masked_error(model, small, plan, args, kwargs) <= 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_smaller_model_decodes_with_its_own_caches(kind: str) -> None:
     model = language_model(kind)
@@ -234,6 +240,7 @@ def test_a_smaller_model_decodes_with_its_own_caches(kind: str) -> None:
     assert torch.equal(mine.layers[0].keys, own.layers[0].keys)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", [filled_cache, static_cache])
 def test_a_dense_cache_is_cut_on_its_way_in(which: Callable[[Any], Any]) -> None:
     model = language_model("gpt2")
@@ -249,6 +256,7 @@ def test_a_dense_cache_is_cut_on_its_way_in(which: Callable[[Any], Any]) -> None
     assert mine.get_seq_length() == its.get_seq_length() == 8
 
 
+@pytest.mark.slow
 def test_a_dense_tensor_that_is_written_into_is_refused_with_what_cuts_it() -> None:
     model = Stateful(GROWING["in place"]).double()
     args = (noise(2, 1, HIDDEN), noise(1, WIDTH), noise(2, GROUPS, 4, WIDTH), noise(2, GROUPS, 4, WIDTH, seed=1))
@@ -293,6 +301,7 @@ GROWING = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grow", GROWING)
 def test_tensors_that_hold_a_cache_shrink_and_others_do_not(grow: str) -> None:
     torch.manual_seed(0)

@@ -117,6 +117,7 @@ def test_a_batch_of_one_that_is_looped_over_stays_one() -> None:
         assert masked_error(model, small, plan, (call,)) < 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 2])
 def test_lengths_stay_free_where_batches_are_the_same_by_use_alone(batch: int) -> None:
     """torch gives the two batches a symbol each, and does not see that their products are the same."""
@@ -132,6 +133,7 @@ def test_lengths_stay_free_where_batches_are_the_same_by_use_alone(batch: int) -
         assert masked_error(model, small, plan, other) < 1e-9
 
 
+@pytest.mark.slow
 def test_padding_is_compared_as_it_is_traced() -> None:
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 24, batch_first=True), 1).double().eval()
     padding = torch.zeros(2, 6, dtype=torch.bool)

@@ -234,6 +234,7 @@ def test_budgets_count_what_may_go(budget: str, tmp_path: Any, monkeypatch: pyte
     assert sum(20 - k for k in widths.values()) / 60 == pytest.approx(0.3, abs=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("uniform", [False, True])
 def test_what_a_module_can_carry_keeps_to_limits(uniform: bool) -> None:
     options: dict[str, Any] = {"expressible_in": "module", "uniform": uniform, "limits": {"layers.1": 0.25}}
@@ -254,6 +255,7 @@ def test_what_a_module_can_carry_keeps_to_limits(uniform: bool) -> None:
 # -- selections ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_selection_is_taken_by_every_verb() -> None:
     some = COUPLINGS.select(names="layers.[12].ffn")
     assert isinstance(some, Couplings)

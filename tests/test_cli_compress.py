@@ -25,6 +25,7 @@ tokenizers = pytest.importorskip("tokenizers")
 QK, FFN = "model.layers.0.self_attn.qk", "model.layers.1.mlp.ffn"
 
 
+@pytest.mark.slow
 def test_compress_does_what_it_prints(folder: Path, tmp_path: Path, capsys: Capture) -> None:
     output = tmp_path / "small"
     tokenizer = str(folder / "tokenizer.json")
@@ -55,6 +56,7 @@ def test_compress_does_what_it_prints(folder: Path, tmp_path: Path, capsys: Capt
     assert "was compressed already: compress the original" in refused(capsys, [*again, "--tokenizer", tokenizer])
 
 
+@pytest.mark.slow
 def test_compress_reads_xz_finds_the_tokenizer_and_takes_a_second_text(
     folder: Path, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -82,6 +84,7 @@ def test_compress_takes_a_function_that_reads_bytes(
     assert not (tmp_path / "small" / "config.json").exists()
 
 
+@pytest.mark.slow
 def test_compress_says_what_is_inexact_and_checks_the_rest(
     folder: Path, tmp_path: Path, factories: str, capsys: Capture
 ) -> None:
@@ -94,6 +97,7 @@ def test_compress_says_what_is_inexact_and_checks_the_rest(
     assert "without 1 inexact couplings (--allow renormalise)" in printed
 
 
+@pytest.mark.slow
 def test_compress_leaves_modules_out_and_keeps_to_limits(folder: Path, tmp_path: Path) -> None:
     tokenizer = str(folder / "tokenizer.json")
     arguments = compress_arguments(folder, tmp_path / "small", "--tokenizer", tokenizer, "--length", "16")
@@ -209,6 +213,7 @@ def test_only_causal_language_models_with_weights_are_measured(folder: Path, tmp
     assert "BertModel is no causal language model" in refused(capsys, arguments)
 
 
+@pytest.mark.slow
 def test_an_inexact_result_is_not_saved(
     folder: Path, tmp_path: Path, factories: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:

@@ -133,6 +133,7 @@ def test_where_a_norm_runs_over_what_is_kept_its_real_outputs_count() -> None:
     assert costs[0] == costs[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", [False, True])
 def test_compress_solves_at_once_or_in_turn(side: bool) -> None:
     model, batches = Layers(bias=True, side=side).eval(), data(torch.float32)

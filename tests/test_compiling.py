@@ -42,6 +42,7 @@ def compiled(model: nn.Module, backend: Any, **options: Any) -> Any:
     return torch.compile(model, backend=backend, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])
 def test_the_compiled_model_equals_the_masked_one(compiler: str) -> None:
     model, plan, twin, x = pair()
@@ -90,6 +91,7 @@ def test_an_optimizer_trains_the_dense_parameters() -> None:
         assert largest(run(x), twin(x)) < 1e-12  # the copies are made anew
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "vit"])
 def test_models_of_transformers(name: str) -> None:
     torch._dynamo.reset()

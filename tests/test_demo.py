@@ -76,6 +76,7 @@ def test_attention_is_causal(model: demo.ByteLM) -> None:
         torch.testing.assert_close(model(ids)[:, :20], model(ids[:, :20]), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_export_with_symbolic_batch_and_length(dtype: torch.dtype) -> None:
     model = demo.load().to(dtype)
@@ -116,6 +117,7 @@ def test_too_many_windows_are_refused() -> None:
         demo.windows("x" * 100, 9, 11)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "error", "status", "verdict"),
     [("second-order", None, 0, "(exact)"), ("magnitude", 1e-6, 1, "NOT EXACT")],

@@ -59,6 +59,7 @@ def check_numbers(run: Any, model: nn.Module, args: tuple[Tensor]) -> None:
             assert largest(run(ids), model(ids)) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["graph", "module"])
 def test_export_and_save(form: str, tmp_path: Path) -> None:
     model, args = small(form)
@@ -69,6 +70,7 @@ def test_export_and_save(form: str, tmp_path: Path) -> None:
     check_numbers(loaded.module(), model, args)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not (shutil.which("g++") or shutil.which("clang++")), reason="AOTInductor compiles C++: install a compiler"
 )

@@ -34,6 +34,7 @@ def predictions(evaluator: PartialInterpreter, batches: Sequence[Batch]) -> Tens
     return torch.cat(found).log_softmax(-1)
 
 
+@pytest.mark.slow
 def test_distillation_brings_the_predictions_of_unseen_data_nearer(trained: nn.Module) -> None:
     dense, small = pair(trained, 0.5)
     unseen = data(8, 14)
@@ -44,6 +45,7 @@ def test_distillation_brings_the_predictions_of_unseen_data_nearer(trained: nn.M
     assert (want * after).sum() > (want * before).sum()  # the cross-entropies' part of the divergence
 
 
+@pytest.mark.slow
 def test_vectors_learn_too_but_not_frozen_ones(trained: nn.Module) -> None:
     model = deepcopy(trained)
     scale = model.get_parameter("layers.0.norm.weight").requires_grad_(False)
@@ -57,6 +59,7 @@ def test_vectors_learn_too_but_not_frozen_ones(trained: nn.Module) -> None:
     assert small.program.tensor("layers.0.norm.weight").equal(scale)
 
 
+@pytest.mark.slow
 def test_the_unit_of_the_loss_changes_nothing_but_the_divergence(trained: nn.Module) -> None:
     found = []
     for factor in (1.0, 1024.0):
@@ -71,6 +74,7 @@ def test_the_unit_of_the_loss_changes_nothing_but_the_divergence(trained: nn.Mod
     torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_loss_that_cannot_take_zeros_distils_too(trained: nn.Module) -> None:
     """How much is lost cannot be told then."""
 
@@ -82,6 +86,7 @@ def test_a_loss_that_cannot_take_zeros_distils_too(trained: nn.Module) -> None:
     assert last < first
 
 
+@pytest.mark.slow
 def test_rounding_of_products_is_the_callers_again_afterwards(trained: nn.Module) -> None:
     dense, small = pair(trained, 0.5)
     seen = []
@@ -118,6 +123,7 @@ def test_the_divergence_of_a_cross_entropy_is_that_of_the_predictions_whatever_t
         assert divergence(loss, dense, slopes, output, batch).value == pytest.approx(float(want), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_loss_that_the_model_computes_itself_distils_nothing_and_says_so(trained: nn.Module) -> None:
     class Judged(nn.Module):
         def __init__(self) -> None:
@@ -176,6 +182,7 @@ def squared(output: Tensor, args: Any, kwargs: Any) -> Tensor:
     return (output - 1.0).square().mean()
 
 
+@pytest.mark.slow
 def test_who_lost_little_goes_in_small_steps(trained: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps grow with the root of the share that is lost: of a squared error, with the relative distance."""
     rates: list[float] = []
@@ -210,6 +217,7 @@ def reward(output: Tensor, args: Any, kwargs: Any) -> Tensor:
     return (signs * cross_entropy(output[:, :-1].flatten(0, 1), args[0][:, 1:].flatten(), reduction="none")).mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [unlike, lambda y, args, kwargs: -y.square().sum()])
 def test_a_divergence_below_zero_is_refused_and_nothing_changes(trained: nn.Module, loss: Loss) -> None:
     dense, small = pair(trained, 0.5)
@@ -219,6 +227,7 @@ def test_a_divergence_below_zero_is_refused_and_nothing_changes(trained: nn.Modu
     assert all(small.program.values[name] is value for name, value in before.items())
 
 
+@pytest.mark.slow
 def test_what_is_farther_by_the_slopes_is_never_returned(trained: nn.Module) -> None:
     """Where a loss counts against some answers it leads away from them: not so far that less is alike afterwards."""
     dense, small = pair(trained, 0.5)
@@ -235,6 +244,7 @@ def test_what_is_farther_by_the_slopes_is_never_returned(trained: nn.Module) -> 
     assert apart() <= before * 1.01
 
 
+@pytest.mark.slow
 def test_a_model_that_returns_an_object_of_its_own_distils_too(trained: nn.Module) -> None:
     class Wrapped(nn.Module):
         def __init__(self) -> None:
@@ -251,6 +261,7 @@ def test_a_model_that_returns_an_object_of_its_own_distils_too(trained: nn.Modul
     assert last < first
 
 
+@pytest.mark.slow
 def test_nothing_is_fitted_to_the_judges(trained: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every sixteenth sample judges; curvature, least squares and distillation, in groups, read the others."""
     batches, read = data(32), dict[str, list[Batch]]()

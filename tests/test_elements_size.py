@@ -42,6 +42,7 @@ def stripes(q: Tensor) -> Tensor:
     return mask
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", [regions, folded, stripes])
 def test_what_takes_long_expressions_is_given_up_and_stays(
     mask: Callable[[Tensor], Tensor], caplog: pytest.LogCaptureFixture

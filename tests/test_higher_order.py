@@ -88,6 +88,7 @@ FLEXIBLE: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", FLEXIBLE)
 def test_flex_attention_passes_head_dimensions(kind: str) -> None:
@@ -98,6 +99,7 @@ def test_flex_attention_passes_head_dimensions(kind: str) -> None:
     assert f"{__file__}:" in refusal.source
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_flex_attention_in_groups_shares_head_dimensions_within_each() -> None:
     assert proven(Flexible(groups=2))[0] == "ffn 5×1, qk 6×2, vo 6×2"
@@ -145,6 +147,7 @@ def repeated(h: Tensor) -> Tensor:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("middle", "operator"), [(branch, "cond"), (rows, "map_impl"), (running, "scan"), (repeated, "while_loop")]

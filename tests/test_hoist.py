@@ -92,6 +92,7 @@ def shrunk(
     return masked_error(model, eco.shrink(model, plan, args), plan, args)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", SPLITS)
 def test_query_and_value_widths_are_apart(split: Split) -> None:
     model, args = Fused(split).double(), (torch.randn(2, 5, 6).double(),)
@@ -123,6 +124,7 @@ def test_nothing_to_hoist_is_left_alone() -> None:
     assert str(graph.graph) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_multihead_attention(batch_first: bool) -> None:
     class Self(nn.Module):
@@ -158,6 +160,7 @@ def test_a_gate_inside_every_head_is_apart_from_its_value() -> None:
     assert shrunk(model, args, ["ffn"]) <= 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 2])
 def test_heads_inside_the_width_are_exact(seed: int) -> None:
     class Inner(nn.Module):

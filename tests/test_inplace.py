@@ -62,6 +62,7 @@ def example() -> tuple[Tensor, ...]:
 # -- a module of one's own ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kinds", [["ffn"], ["heads"], ["qk", "vo"], ["ffn", "heads"]])
 def test_attributes_follow(kinds: list[str]) -> None:
     model, args = Model().double(), example()
@@ -77,6 +78,7 @@ def test_attributes_follow(kinds: list[str]) -> None:
     }
 
 
+@pytest.mark.slow
 def test_what_describes_follows_and_what_happens_to_be_equal_does_not() -> None:
     model, args = Model(layers=5).double(), example()
     plan = plan_of(eco.detect(model, args), ["heads", "ffn"], half)
@@ -128,6 +130,7 @@ def test_weights_of_zero_hide_nothing() -> None:
         eco.shrink_(model, plan, args)
 
 
+@pytest.mark.slow
 def test_inputs_that_are_all_the_same_hide_nothing() -> None:
     """Over equal tokens any attention gives the same: half of the heads would pass for half of every head."""
     model, kwargs = tiny("llama", num_key_value_heads=4)
@@ -229,6 +232,7 @@ class Wide(Cached):
         return out
 
 
+@pytest.mark.slow
 def test_caches_in_buffers_follow() -> None:
     torch.manual_seed(0)
     args = noise(2, 1, 12), torch.tensor([3])
@@ -250,6 +254,7 @@ def test_another_model_and_weights_on_meta_are_refused() -> None:
         eco.shrink_(Model().to("meta"), plan, args)
 
 
+@pytest.mark.slow
 def test_a_plan_after_another_and_saving() -> None:
     model, args = Model().double(), example()
     eco.shrink_(model, plan_of(eco.detect(model, args), ["ffn"], half), args)

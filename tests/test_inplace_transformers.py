@@ -21,6 +21,7 @@ from tests.inplace import assert_loaded, assert_same, half, largest, masked_twin
 # -- transformers ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit"])
 def test_models_of_transformers(name: str) -> None:
     model, kwargs = tiny(name)
@@ -44,6 +45,7 @@ def test_models_of_transformers(name: str) -> None:
             )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "bert", "vit"])
 def test_head_dimensions_that_an_attribute_carries(name: str) -> None:
     model, kwargs = tiny(name)
@@ -55,6 +57,7 @@ def test_head_dimensions_that_an_attribute_carries(name: str) -> None:
         assert largest(model(**kwargs).logits, want) < 1e-12
 
 
+@pytest.mark.slow
 def test_head_dimensions_of_other_widths_than_their_keys_are_refused() -> None:
     model, kwargs = tiny("gpt2")
     before = state(model)
@@ -98,6 +101,7 @@ class Turned(nn.Module):
         return x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_tables_that_all_layers_share_are_cut_where_all_keep_the_same_pairs(interleaved: bool, tmp_path: Path) -> None:
     model, args = Turned(interleaved).double(), (torch.randn(2, 6, 16, dtype=torch.float64),)
@@ -118,6 +122,7 @@ def test_tables_that_all_layers_share_are_cut_where_all_keep_the_same_pairs(inte
     assert torch.equal(back(x), model(x))
 
 
+@pytest.mark.slow
 def test_rotary_head_dimensions_of_a_llama(tmp_path: Path) -> None:
     model, kwargs = tiny("llama")
     couplings = couplings_of("llama")
@@ -143,6 +148,7 @@ def test_rotary_head_dimensions_of_a_llama(tmp_path: Path) -> None:
         assert_loaded(back, own, kwargs)
 
 
+@pytest.mark.slow
 def test_other_pairs_in_each_layer_cannot_share_a_table() -> None:
     model, kwargs = tiny("llama")
     before = state(model)
@@ -154,6 +160,7 @@ def test_other_pairs_in_each_layer_cannot_share_a_table() -> None:
 # -- plans that a module, or its configuration, can carry --------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kinds"), [("llama", {"ffn", "heads"}), ("gpt2", {"ffn", "qk", "vo"}), ("vit", {"ffn", "qk", "vo"})]
 )
@@ -195,6 +202,7 @@ def test_what_no_code_carries_is_said() -> None:
         eco.plan(couplings, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit"])
 def test_standard_checkpoints(name: str, tmp_path: Path) -> None:
     model, kwargs = tiny(name)
@@ -217,6 +225,7 @@ def test_standard_checkpoints(name: str, tmp_path: Path) -> None:
             assert torch.equal(loaded.generate(prompt, **options), want.generate(prompt, **options))
 
 
+@pytest.mark.slow
 def test_numbers_of_heads_are_those_that_the_configuration_takes() -> None:
     options = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 6, "head_dim": 8}
     model, kwargs = tiny("llama", **options)
@@ -237,6 +246,7 @@ def test_numbers_of_heads_are_those_that_the_configuration_takes() -> None:
     assert config.num_attention_heads == config.num_key_value_heads == plan.selections[0].kept == 3
 
 
+@pytest.mark.slow
 def test_widths_of_their_own_leave_the_configuration_alone() -> None:
     model, kwargs = tiny("llama")
     config: Any = model.config
@@ -271,6 +281,7 @@ def test_a_configuration_of_ones_own_follows() -> None:
 # -- configurations that cannot follow ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "field"), [("ffn", "intermediate_size = 32"), ("heads", "num_attention_heads = 4")])
 def test_a_configuration_that_cannot_follow_is_named(kind: str, field: str) -> None:
     model, kwargs = tiny("llama")
@@ -285,6 +296,7 @@ def test_a_configuration_that_cannot_follow_is_named(kind: str, field: str) -> N
     assert "vocab_size" not in str(told[0].message)
 
 
+@pytest.mark.slow
 def test_a_configuration_that_follows_is_not_named(recwarn: pytest.WarningsRecorder) -> None:
     model, kwargs = tiny("llama")
     eco.shrink_(model, plan_of(couplings_of("llama"), ["ffn"], half), (), kwargs)

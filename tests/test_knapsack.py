@@ -120,6 +120,7 @@ def test_at_least_the_ratio_goes_also_between_two_steps(ratio: float) -> None:
     assert ratio * size <= gone
 
 
+@pytest.mark.slow
 def test_a_hundred_layers_take_seconds() -> None:
     source = torch.Generator().manual_seed(0)
     drawn = [torch.rand(64, generator=source).cumsum(0).tolist() for _ in range(240)]

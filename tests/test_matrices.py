@@ -54,6 +54,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 def test_matrices_of_many_rows_end_where_threads_were_set() -> None:
     """In a process of its own: an LU decomposition of a batch of these would never end there."""
     done = subprocess.run(

@@ -68,6 +68,7 @@ def test_passes_cannot_be_imported_by_another_name() -> None:
     assert "ImportError" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_checkout_on_the_path_holds_the_passes(tmp_path: Path) -> None:
     """A checkout finds its passes without an installation, as after a plain install of another copy."""
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import ecospa_fx.passes as p, ecospa_fx; print(p.__file__)"

@@ -42,6 +42,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return result(folder, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("world", "mode", "device"),
     [
@@ -67,6 +68,7 @@ def test_several_processes_train_as_one(
         torch.testing.assert_close(found[0][part], alone[part], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 @on_each_device
 def test_processes_that_disagree_are_stopped_before_anything_is_removed(tmp_path: Path, device: str) -> None:
     outcomes = together(tmp_path / "apart", 2, "different", device=device)
@@ -92,6 +94,7 @@ def measured_alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
     return found
 
 
+@pytest.mark.slow
 @on_each_device
 @pytest.mark.parametrize("mode", ["replicated", "sharded"])
 def test_several_processes_measure_and_make_up_as_one(
@@ -111,6 +114,7 @@ def test_several_processes_measure_and_make_up_as_one(
     assert set(widths[1].values()) != set(widths[0].values())
 
 
+@pytest.mark.slow
 def test_several_processes_begin_small_as_one(tmp_path: Path) -> None:
     """By what gradients of all batches say, of which each process has its own."""
     for name, world in (("alone", 1), ("both", 2)):
@@ -130,6 +134,7 @@ def test_sharded_parameters_begin_small(tmp_path: Path) -> None:
     assert len(first["sparse"]["history"]) == 1
 
 
+@pytest.mark.slow
 @on_each_device
 def test_a_process_that_cannot_measure_stops_all(tmp_path: Path, device: str) -> None:
     outcomes = together(tmp_path / "folder", 2, "failing", script="parallel_measured", device=device)

@@ -84,6 +84,7 @@ def test_again_changes_nothing(name: str) -> None:
     assert str(graph.graph) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kinds", ["qk", "vo"])
 def test_a_shrunk_model_keeps_the_fused_kernel(kinds: str) -> None:
     """And equals the masked one; the kernel is told by what a profile of the call names."""

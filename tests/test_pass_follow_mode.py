@@ -96,6 +96,7 @@ def test_again_changes_nothing(model: Dropping) -> None:
     assert str(graph.graph) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
 def test_a_shrunk_model_drops_in_training_whatever_the_mode_was(model: Dropping, training: bool) -> None:
     model.train(training)

@@ -230,6 +230,7 @@ def test_a_plan_for_another_model_is_refused(plan: Plan) -> None:
     assert all(torch.equal(before[n], p) for n, p in graph.named_parameters())
 
 
+@pytest.mark.slow
 def test_the_callers_model_is_untouched(model: Llama, plan: Plan) -> None:
     before, mode = state(model), model.training
     small = eco.shrink(model, plan, (ids(),))
@@ -240,6 +241,7 @@ def test_the_callers_model_is_untouched(model: Llama, plan: Plan) -> None:
     assert set(small.state_dict()) == set(model.state_dict())
 
 
+@pytest.mark.slow
 def test_the_small_model_trains(model: Llama, plan: Plan) -> None:
     small = eco.shrink(copy.deepcopy(model), plan, (ids(),))
     small.train()
@@ -251,6 +253,7 @@ def test_the_small_model_trains(model: Llama, plan: Plan) -> None:
     assert not small.eval().training
 
 
+@pytest.mark.slow
 def test_the_small_model_can_be_copied(model: Llama, plan: Plan) -> None:
     small = eco.shrink(model, plan, (ids(),))
     twin = copy.deepcopy(small)

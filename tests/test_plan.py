@@ -40,6 +40,7 @@ def plans(draw: st.DrawFn) -> Plan:
 # -- masks ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None)
 @given(plans())
 def test_masks_hold_what_every_selection_keeps(made: Plan) -> None:

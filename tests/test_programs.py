@@ -138,6 +138,7 @@ class Ensemble(nn.Module):
         return out
 
 
+@pytest.mark.slow
 def test_vmap_is_written_out() -> None:
     assert offers(pair(torch.func.vmap(torch.tanh))) == "8×1"
     assert offers(pair(torch.func.vmap(torch.func.vmap(torch.sin)))) == "8×1"

@@ -109,6 +109,7 @@ def test_products_by_the_named_matrices_are_rounded_and_no_others() -> None:
     assert result(quick(evaluator(model, few), NAMES), few).equal(model(few))
 
 
+@pytest.mark.slow
 def test_compression_measures_and_learns_with_them(monkeypatch: pytest.MonkeyPatch, trained: nn.Module) -> None:
     """Whatever this machine can do: with few rows counted as many, the same model comes out, to rounding."""
     monkeypatch.setattr(module, "FEW_ROWS", 0)

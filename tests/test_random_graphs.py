@@ -29,12 +29,14 @@ def reported(program: Program, *, whole: bool) -> None:
         pytest.fail(f"{failure}\n\n{smaller.reproducer}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", range(PARTS))
 def test_seeds(part: int) -> None:
     for seed in range(part * EACH, (part + 1) * EACH):
         reported(seeded(seed), whole=seed % EACH == 0)
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None, derandomize=True, phases=[Phase.generate],
           suppress_health_check=list(HealthCheck))  # fmt: skip
 @given(programs())
@@ -68,6 +70,7 @@ def test_the_source_is_the_program() -> None:
     assert sorted(names["model"].state_dict()) == sorted(program.build().state_dict())  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_programs_are_of_every_kind() -> None:
     made = [seeded(seed) for seed in range(300)]
     steps = Counter(step.operator for program in made for step in program.steps)
@@ -188,6 +191,7 @@ def test_a_planted_coupling_of_other_elements_is_caught() -> None:
         check(replace(FEED_FORWARD, planted=(Planted("ffn", frozenset({unit})),)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("order", "kind"), [(range(8), "none"), ([1, 0, 2, 3, 4, 5, 6, 7], "planted")])
 def test_larger_units_must_be_unions_of_planted_ones(order: Sequence[int], kind: str) -> None:
     """Halves that became rows: unit i goes with unit i + 4, and with nothing else."""

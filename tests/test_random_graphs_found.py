@@ -76,6 +76,7 @@ def test_an_operand_that_follows_in_one_dim_of_an_axis_is_not_reduced_again() ->
     check_exact(model, 3, 4)
 
 
+@pytest.mark.slow
 def test_an_operand_is_reduced_along_two_axes_of_one_call() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         h = x + m.a(x.flatten(1)).view(-1, 4, 6)
@@ -87,6 +88,7 @@ def test_an_operand_is_reduced_along_two_axes_of_one_call() -> None:
     check_exact(model, 4, 6)
 
 
+@pytest.mark.slow
 def test_a_size_that_the_batch_leaves_alone_is_known() -> None:
     """The length is a symbol with one possible value: pieces of it can be selected."""
 
@@ -100,6 +102,7 @@ def test_a_size_that_the_batch_leaves_alone_is_known() -> None:
     check_exact(model, 6, 8)
 
 
+@pytest.mark.slow
 def test_an_operand_of_an_einsum_gains_no_axis() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         h = m.a(x).view(-1, 3, 2, 4).transpose(1, 2)
@@ -127,6 +130,7 @@ def test_a_stored_tensor_read_twice_by_one_call_is_not_reduced_for_one_reader() 
 # -- what a dim meets ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_heads_that_meet_one_another_carry_no_choice() -> None:
     """Every head against every head: which dimensions a head keeps cannot differ."""
 
@@ -176,6 +180,7 @@ def gated(up: Tensor, form: str) -> Tensor:
     return F.silu(gate) * value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("form", "wide", "middle"),
     [
@@ -238,6 +243,7 @@ def grouped(m: Any, x: Tensor, length: int) -> Tensor:
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [3, -1])
 def test_selections_are_the_same_couplings_with_symbolic_sizes(length: int) -> None:
     """Slices that take everything, and sizes read off a view, do not come between a view and a selection."""
@@ -262,6 +268,7 @@ def test_a_symbol_counts_as_a_number_that_the_graph_allows() -> None:
     assert program.sizes(shape[1]) % 4 == 0
 
 
+@pytest.mark.slow
 def test_complex_numbers_are_viewed_at_any_width() -> None:
     """An odd number of columns beside them leaves strides that are no multiple of 2."""
 

@@ -19,6 +19,7 @@ from ecospa_fx.runtime import bfloat16
 from tests.counting import VOCABULARY, Tokens, data, learnt, loss_of, mean_loss
 
 
+@pytest.mark.slow
 def test_couplings_that_are_known_are_taken_and_those_of_another_model_refused(trained: nn.Module) -> None:
     batches = data()
     couplings = eco.detect(trained, batches[0][0])
@@ -35,6 +36,7 @@ def test_couplings_that_are_known_are_taken_and_those_of_another_model_refused(t
             eco.compress(trained, batches[0][0], couplings=couplings, method=method, allow="cache", **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{"distillation": 32}, {"distillation": 0}, {"basis": False, "gates": False, "distillation": 0}]
 )
@@ -50,6 +52,7 @@ def test_what_does_nothing_goes_first_and_costs_nothing(options: dict[str, Any])
     assert mean_loss(small, batches) == pytest.approx(mean_loss(model, batches), abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [{}, {"rotary": False, "fused": True, "bias": True}])
 def test_it_beats_removal_alone_and_more_costs_more(shape: dict[str, Any]) -> None:
     model = learnt(Tokens(**shape))
@@ -66,6 +69,7 @@ def test_it_beats_removal_alone_and_more_costs_more(shape: dict[str, Any]) -> No
         assert value.equal(before[name]), name
 
 
+@pytest.mark.slow
 def test_it_is_deterministic_and_reads_batches_of_other_sizes(trained: nn.Module) -> None:
     batches = [*data(6, 12), *data(6, 9)]
     first, second = (
@@ -76,6 +80,7 @@ def test_it_is_deterministic_and_reads_batches_of_other_sizes(trained: nn.Module
         assert a.equal(b)
 
 
+@pytest.mark.slow
 def test_what_a_module_can_carry_is_compressed_by_whole_heads() -> None:
     """KV groups, whose content its code could not narrow, are scored and made up for like what is in them."""
     transformers = pytest.importorskip("transformers")
@@ -107,6 +112,7 @@ def test_what_a_module_can_carry_is_compressed_by_whole_heads() -> None:
         torch.testing.assert_close(own(ids).logits, small(ids, **no_cache).logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_bfloat16_and_training_mode_stay_what_they_are() -> None:
     model = learnt(Tokens(dropout=0.2)).bfloat16().train()
     small = eco.compress(model, data()[0][0], ratio=0.3, batches=data(), loss=loss_of, distillation=16)
@@ -115,6 +121,7 @@ def test_bfloat16_and_training_mode_stay_what_they_are() -> None:
     assert all(p.isfinite().all() and p.requires_grad for p in small.parameters())
 
 
+@pytest.mark.slow
 def test_it_works_in_inference_mode(trained: nn.Module) -> None:
     batches = data()
     with torch.inference_mode():
@@ -122,6 +129,7 @@ def test_it_works_in_inference_mode(trained: nn.Module) -> None:
     assert not any(p.is_inference() for p in small.parameters())
 
 
+@pytest.mark.slow
 def test_a_compressed_model_is_saved_and_loaded(trained: nn.Module, tmp_path: Any) -> None:
     small = eco.compress(trained, data()[0][0], ratio=0.3, batches=data(), loss=loss_of, distillation=0)
     eco.save(small, tmp_path / "small")
@@ -149,6 +157,7 @@ class InPlace(nn.Module):
         return x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rounded", [False, True])
 def test_what_overwrites_is_compressed_like_what_does_not(rounded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bfloat16, "_multiplies_bfloat16", lambda: rounded)

@@ -80,6 +80,7 @@ def small(model: Model, plan: Plan) -> Any:
     return eco.shrink(copy.deepcopy(model), plan, (data(),))
 
 
+@pytest.mark.slow
 def test_the_cleanup_is_on_by_default_and_can_be_left_out(model: Model, plan: Plan, small: Any) -> None:
     source = small.layers[0]._graph_code.source
     assert "is_causal = True" in source
@@ -91,6 +92,7 @@ def test_the_cleanup_is_on_by_default_and_can_be_left_out(model: Model, plan: Pl
             assert torch.allclose(plain(data(*size))["out"], small(data(*size))["out"], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_whole_compiles_without_a_break(small: Any) -> None:
     compiled: Any = torch.compile(small, fullgraph=True, backend="aot_eager")
     want, got = small(data())["out"], compiled(data())["out"]
@@ -99,6 +101,7 @@ def test_the_whole_compiles_without_a_break(small: Any) -> None:
     assert all(p.grad is not None for p in small.parameters())
 
 
+@pytest.mark.slow
 def test_equal_layers_are_compiled_once_and_others_apart(model: Model, small: Any) -> None:
     kinds = [type(layer) for layer in small.layers]
     assert isinstance(small.layers, nn.ModuleList)
@@ -109,6 +112,7 @@ def test_equal_layers_are_compiled_once_and_others_apart(model: Model, small: An
     assert len({type(layer) for layer in others.layers}) >= len(widths) > 1
 
 
+@pytest.mark.slow
 def test_layers_compile_by_themselves(small: Any) -> None:
     count = CompileCounter()
     with torch.no_grad():
@@ -127,6 +131,7 @@ def test_functions_of_all_layers_live_in_one_scope_also_after_pickling(small: An
         assert len({id(type(m).forward.__globals__) for m in layers}) == 1
 
 
+@pytest.mark.slow
 def test_layers_can_be_checkpointed(small: Any) -> None:
     small(data())["out"].sum().backward()
     want = {n: p.grad.clone() for n, p in small.named_parameters()}
@@ -138,6 +143,7 @@ def test_layers_can_be_checkpointed(small: Any) -> None:
     assert all(torch.equal(want[n], p.grad) for n, p in small.named_parameters())
 
 
+@pytest.mark.slow
 def test_copies_and_pickles_compute_the_same(small: Any) -> None:
     want = small(data())["out"]
     for twin in (copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
@@ -147,6 +153,7 @@ def test_copies_and_pickles_compute_the_same(small: Any) -> None:
         assert twin.train().layers[1].drop.training
 
 
+@pytest.mark.slow
 def test_what_the_graph_was_not_made_for_is_refused(model: Model, plan: Plan, small: Any) -> None:
     x = data()
     assert torch.equal(small(x=x)["out"], small(x)["out"])
@@ -165,6 +172,7 @@ def test_what_the_graph_was_not_made_for_is_refused(model: Model, plan: Plan, sm
         constant(x, True, bias=torch.cat([x, x])[:3])
 
 
+@pytest.mark.slow
 def test_export_of_a_shrunk_model_saves_and_loads(small: Any, tmp_path: Any) -> None:
     shapes = ({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO},)
     program = torch.export.export(small, (data(),), dynamic_shapes=shapes)

@@ -49,6 +49,7 @@ def assert_equal(a: Any, b: Any, at: str = "") -> None:
         assert a == b, at
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
     folders = [tmp_path / name for name in ("undisturbed", "killed")]
     for folder in folders:
@@ -68,6 +69,7 @@ def test_a_killed_run_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
     assert_equal(undisturbed, killed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [1, 3, 4, 7])
 def test_a_resumed_run_gives_the_same_weights_bit_for_bit(at: int) -> None:
     def begin() -> tuple[eco.SparseTraining, torch.optim.Optimizer]:
@@ -94,6 +96,7 @@ def test_a_resumed_run_gives_the_same_weights_bit_for_bit(at: int) -> None:
     assert len(again.history) == len(sparse.history) == 3
 
 
+@pytest.mark.slow
 def test_a_state_that_does_not_fit_is_refused() -> None:
     model = mlp()
     optimizer = adamw(model)

@@ -220,6 +220,7 @@ STEPS: Sequence[tuple[str, Callable[[Tensor], Tensor]]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("equation", "step"), STEPS)
 def test_steps_over_an_axis_that_differs_by_carrier(equation: str, step: Callable[[Tensor], Tensor]) -> None:
     model, args = Stepped(equation, step).double(), (torch.randn(2, 3, 4).double(),)

@@ -189,6 +189,7 @@ def test_every_operator_of_several_tensors_has_a_row() -> None:
     assert missing == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("alone", [None, 0, 1, 2, 3, 4])
 def test_axes_of_operands_go_together(alone: int | None, seed: int) -> None:
@@ -233,6 +234,7 @@ class Deformable(nn.Module):
         return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stored", [False, True])
 def test_heads_in_the_batch_of_what_is_sampled(stored: bool) -> None:
     case = Case("aten.grid_sampler", lambda: Deformable(stored), "", inputs=(9, 16))

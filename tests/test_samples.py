@@ -400,6 +400,7 @@ def compressed_both_ways(model: nn.Module, batch: Batch, couplings: Couplings, *
         torch.testing.assert_close(parameter, parameters[name], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_compress_gives_the_same_model_however_sequences_are_batched(
     masked_model: tuple[nn.Module, Couplings],
 ) -> None:
@@ -480,6 +481,7 @@ def test_samples_join_where_they_fit() -> None:
     assert joined([((x,), {"flag": True}), ((x,), {})]) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scores", ["second-order", "fisher"])
 def test_training_measures_samples_of_its_batches(scores: str) -> None:
     kept = []

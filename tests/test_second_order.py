@@ -113,6 +113,7 @@ def test_sites_are_the_products_with_a_matrix_that_is_used_once() -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [False, True])
 def test_evaluation_is_that_of_the_module_in_eval_mode(training: bool) -> None:
     model = Tokens(dropout=0.5).double()
@@ -126,6 +127,7 @@ def test_evaluation_is_that_of_the_module_in_eval_mode(training: bool) -> None:
     assert len(values) < 8  # what nothing reads any more is gone
 
 
+@pytest.mark.slow
 def test_a_frozen_program_stays_as_it_is() -> None:
     model = Tokens().double()
     example = (torch.randint(0, VOCABULARY, (2, 9)),)
@@ -141,6 +143,7 @@ def test_a_frozen_program_stays_as_it_is() -> None:
 # -- what is measured --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_curvature_is_what_hooks_on_the_module_see() -> None:
     model = Tokens(bias=True).double().eval()
     _, evaluator, views = looked_at(model)
@@ -202,6 +205,7 @@ def test_packed_experts_are_scored_by_their_parameters() -> None:
 # -- bases -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rotary", "fused", "bias"), [(True, False, False), (False, False, True), (False, True, True)])
 def test_a_change_of_basis_changes_nothing_but_the_basis(rotary: bool, fused: bool, bias: bool) -> None:
     """The function stays, and what was measured before is what would be measured after."""
@@ -224,6 +228,7 @@ def test_a_change_of_basis_changes_nothing_but_the_basis(rotary: bool, fused: bo
         torch.testing.assert_close(moments.total, again.inputs[site].total, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quieter", ["q", "k"])
 def test_the_factor_decides_at_which_gradients_tell_less(quieter: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is added to all keys alike shows in the gradients at single keys, and softmax does not see it."""
@@ -244,6 +249,7 @@ def test_the_factor_decides_at_which_gradients_tell_less(quieter: str, monkeypat
     assert all(f".{quieter}." in side.member.parameter for change in changes for side in change.first)
 
 
+@pytest.mark.slow
 def test_values_are_uncorrelated_after_the_change_and_fall_in_importance() -> None:
     model = Tokens().double().eval()
     program, evaluator, views = looked_at(model)
@@ -260,6 +266,7 @@ def test_values_are_uncorrelated_after_the_change_and_fall_in_importance() -> No
 # -- reconstruction ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bias", [False, True])
 def test_least_squares_leave_residuals_that_inputs_do_not_explain(bias: bool) -> None:
     """The normal equations of the first layer, whose inputs the smaller model shares with the dense one."""

@@ -101,6 +101,7 @@ def basis(units: int, kind: str) -> Tensor:
     return torch.stack([torch.diag(signs)[torch.randperm(units, generator=source)] for _ in range(HEADS)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "kind"),
     [
@@ -135,6 +136,7 @@ def test_training_goes_on_in_another_basis_as_it_would_have(make: Any, kind: str
         assert torch.allclose(plain, turned, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_measuring_turns_bases_and_changes_no_output() -> None:
     model = language()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -153,6 +155,7 @@ def test_measuring_turns_bases_and_changes_no_output() -> None:
     assert torch.allclose(o.norm(dim=0) ** 2, v.square().sum(1) + weights_bias(model).square(), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_shrink_equals_masking_what_makes_up_for_it() -> None:
     """Twice: the second time, of units that are left. Copies follow."""
     model = language()
@@ -176,6 +179,7 @@ def test_a_shrink_equals_masking_what_makes_up_for_it() -> None:
     assert sparse.removed > 0.35
 
 
+@pytest.mark.slow
 def test_queries_and_keys_that_stay_rise_for_those_that_go() -> None:
     model = language()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -187,6 +191,7 @@ def test_queries_and_keys_that_stay_rise_for_those_that_go() -> None:
     assert changed == {f"blocks.{i}.{side}.{kind}" for i in (0, 1) for side in "qk" for kind in ("weight", "bias")}
 
 
+@pytest.mark.slow
 def test_where_a_norm_runs_over_what_is_kept_the_smaller_model_is_solved_on_its_own_activations(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -231,6 +236,7 @@ def trained(scores: str, compensate: bool) -> tuple[float, float]:
     return before, loss_of(sparse.model(fresh), (fresh,), {}).item()
 
 
+@pytest.mark.slow
 def test_less_is_lost_at_a_shrink_than_by_scores_of_training() -> None:
     first, plain = trained("gate-fisher", compensate=False)
     second, measured = trained("second-order", compensate=False)
@@ -240,6 +246,7 @@ def test_less_is_lost_at_a_shrink_than_by_scores_of_training() -> None:
     assert solved - first < 0.5 * (plain - first)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_resumed_ends_with_the_same_weights() -> None:
     found = []
     for at in (None, 3):
@@ -264,6 +271,7 @@ def test_a_run_that_is_resumed_ends_with_the_same_weights() -> None:
     assert all(torch.equal(p, found[1][n]) for n, p in found[0].items())
 
 
+@pytest.mark.slow
 def test_states_that_nobody_knows_how_to_turn_keep_their_basis(caplog: pytest.LogCaptureFixture) -> None:
     model = language(blocks=1)
     optimizer = torch.optim.Rprop(model.parameters(), lr=1e-3)
@@ -278,17 +286,20 @@ def test_states_that_nobody_knows_how_to_turn_keep_their_basis(caplog: pytest.Lo
     assert sparse.removed > 0.3
 
 
+@pytest.mark.slow
 def test_at_the_start_it_needs_no_gradients_of_training() -> None:
     sparse = sparse_language(language(blocks=1), None, schedule=eco.AtStart())
     assert sparse.removed > 0.35
 
 
+@pytest.mark.slow
 def test_it_is_the_default_where_there_is_data() -> None:
     options: dict[str, Any] = {"scores": None, "schedule": None, "total_steps": 100}
     assert sparse_language(language(blocks=1), None, **options)._schedule.steps == (35, 45)
     assert len(sparse_language(language(blocks=1), None, **options, batches=None)._schedule.steps) == 11
 
 
+@pytest.mark.slow
 def test_data_and_a_loss_are_needed() -> None:
     model = language(blocks=1)
     for missing in ({"batches": None}, {"loss": None}):

@@ -65,6 +65,7 @@ def mean_loss(model: nn.Module) -> float:
         return sum(float(loss(model(*args), args, {})) for args, _ in DATA) / len(DATA)
 
 
+@pytest.mark.slow
 def test_a_measured_rise_is_that_of_the_masked_model(prepared: Prepared) -> None:
     """Around a base: the others at its widths, the one at its own."""
     scores = Scores("mine", prepared.scores)
@@ -135,6 +136,7 @@ def test_a_curve_goes_through_what_was_measured_and_no_further() -> None:
 rises = st.lists(st.floats(0, 9), min_size=3, max_size=3)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(st.lists(rises, min_size=len(DIMS.offered), max_size=len(DIMS.offered)), st.floats(0.02, 0.4), st.integers(1, 3))
 def test_plans_by_curves_meet_the_budget_within_the_tried_widths(
@@ -189,6 +191,7 @@ def test_the_plan_is_never_worse_on_the_held_out_data_than_the_one_by_scores(pre
     assert found == by.plan(prepared.couplings, 0.3, scores)
 
 
+@pytest.mark.slow
 def test_compress_measures_when_asked() -> None:
     options: dict[str, Any] = {"ratio": 0.3, "batches": batches(8), "loss": loss, "distillation": 0}
     small = eco.compress(MODEL, *DATA[0], allocation="sensitivity", rounds=1, limits={"ffn": 0.5}, **options)

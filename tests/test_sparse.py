@@ -80,6 +80,7 @@ class Masked:
         self.optimizer.zero_grad()
 
 
+@pytest.mark.slow
 def test_training_goes_on_as_that_of_the_masked_model() -> None:
     """Forward, backward and AdamW through several shrinks, in float64: weights equal those under masks."""
     model, dense = tiny(1).eval(), tiny(1).eval()
@@ -106,6 +107,7 @@ def test_training_goes_on_as_that_of_the_masked_model() -> None:
     assert list(sparse.model.state_dict()) == list(dense.state_dict())
 
 
+@pytest.mark.slow
 def test_dropout_follows_the_mode() -> None:
     """The graph draws the same random numbers as the model would, and none in eval mode."""
     model, dense = tiny(1), tiny(1)
@@ -164,6 +166,7 @@ def test_a_model_whose_own_code_asks_for_the_mode_gets_a_graph_for_each(caplog: 
     assert not said(caplog)
 
 
+@pytest.mark.slow
 def test_whoever_holds_modules_and_parameters_goes_on_holding_them() -> None:
     model = tiny(1)
     optimizer = adamw(model)
@@ -187,6 +190,7 @@ def test_whoever_holds_modules_and_parameters_goes_on_holding_them() -> None:
     torch.testing.assert_close(again.eval()(*batch[0]), sparse.model.eval()(*batch[0]))
 
 
+@pytest.mark.slow
 def test_averages_follow_on_request() -> None:
     model = tiny(1).eval()
     optimizer = adamw(model)
@@ -234,6 +238,7 @@ def test_an_optimizer_may_train_master_weights() -> None:
     assert masters["0.weight"].shape == optimizer.state[masters["0.weight"]]["exp_avg"].shape == (6, 4)
 
 
+@pytest.mark.slow
 def test_compiled_layers_are_compiled_anew_only_where_they_changed() -> None:
     compiled: list[int] = []
 
@@ -261,6 +266,7 @@ def test_compiled_layers_are_compiled_anew_only_where_they_changed() -> None:
     assert "3 graphs compiled" in sparse.report()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"allocation": "uniform"}, {"band": None}, {"round_to": 4}])
 def test_the_target_is_reached_within_the_options(options: dict[str, Any]) -> None:
     model = nn.Sequential(mlp(24), nn.Linear(3, 4).double(), mlp(48), nn.Linear(3, 4).double())
@@ -278,6 +284,7 @@ def test_the_target_is_reached_within_the_options(options: dict[str, Any]) -> No
         assert all(0.3 * size <= k <= 0.8 * size for k, size in kept.values())
 
 
+@pytest.mark.slow
 def test_at_the_start_nothing_dense_is_ever_trained() -> None:
     model = mlp()
     data: list[Batch] = [((points(seed),), {}) for seed in range(4)]
@@ -294,6 +301,7 @@ def test_at_the_start_nothing_dense_is_ever_trained() -> None:
         sparse_mlp(mlp(), schedule=eco.AtStart())
 
 
+@pytest.mark.slow
 def test_the_report_and_the_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     model = mlp()
@@ -348,6 +356,7 @@ def test_a_causal_mask_stays_a_flag_after_every_shrink() -> None:
     assert torch.allclose(sparse.model(x), dense(x), rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_what_stays_makes_up_for_what_goes() -> None:
     found, errors = {}, list[float]()
     data: list[Batch] = [((points(seed),), {}) for seed in range(8)]
@@ -370,6 +379,7 @@ def test_what_stays_makes_up_for_what_goes() -> None:
         assert torch.equal(parameter, found[False].model.get_parameter(name)) != name.startswith("3."), name
 
 
+@pytest.mark.slow
 def test_compensation_without_data_is_refused() -> None:
     with pytest.raises(TrainingError, match="compensate=True needs data"):
         sparse_mlp(mlp(), compensate=True)

@@ -31,6 +31,7 @@ def test_gradients_that_are_not_finite_postpone_a_shrink(caplog: pytest.LogCaptu
     assert [s.step for s in sparse.history] == [3]
 
 
+@pytest.mark.slow
 def test_gradients_that_are_missing_postpone_a_shrink(caplog: pytest.LogCaptureFixture) -> None:
     sparse = sparse_mlp(mlp(), schedule=eco.OneShot(1))
     torch.autograd.backward(sparse.model(points()).square().mean())
@@ -52,6 +53,7 @@ class Idle(nn.Module):
         return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("allocation", ["global", "uniform"])
 def test_units_that_no_gradient_reaches_are_kept(caplog: pytest.LogCaptureFixture, allocation: str) -> None:
     model = Idle()
@@ -62,6 +64,7 @@ def test_units_that_no_gradient_reaches_are_kept(caplog: pytest.LogCaptureFixtur
     assert said(caplog) == ["coupling idle.ffn keeps its units at step 2: no gradient reached them lately"]
 
 
+@pytest.mark.slow
 def test_a_step_without_a_backward_pass_is_ignored(caplog: pytest.LogCaptureFixture) -> None:
     model = mlp()
     optimizer = adamw(model)
@@ -74,6 +77,7 @@ def test_a_step_without_a_backward_pass_is_ignored(caplog: pytest.LogCaptureFixt
     assert said(caplog) == ["step() is ignored: no backward pass reached the model since its last call"]
 
 
+@pytest.mark.slow
 def test_gradient_accumulation_clipping_and_scaling_change_no_decision() -> None:
     plans = []
     for parts, scale, clip in ((1, 1.0, 1e9), (2, 1.0, 1e9), (1, 2.0**12, 1e9), (1, 1.0, 1e-3)):
@@ -92,6 +96,7 @@ def test_gradient_accumulation_clipping_and_scaling_change_no_decision() -> None
     assert all(plan == plans[0] for plan in plans)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["gate-fisher", "fisher", "taylor"])
 def test_products_in_bfloat16_tell_what_exact_ones_tell(method: str) -> None:
     """Of the same gradients; those in bfloat16 are off by as much themselves."""
@@ -110,6 +115,7 @@ def test_products_in_bfloat16_tell_what_exact_ones_tell(method: str) -> None:
     assert 0 < error < 4e-3
 
 
+@pytest.mark.slow
 def test_a_gradient_scaler_and_autocast_go_on_working() -> None:
     model = mlp().float()
     optimizer, scaler = adamw(model), torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=2)
@@ -126,6 +132,7 @@ def test_a_gradient_scaler_and_autocast_go_on_working() -> None:
     assert scaler.get_scale() == 2.0**10
 
 
+@pytest.mark.slow
 def test_what_cannot_work_is_refused() -> None:
     model, other = mlp(), mlp()
     with pytest.raises(TrainingError, match="holds 4 of 4 parameters that are not this model's"):

@@ -94,6 +94,7 @@ def shares(couplings: Couplings, plan: eco.Plan) -> tuple[float, float]:
     return unit.removed({}, {s.name: s.kept for s in plan}), unit.held(chosen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("options", [{}, {"scores": "random", "seed": 1}, {"uniform": True, "ratio": 0.5}])
 def test_flops_are_those_that_torch_counts(name: str, options: dict[str, Any]) -> None:
@@ -205,6 +206,7 @@ def test_refuses_limits(limits: Any, text: str) -> None:
     assert str(error.value) == text
 
 
+@pytest.mark.slow
 def test_compress_passes_budget_and_limits_on() -> None:
     model, sample, _ = found("fused, masked")
     data: list[Any] = [((sample[:1],), {}), ((sample[1:],), {})]

@@ -218,6 +218,7 @@ def forge(folder: Path, **changes: object) -> None:
     (folder / "manifest.json").write_text(json.dumps({**manifest, **changes}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
@@ -324,6 +325,7 @@ def hugging_face(tmp_path: Path) -> tuple[Path, nn.Module, dict[str, object]]:
     return tmp_path / "small", small, kwargs
 
 
+@pytest.mark.slow
 def test_a_transformers_model_comes_back_without_help(tmp_path: Path) -> None:
     folder, small, kwargs = hugging_face(tmp_path)
     back = load(folder)

@@ -40,6 +40,7 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_a_module_edited_in_place_comes_back_as_its_own_class(tmp_path: Path, device: str) -> None:
     own, plan = edited(tmp_path / "own")
@@ -58,6 +59,7 @@ def test_a_module_edited_in_place_comes_back_as_its_own_class(tmp_path: Path, de
     assert [origin_of(m).plan for m in (back, again)] == [plan, plan]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("integers", "sentence"),
     [
@@ -81,6 +83,7 @@ def test_only_integers_are_written_and_only_over_integers(
         load(tmp_path / "own", model=Model)
 
 
+@pytest.mark.slow
 def test_an_edited_transformers_model_generates_after_loading(tmp_path: Path) -> None:
     model, kwargs = tiny("llama")
     own: Any = eco.shrink_(model, plan_of(couplings_of("llama"), ["ffn", "heads"], uneven), (), kwargs)

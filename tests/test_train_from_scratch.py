@@ -72,6 +72,7 @@ def trained(sparse_to: float | None) -> tuple[float, nn.Module, torch.optim.Opti
     return loss.item(), model, optimizer, sparse
 
 
+@pytest.mark.slow
 def test_half_the_size_costs_at_most_two_percent_of_the_loss() -> None:
     dense_loss, dense, dense_optimizer, _ = trained(None)
     loss, model, optimizer, sparse = trained(0.5)

@@ -45,6 +45,7 @@ def trainer(folder: Path, steps: int, tied: bool = False, **options: Any) -> tup
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_trainer_shrinks_its_model_and_resumes(tmp_path: Path, tied: bool) -> None:
     from ecospa_fx.training.callback import load_checkpoint
@@ -66,6 +67,7 @@ def test_a_trainer_shrinks_its_model_and_resumes(tmp_path: Path, tied: bool) -> 
         load_checkpoint(again, tmp_path)
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_one_of_the_final_size(tmp_path: Path) -> None:
     """A rate that does harm makes the first checkpoint the best one, and it is too large."""
     sparse, own = trainer(

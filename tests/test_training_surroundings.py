@@ -54,6 +54,7 @@ def train(sparse: eco.SparseTraining, optimizer: torch.optim.Optimizer, steps: i
         optimizer.zero_grad()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [True, False])
 def test_statistics_are_as_they_were(mode: bool, caplog: pytest.LogCaptureFixture) -> None:
     model = Blocks().double().train(mode)
@@ -73,6 +74,7 @@ def test_statistics_that_the_user_froze_stay_frozen() -> None:
     assert not sparse.model.get_buffer("norm.running_mean").any()
 
 
+@pytest.mark.slow
 def test_an_averaged_model_follows() -> None:
     sparse, optimizer = started(schedule=eco.OneShot(2))
     average = AveragedModel(sparse.model, use_buffers=True)
@@ -93,6 +95,7 @@ class Spare(Blocks):
         self.register_buffer("spare", torch.zeros(3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("states", [True, False])
 def test_a_copy_of_the_dense_model_follows(states: bool) -> None:
     model = Spare().double()
@@ -104,6 +107,7 @@ def test_a_copy_of_the_dense_model_follows(states: bool) -> None:
     assert [p.shape for p in average.parameters()] == [p.shape for p in sparse.model.parameters()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("strange", "told"), [({"other": X}, "'other'"), ({}, "nothing in it")])
 def test_a_copy_of_something_else_is_refused(strange: dict[str, Tensor], told: str) -> None:
     sparse, _ = started(schedule=eco.OneShot(2))
@@ -111,6 +115,7 @@ def test_a_copy_of_something_else_is_refused(strange: dict[str, Tensor], told: s
         sparse.follow(strange)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"batches": [((X,), {})], "loss": square}])
 def test_layers_with_something_around_them_shrink(options: dict[str, Any]) -> None:
     found = []
@@ -127,6 +132,7 @@ def test_layers_with_something_around_them_shrink(options: dict[str, Any]) -> No
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.slow
 def test_a_model_in_training_is_saved_as_it_is(tmp_path: Path) -> None:
     sparse, optimizer = started(schedule=eco.Linear(start=1, end=3, every=2))
     average = copy.deepcopy(sparse.model)
@@ -142,6 +148,7 @@ def test_a_model_in_training_is_saved_as_it_is(tmp_path: Path) -> None:
     assert len(sparse.history) == 2
 
 
+@pytest.mark.slow
 def test_a_start_is_resumed_with_other_weights() -> None:
     options: dict[str, Any] = {"schedule": eco.AtStart(), "batches": [((X,), {})], "loss": square}
     sparse, optimizer = started(**options)
@@ -155,6 +162,7 @@ def test_a_start_is_resumed_with_other_weights() -> None:
         other.load_state_dict(sparse.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [X[:1], torch.ones_like(X), torch.zeros_like(X)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_inputs_that_do_not_vary(rows: Tensor, dtype: torch.dtype) -> None:
@@ -180,6 +188,7 @@ def test_what_is_no_schedule_and_no_optimizer_is_named() -> None:
         eco.SparseTraining(Blocks().double(), (X,), optimizer=optimizer, schedule=eco.OneShot(2))
 
 
+@pytest.mark.slow
 def test_compress_with_fewer_samples_than_units() -> None:
     """The mean over tokens leaves four rows for sixteen units, in a basis that stretches what does not vary."""
 

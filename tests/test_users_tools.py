@@ -63,6 +63,7 @@ def generating(request: pytest.FixtureRequest) -> tuple[Any, Any, Tensor]:
     return own, twin, kwargs["input_ids"][:1, :4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{"use_cache": False}, {}, {"cache_implementation": "static"}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 2}],
@@ -83,6 +84,7 @@ def test_generation_with_the_model_as_its_own_assistant(generating: tuple[Any, A
 # -- training ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_trainer_trains_and_what_it_saves_is_a_standard_checkpoint(tmp_path: Path) -> None:
     own, _, kwargs = edited(count=half)
     before, after = train(own, tmp_path / "runs")
@@ -92,6 +94,7 @@ def test_a_trainer_trains_and_what_it_saves_is_a_standard_checkpoint(tmp_path: P
     assert_loaded(loaded, own.eval(), kwargs)
 
 
+@pytest.mark.slow
 def test_other_widths_in_each_layer_train_and_are_saved_by_this_library(tmp_path: Path) -> None:
     own, _, kwargs = edited()
     before, after = train(own, tmp_path / "runs")
@@ -122,6 +125,7 @@ def adapted(model: nn.Module) -> Any:
     return found
 
 
+@pytest.mark.slow
 def test_adapters_on_an_edited_module(tmp_path: Path) -> None:
     own, _, kwargs = edited()
     base = copy.deepcopy(own)
@@ -140,6 +144,7 @@ def test_adapters_on_an_edited_module(tmp_path: Path) -> None:
         assert largest(again.merge_and_unload()(**kwargs).logits, want) < 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["graph", "module"])
 def test_a_model_with_adapters_is_made_smaller_with_them(form: str) -> None:
     dense, kwargs = tiny("llama")
@@ -156,6 +161,7 @@ def test_a_model_with_adapters_is_made_smaller_with_them(form: str) -> None:
             assert largest(small.merge_and_unload()(**kwargs).logits, want) < 1e-9
 
 
+@pytest.mark.slow
 def test_what_adapters_say_of_themselves_follows_so_that_more_can_be_added() -> None:
     dense, kwargs = tiny("llama")
     model = adapted(dense).eval()

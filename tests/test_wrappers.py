@@ -52,6 +52,7 @@ def loss(output: Tensor, args: Any, kwargs: Any) -> Tensor:
     return output.square().mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(AROUND))
 @pytest.mark.usefixtures("group")
 def test_verbs_look_through(name: str, tmp_path: Path) -> None:
@@ -124,6 +125,7 @@ def test_memory_of_the_old_shapes_is_told() -> None:
         eco.SparseTraining(wrapped, (X,), target=0.5, total_steps=100)
 
 
+@pytest.mark.slow
 def test_training_takes_the_model_inside() -> None:
     wrapped = compiled(inside().train())
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.01)
