@@ -31,7 +31,7 @@ def seeded() -> None:
 @pytest.fixture(scope="session")
 def trained() -> nn.Module:
     """A language model that has learnt something, so that units differ in what they are worth. No test changes it."""
-    from tests.counting import Tokens, learnt
+    from tests.support.counting import Tokens, learnt
 
     return learnt(Tokens())
 
@@ -39,7 +39,7 @@ def trained() -> nn.Module:
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """For the command line: a Hugging Face folder in bfloat16, its tokenizer and a text. No test changes it."""
-    from tests.cli import written
+    from tests.support.cli import written
 
     return written(tmp_path_factory.mktemp("source"))
 
@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A module in the current folder, which is not on the path, with functions for the command line to call."""
-    from tests.cli import FACTORIES
+    from tests.support.cli import FACTORIES
 
     name = f"factories_{random.Random(str(tmp_path)).getrandbits(32)}"
     (tmp_path / f"{name}.py").write_text(FACTORIES)
