@@ -144,7 +144,7 @@ def tried(task: tuple[Change, str, float, int]) -> Change:
     change, copy, limit, _ = task
     os.chdir(copy)
     os.environ.update(PYTHONPATH=copy, OMP_NUM_THREADS="1")
-    files = [f for stem in TESTS[folder_of(change.path)] for f in sorted(Path("tests").glob(f"test_{stem}.py"))]
+    files = [f for stem in TESTS[folder_of(change.path)] for f in sorted(Path("tests").rglob(f"test_{stem}.py"))]
     names = " ".join(dict.fromkeys(map(str, files)))
     command = f"{sys.executable} -m pytest -q -x -p no:cacheprovider {names}"
     spec = MutationSpec(

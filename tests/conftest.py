@@ -16,7 +16,7 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_finish() -> None:
-    """Collect garbage rarely: exports make many objects that live on; to look through them takes a fifth of a run."""
+    """Collect garbage rarely: exports make many objects, and looking through them takes a fifth of a run."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
@@ -31,7 +31,7 @@ def seeded() -> None:
 @pytest.fixture(scope="session")
 def trained() -> nn.Module:
     """A language model that has learnt something, so that units differ in what they are worth. No test changes it."""
-    from tests.counting import Tokens, learnt
+    from tests.support.counting import Tokens, learnt
 
     return learnt(Tokens())
 
@@ -39,7 +39,7 @@ def trained() -> nn.Module:
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """For the command line: a Hugging Face folder in bfloat16, its tokenizer and a text. No test changes it."""
-    from tests.cli import written
+    from tests.support.cli import written
 
     return written(tmp_path_factory.mktemp("source"))
 
@@ -47,12 +47,27 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A module in the current folder, which is not on the path, with functions for the command line to call."""
-    from tests.cli import FACTORIES
+    from tests.support.cli import FACTORIES
 
     name = f"factories_{random.Random(str(tmp_path)).getrandbits(32)}"
     (tmp_path / f"{name}.py").write_text(FACTORIES)
     monkeypatch.chdir(tmp_path)
     return name
+
+
+@pytest.fixture
+def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demonstration's model with two of its layers: it takes the same steps, in less time."""
+    from ecospa_fx import demo
+
+    load = demo.load
+
+    def loaded() -> demo.ByteLM:
+        model = load()
+        model.layers = model.layers[:2]
+        return model
+
+    monkeypatch.setattr(demo, "load", loaded)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
