@@ -62,9 +62,9 @@ def _where(model: nn.Module, error: Exception) -> str:
     """The innermost line of the user's code, or the module of torch's and the line that called us."""
     lines = _outside(traceback.extract_tb(error.__traceback__))
     if lines:
-        return f" at {_told(lines[-1])}"
+        return f" at {_in_words(lines[-1])}"
     callers = _outside(traceback.extract_stack())
-    called = f" at {_told(callers[-1])}" if callers else ""
+    called = f" at {_in_words(callers[-1])}" if callers else ""
     path = _module(model, error.__traceback__)
     return f", in module {path!r} ({_name(model.get_submodule(path))}),{called}" if path else called
 
