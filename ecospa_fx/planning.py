@@ -12,7 +12,7 @@ from ecospa_fx.coupling.couplings import Couplings, check_couplings
 from ecospa_fx.errors import PlanError, warn_caller
 from ecospa_fx.importance.scores import Given
 from ecospa_fx.importance.sensitivity import Curves
-from ecospa_fx.inplace.expressible import carried_by
+from ecospa_fx.inplace.expressible import expressible_couplings
 from ecospa_fx.plan import Plan
 
 
@@ -71,4 +71,4 @@ def _carried(couplings: Couplings, settings: PlanSettings) -> Carried | None:
         return None
     if isinstance(settings.how, Curves):
         raise PlanError("expressible_in='module' keeps couplings in step, which curves do not: use allocation='global'")
-    return carried_by(couplings, chosen_by(couplings, settings), settings.how == "uniform")
+    return expressible_couplings(couplings, chosen_by(couplings, settings), settings.how == "uniform")

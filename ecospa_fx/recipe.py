@@ -20,15 +20,14 @@ from ecospa_fx.distillation.token_mixing import filled
 from ecospa_fx.errors import PlanError, ScoreError, warn_caller
 from ecospa_fx.importance.compensation import Compensated
 from ecospa_fx.importance.curvature import Collector, Curvature
-from ecospa_fx.importance.linear_views import CouplingViews, views_of
+from ecospa_fx.importance.linear_views import CouplingViews
 from ecospa_fx.importance.losses import Batch, Loss, check_slope
 from ecospa_fx.importance.samples import grouped, samples_of
 from ecospa_fx.importance.score import arguments
 from ecospa_fx.importance.scores import Scores, given_scores
-from ecospa_fx.importance.second_order import unit_scores, without_traffic
-from ecospa_fx.ir.linears import LinearUse, linear_uses
+from ecospa_fx.ir.linears import LinearUse
 from ecospa_fx.ir.program import ExportedForm
-from ecospa_fx.passes.lossy.change_basis import turn_factors, turn_values
+from ecospa_fx.passes.lossy.measurement import Measurement, measure
 from ecospa_fx.passes.lossy.reconstruct import Reconstruct
 from ecospa_fx.passes.shrink.shrink_couplings import shrink_program
 from ecospa_fx.plan import Plan
@@ -188,8 +187,8 @@ def compress_program(program: ExportedForm, task: Task, ratio: float, recipe: Re
     # Where a norm runs over what is kept, the dense model's inputs are not those of the smaller one.
     in_turn = recipe.least_squares == IN_TURN or (recipe.least_squares is not False and any(s.inexact for s in plan))
     dense = PartialInterpreter(program.frozen(), task.model, task.args, task.kwargs)
-    gone = {selection.name: selection.removed for selection in plan}
-    for name, value in (replace(weights, damping=None) if in_turn else weights).made_up(gone):
+    keep = {selection.name: selection.mask for selection in plan}
+    for name, value in (replace(weights, damping=None) if in_turn else weights).compensated(keep):
         program.replace_parameter(name, value)
     shrink_program(program, plan)
     small = PartialInterpreter(program, task.model, task.args, task.kwargs)
@@ -229,18 +228,16 @@ def _planned(
     # What a module can carry may be whole heads where it cannot carry what is in them.
     containers = given.get("expressible_in") is not None or given.get("widths") is not None
     chosen = choose(task.couplings, given.get("kinds"), given.get("exclude", ()), containers=containers)
-    views, curvature = _measured(program, evaluator, task, recipe, chosen)
-    couplings = _reached(task.couplings, without_traffic(views, curvature))
-    values = {name: tensor.detach() for name, tensor in program.values.items()}
+    measurement = _measured(program, evaluator, task, recipe, chosen)
+    couplings = _reached(task.couplings, measurement.unreached)
     if task.scores is None:
-        scores = Scores(SECOND_ORDER, unit_scores(views, curvature, values, recipe.damping))
+        scores = Scores(SECOND_ORDER, measurement.scores(recipe.damping))
     else:
         scores = Scores("given", given_scores(task.couplings, chosen, task.scores))
     planning = recipe.planning(given)
     plan = make_plan(couplings, ratio, scores, **planning)
     damping = recipe.least_squares_damping if recipe.least_squares else None
-    gate_damping = recipe.gate_damping if recipe.gates else None
-    weights = Compensated(couplings.offered, values, views, curvature, damping, gate_damping)
+    weights = measurement.compensated(couplings.offered, damping, recipe.gate_damping if recipe.gates else None)
     if held:
         by = Sensitivity(evaluator, weights, held, task.loss, recipe.rounds, lambda t: recipe.shown(t, "sensitivity"))
         plan = by.plan(couplings, ratio, scores, **planning)
@@ -262,23 +259,17 @@ def _held(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
 
 def _measured(
     program: ExportedForm, evaluator: PartialInterpreter, task: Task, recipe: Recipe, chosen: Sequence[Coupling]
-) -> tuple[CouplingViews, Curvature]:
-    """Views of the chosen couplings and what the data says of them, in the bases that suit removal."""
-
+) -> Measurement:
+    """What the data says of the chosen couplings, in the bases that suit removal."""
     rounded = in_bfloat16(evaluator, {member.parameter for coupling in chosen for member in coupling.members})
 
-    def measured(views: CouplingViews, label: str, results: Sequence[LinearUse] = ()) -> Curvature:
-        return Collector(rounded, views, results).run(recipe.shown(task.batches, label), task.loss)
+    def collect(views: CouplingViews, results: Sequence[LinearUse]) -> Curvature:
+        batches = recipe.shown(task.batches, "bases" if results else "curvature")
+        return Collector(rounded, views, results).run(batches, task.loss)
 
-    views = views_of(chosen, linear_uses(program))
-    if recipe.least_squares in (False, IN_TURN) or any(coupling.inexact for coupling in chosen):
-        views = replace(views, beside=())  # nobody solves by what is measured there
-    if recipe.basis:
-        turn_factors(views, lambda sites: measured(CouplingViews((), (), ()), "bases", sites), program)
-    curvature = measured(views, "curvature")
-    if recipe.basis:
-        turn_values(views, curvature, program)
-    return views, curvature
+    # Least squares layer by layer, as where a norm runs over what is kept, measures by itself.
+    solves = recipe.least_squares not in (False, IN_TURN) and not any(coupling.inexact for coupling in chosen)
+    return measure(program, chosen, collect, basis=recipe.basis, solves=solves)
 
 
 def _reached(couplings: Couplings, idle: Sequence[str]) -> Couplings:

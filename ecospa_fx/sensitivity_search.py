@@ -47,27 +47,27 @@ class Sensitivity:
         best = last = make_plan(couplings, ratio, scores, **planning)
         least = self.loss_of(best)
         for _ in range(self.rounds):
-            base = {s.name: s.removed for s in last}
-            bench = self._bench(last)
+            base = {s.name: s.mask for s in last}
+            trials = self._trials(last)
             widths = {s.name: around(s.size, s.size - s.kept, ratio) for s in last}
-            curves = measured(bench, self.weights, scores.values, widths, base, self.watch)
-            made = make_plan(couplings, ratio, scores, **{**planning, "allocation": curves})
-            if made == last:
+            curves = measured(trials, self.weights, scores.values, widths, base, self.watch)
+            plan = make_plan(couplings, ratio, scores, **{**planning, "allocation": curves})
+            if plan == last:
                 break
-            last, loss = made, self.loss_of(made)
+            last, loss = plan, self.loss_of(plan)
             if loss < least:
-                best, least = made, loss
+                best, least = plan, loss
         return best
 
     def loss_of(self, plan: Plan) -> float:
         """Mean loss on the held-out data with a plan's units gone."""
-        (found,) = self._bench(plan).losses([Trial("", (), [dict])])[""]
-        return found
+        (loss,) = self._trials(plan).losses([Trial("", (), [dict])])[""]
+        return loss
 
-    def _bench(self, plan: Plan) -> TrialLosses:
-        gone = {s.name: s.removed for s in plan}
-        names = {name for c in self.weights.couplings if c.name in gone for name in self.weights.touched(c)}
-        return TrialLosses(self.evaluator, self.batches, self.loss, self.weights.weights(gone, names))
+    def _trials(self, plan: Plan) -> TrialLosses:
+        keep = {s.name: s.mask for s in plan}
+        names = {name for c in self.weights.couplings if c.name in keep for name in self.weights.touched(c)}
+        return TrialLosses(self.evaluator, self.batches, self.loss, self.weights.weights(keep, names))
 
 
 def around(size: int, removed: int, ratio: float) -> list[int]:

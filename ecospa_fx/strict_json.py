@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
@@ -37,11 +37,11 @@ def _number(text: str) -> float:
     return value
 
 
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
         raise ValueError("a key stands in it twice")
-    return result
+    return entries
 
 
 # -- dataclasses -------------------------------------------------------------------------------------------------
@@ -50,9 +50,10 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
 def from_plain(kind: type[Kind], value: object) -> Kind:
     """A value of a type from what JSON holds of it: lists become tuples, objects become dataclasses or mappings.
 
-    kind: int, float, bool, str, None, a literal, a union, a tuple, a mapping by names, or a dataclass of these. Fields
-    that are missing have their defaults. Raises KeyError with the name of a field that has none, TypeError for a value
-    of another type and ValueError for one that no literal is, each in words that say what stands where.
+    kind: int, float, bool, str, None, a literal, a union, a tuple, a mapping by names, a dataclass of these, or object
+    for any value. A field is read from the key in its metadata, by default its name; fields that are missing have
+    their defaults. Raises KeyError with the key of a field that has none, TypeError for a value of another type and
+    ValueError for one that no literal is, each in words that say what stands where.
 
     >>> from_plain(tuple[int, ...], [1, 2])
     (1, 2)
@@ -65,28 +66,53 @@ def _read(kind: object, value: object) -> object:
     if is_dataclass(kind):
         return _dataclass(kind, value)
     if origin in (Union, UnionType):
-        rest = [inner_kind for inner_kind in inner if inner_kind is not NoneType]
-        return None if value is None and len(rest) < len(inner) else _read(rest[0], value)
+        if value is None and NoneType in inner:
+            return None
+        kinds = [member for member in inner if member is not NoneType]
+        return _read(next((member for member in kinds if type(value) is member), kinds[0]), value)
+    if kind is object:
+        return value
     if origin is Literal:
         if value not in inner:
             raise ValueError(f"{value!r:.40} stands where one of {', '.join(map(str, inner))} belongs")
         return value
     if origin is tuple:
         items = _of(list, value, "a list")
-        kinds = [inner[0]] * len(items) if inner[-1] is Ellipsis else inner
+        kinds = [inner[0]] * len(items) if inner[-1] is Ellipsis else list(inner)
         if len(kinds) != len(items):
             raise ValueError(f"{value!r:.40} stands where a list of {len(kinds)} belongs")
-        return tuple(_read(inner_kind, item) for inner_kind, item in zip(kinds, items, strict=True))
+        return tuple(_read(member, item) for member, item in zip(kinds, items, strict=True))
     if origin in (dict, Mapping):
         return {name: _read(inner[1], item) for name, item in _of(dict, value, "an object").items()}
     return _plain(kind, value)
 
 
-def _dataclass(kind: Any, value: object) -> object:
-    items, types = _of(dict, value, "an object"), get_type_hints(kind)
-    needed = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
-    names = [f.name for f in fields(kind) if f.name in items or f.name in needed]
-    return kind(**{name: _read(types[name], items[name]) for name in names})
+def _dataclass(kind: Any, value: object) -> Any:
+    entries, types = _of(dict, value, "an object"), get_type_hints(kind)
+    arguments = {}
+    for f in fields(kind):
+        key = json_key(f)
+        if key in entries or (f.default is MISSING and f.default_factory is MISSING):
+            arguments[f.name] = _read(types[f.name], entries[key])
+    return kind(**arguments)
+
+
+def json_key(field: Field[Any]) -> str:
+    """The key of a dataclass field in JSON."""
+    return str(field.metadata.get("key", field.name))
+
+
+def to_plain(value: object) -> object:
+    """What `from_plain` reads back: dataclasses become objects, tuples lists; anything else stays as it is.
+
+    >>> to_plain((1, {"a": (2,)}))
+    [1, {'a': [2]}]
+    """
+    if is_dataclass(value) and not isinstance(value, type):
+        return {json_key(f): to_plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {name: to_plain(item) for name, item in value.items()}
+    return [to_plain(item) for item in value] if isinstance(value, tuple | list) else value
 
 
 def _plain(kind: object, value: object) -> object:

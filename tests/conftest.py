@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import random
 from pathlib import Path
 
@@ -9,9 +11,15 @@ import pytest
 import torch
 from torch import nn
 
-from tests.counting import Tokens, learnt
-
+os.environ.setdefault("SYMPY_CACHE_SIZE", "100000")  # read when sympy is first imported, which torch alone does not do
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Collect garbage rarely: exports make many objects that live on; to look through them takes a fifth of a run."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +31,8 @@ def seeded() -> None:
 @pytest.fixture(scope="session")
 def trained() -> nn.Module:
     """A language model that has learnt something, so that units differ in what they are worth. No test changes it."""
+    from tests.counting import Tokens, learnt
+
     return learnt(Tokens())
 
 

@@ -47,7 +47,7 @@ def built() -> tuple[eco.SparseTraining, torch.optim.AdamW]:
 
 def kill_at_second_parameter() -> None:
     """Let the second parameter that is cut be the last thing that this process does."""
-    narrow, cut, module = optimizer_surgery.narrow, [], cast(Any, optimizer_surgery)
+    narrow, cut, module = optimizer_surgery.cut_tensor, [], cast(Any, optimizer_surgery)
 
     def killing(tensor: torch.Tensor, how: TensorCut) -> None:
         cut.append(how)

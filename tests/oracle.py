@@ -198,18 +198,17 @@ def check_rule(
 
 def _free(walked: AxisFlow, seed: int) -> Narrowing:
     """Half of every parameter's dim that nothing blocks; being the output is no obstacle here."""
-    dims, source = walked.dims, torch.Generator().manual_seed(seed)
-    blocks = [(o.dim, o.node) for o in walked.record.blocks if o.node.op != "output"]
-    blocked = {root for d, _ in blocks for piece in dims.roots(d) for root, _ in piece.dims}
-    found = {d: None for v in walked.parameters.values() for axis in v.axes for d in dims.dims_of(axis)}
+    source = torch.Generator().manual_seed(seed)
+    blocked = {blocker.dim for blocker in walked.record.blocks if blocker.node.op != "output"}
+    found = {d: None for v in walked.parameters.values() for axis in v.axes for d in axis.dims}
     choices = {}
     for dim in found:
-        size = dims.sizes[dim]
+        size = walked.sizes[dim]
         if dim not in blocked and size > 1:
             keep = torch.zeros(size, dtype=torch.bool)
             keep[torch.randperm(size, generator=source)[: (size + 1) // 2]] = True
             choices[dim] = DimSelection((), keep)
-    return Narrowing(dims, choices)
+    return Narrowing(walked.sizes, choices)
 
 
 def _masked(tensor: Tensor, kept: Narrowing, value: Value) -> Tensor:
@@ -242,7 +241,7 @@ def _call(node: fx.Node, walked: AxisFlow, env: dict[fx.Node, Any], kept: Narrow
     for gather in walked.record.gathers if kept is not None else ():
         if gather.user is node and kept is not None:
             rows = kept.mask(gather.target, gather.target_axis)[0].nonzero().flatten()
-            local[gather.operand.node] = local[gather.operand.node].index_select(gather.operand_axis, rows)
+            local[gather.source] = local[gather.source].index_select(gather.operand_axis, rows)
     target, args, kwargs = node.target, node.args, dict(node.kwargs)
     if kept is not None and isinstance(target, torch._ops.OpOverload):
         target, kwargs = _resized(node, walked, kept)

@@ -22,7 +22,7 @@ from tests.hugging import tiny
 @pytest.fixture(autouse=True)
 def likes(monkeypatch: pytest.MonkeyPatch) -> None:
     """This machine's CPU likes what a GPU does."""
-    monkeypatch.setitem(alignment.LIKED, "cpu", 16)
+    monkeypatch.setitem(alignment.ROW_BYTES, "cpu", 16)
 
 
 def model(dtype: torch.dtype, **options: Any) -> tuple[nn.Module, dict[str, Any]]:
@@ -69,7 +69,7 @@ def test_a_number_of_ones_own_is_kept_to_and_plans_are_as_before() -> None:
 def test_a_device_that_likes_any_width(monkeypatch: pytest.MonkeyPatch) -> None:
     made, kwargs = model(torch.bfloat16)
     couplings = eco.detect(made, (), kwargs)
-    monkeypatch.delitem(alignment.LIKED, "cpu")
+    monkeypatch.delitem(alignment.ROW_BYTES, "cpu")
     assert eco.plan(couplings, 0.4, round_to=None, scores="magnitude") == eco.plan(couplings, 0.4, scores="magnitude")
 
 

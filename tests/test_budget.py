@@ -27,12 +27,12 @@ COUPLINGS = tiny_couplings(MODEL)
 DIMS = tiny_couplings(MODEL, heads=False)
 
 
-def by_position(removals: Sequence[unit_elements.Removal]) -> dict[str, Tensor]:
+def by_position(choices: Sequence[unit_elements.UnitChoice]) -> dict[str, Tensor]:
     """Masks written one position at a time."""
     masks = {n: torch.ones(p.shape, dtype=torch.bool) for n, p in MODEL.named_parameters()}
-    for members, gone in removals:
+    for members, keep in choices:
         for m in members:
-            for c, u in gone.nonzero().tolist():
+            for c, u in (~keep).nonzero().tolist():
                 mask = masks[m.parameter]
                 if m.carrier_axis is not None:
                     mask, axis = mask.select(m.carrier_axis, c), m.axis - (m.carrier_axis < m.axis)
@@ -43,7 +43,7 @@ def by_position(removals: Sequence[unit_elements.Removal]) -> dict[str, Tensor]:
     return masks
 
 
-removals = st.lists(
+choices = st.lists(
     st.integers(0, len(COUPLINGS.offered) - 1).flatmap(
         lambda i: (
             st.tuples(
@@ -61,8 +61,8 @@ removals = st.lists(
 
 
 @settings(max_examples=60, deadline=None)
-@given(removals)
-def test_masks_and_counts_agree_with_single_positions(chosen: list[unit_elements.Removal]) -> None:
+@given(choices)
+def test_masks_and_counts_agree_with_single_positions(chosen: list[unit_elements.UnitChoice]) -> None:
     want, factors = by_position(chosen), unit_elements.keep_factors(COUPLINGS.shapes, chosen)
     for name, shape in COUPLINGS.shapes.items():
         mask = unit_elements.mask(shape, factors.get(name, {}))
@@ -73,14 +73,13 @@ def test_masks_and_counts_agree_with_single_positions(chosen: list[unit_elements
 
 def test_the_hand_written_parameter_counts_are_right() -> None:
     for c in COUPLINGS.offered:
-        whole = [(c.members, torch.ones(c.carriers, c.size, dtype=torch.bool))]
-        assert unit_elements.removed_elements(COUPLINGS.shapes, whole) == c.parameters
+        assert unit_elements.coupled_elements(COUPLINGS.shapes, [c.members]) == c.parameters
 
 
 def test_a_carrier_axis_after_the_units_axis() -> None:
     """Two experts along the last axis; the second loses its first unit."""
-    shapes, gone = {"w": (3, 5, 2)}, torch.tensor([[False] * 3, [True, False, False]])
-    factors = unit_elements.keep_factors(shapes, [([Member("w", 0, "producer", 2, (box(),), 2, 3)], gone)])
+    shapes, keep = {"w": (3, 5, 2)}, torch.tensor([[True] * 3, [False, True, True]])
+    factors = unit_elements.keep_factors(shapes, [([Member("w", 0, "producer", 2, (box(),), 2, 3)], keep)])
     mask = unit_elements.mask(shapes["w"], factors["w"])
     assert (~mask).nonzero()[:, [0, 2]].unique(dim=0).tolist() == [[0, 1]]  # type: ignore[no-untyped-call]
     assert unit_elements.kept_elements(shapes["w"], factors["w"]) == 30 - 5

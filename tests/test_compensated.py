@@ -65,13 +65,13 @@ def test_residuals_are_none_that_the_kept_inputs_explain(bias: bool, side: bool)
     assert weights.views is not None
     assert bool(weights.views.beside) == side
     (coupling,) = weights.couplings
-    gone = torch.zeros(1, coupling.size, dtype=torch.bool)
-    gone[0, ::3] = True
-    made = dict(weights.made_up({coupling.name: gone}))
+    keep = torch.ones(1, coupling.size, dtype=torch.bool)
+    keep[0, ::3] = False
+    made = dict(weights.compensated({coupling.name: keep}))
     assert set(made) == {"down.weight", *(["down.bias"] if bias else [])}
     h = torch.cat([model.up(args[0]).relu() for args, _ in batches]).detach()
-    kept = h[:, ~gone[0]]
-    solved = linear(kept, made["down.weight"][:, ~gone[0]], made.get("down.bias"))
+    kept = h[:, keep[0]]
+    solved = linear(kept, made["down.weight"][:, keep[0]], made.get("down.bias"))
     residual = model.down(h).detach() - solved
     assert residual.abs().max() > 1e-3
     assert (residual.T @ kept).abs().max() < 1e-6 * residual.norm() * kept.norm()
@@ -82,11 +82,11 @@ def test_residuals_are_none_that_the_kept_inputs_explain(bias: bool, side: bool)
 def test_nothing_is_made_up_for_nothing_and_on_request_for_some() -> None:
     weights = compensated(Layers(bias=True).double().eval(), data())
     (coupling,) = weights.couplings
-    gone = torch.zeros(1, coupling.size, dtype=torch.bool)
-    assert not dict(weights.made_up({}))
-    assert not dict(weights.made_up({coupling.name: gone}))
-    gone[0, 0] = True
-    assert set(dict(weights.made_up({coupling.name: gone}, {"down.bias", "up.weight"}))) == {"down.bias"}
+    keep = torch.ones(1, coupling.size, dtype=torch.bool)
+    assert not dict(weights.compensated({}))
+    assert not dict(weights.compensated({coupling.name: keep}))
+    keep[0, 0] = False
+    assert set(dict(weights.compensated({coupling.name: keep}, {"down.bias", "up.weight"}))) == {"down.bias"}
 
 
 class Scored(nn.Module):
@@ -106,12 +106,12 @@ class Scored(nn.Module):
 def test_what_is_rescaled_and_solved_is_both_with_its_bias() -> None:
     weights = compensated(Scored().double().eval(), data())
     inner, outer = (next(c for c in weights.couplings if c.kind == kind) for kind in ("qk", "ffn"))
-    gone = {c.name: torch.arange(c.size)[None] % 3 == 0 for c in (inner, outer)}
-    scaled = dict(weights.made_up({inner.name: gone[inner.name]}))
+    keep = {c.name: torch.arange(c.size)[None] % 3 > 0 for c in (inner, outer)}
+    scaled = dict(weights.compensated({inner.name: keep[inner.name]}))
     assert "q.bias" in scaled
     assert not scaled["q.bias"].equal(weights.values["q.bias"])
-    want = dict(replace(weights, values={**weights.values, **scaled}).made_up({outer.name: gone[outer.name]}))
-    found = dict(weights.made_up(gone))
+    want = dict(replace(weights, values={**weights.values, **scaled}).compensated({outer.name: keep[outer.name]}))
+    found = dict(weights.compensated(keep))
     for name in ("q.weight", "q.bias"):
         torch.testing.assert_close(found[name], want[name])
     torch.testing.assert_close(found["k.bias"], scaled["k.bias"])

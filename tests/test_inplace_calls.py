@@ -18,8 +18,8 @@ import ecospa_fx as eco
 from ecospa_fx.capture.export import capture
 from ecospa_fx.errors import PlanError
 from ecospa_fx.inplace import equivalence
-from ecospa_fx.inplace.calls import TrialCall, constant, others, shuffled, varied
-from ecospa_fx.inplace.equivalence import EquivalenceCheck, equal
+from ecospa_fx.inplace.calls import TrialCall, has_constant_tensor, has_varied_tensor, randomised_calls, resized_calls
+from ecospa_fx.inplace.equivalence import EquivalenceCheck, all_close
 from ecospa_fx.ir.pytrees import opened
 from tests.inplace import half, largest, masked_twin, plan_of
 
@@ -86,9 +86,9 @@ def test_inputs_of_one_size_vary_together(batch: int, length: int) -> None:
     bench = EquivalenceCheck(model, args, {"types": tokens(batch, length)})
     shapes = {tuple(tuple(t.shape) for t in (*call.args, *call.kwargs.values())) for call in bench.calls}
     assert ((batch, length),) * 3 in shapes
-    others = [shape for shape, *rest in shapes if all(shape == other for other in rest)]
-    assert any(b != batch for b, _ in others) or batch == 1
-    assert any(n != length for _, n in others) or length == 1
+    resized_calls = [shape for shape, *rest in shapes if all(shape == other for other in rest)]
+    assert any(b != batch for b, _ in resized_calls) or batch == 1
+    assert any(n != length for _, n in resized_calls) or length == 1
 
 
 class Unlike(nn.Module):
@@ -142,7 +142,7 @@ def test_sizes_that_are_sums_of_others() -> None:
     x, mask, cache = torch.randn(2, 3, WIDTH), torch.ones(2, 7), Cache(torch.randn(2, 4, WIDTH))
     example = TrialCall((x.double(), mask.double(), Cache(cache.keys.double())), {})
     program = capture(model, *(example.args, example.kwargs), dynamic=True)
-    for call in others(program, example):
+    for call in resized_calls(program, example):
         assert isinstance(call.args[2], Cache)
     bench = EquivalenceCheck(model, (x, mask, cache), {})
     assert bench.calls[0].args[2].keys.dtype is torch.float64
@@ -152,9 +152,9 @@ def test_sizes_that_are_sums_of_others() -> None:
 def test_what_holds_the_same_everywhere_is_varied() -> None:
     """Also beside what differs: a mask of padding must not hide that all tokens are the same."""
     ids, mask = torch.zeros(2, 5, dtype=torch.long), masks(2, 5)["left"]
-    assert varied(TrialCall((ids, mask), {}))
-    assert constant(TrialCall((ids, mask), {}))
-    (call,) = shuffled(TrialCall((ids, mask), {}))
+    assert has_varied_tensor(TrialCall((ids, mask), {}))
+    assert has_constant_tensor(TrialCall((ids, mask), {}))
+    (call,) = randomised_calls(TrialCall((ids, mask), {}))
     assert call.args[1] is mask
     assert call.args[0].unique().tolist() == [0, 1]
     bench = EquivalenceCheck(Masked().double(), (ids, mask), {})
@@ -266,13 +266,13 @@ def test_what_objects_hold_is_compared() -> None:
 
 def test_nothing_compared_proves_nothing() -> None:
     ones = torch.ones(2, dtype=torch.float64)
-    assert not equal([], [], 1e-9)
-    assert not equal([torch.ones(3)], [torch.ones(2)], 1e-9, strict=False)
-    assert not equal([ones], [ones, ones], 1e-9)
-    assert equal([ones, torch.ones(3)], [ones, torch.ones(2)], 1e-9, strict=False)
-    assert not equal([ones, torch.ones(3)], [ones, torch.ones(2)], 1e-9)
-    assert not equal([ones * torch.nan], [ones], 1e-9)
-    assert not equal([ones.float()], [ones], 1e-9)
+    assert not all_close([], [], 1e-9)
+    assert not all_close([torch.ones(3)], [torch.ones(2)], 1e-9, strict=False)
+    assert not all_close([ones], [ones, ones], 1e-9)
+    assert all_close([ones, torch.ones(3)], [ones, torch.ones(2)], 1e-9, strict=False)
+    assert not all_close([ones, torch.ones(3)], [ones, torch.ones(2)], 1e-9)
+    assert not all_close([ones * torch.nan], [ones], 1e-9)
+    assert not all_close([ones.float()], [ones], 1e-9)
 
 
 class Counting(nn.Module):

@@ -15,7 +15,7 @@ from transformers import pytorch_utils
 
 import ecospa_fx as eco
 from ecospa_fx.inplace.attributes import Place, integers_of
-from ecospa_fx.inplace.constructor import constructed, shapes_of
+from ecospa_fx.inplace.constructor import constructor_evidence, shapes_of
 from ecospa_fx.inplace.edits import Edits
 from tests.inplace import half, kept, largest, masked_twin, plan_of
 
@@ -142,11 +142,11 @@ def numbers(module: nn.Module) -> dict[Any, int]:
 def test_attributes_are_those_of_a_module_built_for_the_shapes(name: str) -> None:
     module, narrow = (build() for build in BUILT[name])
     fixed: Any = {("groups", None): 2} if name == "Conv2d whole groups" else {}  # as trying has shown
-    told = constructed(module, shapes_of(narrow), fixed)
+    told = constructor_evidence(module, shapes_of(narrow), fixed)
     assert told is not None
-    assert told.values
+    assert told.changes
     edits = Edits()
-    for (attribute, index), value in told.values.items():
+    for (attribute, index), value in told.changes.items():
         Place("", (), attribute, index).write(module, value, edits)
     assert numbers(module) == numbers(narrow)
 
@@ -155,8 +155,8 @@ def test_what_no_constructor_explains_is_left_alone() -> None:
     odd = nn.Linear(8, 8)
     odd.weight = nn.Parameter(torch.zeros(8, 16))  # whatever that is, it was not built from in_features
     shapes = {**shapes_of(odd), "weight": (4, 16), "bias": (4,)}
-    assert constructed(odd, shapes) is None
-    assert constructed(nn.Linear(8, 8), {"weight": (3, 5), "bias": (7,)}) is None
+    assert constructor_evidence(odd, shapes) is None
+    assert constructor_evidence(nn.Linear(8, 8), {"weight": (3, 5), "bias": (7,)}) is None
 
 
 # -- edited models -----------------------------------------------------------------------------------------------

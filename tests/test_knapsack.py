@@ -46,7 +46,7 @@ def test_the_solution_is_that_of_trying_everything(choices: list[list[tuple[int,
     assert chosen == knapsack.solve(choices, target)
 
 
-def curve(values: dict[str, list[float]]) -> knapsack.Lost:
+def curve(values: dict[str, list[float]]) -> knapsack.PredictedLoss:
     def lost(coupling: Coupling, kept: Sequence[int]) -> Tensor:
         total = torch.tensor([0.0, *values[coupling.name]], dtype=torch.float64).cumsum(0)
         return total[torch.tensor([coupling.size - k for k in kept])]
@@ -74,7 +74,7 @@ def test_widths_meet_the_budget_and_the_bounds(values: Any, limits: Bounds, less
             continue
         assert all(kept[c.name] in (c.size, *allowed[c.name]) for c in CHOSEN)
         freed = sum(float(spending.freed(c, [kept[c.name]])) for c in CHOSEN)
-        assert freed >= ratio * spending.held(CHOSEN) * (1 - 1e-9)
+        assert freed >= ratio * spending.total(CHOSEN) * (1 - 1e-9)
         costs.append(sum(float(lost(c, [kept[c.name]])) for c in CHOSEN))
     assert costs[0] <= costs[1]
 
@@ -91,7 +91,7 @@ def test_widths_are_nearly_those_of_trying_everything(values: Any, ratio: float)
     freed = [spending.freed(c, [c.size, *allowed[c.name]]).tolist() for c in three]
     costs = [lost(c, [c.size, *allowed[c.name]]).tolist() for c in three]
     pairs = [list(zip(f, c, strict=True)) for f, c in zip(freed, costs, strict=True)]
-    held = spending.held(three)
+    held = spending.total(three)
 
     def least(share: float) -> float:
         sums = ((sum(f for f, _ in one), sum(c for _, c in one)) for one in product(*pairs))

@@ -1,11 +1,13 @@
 """The layers: a module imports its own layer and lower ones, at the top of its file, and packages form no cycle.
 
-Imports in functions and under TYPE_CHECKING count like any others.
+Imports in functions and under TYPE_CHECKING count like any others. ``python -m tests.test_layers`` draws the picture in
+``docs/architecture.md`` from the code.
 """
 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from functools import cache
 from graphlib import TopologicalSorter
@@ -45,6 +47,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 """Lowest first; "" is the package itself, whose names are the public verbs."""
 
+PICTURE = re.compile(r"(?<=```mermaid\n).*?(?=```)", re.DOTALL)
+"""The picture in `ARCHITECTURE`."""
+
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
+
 RANK = {member: rank for rank, members in enumerate(LAYERS) for member in members}
 
 
@@ -57,8 +64,14 @@ def modules() -> dict[str, ast.Module]:
             parts = path.relative_to(ROOT).with_suffix("").parts
             if parts[:2] != ("ecospa_fx", "passes"):  # a link to the folder
                 parts = parts[1:] if folder == "ecospa_fx" else parts
-                found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = ast.parse(path.read_text())
+                found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = ast.parse(_source(path).read_text())
     return found
+
+
+def _source(path: Path) -> Path:
+    """What says what a module imports: beside one that imports lazily, its stub."""
+    stub = path.with_suffix(".pyi")
+    return stub if stub.exists() else path
 
 
 def imports(tree: ast.Module) -> Iterator[tuple[str, ast.stmt]]:
@@ -92,10 +105,45 @@ def test_a_module_imports_its_own_layer_and_lower_ones_at_its_top(module: str) -
         )
 
 
-def test_packages_form_no_cycle() -> None:
+def packages() -> dict[str, set[str]]:
+    """By package, or module at the top, those that it imports; the ground is one, because all stand on it."""
     edges: dict[str, set[str]] = {}
     for module, tree in modules().items():
-        own = module.partition(".")[0]
-        edges.setdefault(own, set()).update(t.partition(".")[0] for t, _ in imports(tree))
-        edges[own].discard(own)
-    list(TopologicalSorter(edges).static_order())
+        importing = _package(module)
+        edges.setdefault(importing, set()).update(_package(target) for target, _ in imports(tree))
+        edges[importing].discard(importing)
+    return edges
+
+
+def _package(module: str) -> str:
+    first = module.partition(".")[0]
+    return "ground" if first in GROUND else first or "ecospa_fx"
+
+
+def test_packages_form_no_cycle() -> None:
+    list(TopologicalSorter(packages()).static_order())
+
+
+# -- the picture -------------------------------------------------------------------------------------------------
+
+
+def picture() -> str:
+    """The packages as a Mermaid diagram, lowest last; an arrow means "imports", those that others imply left out."""
+    edges = packages()
+    order = [name for name in TopologicalSorter(edges).static_order() if name != "ground"]
+    reach: dict[str, set[str]] = {}
+    for name in ["ground", *order]:
+        reach[name] = set().union(*({other} | reach[other] for other in edges[name]))
+    lines = ["flowchart TB"]
+    for name in reversed(order):
+        implied = set().union(*(reach[other] for other in edges[name]))
+        lines += [f"    {name} --> {other}" for other in sorted(edges[name] - implied)]
+    return "\n".join(lines) + "\n"
+
+
+def test_the_picture_shows_the_code() -> None:
+    assert PICTURE.findall(ARCHITECTURE.read_text()) == [picture()]
+
+
+if __name__ == "__main__":
+    ARCHITECTURE.write_text(PICTURE.sub(picture(), ARCHITECTURE.read_text()))

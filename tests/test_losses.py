@@ -164,7 +164,7 @@ def test_curves_are_read_alike_in_any_unit() -> None:
             return unit * (12.0 - torch.tensor(kept, dtype=torch.float64))
 
         curves = Curves({ffn.name: ((9, 3.0 * unit), (6, 2.0 * unit), (3, 9.0 * unit))}, 1.0)
-        lost.append(curves.lost(ffn, range(12, 2, -1), predicted) / unit)
+        lost.append(curves.rise(ffn, range(12, 2, -1), predicted) / unit)
     for other in lost[1:]:
         torch.testing.assert_close(other, lost[0], rtol=1e-9, atol=1e-9)
 

@@ -41,7 +41,7 @@ def test_gates_of_what_stays_are_bounded() -> None:
     """Two queries that always say the opposite: the one that stays would have to be turned off, or far up."""
     for sign, bound in ((1.0, 4.0), (-1.0, 0.25)):
         matrix = torch.tensor([[[1.0, 60.0 * sign], [60.0 * sign, 3601.0]]]).double()
-        roots = gate_roots(matrix, torch.tensor([[False, True]]), 1e-9)
+        roots = gate_roots(matrix, torch.tensor([[True, False]]), 1e-9)
         assert float(roots[0, 0, 0].square()) == pytest.approx(bound)
 
 

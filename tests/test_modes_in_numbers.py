@@ -58,3 +58,32 @@ def test_both_modes_are_right_at_other_sizes(model: nn.Module, exports: int, mon
     torch.manual_seed(0)
     assert torch.equal(small.train()(other), want)
     assert not torch.equal(want, model.eval()(other))
+
+
+class Skipped(nn.Module):
+    """Samples that training leaves out, by numbers that it draws, as stochastic depth does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            x = x * x.new_empty(x.shape[0], 1).bernoulli_(0.5)
+        return nn.functional.dropout(x.sin(), 0.5, self.training)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_modes_that_draw_other_numbers_are_not_exported_again(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    exported: list[Any] = []
+    export = capturing._export
+
+    def counted(model: nn.Module, view: nn.Module, attempt: Any, **options: Any) -> Any:
+        exported.append(attempt.shapes)
+        return export(model, view, attempt, **options)
+
+    monkeypatch.setattr(capturing, "_export", counted)
+    model, x = Skipped().train(training), torch.linspace(-1, 1, 20).view(5, 4)
+    small = eco.shrink(model, NOTHING, (torch.ones(3, 4),))
+    assert len(exported) == 2
+    assert exported[1] is None
+    torch.manual_seed(0)
+    want = model(x)
+    torch.manual_seed(0)
+    assert torch.equal(small(x), want)

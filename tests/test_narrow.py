@@ -9,7 +9,7 @@ from torch import Tensor
 import ecospa_fx as eco
 from ecospa_fx.coupling.couplings import parameter_shapes
 from ecospa_fx.coupling.types import Coupling
-from ecospa_fx.coupling.unit_elements import removed_elements
+from ecospa_fx.coupling.unit_elements import coupled_elements, removed_elements
 from ecospa_fx.errors import TrainingError
 from ecospa_fx.importance.unit_reduction import margin, margin_key, unit_sums
 from ecospa_fx.training.allocation import allocate, bounds
@@ -48,8 +48,7 @@ def test_what_is_left_of_a_coupling_is_a_coupling(seed: int) -> None:
                 rows = before[old.indices[:, :, :]][kept]
                 assert torch.equal(rows, after[new.indices].flatten(0, 1))
         assert coupling.size == int(keep[coupling.name][0].sum())
-    whole = [(c.members, torch.ones(c.carriers, c.size, dtype=torch.bool)) for c in now]
-    assert removed_elements(parameter_shapes(model), whole) == sum(c.parameters for c in now)
+    assert coupled_elements(parameter_shapes(model), (c.members for c in now)) == sum(c.parameters for c in now)
 
 
 def test_strided_sums_are_the_indexed_ones() -> None:
@@ -133,7 +132,7 @@ def test_allocation_meets_the_goal_within_bounds(uniform: bool, round_to: int) -
     limits = {c.name: bounds(c.size, c.size, 0.5, (0.05, 0.5, 1.5), round_to) for c in chosen}
     dense, steps = {c.name: c.size for c in chosen}, dict.fromkeys(scores, round_to)
     keep = allocate(chosen, couplings.shapes, scores, limits, goal, round_to=steps, dense=dense if uniform else None)
-    gone = removed_elements(couplings.shapes, [(c.members, ~keep[c.name]) for c in chosen])
+    gone = removed_elements(couplings.shapes, [(c.members, keep[c.name]) for c in chosen])
     assert abs(gone - goal) <= 0.12 * goal
     for c in chosen:
         counts = keep[c.name].sum(1)

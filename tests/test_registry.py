@@ -137,6 +137,17 @@ def test_a_registered_rule_lifts_the_block() -> None:
     check_exact(case)
 
 
+@pytest.mark.usefixtures("forgotten")
+def test_a_rule_that_notes_what_is_no_action_is_an_error() -> None:
+    def misspelt(call: Call) -> Value:
+        call.note(call["x"].axes, "non-linear")  # type: ignore[arg-type]  # that is what is tested
+        return call.passes(call["x"])
+
+    eco.axis_rule("ecospatest.double")(misspelt)
+    with pytest.raises(ValueError, match="'non-linear' is not a valid Action"):
+        check_rule(torch.ops.ecospatest.double, [tagged(6)])
+
+
 @pytest.mark.parametrize(("operator", "reason"), sorted(registry.refused().items()))
 def test_refused_operators_have_a_reason(operator: str, reason: str) -> None:
     assert registry.find(operator) is None

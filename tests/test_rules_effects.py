@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import fx
 
 from ecospa_fx.axes import registry
-from ecospa_fx.axes.dims import Dims
 from ecospa_fx.axes.narrowing import Narrowing
 from ecospa_fx.axes.resize import Resize, find_resize
 from tests.oracle import Case, check_exact, check_literal, check_rule, sandwich, tagged
@@ -38,8 +38,8 @@ def test_one_call() -> None:
 ])  # fmt: skip
 def test_assertions_about_sizes_are_dropped(given: dict[str, Any], edits: dict[str, Any]) -> None:
     registry.load()
-    name = "aten._assert_tensor_metadata"
-    resize = Resize(None, name, given, ([], []), Narrowing(Dims(), {}), lambda size, old, new: size)
+    name, node = "aten._assert_tensor_metadata", fx.Graph().placeholder("x")
+    resize = Resize(node, name, given, ([], []), Narrowing((), {}), lambda size, old, new: size)
     rule = find_resize(name)
     assert rule is not None
     rule(resize)

@@ -142,9 +142,10 @@ def test_measuring_turns_bases_and_changes_no_output() -> None:
     for step in range(20):
         one_step(sparse, optimizer, step)
     before, weights = sparse.model(ids(99)).detach(), {n: p.detach().clone() for n, p in model.named_parameters()}
-    measured = sparse._measured()
+    second, measured = sparse._second_order, sparse._measured()
+    assert second is not None
     assert measured is not None
-    scores = measured.scores()
+    scores = second.scores(measured)
     assert torch.allclose(sparse.model(ids(99)), before, rtol=1e-9, atol=1e-9)
     turned = {n.split(".", 2)[-1] for n, p in model.named_parameters() if not torch.equal(p, weights[n])}
     assert turned == {"q.weight", "q.bias", "k.weight", "k.bias", "v.weight", "v.bias", "o.weight"}
@@ -163,14 +164,15 @@ def test_a_shrink_equals_masking_what_makes_up_for_it() -> None:
     average = copy.deepcopy(sparse.model)
     sparse.follow(average)
     for share in (0.5, 1.0):
-        measured = sparse._measured()
+        second, measured = sparse._second_order, sparse._measured()
+        assert second is not None
         assert measured is not None
-        keep = sparse._units(measured.scores(), share)
-        gone = {c.name: ~keep[c.name][sparse._keep[c.name]].view(c.carriers, c.size) for c in sparse._now}
+        keep = sparse._units(second.scores(measured), share)
+        left = {c.name: keep[c.name][sparse._keep[c.name]].view(c.carriers, c.size) for c in sparse._now}
         weights = Compensated(sparse._now, measured.values, measured.views, measured.curvature)
         masked = copy.deepcopy(sparse.model)
-        masked.load_state_dict(weights.weights(gone, measured.values))
-        sparse._compensated(keep, measured.making_up(gone))
+        masked.load_state_dict(weights.weights(left, measured.values))
+        sparse._compensated(keep, second.changes(measured, left))
         for small in (sparse.model, average):
             assert torch.allclose(small(ids(99)), masked(ids(99)), rtol=1e-9, atol=1e-9)
     assert sparse.removed > 0.35
@@ -180,10 +182,11 @@ def test_queries_and_keys_that_stay_rise_for_those_that_go() -> None:
     model = language()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     sparse = sparse_language(model, optimizer, kinds=["qk"], compensate=True)
-    measured = sparse._measured()
+    second, measured = sparse._second_order, sparse._measured()
+    assert second is not None
     assert measured is not None
-    keep = sparse._units(measured.scores(), 1.0)
-    changed = set(measured.making_up({name: ~kept for name, kept in keep.items()}))
+    keep = sparse._units(second.scores(measured), 1.0)
+    changed = set(second.changes(measured, keep))
     assert changed == {f"blocks.{i}.{side}.{kind}" for i in (0, 1) for side in "qk" for kind in ("weight", "bias")}
 
 

@@ -21,7 +21,7 @@ from ecospa_fx.importance.compensation import Compensated
 from ecospa_fx.importance.curvature import Collector
 from ecospa_fx.importance.linear_views import views_of
 from ecospa_fx.importance.scores import Scores
-from ecospa_fx.importance.sensitivity import Curves, Trial, TrialLosses, least, measured
+from ecospa_fx.importance.sensitivity import Curves, Trial, TrialLosses, keep_best, measured
 from ecospa_fx.ir.linears import linear_uses
 from ecospa_fx.origin import origin_of
 from ecospa_fx.plan import Selection
@@ -69,16 +69,16 @@ def test_a_measured_rise_is_that_of_the_masked_model(prepared: Prepared) -> None
     """Around a base: the others at its widths, the one at its own."""
     scores = Scores("mine", prepared.scores)
     base = eco.plan(prepared.couplings, 0.3, scores)
-    gone, weights = {s.name: s.removed for s in base}, prepared.masks()
+    keep, weights = {s.name: s.mask for s in base}, prepared.masks()
     names = {name for c in prepared.chosen for name in weights.touched(c)}
-    bench = TrialLosses(prepared.evaluator, DATA, loss, weights.weights(gone, names))
-    curves = measured(bench, weights, prepared.scores, {c.name: [c.size // 2] for c in prepared.chosen}, gone)
+    bench = TrialLosses(prepared.evaluator, DATA, loss, weights.weights(keep, names))
+    curves = measured(bench, weights, prepared.scores, {c.name: [c.size // 2] for c in prepared.chosen}, keep)
     for c in prepared.chosen:
         ((kept, rise),) = curves.rises[c.name]
         found = []
         for width in (c.size, kept):
-            choice = {**gone, c.name: least(prepared.scores[c.name], width)}
-            selections = tuple(Selection.of(x, ~choice[x.name]) for x in prepared.chosen)
+            choice = {**keep, c.name: keep_best(prepared.scores[c.name], width)}
+            selections = tuple(Selection.of(x, choice[x.name]) for x in prepared.chosen)
             with masked(MODEL, eco.Plan(selections, tuple(prepared.couplings.shapes.items()))):
                 found.append(mean_loss(MODEL))
         assert rise == pytest.approx(max(found[1] - found[0], 0), abs=1e-9)
@@ -90,15 +90,15 @@ def test_what_stays_makes_up_for_what_goes(prepared: Prepared) -> None:
     assert solved.views is not None
     assert len(solved.views.inputs) > 1
     for c in (view.coupling for view in solved.views.inputs):
-        gone = {c.name: least(prepared.scores[c.name], c.size // 2)}
+        keep = {c.name: keep_best(prepared.scores[c.name], c.size // 2)}
         names = solved.touched(c)
         assert names >= {m.parameter for m in c.members}
         better, worse = (
-            distance(prepared, Trial(c.name, names, [partial(w.weights, gone, names), dict])) for w in (solved, plain)
+            distance(prepared, Trial(c.name, names, [partial(w.weights, keep, names), dict])) for w in (solved, plain)
         )
         assert better < worse
-        held = solved.weights(gone, names)
-        masks = eco.Plan((Selection.of(c, ~gone[c.name]),), tuple(prepared.couplings.shapes.items())).masks(MODEL)
+        held = solved.weights(keep, names)
+        masks = eco.Plan((Selection.of(c, keep[c.name]),), tuple(prepared.couplings.shapes.items())).masks(MODEL)
         assert all(bool((held[name][~mask] == 0).all()) for name, mask in masks.items())
 
 
@@ -126,10 +126,10 @@ def straight(kept: Sequence[int]) -> Tensor:
 
 def test_a_curve_goes_through_what_was_measured_and_no_further() -> None:
     curves = Curves({FFN.name: ((9, 3.0), (6, 2.0), (3, 9.0))})
-    lost = curves.lost(FFN, range(12, 0, -1), straight)
+    lost = curves.rise(FFN, range(12, 0, -1), straight)
     want = [0, 1, 2, 3, 3, 3, 3, 5, 7, 9, torch.inf, torch.inf]  # it never falls
     assert lost.tolist() == pytest.approx(want)
-    assert Curves({FFN.name: ()}).lost(FFN, [12, 11], straight).tolist() == [0.0, torch.inf]
+    assert Curves({FFN.name: ()}).rise(FFN, [12, 11], straight).tolist() == [0.0, torch.inf]
 
 
 rises = st.lists(st.floats(0, 9), min_size=3, max_size=3)

@@ -89,7 +89,7 @@ def shares(couplings: Couplings, plan: eco.Plan) -> tuple[float, float]:
     """FLOPs that a plan frees, and those of all products that its couplings narrow."""
     unit, chosen = Flops.of(couplings), [couplings[s.name] for s in plan]
     unit.ready(chosen)
-    return unit.removed({}, {s.name: s.kept for s in plan}), unit.held(chosen)
+    return unit.removed({}, {s.name: s.kept for s in plan}), unit.total(chosen)
 
 
 @pytest.mark.parametrize("name", MODELS)

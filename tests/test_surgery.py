@@ -14,7 +14,7 @@ from torch.optim import Optimizer, lr_scheduler
 import ecospa_fx as eco
 from ecospa_fx.errors import TrainingError
 from ecospa_fx.training import optimizer_surgery
-from ecospa_fx.training.optimizer_surgery import check_optimizers, check_states, cut_all, held_bytes
+from ecospa_fx.training.optimizer_surgery import check_optimizers, check_states, cut_all, optimizer_bytes
 from ecospa_fx.training.tensor_cuts import TensorCut, cuts_between
 from tests.tiny import Tiny, tiny, tiny_couplings
 
@@ -139,13 +139,13 @@ def test_one_parameter_is_cut_after_the_other(monkeypatch: pytest.MonkeyPatch) -
     torch.autograd.backward(model(torch.randn(2, 64)).sum())
     optimizer.step()
     held = [own_bytes(model, optimizer)]
-    original = optimizer_surgery.narrow
+    original = optimizer_surgery.cut_tensor
 
     def watched(tensor: Tensor, cut: TensorCut) -> None:
         original(tensor, cut)
         held.append(own_bytes(model, optimizer))
 
-    monkeypatch.setattr(optimizer_surgery, "narrow", watched)
+    monkeypatch.setattr(optimizer_surgery, "cut_tensor", watched)
     cut_all([optimizer], dict(model.named_parameters()), {n: rows(n, p, 32) for n, p in model.named_parameters()})
     falls = [before - after for before, after in pairwise(held)]
     assert falls == [4 * 4 * 64 * 32, 4 * 4 * 32] * 8
@@ -154,7 +154,7 @@ def test_one_parameter_is_cut_after_the_other(monkeypatch: pytest.MonkeyPatch) -
 def own_bytes(model: nn.Module, optimizer: Optimizer) -> int:
     """Of parameters, gradients and states."""
     tensors = [t for p in model.parameters() for t in (p, p.grad) if t is not None]
-    return sum(t.numel() * t.element_size() for t in tensors) + held_bytes([optimizer])
+    return sum(t.numel() * t.element_size() for t in tensors) + optimizer_bytes([optimizer])
 
 
 def test_groups_schedules_and_steps_survive_and_memory_falls() -> None:
@@ -164,11 +164,11 @@ def test_groups_schedules_and_steps_survive_and_memory_falls() -> None:
     model(torch.randn(2, 8)).sum().backward()
     optimizer.step()
     schedule.step()
-    groups, before = [id(g) for g in optimizer.param_groups], held_bytes([optimizer])
+    groups, before = [id(g) for g in optimizer.param_groups], optimizer_bytes([optimizer])
     cut_all([optimizer], dict(model.named_parameters()), {n: rows(n, p, 4) for n, p in model.named_parameters()})
     assert [id(g) for g in optimizer.param_groups] == groups
     assert optimizer.state[model.weight]["step"] == 1
-    assert held_bytes([optimizer]) - 2 * 4 == (before - 2 * 4) // 2
+    assert optimizer_bytes([optimizer]) - 2 * 4 == (before - 2 * 4) // 2
     schedule.step()
     optimizer.step()
     assert optimizer.param_groups[0]["lr"] == 0.125

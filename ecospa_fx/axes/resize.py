@@ -9,7 +9,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, fx
 
 from ecospa_fx.axes.call import Value
 from ecospa_fx.axes.dims import Axis
@@ -47,7 +47,7 @@ class Resize:
 
     def __init__(
         self,
-        node: Any,
+        node: fx.Node,
         operator: str,
         arguments: dict[str, Any],
         values: tuple[list[Value], list[Value]],

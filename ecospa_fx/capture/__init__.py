@@ -1,1 +1,1 @@
-"""From a module to a graph, by torch.export."""
+"""Capture: from a module to a canonical graph, by `torch.export`."""

@@ -18,7 +18,7 @@ from ecospa_fx.capture.functorch import write_out_transforms
 from ecospa_fx.capture.gradient_modes import gradient_modes_recorded, warn_of_custom_functions
 from ecospa_fx.errors import CaptureError
 from ecospa_fx.ir.build import allow_other_strides, sync_users
-from ecospa_fx.ir.modes import Aligned, align, note_dropout
+from ecospa_fx.ir.modes import Aligned, align, draws, note_dropout
 from ecospa_fx.ir.passes import run_passes
 from ecospa_fx.ir.program import ExportedForm
 from ecospa_fx.ir.pytrees import Arguments, NamedArguments, closed, opened
@@ -162,6 +162,9 @@ def _in_both_modes(model: nn.Module, view: nn.Module, program: ExportedProgram, 
         if aligned is not None and (aligned.complete or model.training):
             aligned.note(training=model.training)
             allow_other_strides(program.graph)
+            return program
+        if aligned is None and fixed is not None and draws(fixed.graph) != draws(program.graph):
+            note_dropout(program.graph)  # no export would make them alike: one draws what the other does not
             return program
     other = _in_other_mode(model, view, attempt)
     aligned = _aligned(model, program, other)

@@ -1,1 +1,1 @@
-"""Which element of which tensor stands where, as expressions in positions and sizes."""
+"""Indexing: which element of which tensor stands at each position, as expressions in the position."""

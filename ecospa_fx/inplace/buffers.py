@@ -1,4 +1,4 @@
-"""Buffers that hold one number per unit, such as the frequencies of a rotary embedding: they are cut like the units.
+"""Slices of buffers that hold one number per unit, such as the frequencies of a rotary embedding.
 
 No buffer is known by name. Where a plan keeps the same units everywhere below a module, a buffer there with one entry
 per unit, or per element of a unit, is tried with what is kept of it, as integers are tried with other values.
@@ -21,60 +21,63 @@ from ecospa_fx.plan import Selection
 
 @dataclass(frozen=True, slots=True)
 class BufferSlice:
-    """What stays of a buffer along one axis; it stands among the integers that an edit writes.
-
-    module: path of the module that holds it; name: of the buffer; axis, kept: positions along it.
-    """
+    """What stays of a buffer along one axis; an edit may name it where it names integers."""
 
     module: str
+    """Path of the module that holds the buffer."""
     name: str
+    """Of the buffer in that module."""
     axis: int
+    """Along which it is cut."""
     kept: tuple[int, ...]
+    """Positions along that axis that stay."""
 
     def write(self, model: nn.Module, value: int, edits: Edits) -> None:
         """Put what stays in the place of the buffer. value: the number of positions."""
         path = f"{self.module}.{self.name}" if self.module else self.name
-        held = model.get_buffer(path)
-        edits.buffer(model, path, held.index_select(self.axis, torch.tensor(self.kept, device=held.device)))
+        buffer = model.get_buffer(path)
+        edits.buffer(model, path, buffer.index_select(self.axis, torch.tensor(self.kept, device=buffer.device)))
 
     def __str__(self) -> str:
         return self.name
 
 
-Spot = Place | BufferSlice
+EditTarget = Place | BufferSlice
 """Where an edit writes."""
 
 
-def tables(model: nn.Module, groups: Sequence[Group]) -> Iterator[tuple[str, tuple[dict[Spot, int], ...]]]:
+def buffer_rules(model: nn.Module, groups: Sequence[Group]) -> Iterator[tuple[str, tuple[dict[EditTarget, int], ...]]]:
     """By module, told by its class: the ways to cut all its buffers that have an entry per unit of a group."""
     for path, module in model.named_modules():
-        buffers = {name: held for name, held in module.named_buffers(recurse=False) if held.dim()}
+        buffers = {name: buffer for name, buffer in module.named_buffers(recurse=False) if buffer.dim()}
         for group in groups if buffers else ():
-            ways = tuple(_ways(path, buffers, _around(path, group)))
+            ways = tuple(_buffer_slices(path, buffers, _nearest_selections(path, group)))
             if any(ways):
                 names = dict.fromkeys(str(cut) for way in ways for cut in way)
                 yield f"{type(module).__name__} with {', '.join(names)}", ways
 
 
-def _around(path: str, group: Group) -> list[Selection]:
+def _nearest_selections(path: str, group: Group) -> list[Selection]:
     """The selections of a group in the nearest module around a buffer that has any."""
-    while not (found := group.beneath([path])) and path:
+    while not (selections := group.beneath([path])) and path:
         path = path.rpartition(".")[0]
-    return found
+    return selections
 
 
-def _ways(path: str, buffers: dict[str, Tensor], selections: Sequence[Selection]) -> Iterator[dict[Spot, int]]:
+def _buffer_slices(
+    path: str, buffers: dict[str, Tensor], selections: Sequence[Selection]
+) -> Iterator[dict[EditTarget, int]]:
     """What stays of all buffers of the right lengths, for every layout of each length."""
     rows = {units for s in selections for units in s.keep}
     if len(rows) != 1 or len({s.size for s in selections}) != 1 or selections[0].kept == selections[0].size:
         return
     kept = set(rows.pop())
-    by_length: dict[int, list[dict[Spot, int]]] = {}
+    by_length: dict[int, list[dict[EditTarget, int]]] = {}
     for units in sorted(_layouts(selections[0])):
-        stays = tuple(place for place, unit in enumerate(units) if unit in kept)
-        axes = {n: [i for i, size in enumerate(held.shape) if size == len(units)] for n, held in buffers.items()}
-        cuts: dict[Spot, int] = {
-            BufferSlice(path, n, own[0], stays): len(stays) for n, own in axes.items() if len(own) == 1
+        stays = tuple(position for position, unit in enumerate(units) if unit in kept)
+        axes = {n: [i for i, size in enumerate(buffer.shape) if size == len(units)] for n, buffer in buffers.items()}
+        cuts: dict[EditTarget, int] = {
+            BufferSlice(path, n, matching[0], stays): len(stays) for n, matching in axes.items() if len(matching) == 1
         }
         if cuts:
             by_length.setdefault(len(units), []).append(cuts)
@@ -87,11 +90,11 @@ def _layouts(selection: Selection) -> set[tuple[int, ...]]:
 
     Of the first carrier the elements that follow on each other: a head's, where several pieces are in one weight.
     """
-    found = {tuple(range(selection.size))}
+    layouts = {tuple(range(selection.size))}
     for member in selection.members:
         inside = member.indices[0]
         unit = torch.arange(selection.size)[:, None].expand_as(inside).flatten()
         places, order = inside.flatten().sort()
         run = int((places.diff() == 1).long().cumprod(0).sum()) + 1
-        found.add(tuple(unit[order[:run]].tolist()))
-    return {units for units in found if len(set(units)) == selection.size}
+        layouts.add(tuple(unit[order[:run]].tolist()))
+    return {units for units in layouts if len(set(units)) == selection.size}

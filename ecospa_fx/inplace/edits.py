@@ -1,9 +1,9 @@
-"""Changes of a module that can be taken back, all of them."""
+"""Reversible edits of a module: parameters cut, buffers and attributes replaced, and a log to undo them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,9 @@ class Edits:
 
     def parameters(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         """Keep of each parameter what its mask keeps; it stays the same object, so that ties and hooks hold on."""
-        own = dict(model.named_parameters())
+        parameters = dict(model.named_parameters())
         for name, mask in masks.items():
-            self._data(own[name], mask)
+            self._data(parameters[name], mask)
 
     def _data(self, parameter: nn.Parameter, mask: Tensor) -> None:
         data, grad = parameter.data, parameter.grad
@@ -39,17 +39,17 @@ class Edits:
     def buffer(self, model: nn.Module, name: str, tensor: Tensor) -> None:
         """Another tensor in the place of a buffer."""
         path, _, attribute = name.rpartition(".")
-        held = model.get_submodule(path)._buffers
-        old = held[attribute]
-        self._undo.append(lambda: held.__setitem__(attribute, old))
-        held[attribute] = tensor
+        buffers = model.get_submodule(path)._buffers
+        old = buffers[attribute]
+        self._undo.append(lambda: buffers.__setitem__(attribute, old))
+        buffers[attribute] = tensor
 
-    def attribute(self, owner: Any, name: Any, value: Any) -> None:
+    def attribute(self, owner: object, name: Hashable, value: object) -> None:
         """Another value of an attribute, or of an entry of a dictionary."""
-        held = owner if isinstance(owner, dict) else vars(owner)
-        old = held[name]
-        self._undo.append(lambda: held.__setitem__(name, old))
-        held[name] = value
+        attributes = cast(dict[Hashable, object], owner if isinstance(owner, dict) else vars(owner))
+        old = attributes[name]
+        self._undo.append(lambda: attributes.__setitem__(name, old))
+        attributes[name] = value
 
     def undo(self) -> None:
         """Everything as it was."""

@@ -1,7 +1,7 @@
-"""The bench on which an edit is proven: a copy of the model with weights that hide nothing, and several calls.
+"""Numerical equivalence check of an edited model: random weights, several calls, outputs compared with a reference.
 
-Weights that are zero, equal or symmetric would let a wrong edit pass, so the copy's are shaken; it computes in float64
-where its code does, and in evaluation mode, as dropout would differ by chance.
+The edits are made in a copy. Weights that are zero, equal or symmetric would let a wrong edit pass, so noise is added
+to them; the copy computes in float64 where its code does, and in evaluation mode, as dropout would differ by chance.
 """
 
 from __future__ import annotations
@@ -18,7 +18,15 @@ from torch.utils import _pytree as pytree
 
 from ecospa_fx.capture.export import capture
 from ecospa_fx.errors import PlanError
-from ecospa_fx.inplace.calls import TrialCall, constant, flipped, others, shuffled, varied
+from ecospa_fx.inplace.attributes import AttributeRead
+from ecospa_fx.inplace.calls import (
+    TrialCall,
+    flag_flipped_calls,
+    has_constant_tensor,
+    has_varied_tensor,
+    randomised_calls,
+    resized_calls,
+)
 from ecospa_fx.ir.pytrees import closed, copied, opened
 from ecospa_fx.passes.shrink.shrink_couplings import shrink_program
 from ecospa_fx.plan import Plan
@@ -27,7 +35,7 @@ from ecospa_fx.runtime.restore import restore
 from ecospa_fx.verify import masked, narrowed, unwritten, without_fast_path
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
-LARGEST = 300_000_000
+MAX_FLOAT64_PARAMETERS = 300_000_000
 """Parameters up to which the copy computes in float64."""
 
 
@@ -38,51 +46,52 @@ class EquivalenceCheck:
     the dense model takes them; tolerance: largest relative difference that counts as equal.
     """
 
-    def __init__(self, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    def __init__(self, model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
         if any(p.is_meta for p in model.parameters()):
             raise PlanError("the model is on meta, where no edit can be proven by numbers: load its weights first")
         self.model, self.dtype = _copied(model), torch.float64
-        if sum(p.numel() for p in model.parameters()) > LARGEST or not self._runs(args, kwargs):
-            self.model, self.dtype = _shaken(_copied(model).float()), torch.float32
+        if sum(p.numel() for p in model.parameters()) > MAX_FLOAT64_PARAMETERS or not self._runs(args, kwargs):
+            self.model, self.dtype = _with_noise(_copied(model).float()), torch.float32
         self.tolerance = TOLERANCE[self.dtype]
-        self.read: set[tuple[int, Any]] | None = None
+        self.read: set[AttributeRead] | None = None
         """Attributes that running the model reads, by identity of their owner and name; None: not known yet."""
         example = TrialCall(*self._typed(tuple(args), dict(kwargs)))
         with torch.no_grad():
             self.run(example)
         self.program = capture(self.model, example.args, example.kwargs, dynamic=True)
-        more = [*others(self.program, example), *flipped(example)]
+        more = [*resized_calls(self.program, example), *flag_flipped_calls(example)]
         self.calls = [example, *(call for call in more if self.attempt(call) is not None)]
-        if constant(example):
-            same = self.calls if not varied(example) else [example]
+        if has_constant_tensor(example):
+            same = self.calls if not has_varied_tensor(example) else [example]
             self.calls += [other for call in same if (other := self._varied(call)) is not None]
             self._check_varied()
 
-    def _runs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-        self.model = _shaken(self.model.double())
+    def _runs(self, args: Sequence[object], kwargs: Mapping[str, object]) -> bool:
+        self.model = _with_noise(self.model.double())
         return self.attempt(TrialCall(*self._typed(tuple(args), dict(kwargs)))) is not None
 
-    def _typed(self, args: Any, kwargs: Any) -> Any:
+    def _typed(self, args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         parts = pytree.tree_map(
             lambda t: t.to(self.dtype) if isinstance(t, Tensor) and t.is_floating_point() else t, opened((args, kwargs))
         )
-        return closed(parts)[0]
+        typed: tuple[tuple[Any, ...], dict[str, Any]] = closed(parts)[0]
+        return typed
 
     def _varied(self, call: TrialCall) -> TrialCall | None:
         """The call with other numbers in tensors that hold one everywhere, None where the model takes no such call."""
-        return next((other for other in shuffled(call) if self.attempt(other) is not None), None)
+        return next((other for other in randomised_calls(call) if self.attempt(other) is not None), None)
 
     def _check_varied(self) -> None:
-        if not any(varied(call) for call in self.calls):
+        if not any(has_varied_tensor(call) for call in self.calls):
             raise PlanError(
                 "the tensors of the example hold the same number everywhere, which hides wrong edits of attention: "
                 "pass inputs that differ, such as random tokens"
             )
 
     def run(self, call: TrialCall) -> list[Tensor]:
-        """The numbers in what the model returns, its buffers unchanged afterwards."""
+        """The floating tensors that the model returns, its buffers unchanged afterwards."""
         with unwritten(self.model):
-            return numbers(self.model, call)
+            return output_tensors(self.model, call)
 
     def attempt(self, call: TrialCall) -> list[Tensor] | None:
         """What `run` returns, None where the model does not take the call."""
@@ -112,7 +121,7 @@ class EquivalenceCheck:
             for call in (c for c in (self.calls if calls is None else calls) if c.strict):
                 narrow = TrialCall(*narrowed(small, call.args, call.kwargs))
                 try:
-                    results.append((narrow, numbers(small, narrow)))
+                    results.append((narrow, output_tensors(small, narrow)))
                 except Exception as error:  # whatever the graph's operators raise says that it takes no such call
                     if call is self.calls[0]:
                         raise PlanError(f"the rewritten graph does not take the example: {error}") from error
@@ -124,13 +133,13 @@ class EquivalenceCheck:
         """The example, and the strict calls for which the graph does what the model does."""
         example, *rest = self.calls
         graph = restore(self.program.frozen(), self.model, example.args, example.kwargs)
-        strict, own = [call for call in rest if call.strict], self.model
+        strict, original = [call for call in rest if call.strict], self.model
         wanted = Reference(tuple((call, self.run(call)) for call in strict), {})
         try:
             self.model = graph
             wrong = self.differing(wanted)
         finally:
-            self.model = own
+            self.model = original
         return [example, *(call for call in strict if all(call is not other for other in wrong))]
 
     def _shrunk(self, plan: Plan) -> nn.Module:
@@ -154,39 +163,41 @@ class EquivalenceCheck:
     def _differing(self, reference: Reference) -> Iterator[TrialCall]:
         for call, want in reference.results:
             got = self.attempt(call)
-            if got is None or not equal(got, want, self.tolerance, strict=call.strict):
+            if got is None or not all_close(got, want, self.tolerance, strict=call.strict):
                 yield call
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Reference:
-    """Calls with what they must return, and the buffers that have other shapes then, by name."""
+    """What a model must compute after an edit."""
 
     results: tuple[tuple[TrialCall, list[Tensor]], ...]
+    """Calls with the tensors that they must return."""
     buffers: dict[str, Tensor]
+    """The buffers that have other shapes then, by name."""
 
 
 def _copied(model: nn.Module) -> nn.Module:
     try:
-        twin = copy.deepcopy(model).eval()
+        duplicate = copy.deepcopy(model).eval()
     except Exception as error:
         raise PlanError(f"{type(model).__name__} cannot be copied, so no edit of it can be tried: {error}") from error
-    for module, other in zip(model.modules(), twin.modules(), strict=True):
+    for module, other in zip(model.modules(), duplicate.modules(), strict=True):
         forward = vars(module).get("forward")
         if forward is not None and forward is vars(other).get("forward") and _refers_to_modules(forward):
             raise PlanError(
                 f"{type(module).__name__}.forward was replaced by a function that calls the original in every copy, so "
                 "no edit can be tried: take it away while shrinking, or put it there with functools.partial"
             )
-    return twin
+    return duplicate
 
 
-def _refers_to_modules(function: Any) -> bool:
-    held = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
-    return any(isinstance(getattr(one, "__self__", one), nn.Module) for one in held)
+def _refers_to_modules(function: object) -> bool:
+    contents = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    return any(isinstance(getattr(content, "__self__", content), nn.Module) for content in contents)
 
 
-def _shaken(model: nn.Module) -> nn.Module:
+def _with_noise(model: nn.Module) -> nn.Module:
     """The model with noise on its weights, as large as they are, or as weights of their shape should be."""
     source = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -199,8 +210,8 @@ def _shaken(model: nn.Module) -> nn.Module:
     return model
 
 
-def numbers(model: nn.Module, call: TrialCall) -> list[Tensor]:
-    """The tensors of numbers in what a model returns, however it is structured, as the model's own code makes them."""
+def output_tensors(model: nn.Module, call: TrialCall) -> list[Tensor]:
+    """The floating tensors in what a model returns, however it is structured, as the model's own code makes them."""
     args, kwargs = copied((call.args, call.kwargs))
     with torch.no_grad(), without_fast_path(), torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of edits that are only tried
@@ -209,15 +220,15 @@ def numbers(model: nn.Module, call: TrialCall) -> list[Tensor]:
     return [t for t in leaves if isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex())]
 
 
-def equal(got: Sequence[Tensor], want: Sequence[Tensor], tolerance: float, *, strict: bool = True) -> bool:
+def all_close(got: Sequence[Tensor], want: Sequence[Tensor], tolerance: float, *, strict: bool = True) -> bool:
     """Whether the same numbers are in the same places, up to a share of the largest of each tensor."""
     if len(got) != len(want):
         return False
     pairs = [(g, w) for g, w in zip(got, want, strict=True) if strict or g.shape == w.shape]
-    return bool(pairs) and all(_equal(g, w, tolerance) for g, w in pairs)
+    return bool(pairs) and all(_close(g, w, tolerance) for g, w in pairs)
 
 
-def _equal(got: Tensor, want: Tensor, tolerance: float) -> bool:
+def _close(got: Tensor, want: Tensor, tolerance: float) -> bool:
     if got.shape != want.shape or got.dtype != want.dtype:
         return False
     finite = want.isfinite()

@@ -1,23 +1,22 @@
-"""What shapes say about integers: of the tensors that a module holds, and of those that it is given.
+"""Which integers of a module follow from tensor shapes: of its own parameters, and of its inputs.
 
 What a constructor says is in `ecospa_fx.inplace.constructor`. A module without tensors, such as a norm without weights,
-is as large as what reaches it: an integer that in every call is the size of one axis of its inputs, in the dense model,
-is the size of that axis afterwards.
+is as wide as its inputs: an integer that in every call is the size of one axis of its inputs, in the dense model, is
+the size of that axis afterwards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ecospa_fx.inplace.attributes import IntegerAttribute, Place, integers_of
-from ecospa_fx.inplace.buffers import BufferSlice, Spot
-from ecospa_fx.inplace.constructor import BuiltShapes, Constructed, constructed, shapes_of
+from ecospa_fx.inplace.buffers import BufferSlice, EditTarget
+from ecospa_fx.inplace.constructor import ConstructorEvidence, TensorShapes, constructor_evidence, shapes_of
 from ecospa_fx.inplace.equivalence import EquivalenceCheck
 from ecospa_fx.inplace.groups import narrowed_axes, role_of
 from ecospa_fx.inplace.trial import IntegerEdits, edited
@@ -26,158 +25,167 @@ from ecospa_fx.plan import Plan
 ROUNDS = 8
 """How often a model is run to see what reaches modules behind one that refused what reached it."""
 
-SizesByAxis = dict[tuple[int, ...], int]
-"""Sizes of the axes of a module's inputs, by number of the call, tensor and axis."""
+InputAxis = tuple[int, int, int]
+"""Number of the call, of the tensor in it, and of the axis."""
+
+SizesByAxis = dict[InputAxis, int]
+"""Sizes of the axes of a module's inputs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """New integers by place: as constructors say, and as inputs of modules without tensors say.
+    """New integers by place."""
 
-    known: all that the constructors know, whether it follows or not.
-    """
+    from_constructors: dict[EditTarget, int]
+    """As modules set them that are built with parameters of the new shapes."""
+    from_inputs: dict[EditTarget, int]
+    """As inputs of modules without tensors say."""
+    set_by_constructors: set[Place]
+    """Every integer that a constructor sets, whether it changes or not."""
 
-    constructed: dict[Spot, int]
-    given: dict[Spot, int]
-    known: set[Place]
 
-
-def evidence(bench: EquivalenceCheck, plan: Plan, values: IntegerEdits) -> Evidence:
+def evidence(check: EquivalenceCheck, plan: Plan, values: IntegerEdits) -> Evidence:
     """What shapes say after a plan. values: what follows for certain, buffers among it."""
-    following, known = _constructed(bench.model, narrowed_axes(plan, bench.model), values)
-    return Evidence(following, _given(bench, plan, {**following, **values}), known)
+    following, covered = _from_constructors(check.model, narrowed_axes(plan, check.model), values)
+    return Evidence(following, _from_inputs(check, plan, {**following, **values}), covered)
 
 
-# -- tensors of its own ------------------------------------------------------------------------------------------
+# -- parameters and buffers --------------------------------------------------------------------------------------
 
 
-def _constructed(
+def _from_constructors(
     model: nn.Module, axes: Mapping[tuple[str, int], tuple[int, int]], values: IntegerEdits
-) -> tuple[dict[Spot, int], set[Place]]:
-    """What follows by what constructors say of the modules that hold something narrower, and all that they know."""
-    new = _shapes_after(model, axes, values)
-    answers: dict[str, Constructed | None] = {}
-    following: dict[Spot, int] = {}
-    known: set[Place] = set()
+) -> tuple[dict[EditTarget, int], set[Place]]:
+    """The integers that constructors change in modules that hold something narrower, and all that they set."""
+    shapes = _shapes_after(model, axes, values)
+    results: dict[str, ConstructorEvidence | None] = {}
+    following: dict[EditTarget, int] = {}
+    covered: set[Place] = set()
     for path, module in model.named_modules():
         old = shapes_of(module)
-        wanted = {name: new.get(f"{path}.{name}" if path else name, shape) for name, shape in old.items()}
+        wanted = {name: shapes.get(f"{path}.{name}" if path else name, shape) for name, shape in old.items()}
         if wanted == old:
             continue
         fixed = {(p.name, p.index): n for p, n in values.items() if isinstance(p, Place) and p.module == path}
         numbers = sorted((n, v) for n, v in vars(module).items() if isinstance(v, int | str))
         key = f"{type(module).__module__}.{type(module).__qualname__} {numbers} {fixed} {old} {wanted}"
-        answer = answers.get(key) if key in answers else constructed(module, wanted, fixed)
-        answers[key] = answer
-        if answer is not None:
-            known |= {Place(path, (), *name) for name in answer.known}
-            following.update({Place(path, (), *name): value for name, value in answer.values.items()})
-    return following, known
+        result = results.get(key) if key in results else constructor_evidence(module, wanted, fixed)
+        results[key] = result
+        if result is not None:
+            covered |= {Place(path, (), *name) for name in result.attributes}
+            following.update({Place(path, (), *name): value for name, value in result.changes.items()})
+    return following, covered
 
 
 def _shapes_after(
     model: nn.Module, axes: Mapping[tuple[str, int], tuple[int, int]], values: IntegerEdits
-) -> BuiltShapes:
+) -> TensorShapes:
     """The new shapes of the parameters and buffers that get narrower, by all their names."""
-    narrow: dict[tuple[str, int], int] = {at: new for at, (_, new) in axes.items()}
-    narrow.update(
+    sizes: dict[tuple[str, int], int] = {key: new for key, (_, new) in axes.items()}
+    sizes.update(
         {
-            (f"{c.module}.{c.name}" if c.module else c.name, c.axis): n
-            for c, n in values.items()
-            if isinstance(c, BufferSlice)
+            (f"{target.module}.{target.name}" if target.module else target.name, target.axis): n
+            for target, n in values.items()
+            if isinstance(target, BufferSlice)
         }
     )
-    result: BuiltShapes = {}
+    result: TensorShapes = {}
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     for name, tensor in tensors:
-        result[name] = tuple(narrow.get((name, axis), size) for axis, size in enumerate(tensor.shape))
+        result[name] = tuple(sizes.get((name, axis), size) for axis, size in enumerate(tensor.shape))
     return result
 
 
-# -- tensors that reach it ---------------------------------------------------------------------------------------
+# -- inputs ------------------------------------------------------------------------------------------------------
 
 
-def _given(bench: EquivalenceCheck, plan: Plan, values: IntegerEdits) -> dict[Spot, int]:
-    """What follows in modules without tensors. A module that refuses what reaches it hides what is behind it."""
-    places = _without_tensors(bench.model)
-    following: dict[Spot, int] = {}
-    if not places:
+def _from_inputs(check: EquivalenceCheck, plan: Plan, values: IntegerEdits) -> dict[EditTarget, int]:
+    """New integers of modules without tensors. A module that refuses its inputs hides those of the modules behind."""
+    integers = _integers_without_tensors(check.model)
+    following: dict[EditTarget, int] = {}
+    if not integers:
         return following
-    dense, buffers = _reached(bench, list(places)), bench.reference(plan).buffers
+    dense, buffers = _input_sizes(check, list(integers)), check.reference(plan).buffers
     for _ in range(ROUNDS):
-        with edited(bench.model, plan, {**values, **following}, buffers):
-            narrow = _reached(bench, list(places))
+        with edited(check.model, plan, {**values, **following}, buffers):
+            narrow = _input_sizes(check, list(integers))
         new = dict(following)
-        for module, own in places.items():
-            for one in own:
-                size = _new_size(one.value, dense.get(module, {}), narrow.get(module, {}))
-                new.update({one.place: size} if size not in (None, one.value) else {})
-        new.update(_alike(bench.model, places, new))
+        for module, attributes in integers.items():
+            for attribute in attributes:
+                size = _new_size(attribute.value, dense.get(module, {}), narrow.get(module, {}))
+                new.update({attribute.place: size} if size not in (None, attribute.value) else {})
+        new.update(_for_equal_roles(check.model, integers, new))
         if new == following:
             break
         following = new
     return following
 
 
-def _without_tensors(model: nn.Module) -> dict[nn.Module, list[IntegerAttribute]]:
+def _integers_without_tensors(model: nn.Module) -> dict[nn.Module, list[IntegerAttribute]]:
     """The integers of modules that hold no tensor and no other module."""
-    places: dict[nn.Module, list[IntegerAttribute]] = {}
+    result: dict[nn.Module, list[IntegerAttribute]] = {}
     for path, module in model.named_modules():
         if not module._modules and not shapes_of(module):
-            own = [one for one in integers_of(module, path, (), set()) if not one.place.steps]
-            places.update({module: own} if own else {})
-    return places
+            attributes = [attribute for attribute in integers_of(module, path, (), set()) if not attribute.place.steps]
+            result.update({module: attributes} if attributes else {})
+    return result
 
 
-def _alike(
-    model: nn.Module, places: Mapping[nn.Module, Sequence[IntegerAttribute]], new: Mapping[Spot, int]
-) -> dict[Spot, int]:
-    """The same for modules that are alike and as large, which may not have been reached."""
-    told = {_key(model, one): new[one.place] for own in places.values() for one in own if one.place in new}
-    everything = [one for own in places.values() for one in own]
-    return {one.place: told[_key(model, one)] for one in everything if _key(model, one) in told}
+def _for_equal_roles(
+    model: nn.Module, integers: Mapping[nn.Module, Sequence[IntegerAttribute]], new: Mapping[EditTarget, int]
+) -> dict[EditTarget, int]:
+    """The same new sizes for modules of the same role and size in other layers, which may not have been called."""
+    roles = {
+        attribute.place: (role_of(attribute.place.module, model), attribute.place.name, attribute.place.index, size)
+        for attributes in integers.values()
+        for attribute in attributes
+        for size in (attribute.value,)
+    }
+    size_by_role = {roles[place]: new[place] for place in roles if place in new}
+    return {place: size_by_role[role] for place, role in roles.items() if role in size_by_role}
 
 
-def _key(model: nn.Module, one: IntegerAttribute) -> tuple[Any, ...]:
-    return role_of(one.place.module, model), one.place.name, one.place.index, one.value
-
-
-def _new_size(value: int, before: Mapping[Any, int], after: Mapping[Any, int]) -> int | None:
+def _new_size(value: int, before: SizesByAxis, after: SizesByAxis) -> int | None:
     """What an integer becomes that is as large as an axis in all calls; None where no axis, or several, say so."""
-    axes: dict[Any, list[tuple[int, int]]] = {}
-    for (call, *axis), size in before.items():
-        axes.setdefault(tuple(axis), []).append((size, after.get((call, *axis), size)))
-    told = {tuple(sorted({new for _, new in pairs})) for pairs in axes.values() if {old for old, _ in pairs} == {value}}
-    sizes = told.pop() if len(told) == 1 else ()
+    axes: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for (call, tensor, axis), size in before.items():
+        axes.setdefault((tensor, axis), []).append((size, after.get((call, tensor, axis), size)))
+    candidates = {
+        tuple(sorted({new for _, new in pairs})) for pairs in axes.values() if {old for old, _ in pairs} == {value}
+    }
+    sizes = candidates.pop() if len(candidates) == 1 else ()
     return sizes[0] if len(sizes) == 1 else None
 
 
-def _reached(bench: EquivalenceCheck, modules: Sequence[nn.Module]) -> dict[nn.Module, SizesByAxis]:
-    """What reaches modules in the strict calls of the bench."""
-    found: dict[nn.Module, SizesByAxis] = {}
-    with _watched(modules, found) as begin:
-        for number, call in enumerate(c for c in bench.calls if c.strict):
+def _input_sizes(check: EquivalenceCheck, modules: Sequence[nn.Module]) -> dict[nn.Module, SizesByAxis]:
+    """Sizes of the inputs of some modules in the strict calls of the check."""
+    sizes: dict[nn.Module, SizesByAxis] = {}
+    with _recording_input_sizes(modules, sizes) as begin:
+        for number, call in enumerate(c for c in check.calls if c.strict):
             begin(number)
-            bench.attempt(call)
-    return found
+            check.attempt(call)
+    return sizes
 
 
 @contextmanager
-def _watched(modules: Sequence[nn.Module], found: dict[nn.Module, SizesByAxis]) -> Iterator[Any]:
+def _recording_input_sizes(
+    modules: Sequence[nn.Module], sizes_by_module: dict[nn.Module, SizesByAxis]
+) -> Iterator[Callable[[int], None]]:
+    """Record the input sizes of modules in every call; what is yielded sets the number of the call."""
     number = 0
 
     def begin(call: int) -> None:
         nonlocal number
         number = call
 
-    def reached(module: nn.Module, args: Any, kwargs: Any) -> None:
+    def record(module: nn.Module, args: object, kwargs: object) -> None:
         tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         sizes: SizesByAxis = {
             (number, i, axis): size for i, t in enumerate(tensors) for axis, size in enumerate(t.shape)
         }
-        found.setdefault(module, {}).update(sizes)
+        sizes_by_module.setdefault(module, {}).update(sizes)
 
-    handles = [module.register_forward_pre_hook(reached, with_kwargs=True) for module in modules]
+    handles = [module.register_forward_pre_hook(record, with_kwargs=True) for module in modules]
     try:
         yield begin
     finally:

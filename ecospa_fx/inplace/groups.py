@@ -1,4 +1,4 @@
-"""Selections that a module's code treats alike: the same coupling in every layer."""
+"""Groups the selections of a plan by the code that computes them: the same coupling in every layer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from math import prod
-from typing import Any
 
 from torch import nn
 
@@ -15,7 +14,7 @@ from ecospa_fx.plan import Plan, Selection
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Group:
-    """The selections of one kind of place: parameters of equal names in modules of equal classes."""
+    """Selections of one role: of parameters of equal names in modules of equal classes, one per layer."""
 
     selections: tuple[Selection, ...]
 
@@ -27,40 +26,44 @@ class Group:
     def beneath(self, modules: Iterable[str]) -> list[Selection]:
         """The selections with a member in or under one of some modules."""
         paths = tuple(modules)
-        return [s for s in self.selections if any(under(m.parameter, path) for m in s.members for path in paths)]
+        return [s for s in self.selections if any(is_under(m.parameter, path) for m in s.members for path in paths)]
 
 
-def under(name: str, path: str) -> bool:
+def is_under(name: str, path: str) -> bool:
     """Whether a parameter or module is in or under a module."""
     return not path or name == path or name.startswith(f"{path}.")
 
 
-def reach(path: str, model: nn.Module) -> str:
+def parameter_scope(path: str, model: nn.Module) -> str:
     """Where the parameters are that a module's integers may be about: in it, or beside it where it holds nothing."""
     module = model.get_submodule(path)
-    held = (*module._modules.values(), *module._parameters.values(), *module._buffers.values())
-    empty = all(one is None for one in held)
+    contents = (*module._modules.values(), *module._parameters.values(), *module._buffers.values())
+    empty = all(item is None for item in contents)
     return path.rpartition(".")[0] if empty else path
 
 
-def role_of(path: str, model: nn.Module) -> Any:
-    """What a module is in its layer, the same in every layer: its class, the names from there to it, what is around."""
+Role = tuple[type, tuple[str, ...], type | None]
+"""What a module is in its layer: its class, the names from the layer to it, and the class of the module around it."""
+
+
+def role_of(path: str, model: nn.Module) -> Role:
+    """What a module is in its layer, the same in every layer."""
     outer, *_ = path.rpartition(".")
     names = takewhile(lambda name: not name.isdigit(), reversed(path.split(".")))
     return type(model.get_submodule(path)), tuple(names), type(model.get_submodule(outer)) if path else None
 
 
-def grouped(selections: Sequence[Selection], model: nn.Module) -> list[Group]:
+def group_by_role(selections: Sequence[Selection], model: nn.Module) -> list[Group]:
     """The selections by what the same code computes in other layers."""
-    found: dict[Any, list[Selection]] = {}
+    selections_by_role: dict[object, list[Selection]] = {}
     for selection in selections:
         places = []
         for member in selection.members:
             path, _, name = member.parameter.rpartition(".")
             boxes = tuple((len(box.carriers), len(box.width)) for box in member.boxes)
             places.append((role_of(path, model), name, member.axis, boxes))
-        found.setdefault((selection.kind, tuple(places)), []).append(selection)
-    return [Group(tuple(own)) for own in found.values()]
+        selections_by_role.setdefault((selection.kind, tuple(places)), []).append(selection)
+    return [Group(tuple(alike)) for alike in selections_by_role.values()]
 
 
 def components(groups: Sequence[Group]) -> list[list[Group]]:
@@ -72,7 +75,7 @@ def components(groups: Sequence[Group]) -> list[list[Group]]:
     return result
 
 
-def part(plan: Plan, groups: Iterable[Group]) -> Plan:
+def subplan(plan: Plan, groups: Iterable[Group]) -> Plan:
     """The plan of some groups alone."""
     wanted = {s.name for g in groups for s in g.selections}
     return Plan(tuple(s for s in plan if s.name in wanted), plan.shapes)
@@ -81,21 +84,21 @@ def part(plan: Plan, groups: Iterable[Group]) -> Plan:
 def narrowed_axes(plan: Plan, model: nn.Module) -> dict[tuple[str, int], tuple[int, int]]:
     """Old and new size of every parameter axis that gets smaller, by all names of the parameter."""
     masks, first = plan.masks(model), {id(p): name for name, p in model.named_parameters()}
-    found = {}
+    narrowed = {}
     kept = {n: [int(mask.sum(axis).max()) for axis in range(mask.dim())] for n, mask in masks.items()}
     for alias, parameter in model.named_parameters(remove_duplicate=False):
         for axis, new in enumerate(kept.get(first[id(parameter)], ())):
             if new < parameter.shape[axis]:
-                found[alias, axis] = (int(parameter.shape[axis]), new)
-    return found
+                narrowed[alias, axis] = (int(parameter.shape[axis]), new)
+    return narrowed
 
 
-def scaled(value: int, selections: Sequence[Sequence[Selection]]) -> int | None:
+def scaled_count(value: int, selections: Sequence[Sequence[Selection]]) -> int | None:
     """An integer that counts units of some couplings, after they got narrower; None where it does not.
 
     selections: those of each coupling that the integer may count, one in every layer: they must agree.
     """
-    shares = [{(s.size, s.kept) for s in own} for own in selections]
+    shares = [{(s.size, s.kept) for s in members} for members in selections]
     if any(len(share) != 1 for share in shares):
         return None
     old, new = (prod(next(iter(share))[side] for share in shares) for side in (0, 1))

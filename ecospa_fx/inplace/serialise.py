@@ -1,22 +1,26 @@
-"""An edit that was proven once, as JSON, and carried out again on another copy of the model when it is loaded."""
+"""Saves the integers that `shrink_` wrote as JSON, and applies the same edit to the dense model when it is loaded."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import cast
 
 from torch import Tensor, nn
 
 from ecospa_fx.errors import StorageError
 from ecospa_fx.inplace.attributes import Place
-from ecospa_fx.inplace.buffers import Spot
+from ecospa_fx.inplace.buffers import EditTarget
 from ecospa_fx.inplace.edits import Edits
-from ecospa_fx.inplace.trial import apply
+from ecospa_fx.inplace.trial import apply_edit
 from ecospa_fx.plan import Plan
+from ecospa_fx.strict_json import from_plain
+
+SavedInteger = tuple[str, tuple[str | int, ...], str | int, int | None, int]
+"""Module, steps, name and index of a `Place`, and the integer to write there."""
 
 
-def told(values: Mapping[Spot, int]) -> Any:
+def integers_to_json(values: Mapping[EditTarget, int]) -> list[list[object]] | None:
     """Places and their new integers as JSON, or None where a key on the way has no place in JSON.
 
     Buffers that were cut are saved with the weights, and say themselves how wide they are.
@@ -27,7 +31,7 @@ def told(values: Mapping[Spot, int]) -> Any:
     return [[place.module, list(place.steps), place.name, place.index, value] for place, value in places.items()]
 
 
-def rewritten(dense: nn.Module, plan: Plan, integers: Any, tensors: Mapping[str, Tensor]) -> nn.Module:
+def apply_saved_edit(dense: nn.Module, plan: Plan, integers: object, tensors: Mapping[str, Tensor]) -> nn.Module:
     """A copy of the dense model with a plan's parameters cut, integers written and narrower buffers of `tensors`.
 
     Only integers that are there are replaced, by integers. Raises StorageError for anything else, PlanError where the
@@ -36,7 +40,7 @@ def rewritten(dense: nn.Module, plan: Plan, integers: Any, tensors: Mapping[str,
     model = copy.deepcopy(dense)
     plan.check(model)
     buffers = {n: tensors[n] for n, b in model.named_buffers() if n in tensors and _narrower(tensors[n], b)}
-    apply(model, plan, dict(_read(entry, model) for entry in _entries(integers)), buffers, Edits())
+    apply_edit(model, plan, dict(_read(entry, model) for entry in _entries(integers)), buffers, Edits())
     return model
 
 
@@ -48,20 +52,20 @@ def _narrower(new: Tensor, old: Tensor) -> bool:
     )
 
 
-def _entries(integers: Any) -> list[Any]:
+def _entries(integers: object) -> list[object]:
     if not isinstance(integers, list):
         raise StorageError("what is written back into the module is no list of integers: save the model again")
     return integers
 
 
-def _read(entry: Any, model: nn.Module) -> tuple[Spot, int]:
+def _read(entry: object, model: nn.Module) -> tuple[EditTarget, int]:
     try:
-        module, steps, name, index, value = entry
-        place = Place(module, tuple(steps), name, index)
-        found = type(place.value(model)) is int and type(value) is int and value > 0
+        module, steps, name, index, value = from_plain(cast(type[SavedInteger], SavedInteger), entry)
+        place = Place(module, steps, name, index)
+        valid = type(place.value(model)) is int and value > 0
     except (TypeError, ValueError, AttributeError, KeyError, IndexError):
-        found = False
-    if not found:
+        valid = False
+    if not valid:
         raise StorageError(
             f"the model has no integer at {entry!r:.120}: the architecture is not the one that was saved"
         )

@@ -1,4 +1,4 @@
-"""A plan written back into the user's own module."""
+"""Shrinks the user's own module in place: parameters are cut and the integers of its code follow."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import torch
 from torch import nn
 
 from ecospa_fx.errors import PlanError
-from ecospa_fx.inplace.buffers import Spot
+from ecospa_fx.inplace.buffers import EditTarget
 from ecospa_fx.inplace.calls import TrialCall
-from ecospa_fx.inplace.configuration import builders, configured, told_by
+from ecospa_fx.inplace.configuration import config_attributes, constructor_differences, search_configuration
 from ecospa_fx.inplace.edits import Edits
-from ecospa_fx.inplace.equivalence import EquivalenceCheck, equal, numbers
-from ecospa_fx.inplace.groups import Group, components, grouped
-from ecospa_fx.inplace.integer_search import counted, solve
-from ecospa_fx.inplace.serialise import told
+from ecospa_fx.inplace.equivalence import EquivalenceCheck, Reference, all_close, output_tensors
+from ecospa_fx.inplace.groups import Group, components, group_by_role
+from ecospa_fx.inplace.integer_search import candidate_targets, search_integers
+from ecospa_fx.inplace.serialise import integers_to_json
 from ecospa_fx.inplace.stale_configuration import warn_of_stale
-from ecospa_fx.inplace.trial import apply, edited
-from ecospa_fx.inplace.unread_integers import described
+from ecospa_fx.inplace.trial import IntegerEdits, apply_edit, edited
+from ecospa_fx.inplace.unread_integers import infer_integers
 from ecospa_fx.module_modes import modes_restored, set_mode
 from ecospa_fx.origin import ATTRIBUTE, origin, remember
 from ecospa_fx.plan import Plan, check_plan
@@ -32,7 +32,7 @@ from ecospa_fx.verify import masked
 from ecospa_fx.wrappers import unwrapped
 
 Model = TypeVar("Model", bound=nn.Module)
-OWN_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
+USER_MODEL_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 """Of the user's own module and weights; in shorter types 0.1: that the edit is right is proven on the copy."""
 
 
@@ -60,101 +60,109 @@ def shrink_(model: Model, plan: Plan, args: Sequence[Any] = (), kwargs: Mapping[
     check_plan(plan)
     kwargs, inside = dict(kwargs or {}), unwrapped(model, resizing=PlanError)
     plan.check(inside)
-    bench = EquivalenceCheck(inside, args, kwargs)
-    values = proven(bench, plan)
-    known, again = replace(origin(inside, plan, args, kwargs), integers=told(values)), hasattr(inside, ATTRIBUTE)
-    _write(inside, plan, values, TrialCall(tuple(args), kwargs), bench)
-    warn_of_stale(inside, bench.model, plan, builders(bench.model))
+    check = EquivalenceCheck(inside, args, kwargs)
+    values = verified_integers(check, plan)
+    source, again = (
+        replace(origin(inside, plan, args, kwargs), integers=integers_to_json(values)),
+        hasattr(inside, ATTRIBUTE),
+    )
+    _write(inside, plan, values, TrialCall(tuple(args), kwargs), check)
+    warn_of_stale(inside, check.model, plan, config_attributes(check.model))
     if again:
         delattr(inside, ATTRIBUTE)  # it is no longer what one plan makes of the original
         return model
-    remember(inside, known)
+    remember(inside, source)
     return model
 
 
-def proven(bench: EquivalenceCheck, plan: Plan) -> dict[Spot, int]:
-    """Every integer that follows a plan, proven together against masking and the rewritten graph."""
+def verified_integers(check: EquivalenceCheck, plan: Plan) -> dict[EditTarget, int]:
+    """Every integer that follows a plan, verified together against masking and the rewritten graph."""
     if plan.ragged:
         name = next(s.name for s in plan if s.ragged)
         raise PlanError(
             f"coupling {name!r} is ragged, which no width of a module can say: use ecospa_fx.shrink, or plan with "
             "allocation='global'"
         )
-    groups = grouped([s for s in plan if s.kept < s.size], bench.model)
-    values = solved(bench, plan, groups)
-    following = described(bench, plan, groups, values)
+    groups = group_by_role([s for s in plan if s.kept < s.size], check.model)
+    values = search_by_component(check, plan, groups)
+    following = infer_integers(check, plan, groups, values)
     values = {**following.unread, **values}
-    more: dict[Spot, int] = {**following.other, **values}
-    if more != values and _equals(bench, plan, more, bench.reference(plan)):
+    more: dict[EditTarget, int] = {**following.unverified, **values}
+    if more != values and _equals(check, plan, more, check.reference(plan)):
         values = more
-    values = _with_configuration(bench, plan, groups, values) or values
-    _check_against_graph(bench, plan, values)
+    values = _with_configuration(check, plan, groups, values) or values
+    _check_against_graph(check, plan, values)
     return values
 
 
-def _check_against_graph(bench: EquivalenceCheck, plan: Plan, values: Mapping[Spot, int]) -> None:
+def _check_against_graph(check: EquivalenceCheck, plan: Plan, values: Mapping[EditTarget, int]) -> None:
     """Raise PlanError where the edited module and the rewritten graph differ in a call that the graph is right for."""
-    reference = bench.graph_reference(plan)
-    if _equals(bench, plan, values, reference):
+    reference = check.graph_reference(plan)
+    if _equals(check, plan, values, reference):
         return
-    if not _equals(bench, plan, values, bench.graph_reference(plan, bench.traced())):
+    if not _equals(check, plan, values, check.graph_reference(plan, check.traced())):
         raise PlanError(
             "the module with narrower weights and the rewritten graph differ, so nothing is written back: use "
             "ecospa_fx.shrink"
         )
 
 
-def solved(bench: EquivalenceCheck, plan: Plan, groups: Sequence[Group]) -> dict[Spot, int]:
-    """The integers that must follow a plan, found part by part and proven together.
+def search_by_component(check: EquivalenceCheck, plan: Plan, groups: Sequence[Group]) -> dict[EditTarget, int]:
+    """The integers that must follow a plan, searched per component and verified together.
 
-    What cuts the same parameters is one part; so is what the same integer counts, where one part alone finds none.
+    Groups that cut the same parameters are one component; so are groups that the same integer counts, where no edit
+    fits one of them alone.
     """
-    values: dict[Spot, int] = {}
+    values: dict[EditTarget, int] = {}
     everything = components(groups)
     parts = list(everything)
     while parts:
         first = parts.pop(0)
         try:
-            values.update(solve(bench, plan, first))
+            values.update(search_integers(check, plan, first))
         except PlanError:
-            sharing = sharers(bench, plan, first, everything)
+            sharing = components_sharing_integers(check, plan, first, everything)
             if len(sharing) == 1:
                 raise
-            values.update(solve(bench, plan, [group for component in sharing for group in component]))
+            values.update(search_integers(check, plan, [group for component in sharing for group in component]))
             parts = [component for component in parts if all(component is not other for other in sharing)]
-    if len(groups) < 2 or _equals(bench, plan, values, bench.reference(plan)):
+    if len(groups) < 2 or _equals(check, plan, values, check.reference(plan)):
         return values
-    return solve(bench, plan, groups)
+    return search_integers(check, plan, groups)
 
 
-def sharers(bench: EquivalenceCheck, plan: Plan, first: list[Group], parts: Sequence[list[Group]]) -> list[list[Group]]:
-    """The parts that count the same integers as the first one, which is among them."""
-    places = counted(bench, plan, first)
-    return [first, *(other for other in parts if other is not first and places & counted(bench, plan, other))]
+def components_sharing_integers(
+    check: EquivalenceCheck, plan: Plan, first: list[Group], parts: Sequence[list[Group]]
+) -> list[list[Group]]:
+    """The components that the same integers count as the first one, which is among them."""
+    places = candidate_targets(check, plan, first)
+    return [first, *(other for other in parts if other is not first and places & candidate_targets(check, plan, other))]
 
 
-def _equals(bench: EquivalenceCheck, plan: Plan, values: Mapping[Spot, int], reference: Any) -> bool:
-    with edited(bench.model, plan, values, reference.buffers):
-        return bench.equals(reference)
+def _equals(check: EquivalenceCheck, plan: Plan, values: IntegerEdits, reference: Reference) -> bool:
+    with edited(check.model, plan, values, reference.buffers):
+        return check.equals(reference)
 
 
 def _with_configuration(
-    bench: EquivalenceCheck, plan: Plan, groups: Sequence[Group], values: dict[Spot, int]
-) -> dict[Spot, int] | None:
+    check: EquivalenceCheck, plan: Plan, groups: Sequence[Group], values: dict[EditTarget, int]
+) -> dict[EditTarget, int] | None:
     """The integers with those of a configuration that follows, and all that its constructor sets."""
-    for name in builders(bench.model):
-        told = configured(bench, plan, groups, name)
-        if told is not None:
-            everything = {**values, **told.values}
-            with edited(bench.model, plan, everything, bench.reference(plan).buffers):
-                return everything | told_by(told.model, bench.model)
+    for name in config_attributes(check.model):
+        integers_to_json = search_configuration(check, plan, groups, name)
+        if integers_to_json is not None:
+            everything = {**values, **integers_to_json.values}
+            with edited(check.model, plan, everything, check.reference(plan).buffers):
+                return everything | constructor_differences(integers_to_json.model, check.model)
     return None
 
 
 # -- the user's own module ---------------------------------------------------------------------------------------
 
 
-def _write(model: nn.Module, plan: Plan, values: Mapping[Spot, int], call: TrialCall, bench: EquivalenceCheck) -> None:
+def _write(
+    model: nn.Module, plan: Plan, values: Mapping[EditTarget, int], call: TrialCall, check: EquivalenceCheck
+) -> None:
     """Edit the user's module and run it; whatever happens before it has run, it is as it was."""
     edits = Edits()
     with modes_restored(model):
@@ -162,14 +170,14 @@ def _write(model: nn.Module, plan: Plan, values: Mapping[Spot, int], call: Trial
         want = None
         if not plan.allow:
             with masked(model, plan), untouched(model):
-                want = numbers(model, call)
+                want = output_tensors(model, call)
         try:
-            apply(model, plan, values, _buffers(model, plan, bench), edits)
+            apply_edit(model, plan, values, _buffers(model, plan, check), edits)
             if want is not None:
                 with untouched(model):
-                    got = numbers(model, call)
+                    got = output_tensors(model, call)
                 dtype = min((t.dtype for t in want), key=lambda d: d.itemsize, default=torch.float64)
-                if not equal(got, want, OWN_TOLERANCE.get(dtype, 0.1)):
+                if not all_close(got, want, USER_MODEL_TOLERANCE.get(dtype, 0.1)):
                     raise PlanError(
                         f"{type(model).__name__} with narrower weights does not give what masking gives, though a copy "
                         "of it does, so nothing is written back: use ecospa_fx.shrink"
@@ -179,11 +187,11 @@ def _write(model: nn.Module, plan: Plan, values: Mapping[Spot, int], call: Trial
             raise
 
 
-def _buffers(model: nn.Module, plan: Plan, bench: EquivalenceCheck) -> dict[str, torch.Tensor]:
+def _buffers(model: nn.Module, plan: Plan, check: EquivalenceCheck) -> dict[str, torch.Tensor]:
     """The buffers that got narrower, with what the user's own model has in them."""
-    if not bench.program.state:
+    if not check.program.state:
         return {}
 
-    example = bench.calls[0]
+    example = check.calls[0]
     small, dense = smaller(model, plan, example.args, example.kwargs), dict(model.named_buffers())
     return {n: t for n, t in small.named_buffers() if n in dense and t.shape != dense[n].shape}

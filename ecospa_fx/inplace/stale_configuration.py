@@ -1,4 +1,4 @@
-"""A configuration that no longer describes its model, told to the user by the fields that say something else."""
+"""Warns where a configuration no longer describes its model, naming the fields that set other widths."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def warn_of_stale(model: nn.Module, dense: nn.Module, plan: Plan, names: Iterabl
         fields = stale_fields(dense, plan, name)
         if not fields:  # what the class takes and reads no width from is no configuration
             continue
-        told = ", ".join(f"{name}.{field} = {value}" for field, value in fields.items())
+        stale = ", ".join(f"{name}.{field} = {value}" for field, value in fields.items())
         warn_caller(
-            f"{told} cannot say how wide the layers of this {type(model).__name__} are now, so that a model built from "
-            f"its {name}, as from_pretrained does, does not take its weights: save it with ecospa_fx.save, or plan "
-            "with expressible_in='module' and uniform=True"
+            f"{stale} cannot say how wide the layers of this {type(model).__name__} are now, so that a model built "
+            f"from its {name}, as from_pretrained does, does not take its weights: save it with ecospa_fx.save, or "
+            "plan with expressible_in='module' and uniform=True"
         )
 
 
@@ -43,10 +43,10 @@ def stale_fields(dense: nn.Module, plan: Plan, name: str) -> dict[str, int]:
     sizes = {old for old, _ in narrowed_axes(plan, dense).values()}
     driven: dict[str, set[tuple[str, int]]] = {}
     values: dict[str, int] = {}
-    for one in integers_of(vars(dense)[name], "", (name,), set()):
-        if one.value > 1 and any(size % one.value == 0 for size in sizes):
-            field = str(one.place).removeprefix(f"{name}.")
-            driven[field], values[field] = _driven(dense, one, name), one.value
+    for attribute in integers_of(vars(dense)[name], "", (name,), set()):
+        if attribute.value > 1 and any(size % attribute.value == 0 for size in sizes):
+            field = str(attribute.place).removeprefix(f"{name}.")
+            driven[field], values[field] = _driven(dense, attribute, name), attribute.value
     result: dict[str, int] = {}
     for field in sorted(driven, key=lambda f: len(driven[f] - cut) / max(len(driven[f]), 1)):
         if driven[field] & cut:
@@ -55,13 +55,13 @@ def stale_fields(dense: nn.Module, plan: Plan, name: str) -> dict[str, int]:
     return result
 
 
-def _driven(model: nn.Module, one: IntegerAttribute, name: str) -> set[tuple[str, int]]:
+def _driven(model: nn.Module, attribute: IntegerAttribute, name: str) -> set[tuple[str, int]]:
     """The parameter axes that get other sizes where an integer of the configuration is another one."""
     dense: ShapesByName = parameter_shapes(model)
-    for value in (one.value // 2, 2 * one.value, one.value + 1):
+    for value in (attribute.value // 2, 2 * attribute.value, attribute.value + 1):
         edits = Edits()
         try:
-            one.place.write(model, value, edits)
+            attribute.place.write(model, value, edits)
             shapes = built_shapes(model, vars(model)[name])
         finally:
             edits.undo()

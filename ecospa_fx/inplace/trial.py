@@ -1,4 +1,4 @@
-"""A model with an edit, while it is tried: parameters cut, integers and buffers replaced, and all of it taken back."""
+"""Applies an edit to a model for a trial, and undoes it: parameters cut, integers and buffers replaced."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from ecospa_fx.inplace.buffers import Spot
+from ecospa_fx.inplace.buffers import EditTarget
 from ecospa_fx.inplace.edits import Edits
 from ecospa_fx.plan import Plan
 
-IntegerEdits = Mapping[Spot, int]
+IntegerEdits = Mapping[EditTarget, int]
 """New integers by place, and what stays of buffers."""
 
 
@@ -20,13 +20,13 @@ def edited(model: nn.Module, plan: Plan, values: IntegerEdits, buffers: Mapping[
     """A model with a plan's parameters cut, and some integers and buffers replaced, inside, and as it was outside."""
     edits = Edits()
     try:
-        apply(model, plan, values, buffers, edits)
+        apply_edit(model, plan, values, buffers, edits)
         yield
     finally:
         edits.undo()
 
 
-def apply(model: nn.Module, plan: Plan, values: IntegerEdits, buffers: Mapping[str, Tensor], edits: Edits) -> None:
+def apply_edit(model: nn.Module, plan: Plan, values: IntegerEdits, buffers: Mapping[str, Tensor], edits: Edits) -> None:
     """Cut a plan's parameters, put buffers in their places and write integers, noted in `edits`."""
     edits.parameters(model, plan.masks(model))
     for name, tensor in buffers.items():

@@ -1,1 +1,1 @@
-"""Graphs and how to change them; nothing here knows of axes or couplings."""
+"""Intermediate representation: graphs of operators with parameters by name, and how to change them."""

@@ -7,7 +7,7 @@ of the example values tell, and those of parameters and buffers that lie in one 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import cache
 from operator import getitem
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from ecospa_fx.ir.schema import is_operator, named_arguments, schema_of
+from ecospa_fx.ir.schema import is_operator, named_arguments
 
 
 def shares(node: fx.Node) -> list[fx.Node]:
@@ -31,12 +31,11 @@ def shares(node: fx.Node) -> list[fx.Node]:
 
 def written_by(node: fx.Node) -> list[fx.Node]:
     """The arguments that a call writes into, lists of tensors and arguments by name among them."""
-    result = [
-        value
-        for argument, value in _schema_arguments(node)
-        if argument.alias_info is not None and argument.alias_info.is_write
-    ]
-    return list(dict.fromkeys(_nodes(result)))
+    writes = _aliases(node.target)[0] if is_operator(node) else {}
+    if not any(writes.values()):
+        return []
+    named = named_arguments(node)
+    return list(dict.fromkeys(_nodes([named[name] for name, is_write in writes.items() if is_write and name in named])))
 
 
 def bases(node: fx.Node) -> set[fx.Node]:
@@ -84,12 +83,19 @@ def written(graph: fx.Graph) -> set[fx.Node]:
 # -- what a call says of itself ----------------------------------------------------------------------------------
 
 
-def _schema_arguments(node: fx.Node) -> Iterator[tuple[torch._C.Argument, Any]]:
-    """The arguments of an operator's schema with what a call gives for each."""
-    if not is_operator(node):
-        return
-    named = named_arguments(node)
-    yield from ((argument, named[argument.name]) for argument in schema_of(node).arguments if argument.name in named)
+@cache
+def _aliases(target: Any) -> tuple[dict[str, bool], dict[str, bool], bool]:
+    """What an operator's schema says of its arguments.
+
+    Which may be written into, by name, of those that have a letter; which of these the results may be part of; and
+    whether it has a mode in which it returns its input.
+    """
+    schema = target._schema
+    returned = [r.alias_info for r in schema.returns if r.alias_info is not None]
+    marked = {a.name: a.alias_info for a in schema.arguments if a.alias_info is not None}
+    writes = {name: info.is_write for name, info in marked.items()}
+    shown = {name: any(_overlap(info, other) for other in returned) for name, info in marked.items()}
+    return writes, shown, any(a.name == "train" for a in schema.arguments)
 
 
 def _nodes(values: object) -> list[fx.Node]:
@@ -100,10 +106,12 @@ def _views(node: fx.Node) -> set[fx.Node]:
     """The arguments that the schema says the results are views of, or that they are where there is nothing to do."""
     if not is_operator(node):
         return set()
-    returned = [r.alias_info for r in schema_of(node).returns if r.alias_info is not None]
-    marked = [(a.alias_info, value) for a, value in _schema_arguments(node) if a.alias_info is not None]
-    result = [value for info, value in marked if any(_overlap(info, other) for other in returned)]
-    if any(argument.name == "train" for argument, _ in _schema_arguments(node)):  # returns its input in the other mode
+    _, shown, has_mode = _aliases(node.target)
+    if not (shown or has_mode):
+        return set()
+    named = named_arguments(node)
+    result = [named[name] for name, is_part in shown.items() if is_part and name in named]
+    if "train" in named:  # returns its input in the other mode
         result += node.all_input_nodes[:1]
     return set(_nodes(result))
 

@@ -175,6 +175,12 @@ def drops_nothing(node: fx.Node) -> bool:
     return node.target in _DROPOUT and _arguments(node)["p"] == 0 and "p" not in node.meta.get(KEY, {})
 
 
+def draws(graph: fx.Graph) -> set[object]:
+    """The operators of a graph that draw random numbers, but for dropout, which either mode may do without."""
+    drawn = (n.target for n in graph.nodes if is_operator(n) and torch.Tag.nondeterministic_seeded in n.target.tags)
+    return {target for target in drawn if target not in _DROPOUT}
+
+
 def note_dropout(graph: fx.Graph) -> None:
     """Note on every dropout of a single graph that it works in training only."""
     attention = torch.ops.aten.scaled_dot_product_attention.default

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -46,9 +47,15 @@ def named_arguments(node: fx.Node, *, defaults: bool = False) -> Kwargs:
 
     defaults: whether those that a call leaves out have their default values, or are absent.
     """
-    schema = schema_of(node).arguments
-    left_out = {a.name: a.default_value for a in schema if a.has_default_value()} if defaults else {}
-    return {**left_out, **dict(zip((a.name for a in schema), node.args, strict=False)), **node.kwargs}
+    names, preset = _arguments_of(node.target)
+    return {**(preset if defaults else {}), **dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+@cache
+def _arguments_of(target: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Names and default values of an operator's arguments, of which torch makes new objects whenever it is asked."""
+    arguments = target._schema.arguments
+    return tuple(a.name for a in arguments), {a.name: a.default_value for a in arguments if a.has_default_value()}
 
 
 def tensor_arguments(node: fx.Node) -> Iterator[fx.Node]:
@@ -61,7 +68,7 @@ def tensor_arguments(node: fx.Node) -> Iterator[fx.Node]:
 
 def with_arguments(node: fx.Node, values: Mapping[str, Any]) -> tuple[Args, Kwargs]:
     """The positional and keyword arguments of a call with some, by name, replaced or added."""
-    names = [a.name for a in schema_of(node).arguments]
+    names, _ = _arguments_of(node.target)
     args, kwargs = list(node.args), dict(node.kwargs)
     for name, value in values.items():
         index = names.index(name)

@@ -23,6 +23,18 @@ class AxisSlice:
     positions: Tensor
     """LongTensor of the positions that stay, [positions] or a view that broadcasts over the other axes."""
 
+    @classmethod
+    def along(cls, axis: int, size: int, other: int, rows: Tensor, rank: int) -> AxisSlice:
+        """A choice that differs along another axis. rows: LongTensor [positions of `other`, kept]; rank: of tensors."""
+        view = [1] * rank
+        view[other], view[axis] = rows.shape
+        return cls(axis, size, other, (rows if other < axis else rows.T).reshape(view))
+
+    @property
+    def count(self) -> int:
+        """How many positions stay."""
+        return self.positions.shape[0 if self.other is None else self.axis]
+
     def of(self, tensor: Tensor) -> Tensor:
         """The tensor with this axis reduced."""
         positions = self.positions.to(tensor.device)

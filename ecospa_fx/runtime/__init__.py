@@ -1,1 +1,1 @@
-"""Running a graph: node by node, as generated code, and as a module that is called like the original."""
+"""Runtime: running a graph node by node, and turning it back into a tree of modules."""

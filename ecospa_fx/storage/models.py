@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ecospa_fx.errors import EcospaError, StorageError
 from ecospa_fx.example_inputs import blank
 from ecospa_fx.huggingface import build, import_transformers
-from ecospa_fx.inplace.serialise import rewritten
+from ecospa_fx.inplace.serialise import apply_saved_edit
 from ecospa_fx.origin import ATTRIBUTE, Origin, origin, remember
 from ecospa_fx.plan import Plan
 from ecospa_fx.rewrite import smaller
@@ -215,7 +215,7 @@ def _filled(
     if known.integers is None:
         small = smaller(dense, plan, args, kwargs)
     else:
-        small = rewritten(dense, plan, known.integers, tensors)
+        small = apply_saved_edit(dense, plan, known.integers, tensors)
     _fill(small, tensors, known.buffers)
     return remember(small, known)
 

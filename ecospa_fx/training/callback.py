@@ -14,12 +14,11 @@ do not count: they are of a larger model. Tied parameters are in checkpoints onc
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ecospa_fx.errors import TrainingError
 from ecospa_fx.training.sparse import SparseTraining
@@ -34,64 +33,68 @@ class SparseCallback(TrainerCallback):
     def __init__(self, sparse: SparseTraining) -> None:
         self.sparse = sparse
         # The graph takes the arguments of its example and no others, such as the number of labels in all micro-batches.
-        model: Any = sparse.model
-        model.accepts_loss_kwargs = False
-        _save_once(model)
+        sparse.model.__dict__["accepts_loss_kwargs"] = False
+        _save_tied_once(sparse.model)
 
-    def on_init_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         if args.gradient_checkpointing:
             raise TrainingError(
                 "gradient_checkpointing needs a model of transformers, and this is a graph: put checkpoint_wrapper of "
                 "torch.distributed around the layers of sparse.model"
             )
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **values: object
+    ) -> None:
+        optimizer = values.get("optimizer")
         inner = getattr(optimizer, "optimizer", optimizer)
         if not isinstance(inner, Optimizer):
             raise TrainingError(f"the trainer has an optimizer of type {type(inner).__name__}, which cannot be cut")
         self.sparse.attach(inner)
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         if not self.sparse.finished:
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
         self.sparse.step()
 
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        folder = Path(args.output_dir or "") / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
             torch.save(self.sparse.state_dict(), folder / FILE)
 
 
-class _SavedOnce:
+class _DropAliases:
     """Leaves further names of tied parameters out of a model's state. tied: these names, and those that stay."""
 
     def __init__(self, tied: dict[str, str]) -> None:
         self.tied = tied
 
-    def __call__(self, _: nn.Module, state: dict[str, Any], prefix: str, *__: Any) -> None:
+    def __call__(self, _: nn.Module, state: dict[str, Tensor], prefix: str, *__: object) -> None:
         for name in self.tied:
             state.pop(prefix + name, None)
 
 
-class _LoadedTwice(_SavedOnce):
+class _RestoreAliases(_DropAliases):
     """Reads states without these names."""
 
-    def __call__(self, _: nn.Module, state: dict[str, Any], prefix: str, *__: Any) -> None:
-        for name, known in self.tied.items():
-            if prefix + known in state:
-                state.setdefault(prefix + name, state[prefix + known])
+    def __call__(self, _: nn.Module, state: dict[str, Tensor], prefix: str, *__: object) -> None:
+        for name, first in self.tied.items():
+            if prefix + first in state:
+                state.setdefault(prefix + name, state[prefix + first])
 
 
-def _save_once(model: Any) -> None:
+def _save_tied_once(model: nn.Module) -> None:
     """Let tied parameters be in a model's state once, as safetensors wants it."""
     first: dict[int, str] = {}
     names = {name: first.setdefault(id(t), name) for name, t in model.state_dict(keep_vars=True).items()}
-    tied = {name: known for name, known in names.items() if name != known}
+    tied = {name: other for name, other in names.items() if name != other}
     if tied:
-        model.register_state_dict_post_hook(_SavedOnce(tied))
-        model.register_load_state_dict_pre_hook(_LoadedTwice(tied))
+        model.register_state_dict_post_hook(_DropAliases(tied))  # type: ignore[no-untyped-call]
+        model.register_load_state_dict_pre_hook(_RestoreAliases(tied))  # type: ignore[no-untyped-call]
 
 
 def load_checkpoint(sparse: SparseTraining, folder: str | Path) -> None:

@@ -1,15 +1,15 @@
-"""The state of sparse training as plain data: numbers, text and tensors, nothing that could be executed."""
+"""Checkpoints of sparse training: kept units, scores and history as numbers, text and tensors, without pickled code."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ecospa_fx.errors import TrainingError
+from ecospa_fx.strict_json import from_plain, to_plain
 from ecospa_fx.training.history import Shrink
 
 FORMAT = "ecospa-fx-sparse-training"
@@ -20,13 +20,13 @@ State = tuple[int, bool, dict[str, Tensor], dict[str, Tensor], list[Shrink]]
 """Step, whether a shrink waits, kept units and scores per coupling, history."""
 
 
-def packed(
+def pack_state(
     progress: tuple[int, bool],
     shapes: DenseShapes,
     keep: Mapping[str, Tensor],
     scores: Mapping[str, Tensor],
     history: Sequence[Shrink],
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """The state as a dictionary for ``torch.save``. shapes: of the dense parameters."""
     return {
         "format": FORMAT,
@@ -36,17 +36,17 @@ def packed(
         "shapes": {name: list(shape) for name, shape in shapes.items()},
         "keep": {name: kept.clone() for name, kept in keep.items()},
         "scores": {name: value.to("cpu", copy=True) for name, value in scores.items()},
-        "history": [asdict(shrink) for shrink in history],
+        "history": [to_plain(shrink) for shrink in history],
     }
 
 
-def unpacked(state: Mapping[str, Any], shapes: DenseShapes, keep: Mapping[str, Tensor]) -> State:
-    """Read what `packed` made, for a model of these dense shapes that still has the units of `keep`.
+def unpack_state(state: Mapping[str, Any], shapes: DenseShapes, keep: Mapping[str, Tensor]) -> State:
+    """Read what `pack_state` made, for a model of these dense shapes that still has the units of `keep`.
 
     Raises TrainingError for anything else.
     """
-    own = isinstance(state, Mapping) and (state.get("format"), state.get("version")) == (FORMAT, VERSION)
-    if not own:
+    valid = isinstance(state, Mapping) and (state.get("format"), state.get("version")) == (FORMAT, VERSION)
+    if not valid:
         raise TrainingError(
             f"this is no state of sparse training, format version {VERSION}: pass what SparseTraining.state_dict() gave"
         )
@@ -63,5 +63,5 @@ def unpacked(state: Mapping[str, Any], shapes: DenseShapes, keep: Mapping[str, T
                 f"the state has units of coupling {name!r} that this model has already lost: "
                 "load it into a model that was just built; where the schedule shrinks at the start, give it as state="
             )
-    history = [Shrink(**record) for record in state["history"]]
+    history = [from_plain(Shrink, record) for record in state["history"]]
     return state["step"], state["pending"], kept, dict(state["scores"]), history

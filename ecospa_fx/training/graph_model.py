@@ -1,4 +1,4 @@
-"""The model as a graph that is captured once and rewritten for one plan after another.
+"""The model in training as an FX graph: captured once, and rewritten for one pruning plan after another.
 
 Every shrink applies the whole plan to a fresh copy of the captured graph, so that rewrites never pile up, and puts the
 result into the modules that are there: whoever holds a submodule, a parameter or a compiled layer goes on holding it.
@@ -37,12 +37,12 @@ from ecospa_fx.runtime.restore import restore
 from ecospa_fx.training.module_tree import (
     TwoModes,
     add_eval_mode,
+    adopt_graphs,
     by_path,
     modules_by_path,
-    named,
-    share,
+    record_paths,
+    share_tensors,
     tensors_by_path,
-    transplant,
 )
 from ecospa_fx.verify import masked_error
 
@@ -113,12 +113,12 @@ class ShrinkableGraph:
         for tree in (self.module, *copies):
             self._cut_buffers(tree, programs[0])
         self._cut = dict(programs[0].cut_buffers)
-        for at, program in enumerate(programs):
+        for index, program in enumerate(programs):
             fresh = self._restored(program)
             for tree in copies:
-                transplant(fresh, tree.in_eval if at and isinstance(tree, TwoModes) else tree, program.buffers)
-            own = self.module.in_eval if at and isinstance(self.module, TwoModes) else self.module
-            changed += transplant(fresh, own, program.buffers)
+                adopt_graphs(fresh, tree.in_eval if index and isinstance(tree, TwoModes) else tree, program.buffers)
+            tree_of_mode = self.module.in_eval if index and isinstance(self.module, TwoModes) else self.module
+            changed += adopt_graphs(fresh, tree_of_mode, program.buffers)
         return changed
 
     def rebuilt(self, programs: Sequence[ExportedForm]) -> nn.Module:
@@ -126,7 +126,7 @@ class ShrinkableGraph:
         (program,) = programs
         tree = self._restored(program, dict(program.values))
         copy_modes(modules_by_path(self.module), tree)
-        share(self.module, tree, "_buffers")
+        share_tensors(self.module, tree, "_buffers")
         self._cut_buffers(tree, program)
         self._cut = dict(program.cut_buffers)
         return tree
@@ -139,7 +139,7 @@ class ShrinkableGraph:
             dense = self._model.get_buffer(name).shape
             owner._buffers[attribute] = take_more(owner.get_buffer(attribute), self._cut.get(name, ()), cut, dense)
         if isinstance(tree, TwoModes):
-            share(tree, tree.in_eval, "_buffers")
+            share_tensors(tree, tree.in_eval, "_buffers")
 
     def forget(self) -> None:
         """Let go of the memory of the parameters from before sharding: only their names and shapes are needed."""
@@ -234,7 +234,7 @@ class ShrinkableGraph:
 
     def _restored(self, program: ExportedForm, values: dict[str, nn.Parameter] | None = None) -> nn.Module:
         program.values = dict(self.parameters) if values is None else values
-        return named(restore(program, self._model, self._args, self._kwargs))
+        return record_paths(restore(program, self._model, self._args, self._kwargs))
 
 
 def _cleaned(program: ExportedForm) -> ExportedForm:

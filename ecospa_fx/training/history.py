@@ -1,4 +1,4 @@
-"""What happened while a model shrank: a record per shrink, a table, a picture."""
+"""The history of a training with structured pruning: one record per shrink, as a table and as a plot."""
 
 from __future__ import annotations
 
@@ -14,22 +14,24 @@ from ecospa_fx.errors import TrainingError
 
 @dataclass(frozen=True, slots=True)
 class Shrink:
-    """One shrink.
-
-    step: at which it happened; removed: share of the couplings' dense parameters that is gone; parameters: of the
-    whole model; optimizer_bytes: held by the optimizers beside them; modules: whose code changed and that a compiler
-    has to look at again; compiled: graphs compiled in this process before it; seconds: it took; widths: units per
-    carrier of each coupling.
-    """
+    """The model after one shrink."""
 
     step: int
+    """At which it happened."""
     removed: float
+    """Share of the couplings' dense parameters that is removed so far."""
     parameters: int
+    """Of the whole model."""
     optimizer_bytes: int
+    """Memory of the optimizers' states."""
     modules: int
+    """Modules whose graph changed, which torch.compile has to compile again."""
     compiled: int
+    """Graphs compiled in this process before the shrink."""
     seconds: float
+    """Duration of the shrink."""
     widths: Mapping[str, int]
+    """Units per carrier of each coupling."""
 
 
 def table(history: Sequence[Shrink], dense: Mapping[str, tuple[str, int]], now: str) -> str:
@@ -38,10 +40,10 @@ def table(history: Sequence[Shrink], dense: Mapping[str, tuple[str, int]], now: 
     rows = []
     for shrink in history:
         kept = {kind: [shrink.widths[n] / size for n, (k, size) in dense.items() if k == kind] for kind in kinds}
-        told = [f"{sum(v) / len(v):.0%} ({min(v):.0%} to {max(v):.0%})" for v in kept.values()]
+        shares = [f"{sum(v) / len(v):.0%} ({min(v):.0%} to {max(v):.0%})" for v in kept.values()]
         rows.append([
             f"{shrink.step:,}", f"{shrink.removed:.1%}", f"{shrink.parameters:,}",
-            f"{shrink.optimizer_bytes / 2**20:,.1f}", shrink.modules, shrink.compiled, f"{shrink.seconds:.2f}", *told,
+            f"{shrink.optimizer_bytes / 2**20:,.1f}", shrink.modules, shrink.compiled, f"{shrink.seconds:.2f}", *shares,
         ])  # fmt: skip
     head = ["step", "removed", "parameters", "optimizer MiB", "modules changed", "compiled before", "seconds"]
     head += [f"{kind} kept" for kind in kinds]
@@ -66,9 +68,9 @@ def plot(history: Sequence[Shrink], dense: Mapping[str, tuple[str, int]], last: 
     steps = [0, *(s.step for s in history), last]
     for panel, kind in zip(panels, kinds, strict=True):
         names = [name for name, (k, _) in dense.items() if k == kind]
-        for at, name in enumerate(names):
+        for index, name in enumerate(names):
             kept = [1.0, *(s.widths[name] / dense[name][1] for s in history)]
-            colour = colormaps["viridis"](at / max(len(names) - 1, 1))
+            colour = colormaps["viridis"](index / max(len(names) - 1, 1))
             panel.step(steps, [*kept, kept[-1]], where="post", color=colour, label=name)
         panel.set(title=kind, xlabel="step", ylim=(0, 1.05))
         if len(names) <= 8:

@@ -11,10 +11,10 @@ The optimizers of the module hold parameters of `sparse.model` and no others. To
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.optim import Optimizer
 
 from ecospa_fx.errors import TrainingError
 from ecospa_fx.training.sparse import SparseTraining
@@ -26,13 +26,13 @@ class SparseLightning(Callback):
     def __init__(self, sparse: SparseTraining) -> None:
         self.sparse = sparse
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.sparse.attach(trainer.optimizers)
 
-    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         self.sparse.step()
 
-    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, object]) -> None:
         checkpoint[KEY] = self.sparse.state_dict()
 
 

@@ -26,7 +26,7 @@ from ecospa_fx.coupling.types import Box, Coupling, Member
 from ecospa_fx.errors import TrainingError
 from ecospa_fx.importance.methods import gate_members
 from ecospa_fx.importance.unit_reduction import MarginKey, accumulator_dtype, exact, margin, margin_key, unit_sums
-from ecospa_fx.training.sharded import is_sharded, local, placed, summed
+from ecospa_fx.training.sharded import expand_local_sums, is_sharded, local_part, sum_over_shards
 
 METHODS = ("gate-fisher", "fisher", "taylor")
 
@@ -36,8 +36,8 @@ class MovingScores:
 
     def __init__(self, method: str, memory: int) -> None:
         if method not in METHODS:
-            known = ", ".join(("second-order", *METHODS))
-            raise TrainingError(f"scores={method!r:.60} cannot be taken while training: use one of {known}")
+            names = ", ".join(("second-order", *METHODS))
+            raise TrainingError(f"scores={method!r:.60} cannot be taken while training: use one of {names}")
         self.method, self._decay = method, 1 - 1 / memory
         self._spans: dict[str, tuple[int, int, tuple[int, int]]] = {}
         self._uses: dict[str, dict[MarginKey, list[tuple[str, float, Member]]]] = {}
@@ -50,11 +50,11 @@ class MovingScores:
         self, couplings: Sequence[Coupling], parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]
     ) -> None:
         """Score these couplings from now on. values: what is known of their units so far."""
-        self._parameters, self._spans, self._uses, at = parameters, {}, {}, 0
+        self._parameters, self._spans, self._uses, end = parameters, {}, {}, 0
         for coupling in couplings:
             count = coupling.carriers * coupling.size
-            self._spans[coupling.name] = (at, at + count, (coupling.carriers, coupling.size))
-            at += count
+            self._spans[coupling.name] = (end, end + count, (coupling.carriers, coupling.size))
+            end += count
             gate = self.method == "gate-fisher"
             members, factor = gate_members(coupling) if gate else (coupling.members, 1.0)
             for member in members:
@@ -62,9 +62,9 @@ class MovingScores:
                 margins.setdefault(margin_key(member), []).append((coupling.name, factor, member))
         self._spread = next((parameters[name] for name in self._uses if is_sharded([parameters[name]])), None)
         device = next((parameters[name].device for name in self._uses), torch.device("cpu"))
-        self._values = torch.zeros(at, dtype=accumulator_dtype(device), device=device)
-        for name, known in values.items():
-            self._part(self._values, name).copy_(known)
+        self._values = torch.zeros(end, dtype=accumulator_dtype(device), device=device)
+        for name, value in values.items():
+            self._part(self._values, name).copy_(value)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -82,7 +82,7 @@ class MovingScores:
             if parameter.grad is not None:
                 self._take(parameter.grad, parameter, margins)
         if self._spread is not None:
-            summed(self._sums, self._spread)
+            sum_over_shards(self._sums, self._spread)
         squares = self._sums.abs() if self.method == "fisher" else self._sums.square()
         total = squares.sum()
         self._step_fine = total.isfinite() & (total > 0)
@@ -116,12 +116,12 @@ class MovingScores:
     def _take(
         self, gradient: Tensor, weight: Tensor, margins: Mapping[MarginKey, list[tuple[str, float, Member]]]
     ) -> None:
-        products, unit = _products(local(gradient), local(weight)), None
+        products, unit = _products(local_part(gradient), local_part(weight)), None
         if self.method == "fisher":
-            unit = _unit(products)
+            unit = _power_of_two(products)
             products.mul_(unit).square_()
         for key, uses in margins.items():
-            sums = placed(margin(products, key), key, weight)
+            sums = expand_local_sums(margin(products, key), key, weight)
             if unit is not None:
                 sums = sums.to(self._sums.dtype) / unit.to(self._sums.dtype).square()
             for name, factor, member in uses:
@@ -139,7 +139,7 @@ def _products(gradient: Tensor, weight: Tensor) -> Tensor:
     return exact(gradient) * exact(weight)
 
 
-def _unit(values: Tensor) -> Tensor:
+def _power_of_two(values: Tensor) -> Tensor:
     """The power of two by which the largest value is about 1, so that squares do not underflow; found on the device."""
     if not values.numel():
         return values.new_ones((), dtype=torch.float32)

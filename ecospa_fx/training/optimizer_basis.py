@@ -1,4 +1,4 @@
-"""Turning what an optimizer keeps beside a parameter, when a linear coupling changes its basis.
+"""Change of basis of optimizer states, when a linear coupling's weights change theirs.
 
 Where weights become B W, gradients become B⁻ᵀ g. First moments are means of gradients and turn like them. Second
 moments are means of squares, of each element for itself: of the turned gradients' squares only Σ_j (B⁻ᵀ)²_ij v_j is
@@ -14,37 +14,37 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ecospa_fx.importance.linalg import rotated
-from ecospa_fx.training.sharded import put, whole
+from ecospa_fx.training.sharded import assign, full_tensor
 
-FIRST = frozenset({"exp_avg", "momentum_buffer"})
+FIRST_MOMENTS = frozenset({"exp_avg", "momentum_buffer"})
 """States that are means of gradients."""
 
-SQUARED = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"})
+SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"})
 """States that are means or sums of their squares."""
 
 
-def unknown(optimizers: Sequence[Optimizer], tensor: Tensor) -> str | None:
-    """What an optimizer keeps beside a parameter, and nobody knows how it turns; None where there is no such thing."""
+def unsupported_state(optimizers: Sequence[Optimizer], tensor: Tensor) -> str | None:
+    """A state beside a parameter whose change of basis is not known, for a message; None where there is none."""
     for optimizer in optimizers:
         for key, value in optimizer.state.get(tensor, {}).items():
             plain = value is None or isinstance(value, int | float) or (isinstance(value, Tensor) and value.dim() == 0)
             same = isinstance(value, Tensor) and value.shape == tensor.shape and value.is_floating_point()
-            if not plain and not (same and key in FIRST | SQUARED):
+            if not plain and not (same and key in FIRST_MOMENTS | SECOND_MOMENTS):
                 return f"{type(optimizer).__name__} keeps {key!r}"
     return None
 
 
 @torch.no_grad()
-def turn_gradient(
+def transform_states(
     optimizers: Sequence[Optimizer], tensor: Tensor, axis: int, positions: Tensor, matrix: Tensor
 ) -> None:
     """Turn a parameter's gradient and states in place. matrix: [carriers, units, units], B⁻ᵀ for weights B W."""
 
     if tensor.grad is not None:
-        put(tensor.grad, rotated(whole(tensor.grad), axis, positions, matrix))
+        assign(tensor.grad, rotated(full_tensor(tensor.grad), axis, positions, matrix))
     for optimizer in optimizers:
         for key, value in optimizer.state.get(tensor, {}).items():
-            if key in FIRST and isinstance(value, Tensor):
-                put(value, rotated(whole(value), axis, positions, matrix))
-            if key in SQUARED and isinstance(value, Tensor):
-                put(value, rotated(whole(value), axis, positions, matrix.square()))
+            if key in FIRST_MOMENTS and isinstance(value, Tensor):
+                assign(value, rotated(full_tensor(value), axis, positions, matrix))
+            if key in SECOND_MOMENTS and isinstance(value, Tensor):
+                assign(value, rotated(full_tensor(value), axis, positions, matrix.square()))

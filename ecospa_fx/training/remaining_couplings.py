@@ -1,4 +1,4 @@
-"""Couplings of the model as it is now: fewer units, at other positions.
+"""Couplings of a model that was shrunk: fewer units, at other positions.
 
 Every carrier keeps the same number of units, so what is left of a coupling is again a regular grid of positions.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ecospa_fx.coupling.types import Box, Coupling, Member
-from ecospa_fx.coupling.unit_elements import Factors, removed_elements
+from ecospa_fx.coupling.unit_elements import Factors, coupled_elements
 from ecospa_fx.errors import TrainingError
 
 Keep = Mapping[str, Tensor]
@@ -26,7 +26,7 @@ def disjoint(couplings: Iterable[Coupling]) -> list[Coupling]:
     taken: dict[tuple[str, int], set[int]] = {}
     accepted = set()
     for coupling in sorted(listed, key=lambda c: c.parameters / (c.size * c.carriers)):
-        places = [place for member in coupling.members for place in _places(member)]
+        places = [place for member in coupling.members for place in _positions_by_axis(member)]
         if any(taken.get(key, set()) & positions for key, positions in places):
             continue
         accepted.add(coupling.name)
@@ -35,12 +35,12 @@ def disjoint(couplings: Iterable[Coupling]) -> list[Coupling]:
     return [c for c in listed if c.name in accepted]
 
 
-def _places(member: Member) -> list[tuple[tuple[str, int], set[int]]]:
+def _positions_by_axis(member: Member) -> list[tuple[tuple[str, int], set[int]]]:
     """Positions per axis that a member's units take, or that its choice depends on."""
-    found = [((member.parameter, member.axis), set(member.indices.flatten().tolist()))]
+    result = [((member.parameter, member.axis), set(member.indices.flatten().tolist()))]
     if member.carrier_axis is not None:
-        found.append(((member.parameter, member.carrier_axis), set(range(member.carriers))))
-    return found
+        result.append(((member.parameter, member.carrier_axis), set(range(member.carriers))))
+    return result
 
 
 def narrowed(
@@ -51,9 +51,8 @@ def narrowed(
     for coupling in couplings:
         kept = keep[coupling.name]
         members = tuple(_member(m, kept, factors.get(m.parameter, {})) for m in coupling.members)
-        whole = torch.ones(coupling.carriers, members[0].units, dtype=torch.bool)
-        held = removed_elements(shapes, [(members, whole)])
-        found.append(replace(coupling, size=members[0].units, members=members, parameters=held))
+        parameters = coupled_elements(shapes, [members])
+        found.append(replace(coupling, size=members[0].units, members=members, parameters=parameters))
     return found
 
 
@@ -95,18 +94,18 @@ def _box(member: Member, box: Box, keep: Tensor, ranks: Tensor | None) -> Box:
     now = now[keep[:, :, None].expand_as(now)].view(member.carriers, -1, width)
     first = int(now[0, 0, 0])
     unit = int(now[0, 1, 0]) - first if now.shape[1] > 1 else 1
-    carriers = tuple((n, int(now[at, 0, 0]) - first) for n, at in _ones(box.carriers))
-    widths = tuple((n, int(now[0, 0, at]) - first) for n, at in _ones(box.width))
-    found = Box(first, carriers, unit, widths)
-    if not torch.equal(found.indices(member.carriers, now.shape[1]), now):
+    carriers = tuple((n, int(now[index, 0, 0]) - first) for n, index in _unit_positions(box.carriers))
+    widths = tuple((n, int(now[0, 0, index]) - first) for n, index in _unit_positions(box.width))
+    grid = Box(first, carriers, unit, widths)
+    if not torch.equal(grid.indices(member.carriers, now.shape[1]), now):
         raise TrainingError(
             f"what is left of axis {member.axis} of parameter {member.parameter!r} is no regular grid: "
             "leave this kind of coupling out with kinds="
         )
-    return found
+    return grid
 
 
-def _ones(pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+def _unit_positions(pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """Per (size, stride) pair its size, and the flat index at which it alone is 1; 0 where it never is."""
     sizes = [size for size, _ in pairs]
     return [(size, prod(sizes[i + 1 :]) if size > 1 else 0) for i, size in enumerate(sizes)]

@@ -1,11 +1,11 @@
-"""The options of sparse training, checked together, and which couplings they leave to choose from."""
+"""The options of training with structured pruning, checked together, and the couplings that they select."""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from ecospa_fx.coupling.choice import ChoiceOptions, checked_limits, choosable, 
 from ecospa_fx.coupling.couplings import Couplings, check_couplings
 from ecospa_fx.coupling.detection import check_allow
 from ecospa_fx.coupling.types import Coupling
-from ecospa_fx.coupling.unit_elements import removed_elements
+from ecospa_fx.coupling.unit_elements import coupled_elements, removed_elements
 from ecospa_fx.errors import TrainingError
 from ecospa_fx.importance.methods import gate_members
 from ecospa_fx.importance.score import Batch, Loss
@@ -27,6 +27,8 @@ from ecospa_fx.training.allocation import bounds, uniform_share
 from ecospa_fx.training.remaining_couplings import disjoint
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from ecospa_fx.training.graph_model import ShrinkableGraph
 
 SECOND_ORDER = "second-order"
@@ -34,7 +36,7 @@ SECOND_ORDER = "second-order"
 
 
 class TrainingOptions(ChoiceOptions, total=False):
-    """Options of `SparseTraining` beside those in its signature, see `ecospa_fx.training.settings.Settings`."""
+    """Options of `SparseTraining` beside those in its signature; each is described at its field in `Settings`."""
 
     total_steps: int | None
     allocation: Literal["global", "uniform"]
@@ -47,42 +49,48 @@ class TrainingOptions(ChoiceOptions, total=False):
     batches: Iterable[Batch] | None
     loss: Loss | None
     wrap: Callable[[nn.Module], nn.Module] | None
-    group: Any
+    group: ProcessGroup | None
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Options of `SparseTraining` beyond those that every run has.
-
-    total_steps: the length of the run, if known; allocation: "global", by score per parameter, or "uniform"; band:
-    least and most that a coupling keeps, as multiples of what uniform allocation keeps (None: no bounds); round_to: as
-    in `compress`, None for what the device likes of half precision, which autocast makes of float32; floor, kinds,
-    exclude, limits: as in `plan`, the target counting what may go; couplings: only these, a selection of what `detect`
-    found on this model; allow: as in `detect`; window: steps before each shrink whose gradients are scored, and the
-    memory of their moving average; compensate: at each shrink, let what stays make up for what goes, by what
-    second-order scores measured, or else by least squares on `batches`, layer by layer (None: where scores are
-    second-order); batches, loss: calibration data as in `score`, whose samples count however they are batched, for
-    that, for second-order scores, and for a schedule that shrinks at the start; of several processes each gives its own
-    part, and holds all parameters during a shrink; wrap: what to put around the model, after every shrink anew
-    (``DistributedDataParallel``); group: the processes that train together, by default all of them.
-    """
+    """Options of `SparseTraining` beyond those in its signature."""
 
     total_steps: int | None = None
+    """The length of the run in optimizer steps, if known; the default schedule needs it."""
     allocation: Literal["global", "uniform"] = "global"
+    """How sizes are chosen: "global" removes the least score per parameter, "uniform" the same share everywhere."""
     band: tuple[float, float] | None = (0.6, 1.6)
+    """Least and most that a coupling keeps, as multiples of what uniform allocation keeps; None: no bounds."""
     round_to: int | None = None
+    """Kept units are a multiple of this; None: of what the device prefers for half precision, as autocast uses it."""
     floor: float = 0.05
+    """Share of its units that every coupling keeps in any case."""
     kinds: str | Sequence[str] | None = None
+    """Kinds of couplings to shrink, as in `plan`; None: all."""
     exclude: str | Sequence[str] = ()
+    """Patterns of names of couplings to leave alone, as in `plan`."""
     limits: Mapping[str, float] | None = None
+    """Largest share to remove, by kind or pattern of names, as in `plan`."""
     couplings: Couplings | None = None
+    """Only these: a selection of what `detect` returned for this model; None: all."""
     allow: str | Iterable[str] = ()
+    """Approximations to allow, as in `detect`."""
     window: int = 50
+    """Steps before each shrink whose gradients are scored, and the memory of their moving average."""
     compensate: bool | None = None
+    """Whether remaining weights are updated to compensate for removed units: from the curvature that second-order
+    scores measured, else by least squares on `batches`, layer by layer. None: with second-order scores only."""
     batches: Iterable[Batch] | None = None
+    """Calibration data as in `score`, for compensation, second-order scores, and a schedule that shrinks at the start.
+    Its samples count however they are batched. Of several processes each gives its own part, and holds all parameters
+    during a shrink."""
     loss: Loss | None = None
+    """The loss on these batches, as in `score`."""
     wrap: Callable[[nn.Module], nn.Module] | None = None
-    group: Any = None
+    """What to put around the model, anew after every shrink, such as ``DistributedDataParallel``."""
+    group: ProcessGroup | None = None
+    """The processes that train together; None: all of them."""
 
     def __post_init__(self) -> None:
         if self.allocation not in ("global", "uniform"):
@@ -147,15 +155,15 @@ def optimizers_of(optimizer: object) -> tuple[Optimizer, ...]:
     """One optimizer, or several, or None, as a tuple. Raises TrainingError for anything else."""
     if optimizer is None:
         return ()
-    several = isinstance(optimizer, Sequence) and not isinstance(optimizer, str)
-    found: tuple[Any, ...] = tuple(optimizer) if several else (optimizer,)  # type: ignore[arg-type]  # a sequence
-    for entry in found:
+    is_list = isinstance(optimizer, Sequence) and not isinstance(optimizer, str)
+    entries: tuple[object, ...] = tuple(cast(Sequence[object], optimizer)) if is_list else (optimizer,)
+    for entry in entries:
         if not isinstance(entry, Optimizer):
             raise TrainingError(f"{entry!r:.60} is no optimizer: give a torch.optim.Optimizer, or a list of them")
-    return found
+    return cast(tuple[Optimizer, ...], entries)
 
 
-def chosen(couplings: Couplings, settings: Settings, method: str | None, model: nn.Module) -> list[Coupling]:
+def choose_couplings(couplings: Couplings, settings: Settings, method: str | None, model: nn.Module) -> list[Coupling]:
     """The couplings that training shrinks. method: of scores, None where they are known. Raises TrainingError for none.
 
     couplings: of the model; of these the ones that the settings select.
@@ -167,30 +175,28 @@ def chosen(couplings: Couplings, settings: Settings, method: str | None, model: 
             raise TrainingError(f"couplings= hold {strange[0]!r}, which this model has not: detect on this model")
         couplings = couplings.select(predicate=lambda c: c.name in names)
     offered = choosable(couplings, settings.kinds, settings.exclude, TrainingError, "shrink")
-    unscored = {} if method is None else frozen(offered, method, model)
-    found = disjoint(c for c in offered if c.name not in unscored)
-    if not found:
-        told = next(iter(unscored.values()))
+    unscored = {} if method is None else frozen_parameters(offered, method, model)
+    selected = disjoint(c for c in offered if c.name not in unscored)
+    if not selected:
+        parameter = next(iter(unscored.values()))
         raise TrainingError(
-            f"there is nothing to shrink because parameters are frozen ({told}): see "
+            f"there is nothing to shrink because parameters are frozen ({parameter}): see "
             "print(eco.detect(model, args, kwargs))"
         )
-    return found
+    return selected
 
 
 def check_reach(
     couplings: Sequence[Coupling], settings: Settings, target: float, limits: Mapping[str, float], form: ShrinkableGraph
 ) -> None:
     """Raise TrainingError where floors and limits, by name of coupling, keep more than the target leaves."""
-    gone, steps = [], settings.multiples(couplings, form.parameters)
+    choices, steps = [], settings.multiples(couplings, form.parameters)
     uniform = uniform_share(couplings, limits, target)
     for c in couplings:
         least, _ = bounds(c.size, c.size, uniform, settings.shares, steps[c.name], limits.get(c.name, 1.0))
-        units = torch.zeros(c.carriers, c.size, dtype=torch.bool)
-        units[:, least:] = True
-        gone.append((c.members, units))
-    whole = [(members, torch.ones_like(units)) for members, units in gone]
-    most = removed_elements(form.shapes, gone) / removed_elements(form.shapes, whole)
+        keep = torch.arange(c.size).expand(c.carriers, -1) < least
+        choices.append((c.members, keep))
+    most = removed_elements(form.shapes, choices) / coupled_elements(form.shapes, (c.members for c in couplings))
     if most < target * 0.98:
         rounding = settings.round_to or f"None, which is {max(steps.values())} here,"
         limited = f", limits={dict(settings.limits)}" if settings.limits else ""
@@ -200,35 +206,35 @@ def check_reach(
         )
 
 
-def frozen(couplings: Iterable[Coupling], method: str, model: nn.Module) -> dict[str, str]:
+def frozen_parameters(couplings: Iterable[Coupling], method: str, model: nn.Module) -> dict[str, str]:
     """Couplings that get no scores, and the frozen parameter that is why."""
-    parameters, found = dict(model.named_parameters()), {}
+    parameters, frozen = dict(model.named_parameters()), {}
     for coupling in couplings:
         members = gate_members(coupling)[0] if method == "gate-fisher" else coupling.members
         for member in members:
             if not parameters[member.parameter].requires_grad:
-                found[coupling.name] = member.parameter
-    return found
+                frozen[coupling.name] = member.parameter
+    return frozen
 
 
 def other_owners(model: nn.Module) -> dict[str, str]:
     """Parameters that modules outside of the model hold too, and what these modules are."""
-    found = _other_owners(model)
-    if found:
+    owners = _other_owners(model)
+    if owners:
         gc.collect()  # what is only waiting for this is no longer another model
-        found = _other_owners(model)
-    return found
+        owners = _other_owners(model)
+    return owners
 
 
 def _other_owners(model: nn.Module) -> dict[str, str]:
-    own = {id(module) for module in model.modules()}
-    names, found = {id(p): name for name, p in model.named_parameters()}, {}
+    inside = {id(module) for module in model.modules()}
+    names, owners = {id(p): name for name, p in model.named_parameters()}, {}
     for thing in gc.get_objects():
-        if issubclass(type(thing), nn.Module) and id(thing) not in own:
-            for held in thing.__dict__.get("_parameters", {}).values():
-                if id(held) in names:
-                    found[names[id(held)]] = type(thing).__name__
-    return found
+        if issubclass(type(thing), nn.Module) and id(thing) not in inside:
+            for parameter in thing.__dict__.get("_parameters", {}).values():
+                if id(parameter) in names:
+                    owners[names[id(parameter)]] = type(thing).__name__
+    return owners
 
 
 def check_unshared(couplings: Sequence[Coupling], owners: Mapping[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""The driver: a model that shrinks while the user's own loop trains it."""
+"""Structured pruning during training: removes units at scheduled steps while the user's own loop trains the model."""
 
 from __future__ import annotations
 
@@ -19,23 +19,24 @@ from ecospa_fx.checks import check_options
 from ecospa_fx.coupling.choice import shares
 from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.coupling.types import Coupling
-from ecospa_fx.coupling.unit_elements import Factors, removed_elements
+from ecospa_fx.coupling.unit_elements import Factors, coupled_elements
 from ecospa_fx.errors import TrainingError
 from ecospa_fx.importance.score import score
 from ecospa_fx.importance.scores import Scores, given_scores
 from ecospa_fx.origin import origin
+from ecospa_fx.passes.lossy.measurement import Measurement
 from ecospa_fx.plan import Plan, Selection
 from ecospa_fx.training import history
 from ecospa_fx.training.allocation import allocate, bounds, uniform_share
-from ecospa_fx.training.checkpoint import packed, unpacked
-from ecospa_fx.training.compensate import Compensation, read
+from ecospa_fx.training.checkpoint import pack_state, unpack_state
+from ecospa_fx.training.compensate import Compensation, calibration_batches
 from ecospa_fx.training.distributed import all_agree, averaged, check_same
 from ecospa_fx.training.graph_model import ShrinkableGraph
 from ecospa_fx.training.moving_scores import MovingScores
-from ecospa_fx.training.optimizer_surgery import held_bytes
+from ecospa_fx.training.optimizer_surgery import optimizer_bytes
 from ecospa_fx.training.remaining_couplings import narrowed
 from ecospa_fx.training.schedule import AtStart, Schedule, check_schedule, default_schedule
-from ecospa_fx.training.second_order import Measured, SecondOrder, second_order
+from ecospa_fx.training.second_order import SecondOrder, second_order
 from ecospa_fx.training.settings import (
     SECOND_ORDER,
     Settings,
@@ -43,11 +44,11 @@ from ecospa_fx.training.settings import (
     check_arguments,
     check_reach,
     check_unshared,
-    chosen,
+    choose_couplings,
     optimizers_of,
     other_owners,
 )
-from ecospa_fx.training.sharded import whole
+from ecospa_fx.training.sharded import full_tensor
 from ecospa_fx.training.tensor_cuts import cuts_between
 from ecospa_fx.training.tracked_model import TrackedModel
 from ecospa_fx.wrappers import unwrapped
@@ -98,7 +99,29 @@ class SparseTraining:
         check_options("SparseTraining", options, TrainingOptions, SparseTraining)
         check_arguments(model, args, kwargs, target, state)
         self._settings, self._target, optimizers = Settings(**options), target, optimizers_of(optimizer)
-        self._given = scores if isinstance(scores, Scores | Mapping) else None
+        method = self._configure(schedule, scores)
+        model = unwrapped(model, resizing=TrainingError)
+        owners = other_owners(model)
+        choose = partial(choose_couplings, settings=self._settings, method=method, model=model)
+        self._form = ShrinkableGraph(model, args, dict(kwargs or {}), self._settings.allow, choose)
+        self._chosen = self._now = self._form.chosen
+        check_unshared(self._chosen, owners)
+        self._held = _held(self._form.shapes, self._chosen)
+        self._keep = {c.name: torch.ones(c.carriers, c.size, dtype=torch.bool) for c in self._chosen}
+        self._factors: Mapping[str, Factors] = {}
+        self._step, self._pending, self._warned, self.history = 0, False, False, list[history.Shrink]()
+        self._limits = shares(self.couplings, self._chosen, self._settings.limits, TrainingError)
+        check_reach(self._chosen, self._settings, target, self._limits, self._form)
+        self._model = TrackedModel(self._form, self._settings.wrap)
+        self._batches = calibration_batches(self._settings.batches)
+        self._second_order, self._compensation = self._measuring(), self._compensating()
+        self._running.follow(self._chosen, self._form.parameters, {})
+        self._origin = origin(model, self.plan, args, kwargs)
+        self._begin(optimizers, state)
+
+    def _configure(self, schedule: Schedule | None, scores: object) -> str | None:
+        """Set when to shrink and by which scores. Returns the method's name, None for the user's own scores."""
+        self._user_scores = scores if isinstance(scores, Scores | Mapping) else None
         method = self._settings.method(scores)
         self._measures = method == SECOND_ORDER
         self._schedule = schedule or default_schedule(self._settings.total_steps, self._measures)
@@ -106,22 +129,7 @@ class SparseTraining:
         self._steps = frozenset(self._schedule.steps)
         gathered = "gate-fisher" if method is None or self._measures else method
         self._running = MovingScores(gathered, self._settings.window)
-        model = unwrapped(model, resizing=TrainingError)
-        owners, choose = other_owners(model), partial(chosen, settings=self._settings, method=method, model=model)
-        self._form = ShrinkableGraph(model, args, dict(kwargs or {}), self._settings.allow, choose)
-        self._chosen = self._now = self._form.chosen
-        check_unshared(self._chosen, owners)
-        self._held = _held(self._form.shapes, self._chosen)
-        self._keep = {c.name: torch.ones(c.carriers, c.size, dtype=torch.bool) for c in self._chosen}
-        self._factors: Mapping[str, Factors] = {}
-        self._step, self._pending, self._said, self.history = 0, False, False, list[history.Shrink]()
-        self._limits = shares(self.couplings, self._chosen, self._settings.limits, TrainingError)
-        check_reach(self._chosen, self._settings, target, self._limits, self._form)
-        self._model, self._batches = TrackedModel(self._form, self._settings.wrap), read(self._settings.batches)
-        self._second_order, self._compensation = self._measuring(), self._compensating()
-        self._running.follow(self._chosen, self._form.parameters, {})
-        self._origin = origin(model, self.plan, args, kwargs)
-        self._begin(optimizers, state)
+        return method
 
     def _begin(self, optimizers: Sequence[Optimizer], state: Mapping[str, Any] | None) -> None:
         self._model.remember(self._origin)
@@ -180,9 +188,9 @@ class SparseTraining:
         step, with a warning.
         """
         if not self._model.backwards:
-            if not self._said:
+            if not self._warned:
                 log.warning("step() is ignored: no backward pass reached the model since its last call")
-            self._said = True
+            self._warned = True
             return
         self._model.backwards, self._step = 0, self._step + 1
         due = self._pending or self._step in self._steps
@@ -202,7 +210,7 @@ class SparseTraining:
     def state_dict(self) -> dict[str, Any]:
         """Everything to resume from, besides the states of `model` and the optimizers; ``weights_only`` can load it."""
         progress, values = (self._step, self._pending), self._running.values()
-        return packed(progress, self._form.shapes, self._keep, values, self.history)
+        return pack_state(progress, self._form.shapes, self._keep, values, self.history)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken: before the states of `model` and the optimizers are loaded.
@@ -210,7 +218,7 @@ class SparseTraining:
         The model is brought to the sizes of that moment, so that they fit. Raises TrainingError for the state of
         another model, and where this model is smaller than that one was; nothing has changed then.
         """
-        step, pending, keep, values, records = unpacked(state, self._form.shapes, self._keep)
+        step, pending, keep, values, records = unpack_state(state, self._form.shapes, self._keep)
         self._apply(keep, {})
         self._running.follow(self._now, self._form.parameters, values)
         self._step, self._pending, self.history = step, pending, records
@@ -255,21 +263,24 @@ class SparseTraining:
     def _decided(
         self, scores: Mapping[str, Tensor], share: float
     ) -> tuple[dict[str, Tensor], Mapping[str, Tensor] | None]:
-        """What stays, the same in all processes, and what to add to parameters to make up for the rest, if known."""
-        measured = self._measured()
-        keep = self._units(scores if measured is None else measured.scores(), share)
+        """The units to keep, the same in all processes, and the compensation to add to parameters, if known."""
+        second, measurement = self._second_order, self._measured()
+        if second is not None and measurement is not None:
+            scores = second.scores(measurement)
+        keep = self._units(scores, share)
         check_same(keep, self._running.flat().device, self._settings.group)
         # Where a norm runs over what is kept, its inputs before the shrink are not those after it.
-        if measured is None or self._compensation is None or any(c.inexact for c in self._now):
+        exact = not any(c.inexact for c in self._now)
+        if second is None or measurement is None or self._compensation is None or not exact:
             return keep, None
-        gone = {c.name: ~keep[c.name][self._keep[c.name]].view(c.carriers, c.size) for c in self._now}
-        return keep, measured.making_up(gone)
+        left = {c.name: keep[c.name][self._keep[c.name]].view(c.carriers, c.size) for c in self._now}
+        return keep, second.changes(measurement, left)
 
-    def _measured(self) -> Measured | None:
+    def _measured(self) -> Measurement | None:
         """What second-order scores need of the units that are there. Linear couplings have been turned then."""
         if self._second_order is None:
             return None
-        values = {name: whole(p) for name, p in self._form.parameters.items()}
+        values = {name: full_tensor(p) for name, p in self._form.parameters.items()}
         evaluator = self._form.evaluator(self.plan, values)
         return self._second_order.measured(evaluator, self._now, self._model)
 
@@ -289,19 +300,19 @@ class SparseTraining:
         goal = _held(shapes, self._now) - round(self._held * left)
         even = dense if options.allocation == "uniform" else None
         kept = allocate(self._now, shapes, scores, limits, goal, round_to=steps, dense=even)
-        found = {}
+        result = {}
         for name, before in self._keep.items():
-            found[name] = before.clone()
-            found[name][before] = kept[name].flatten()
-        return found
+            result[name] = before.clone()
+            result[name][before] = kept[name].flatten()
+        return result
 
     def _compensated(self, keep: Mapping[str, Tensor], changes: Mapping[str, Tensor] | None) -> int:
-        """`_apply`, and what stays makes up for what goes if that is wanted: by the changes, if known."""
+        """`_apply`, with the remaining weights updated to compensate if that is wanted: by the changes, if known."""
         if self._compensation is None or changes is not None:
             return self._apply(keep, changes or {})
-        before = self.plan, {name: whole(p) for name, p in self._form.parameters.items()}  # cutting makes new memory
+        before = self.plan, {n: full_tensor(p) for n, p in self._form.parameters.items()}  # cutting makes new memory
         modules = self._apply(keep, {})
-        after = self.plan, {name: whole(p) for name, p in self._form.parameters.items()}
+        after = self.plan, {name: full_tensor(p) for name, p in self._form.parameters.items()}
         self._model.add(self._compensation.changes(self._form.evaluator, before, after))
         return modules
 
@@ -341,7 +352,7 @@ class SparseTraining:
             step=self._step,
             removed=self.removed,
             parameters=sum(p.numel() for p in self._form.module.parameters()),
-            optimizer_bytes=held_bytes(self._model.optimizers),
+            optimizer_bytes=optimizer_bytes(self._model.optimizers),
             modules=modules,
             compiled=_compiled(),
             seconds=seconds,
@@ -351,8 +362,8 @@ class SparseTraining:
         log.info("step %s: %.1f %% removed, %s parameters left", shrink.step, 100 * shrink.removed, shrink.parameters)
 
     def _shrink_at_start(self) -> None:
-        if self._given is not None:
-            self._shrink(given_scores(self.couplings, self._chosen, self._given, TrainingError), 1.0)
+        if self._user_scores is not None:
+            self._shrink(given_scores(self.couplings, self._chosen, self._user_scores, TrainingError), 1.0)
             return
         loss, batches = self._settings.loss, self._batches
         if not batches or loss is None:
@@ -376,7 +387,7 @@ class SparseTraining:
 
 def _held(shapes: Mapping[str, tuple[int, ...]], couplings: Sequence[Coupling]) -> int:
     """Elements that couplings hold, each counted once."""
-    return removed_elements(shapes, [(c.members, torch.ones(c.carriers, c.size, dtype=torch.bool)) for c in couplings])
+    return coupled_elements(shapes, (c.members for c in couplings))
 
 
 def _compiled() -> int:

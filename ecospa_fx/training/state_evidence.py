@@ -1,4 +1,4 @@
-"""Whether what lies beside a square weight holds one number per element of it, or is a matrix about its rows.
+"""Tells elementwise optimizer states from preconditioners that have a square weight's shape by chance.
 
 A preconditioner of a weight with n rows and n columns (a factor of Shampoo or K-FAC, a basis of SOAP, a triangle of
 PSGD) has the weight's own shape by chance, and no name tells it from a momentum. What does:
@@ -20,50 +20,52 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ecospa_fx.training.sharded import whole
+from ecospa_fx.training.sharded import full_tensor
 
-Path = tuple[Any, ...]
+Path = tuple[object, ...]
 """Keys and positions that lead to a tensor."""
+
+ParameterStates = Mapping[Tensor, Mapping[str, object]]
+"""What is kept beside each parameter, by name."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Store:
-    """Tensors kept beside parameters.
-
-    owner: who keeps them; documented: whether all of a parameter's shape are known to be elementwise; owners: per
-    address in memory the parameters beside which a tensor begins there.
-    """
+class OptimizerStates:
+    """Tensors that one optimizer keeps beside parameters."""
 
     owner: str
-    states: Mapping[Tensor, Mapping[str, Any]]
+    """The class of the optimizer, for messages."""
+    by_parameter: ParameterStates
+    """The states."""
     documented: bool
+    """Whether all states of a parameter's shape are known to be elementwise."""
     owners: Mapping[int, Set[int]]
+    """Per address in memory, the parameters beside which a tensor begins there."""
 
 
-def store_of(optimizer: Optimizer) -> Store:
+def states_of(optimizer: Optimizer) -> OptimizerStates:
     """What an optimizer keeps, or the one that it wraps."""
     inner = getattr(optimizer, "optimizer", optimizer)
     kind = type(inner if isinstance(inner, Optimizer) else optimizer)
-    return store(kind.__name__, optimizer.state, kind.__module__.partition(".")[0] == "torch")
+    return collect_states(kind.__name__, optimizer.state, kind.__module__.partition(".")[0] == "torch")
 
 
-def store(owner: str, states: Mapping[Tensor, Mapping[str, Any]], documented: bool) -> Store:
+def collect_states(owner: str, states: ParameterStates, documented: bool) -> OptimizerStates:
     """Tensors beside parameters, with where they lie."""
     owners: dict[int, set[int]] = {}
     for parameter, state in states.items():
         for _, tensor in leaves(state):
             if tensor.numel() > 1:
                 owners.setdefault(_address(tensor), set()).add(id(parameter))
-    return Store(owner, states, documented, owners)
+    return OptimizerStates(owner, states, documented, owners)
 
 
-def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
+def leaves(value: object, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
     """All tensors in a nest of mappings, lists and tuples, with the way to each."""
     if isinstance(value, Tensor):
         yield path, value
@@ -75,27 +77,28 @@ def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
             yield from leaves(item, (*path, i))
 
 
-def shared(store: Store, tensor: Tensor) -> bool:
+def shares_memory(states: OptimizerStates, tensor: Tensor) -> bool:
     """Whether entries of several parameters begin at the same address."""
     address = _address(tensor)
-    return address != 0 and len(store.owners.get(address, ())) > 1
+    return address != 0 and len(states.owners.get(address, ())) > 1
 
 
-def elementwise(store: Store, parameter: Tensor, path: Path, tensor: Tensor) -> bool:
+def is_elementwise(states: OptimizerStates, parameter: Tensor, path: Path, tensor: Tensor) -> bool:
     """Whether a tensor is known to hold a number per element of a parameter, or sums of such; see the table above."""
-    if store.documented or not _ambiguous(tuple(tensor.shape), tuple(parameter.shape)):
+    if states.documented or not _ambiguous(tuple(tensor.shape), tuple(parameter.shape)):
         return True
     if tensor.dim() < parameter.dim():
         return False
-    beside = [(p, t) for p, state in store.states.items() for at, t in leaves(state) if at == path and p.dim() > 0]
-    telling = [t.shape == p.shape for p, t in beside if p.dim() > 1 and len(set(p.shape)) == p.dim()]
+    entries = ((p, t) for p, state in states.by_parameter.items() for where, t in leaves(state) if where == path)
+    beside = [(p, t) for p, t in entries if p.dim() > 0]
+    matrices = [t.shape == p.shape for p, t in beside if p.dim() > 1 and len(set(p.shape)) == p.dim()]
     vectors = [t.shape == p.shape for p, t in beside if p.dim() == 1 and p.numel() > 1]
-    values = whole(tensor).detach()
-    if not all(telling) or not (telling or vectors):
+    values = full_tensor(tensor).detach()
+    if not all(matrices) or not (matrices or vectors):
         return False
     if bool((values == values.flatten()[0]).all()):
-        return bool(telling)
-    return all(telling or vectors) and not _structured(values)
+        return bool(matrices)
+    return all(matrices or vectors) and not _structured(values)
 
 
 def _ambiguous(shape: tuple[int, ...], parameter: tuple[int, ...]) -> bool:

@@ -1,4 +1,4 @@
-"""The model in training with all that is cut along with it: optimizers, copies, and what is put around it."""
+"""Keeps optimizer states, averaged copies and wrappers (DDP) consistent with the model when its parameters are cut."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import gc
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +18,23 @@ from ecospa_fx.ir.program import ExportedForm
 from ecospa_fx.origin import Origin, remember
 from ecospa_fx.training.graph_model import ShrinkableGraph
 from ecospa_fx.training.module_tree import TwoModes, tensors_by_path
-from ecospa_fx.training.optimizer_basis import turn_gradient, unknown
+from ecospa_fx.training.optimizer_basis import transform_states, unsupported_state
 from ecospa_fx.training.optimizer_surgery import check_optimizers, check_states, cut_all
-from ecospa_fx.training.sharded import fill, is_sharded, put, release, replace_in, whole
+from ecospa_fx.training.sharded import (
+    assign,
+    drop_parameters_of_code,
+    full_tensor,
+    is_sharded,
+    load_cut_parameters,
+    replace_in_optimizers,
+)
 from ecospa_fx.training.tensor_cuts import TensorCut
 
 Wrap = Callable[[nn.Module], nn.Module]
 
 
 class TrackedModel:
-    """A model in graph form, and who holds its parameters.
+    """A model in graph form, with everything else that refers to its parameters.
 
     model: what the loop calls; optimizers: whose states are cut; backwards: passes seen since it was last set to 0.
     """
@@ -60,9 +66,9 @@ class TrackedModel:
         named = tensors_by_path(copy) if isinstance(copy, nn.Module) else dict(copy)
         strange = sorted(named.keys() - self.form.names - tensors_by_path(self.form.module).keys())
         if strange or not named:
-            told = f"{strange[0]!r} is not the name of one" if strange else "there is nothing in it"
+            reason = f"{strange[0]!r} is not the name of one" if strange else "there is nothing in it"
             raise TrainingError(
-                f"this is no copy of the model's parameters because {told}: give tensors by their names"
+                f"this is no copy of the model's parameters because {reason}: give tensors by their names"
             )
         tensors = {name: tensor for name, tensor in named.items() if name in self.form.parameters}
         for name, tensor in tensors.items():
@@ -75,12 +81,12 @@ class TrackedModel:
         if isinstance(copy, type(self.form.module)):
             self._trees.append(copy)
 
-    def remember(self, known: Origin) -> None:
+    def remember(self, origin: Origin) -> None:
         """Note on the model and its copies where they come from, for `save`: of two graphs, that of eval mode."""
         if isinstance(self.form.module, TwoModes):
-            known = replace(known, training=False)
+            origin = replace(origin, training=False)
         for tree in (self.form.module, *self._trees):
-            remember(tree, known)
+            remember(tree, origin)
 
     def _inner(self, copy: nn.Module) -> nn.Module:
         """The copy inside of what is around it, such as `AveragedModel`; itself where there is none."""
@@ -94,8 +100,7 @@ class TrackedModel:
             self.backwards += 1
 
         for name in names if not self.sharded else ():
-            hook: Any = self.form.parameters[name].register_post_accumulate_grad_hook
-            hook(reached)
+            self.form.parameters[name].register_post_accumulate_grad_hook(reached)  # type: ignore[no-untyped-call]
 
     # -- cutting -----------------------------------------------------------------------------------------------
 
@@ -121,14 +126,16 @@ class TrackedModel:
         """Add to parameters, and to all copies of them, by name."""
         for tensors in (self.form.parameters, *self._copies):
             for name in (n for n in changes if n in tensors):  # in one order in all processes
-                held = whole(tensors[name])
-                put(tensors[name], held + changes[name].to(held))
+                values = full_tensor(tensors[name])
+                assign(tensors[name], values + changes[name].to(values))
 
     def turnable(self, names: Iterable[str]) -> str | None:
         """Why a change of basis of these parameters cannot be followed, or None."""
         sets = (self.form.parameters, *self._copies)
-        found = (unknown(self.optimizers, tensors[name]) for tensors in sets for name in names if name in tensors)
-        return next((reason for reason in found if reason is not None), None)
+        listed = list(names)
+        parameters = (tensors[name] for tensors in sets for name in listed if name in tensors)
+        reasons = (unsupported_state(self.optimizers, parameter) for parameter in parameters)
+        return next((reason for reason in reasons if reason is not None), None)
 
     @torch.no_grad()
     def turn(self, sides: tuple[Sequence[Side], Sequence[Side]], basis: Tensor) -> None:
@@ -138,23 +145,23 @@ class TrackedModel:
         """
 
         inverse = regular_inverse(basis).mT
-        for own, matrix, other in ((sides[0], basis, inverse), (sides[1], inverse, basis)):
-            for side in own:
+        for members, matrix, other in ((sides[0], basis, inverse), (sides[1], inverse, basis)):
+            for side in members:
                 name, axis = side.member.parameter, side.member.axis
                 for tensors in (self.form.parameters, *self._copies):
                     if name in tensors:
-                        put(tensors[name], rotated(whole(tensors[name]), axis, side.positions, matrix))
-                        turn_gradient(self.optimizers, tensors[name], axis, side.positions, other)
+                        assign(tensors[name], rotated(full_tensor(tensors[name]), axis, side.positions, matrix))
+                        transform_states(self.optimizers, tensors[name], axis, side.positions, other)
 
     def _cut_sharded(self, programs: Sequence[ExportedForm], cuts: Mapping[str, TensorCut]) -> int:
         old, before = self.form.parameters, self.form.module
         self.form.module = self.form.rebuilt(programs)
         self.model = self._wrapped()
         with torch.no_grad():
-            fill(self.form.module, old, cuts)
+            load_cut_parameters(self.form.module, old, cuts)
         self.form.parameters = dict(self.form.module.named_parameters())
         with torch.no_grad():
-            replace_in(self.optimizers, old, self.form.parameters, cuts)
+            replace_in_optimizers(self.optimizers, old, self.form.parameters, cuts)
         self._count_forwards()
         return sum(1 for _ in before.modules())
 
@@ -172,13 +179,13 @@ class TrackedModel:
             )
         self.form.parameters = parameters
         self.form.forget()
-        release(self.form.module)
+        drop_parameters_of_code(self.form.module)
         self._count_forwards()
 
     def _count_forwards(self) -> None:
         """Gradients of sharded parameters come without hooks, so passes forward are counted instead."""
 
-        def called(*_: Any) -> None:
+        def called(*_: object) -> None:
             self.backwards += torch.is_grad_enabled()
 
         self.form.module.register_forward_pre_hook(called)
@@ -195,9 +202,9 @@ class TrackedModel:
         """
         if self.model is self.form.module:
             return
-        held, self.model = weakref.ref(self.model), self.form.module
+        reference, self.model = weakref.ref(self.model), self.form.module
         gc.collect()
-        left = held()
+        left = reference()
         if left is not None:
             self.model = left
             raise TrainingError(

@@ -64,7 +64,7 @@ def shrink_program(program: Program, plan: Plan) -> int:
     if plan.ragged:
         return shrink_program(program, plan.even()) + store_ragged(program, plan)
     walked = analyse(program, plan.allow)
-    kept = Narrowing(walked.dims, _choices(plan, find_couplings(walked, program.shapes), walked))
+    kept = Narrowing(walked.sizes, _choices(plan, find_couplings(walked, program.shapes), walked))
     if not kept.choices:
         return 0
     cut = _cut_parameters(program, walked, kept)
@@ -101,8 +101,8 @@ def _choices(plan: Plan, couplings: Sequence[LocatedCoupling], walked: AxisFlow)
                 f"coupling {selection.name!r} of the plan cannot be shrunk in this graph: "
                 f"{_why(selection, couplings)}; detect and plan again on this model and these inputs"
             )
-        sizes = [walked.dims.sizes[c] for c in entry.carriers]
-        choices[entry.dim] = DimSelection(entry.carriers, (~selection.removed).view(*sizes, selection.size))
+        sizes = [walked.sizes[c] for c in entry.carriers]
+        choices[entry.dim] = DimSelection(entry.carriers, selection.mask.view(*sizes, selection.size))
     return choices
 
 
@@ -181,7 +181,7 @@ class _Gathers:
         """Reduce one operand before its user; 0 where nothing of it goes."""
         if not self.kept.changed(gather.target[gather.target_axis]):
             return 0
-        operand, user, axis = gather.operand.node, gather.user, gather.operand_axis
+        operand, user, axis = gather.source, gather.user, gather.operand_axis
         if (user, operand, axis) in self.done:
             return 0
         self.done.add((user, operand, axis))
@@ -213,7 +213,7 @@ class _Gathers:
         rank, axis, user = len(gather.operand.axes), gather.operand_axis, gather.user
         if places is None:
             return self._select(source, axis, mask[0], gather)
-        if not is_concrete_int(gather.operand.node.meta["val"].shape[axis]):
+        if not is_concrete_int(gather.source.meta["val"].shape[axis]):
             raise PlanError(f"node {user.name} reads a symbolic axis whose kept positions differ along another one")
         positions = mask.nonzero()[:, 1].reshape(len(mask), -1)
         other = places - lead
@@ -239,7 +239,7 @@ class _Gathers:
 
     def _select(self, source: fx.Node, axis: int, mask: Tensor, gather: Gather) -> fx.Node:
         """One choice for all: a slice where it is contiguous. A leading symbolic size stays outside the choice."""
-        size, user = gather.operand.node.meta["val"].shape[axis], gather.user
+        size, user = gather.source.meta["val"].shape[axis], gather.user
         if not is_concrete_int(size):
             return self._select_inside(source, axis, mask, gather)
         kept = mask.nonzero().flatten()
@@ -249,9 +249,9 @@ class _Gathers:
         return self._call(aten.index_select.default, (source, axis, self._constant(kept, user)), user)
 
     def _select_inside(self, source: fx.Node, axis: int, mask: Tensor, gather: Gather) -> fx.Node:
-        target = self.kept.dims.resolve(gather.target[gather.target_axis])
+        target = gather.target[gather.target_axis]
         cut = [p for p in target.pieces for d, s in p.dims if d in self.kept.choices]
-        inner = max((self.kept.dims.sizes[d] * s for p in cut for d, s in p.dims if d in self.kept.choices), default=0)
+        inner = max((self.kept.sizes[d] * s for p in cut for d, s in p.dims if d in self.kept.choices), default=0)
         if len(target.pieces) != 1 or inner == 0 or mask.numel() % inner:
             raise PlanError(f"node {gather.user.name} combines a cut axis with a symbolic one in several parts")
         rows = mask.view(-1, inner)
