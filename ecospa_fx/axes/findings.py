@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from enum import Enum, StrEnum
-from typing import Literal
+from typing import Literal, TypeVar
 
 from torch import fx
 
@@ -254,27 +254,33 @@ class Findings:
     def resolved(self, dims: Dims) -> Findings:
         """The same in terms of unreplaced dims, for when no dim is refined any more."""
         roots, result = dims.root_dims, Findings(self.allow)
-        for blockers, into in (
-            (self.inexact, result.inexact),
-            (self.resized, result.resized),
-            (self.blocks, result.blocks),
-        ):
-            into += [replace(b, dim=root) for b in blockers for root in roots(b.dim)]
+        result.inexact, result.resized = _spread(self.inexact, dims), _spread(self.resized, dims)
+        result.blocks, result.events = _spread(self.blocks, dims), _spread(self.events, dims)
+        result.fixed, result.contractions = _spread(self.fixed, dims), _spread(self.contractions, dims)
         result.tensors = {resolved_axes(axes, dims): None for axes in self.tensors}
         result.gathers = [
             replace(g, operand=resolved(g.operand, dims), target=resolved_axes(g.target, dims)) for g in self.gathers
         ]
-        result.events = [replace(e, dim=root) for e in self.events for root in roots(e.dim)]
         result.products = [_resolved_product(product, dims) for product in self.products]
         result.windows = [root for dim in self.windows for root in roots(dim)]
         result.consumed = [(name, root) for name, dim in self.consumed for root in roots(dim)]
         result.summed = [(name, root) for name, dim in self.summed for root in roots(dim)]
-        result.fixed = [replace(f, dim=root) for f in self.fixed for root in roots(f.dim)]
-        result.contractions = [replace(c, dim=root) for c in self.contractions for root in roots(c.dim)]
         result.mixed = [(a, b) for dim, other in self.mixed for a in roots(dim) for b in roots(other)]
         result.factors, result.bound = self.factors, self.bound
-        result.routed = [replace(r, dim=root, axis=dims.resolve(r.axis)) for r in self.routed for root in roots(r.dim)]
+        result.routed = [replace(route, axis=dims.resolve(route.axis)) for route in _spread(self.routed, dims)]
         return result
+
+
+Noted = TypeVar("Noted", Blocker, Contraction, Effect, FixedBasis, Route)
+
+
+def _spread(notes: Iterable[Noted], dims: Dims) -> list[Noted]:
+    """What is noted of a dim, noted of every unreplaced dim that it stands for."""
+    result: list[Noted] = []
+    for note in notes:
+        roots = dims.root_dims(note.dim)
+        result += [note] if roots == (note.dim,) else [replace(note, dim=root) for root in roots]
+    return result
 
 
 def resolved_axes(axes: Iterable[Axis], dims: Dims) -> tuple[Axis, ...]:
@@ -284,7 +290,8 @@ def resolved_axes(axes: Iterable[Axis], dims: Dims) -> tuple[Axis, ...]:
 
 def resolved(value: Value, dims: Dims) -> Value:
     """A tensor with axes over unreplaced dims."""
-    return replace(value, axes=resolved_axes(value.axes, dims), factors=())
+    axes = resolved_axes(value.axes, dims)
+    return value if axes == value.axes and not value.factors else replace(value, axes=axes, factors=())
 
 
 def _resolved_product(product: Product, dims: Dims) -> Product:

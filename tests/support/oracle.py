@@ -262,7 +262,7 @@ def _resized(node: fx.Node, walked: AxisFlow, kept: Narrowing) -> tuple[Any, dic
     nodes = [a for v in arguments.values() for a in _flat(v) if isinstance(a, fx.Node)]
     inputs = [v for n in nodes for v in _several(walked.values.get(n)) if isinstance(v, Value)]
     outputs = [v for v in _several(walked.values[node]) if isinstance(v, Value)]
-    resize = Resize(node, name, arguments, (inputs, outputs), kept, lambda size, old, new: size // old * new)
+    resize = Resize(node, name, arguments, (inputs, outputs), kept, _scaled)
     rule(resize)
     if resize.replacement is None:
         return node.target, {**arguments, **resize.edits}
@@ -270,6 +270,10 @@ def _resized(node: fx.Node, walked: AxisFlow, kept: Narrowing) -> tuple[Any, dic
     target = getattr(getattr(torch.ops, namespace), short).default
     names = [a.name for a in target._schema.arguments]
     return target, dict(zip(names, resize.replacement[1], strict=False))
+
+
+def _scaled(size: Any, old: int, new: int) -> Any:
+    return size // old * new
 
 
 def _flat(argument: Any) -> Iterator[Any]:
