@@ -65,39 +65,47 @@ ALLOCATIONS = "ragged", "global", "uniform", "sensitivity"
 class Recipe:
     """What goes into second-order compression; each ingredient can be left out or tuned.
 
-    basis: turn linear couplings (V with O, Q with K where nothing rotates them) before units are chosen.
-    damping: of the surgeon's matrices, in means of their diagonals. gates: rescale the queries and keys that are kept
-    for those that go, with gate_damping. least_squares: solve the matrices that lost inputs anew, with
-    least_squares_damping, by what was measured of the dense model; "in turn": layer by layer, in a pass of its own on
-    the data, on the inputs that the smaller model makes. allocation: "ragged", by score, so that each head keeps its
-    own number of units; "global", the same with as many in all heads of a layer; "uniform"; "sensitivity", by what
-    couplings are measured to cost on every fourth sample, which the scores do not see, in so many `rounds`; or None:
-    "ragged" where it is parameters that are counted and graph form may do as it likes, else "global". distillation: how
-    many samples the smaller model sees, without their labels, while it learns to answer like the dense one, 0 for none,
-    each as often as it takes; by default 224, and up to 640 where there are fewer than 128. Samples of fewer than 64
-    rows, such as tokens, are seen in groups that hold so many, and a group counts as one here. rate, step: how much of
-    each parameter a step may change at first, as an operator, times the root of the share of the dense model's answers
-    that is lost; and samples per step. So that few samples do for many, they vary: predicted: share of a sample's
-    positions, such as tokens, that are what the dense model itself foretold, where it does so, when it read the batch
-    last while distilling; mixed: share that comes from other samples, else, and in further samples for all that is
-    measured and solved where those given hold fewer than 60,000 positions, up to four for one; both from 0 to below 1.
-    progress: bars on stderr.
+    So that few samples do for many, they vary: see `mixed` and `predicted`. Samples of fewer than 64 rows, such as
+    tokens, are distilled in groups that hold so many, and a group counts as one sample there.
     """
 
     basis: bool = True
+    """Turn linear couplings (V with O, Q with K where nothing rotates them) before units are chosen."""
     damping: float = 0.01
+    """Of the matrices of the optimal brain surgeon, in means of their diagonals."""
     gates: bool = True
+    """Rescale the queries and keys that are kept for those that are removed."""
     gate_damping: float = 0.1
+    """Of the gates' Fisher matrix, in means of its diagonal."""
     least_squares: bool | str = True
+    """Solve the matrices that lost inputs, by what was measured of the dense model. "in turn": layer by layer, on the
+    inputs that the smaller model makes, in a pass of its own over the data."""
     least_squares_damping: float = 0.1
+    """Of least squares, in means of the diagonal."""
     allocation: str | None = None
+    """"ragged": by score, and each head keeps its own number of units. "global": by score, with as many in all heads of
+    a layer. "uniform": the same share everywhere. "sensitivity": by what couplings are measured to cost, on every
+    fourth sample, which the scores do not see. None: "ragged" where parameters are counted and the graph form may do as
+    it likes, else "global"."""
     rounds: int = 2
+    """How often sensitivities are measured, each time around the plan before."""
     distillation: int | None = None
+    """Samples, without their labels, on which the smaller model learns the dense one's output, each as often as it
+    takes; 0 for none. None: 224, and up to 640 where fewer than 128 are given."""
     rate: float = 0.125
+    """Learning rate r of distillation: the first steps change a parameter by at most r √s of its operator norm, s being
+    the share of the dense model's output that is lost (the divergence, divided by that of an output of zeros)."""
     step: int = 1
+    """Samples per step of distillation."""
     mixed: float = 0.2
+    """Share, from 0 to below 1, of a sample's positions, such as tokens, that come from other samples where none are
+    predicted. Such mixed samples also count for all that is measured and solved where the data holds fewer than 60,000
+    positions, up to four for one."""
     predicted: float = 0.25
+    """Share, from 0 to below 1, of a sample's positions that are what the dense model predicted for them when it last
+    read the sample in distillation, where it predicts its own inputs."""
     progress: bool = False
+    """Bars on stderr."""
 
     def __post_init__(self) -> None:
         for name in ("basis", "gates", "progress"):
@@ -147,12 +155,17 @@ class Task:
 
     model: nn.Module
     args: Sequence[Any]
+    """Positional example inputs."""
     kwargs: Mapping[str, Any]
+    """Example inputs by name."""
     couplings: Couplings
+    """Those that may lose units."""
     batches: Sequence[Batch]
+    """Calibration data."""
     loss: Loss
+    """(output, args, kwargs) to a scalar."""
     scores: Scores | Mapping[str, Tensor] | None = None
-    """The user's own, by which units go; None: those of the recipe."""
+    """The user's own, by which units are removed; None: those of the recipe."""
 
 
 def checked(batches: Iterable[object], loss: Loss | None) -> tuple[list[Batch], Loss]:

@@ -34,55 +34,74 @@ SECOND_ORDER = "second-order"
 
 
 class TrainingOptions(ChoiceOptions, total=False):
-    """Options of `SparseTraining` beside those in its signature, see `ecospa_fx.training.settings.Settings`."""
+    """Options of `SparseTraining` beside those in its signature."""
 
     total_steps: int | None
+    """None by default. Length of the run in steps, for the default schedule and to check a given one."""
     allocation: Literal["global", "uniform"]
+    """"global" by default, by score per parameter over all couplings; "uniform": the same share of each."""
     band: tuple[float, float] | None
+    """(0.6, 1.6) by default. Least and most that a coupling keeps, as multiples of what uniform allocation keeps; None:
+    no bounds."""
     round_to: int | None
+    """None by default. Kept units are a multiple of this; None: of what the device prefers in half precision, which
+    autocast makes of float32."""
     couplings: Couplings | None
+    """None by default: all. Only these, a selection of what `detect` found on this model."""
     allow: str | Iterable[str]
+    """() by default. What else may be offered, "renormalise" or "cache": see `detect`."""
     window: int
+    """50 by default. Steps before each shrink whose gradients are scored, and the memory of their moving average."""
     compensate: bool | None
+    """None by default: where scores are second-order. True: at each shrink, let kept units make up for removed ones, by
+    what second-order scores measured or else by least squares on `batches`, layer by layer."""
     batches: Iterable[Batch] | None
+    """None by default. Calibration data as in `score`, for second-order scores, for compensation, and for a schedule
+    that shrinks at the start. Of several processes each gives its own part."""
     loss: Loss | None
+    """None by default. Function (output, args, kwargs) to a scalar, for these."""
     wrap: Callable[[nn.Module], nn.Module] | None
+    """None by default. What to put around the model, after every shrink anew, such as ``DistributedDataParallel``."""
     group: Any
+    """None by default: all. The processes that train together; each holds all parameters during a shrink."""
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Options of `SparseTraining` beyond those that every run has.
-
-    total_steps: the length of the run, if known; allocation: "global", by score per parameter, or "uniform"; band:
-    least and most that a coupling keeps, as multiples of what uniform allocation keeps (None: no bounds); round_to: as
-    in `compress`, None for what the device likes of half precision, which autocast makes of float32; floor, kinds,
-    exclude, limits: as in `plan`, the target counting what may go; couplings: only these, a selection of what `detect`
-    found on this model; allow: as in `detect`; window: steps before each shrink whose gradients are scored, and the
-    memory of their moving average; compensate: at each shrink, let what stays make up for what goes, by what
-    second-order scores measured, or else by least squares on `batches`, layer by layer (None: where scores are
-    second-order); batches, loss: calibration data as in `score`, whose samples count however they are batched, for
-    that, for second-order scores, and for a schedule that shrinks at the start; of several processes each gives its own
-    part, and holds all parameters during a shrink; wrap: what to put around the model, after every shrink anew
-    (``DistributedDataParallel``); group: the processes that train together, by default all of them.
-    """
+    """The options of `SparseTraining`, checked. Raises TrainingError for what makes no sense."""
 
     total_steps: int | None = None
+    """Length of the run in steps, if known."""
     allocation: Literal["global", "uniform"] = "global"
+    """How the target is spread over couplings."""
     band: tuple[float, float] | None = (0.6, 1.6)
+    """Least and most that a coupling keeps, as multiples of what uniform allocation keeps."""
     round_to: int | None = None
+    """Kept units are a multiple of this; None: of what the device prefers."""
     floor: float = 0.05
+    """Least share of its units that a coupling keeps."""
     kinds: str | Sequence[str] | None = None
+    """Only couplings of these kinds; None: all."""
     exclude: str | Sequence[str] = ()
+    """Shell patterns on module paths whose parameters stay whole; the target counts what may go."""
     limits: Mapping[str, float] | None = None
+    """Largest share that couplings of a kind or under a pattern may lose."""
     couplings: Couplings | None = None
+    """Only these."""
     allow: str | Iterable[str] = ()
+    """What else may be offered."""
     window: int = 50
+    """Steps before each shrink whose gradients are scored."""
     compensate: bool | None = None
+    """Whether kept units make up for removed ones; None: where scores are second-order."""
     batches: Iterable[Batch] | None = None
+    """Calibration data of this process."""
     loss: Loss | None = None
+    """(output, args, kwargs) to a scalar."""
     wrap: Callable[[nn.Module], nn.Module] | None = None
+    """What to put around the model after every shrink."""
     group: Any = None
+    """The processes that train together; None: all."""
 
     def __post_init__(self) -> None:
         if self.allocation not in ("global", "uniform"):
