@@ -54,7 +54,7 @@ def axis_rule(*operators: str, linear: bool | Collection[str] = False) -> Callab
     no operator can have.
 
     Example:
-        >>> from ecospa_fx.axes import axis_rule
+        >>> from ecospa_fx import axis_rule
         >>> @axis_rule("mylib.scale")
         ... def scale(call):
         ...     return call.passes(call["input"])
