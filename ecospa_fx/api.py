@@ -235,9 +235,9 @@ def _couplings(
     elif "allow" in options:
         raise PlanError("allow= is for detecting, and couplings= were detected before: pass allow= to detect")
     check_couplings(couplings, PlanError)
-    found = cast("Couplings", couplings)
-    choosable(found, options.get("kinds"), options.get("exclude", ()))
-    return found
+    chosen = cast("Couplings", couplings)
+    choosable(chosen, options.get("kinds"), options.get("exclude", ()))
+    return chosen
 
 
 def _scores(

@@ -20,7 +20,7 @@ from ecospa_fx.importance.methods import Method, Statistic, UnitScores, method_n
 from ecospa_fx.importance.samples import Splitter
 from ecospa_fx.importance.scores import Scores
 from ecospa_fx.importance.separable import copied
-from ecospa_fx.progress import watched
+from ecospa_fx.progress import progress_bar
 from ecospa_fx.runtime.guards import leaves_untouched
 from ecospa_fx.wrappers import unwrapped
 
@@ -115,9 +115,9 @@ def score_samples(
         raise ScoreError(f"method {method!r} needs a loss: pass loss=, a function (output, args, kwargs) -> scalar")
     statistic, unit, count = _statistic(chosen, weights, couplings), NormalisedLoss(loss), 0
     with _scoring(model, statistic):
-        for count, batch in enumerate(watched(batches, method) if progress else batches, 1):  # read below
-            own = unit if chosen.degree else loss
-            _gather(model, statistic, splitter, arguments(batch, count - 1), own, count - 1)
+        for count, batch in enumerate(progress_bar(batches, method) if progress else batches, 1):  # read below
+            scaled = unit if chosen.degree else loss
+            _gather(model, statistic, splitter, arguments(batch, count - 1), scaled, count - 1)
     if count == 0:
         raise ScoreError(f"there are no batches to score with {method!r}: pass at least one (args, kwargs)")
     return Scores(method, _values(chosen, statistic, unit))
