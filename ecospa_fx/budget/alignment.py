@@ -21,6 +21,7 @@ def preferred_multiple(coupling: Coupling, parameters: Mapping[str, Tensor], *, 
     4 rotary pairs, and any number of whole heads of 64. Each carrier counts by itself, as each head is a matrix of its
     own. autocast: numbers count as of half precision, which products may make of them.
 
+    >>> import torch, ecospa_fx
     >>> mlp = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.GELU(), torch.nn.Linear(32, 8))
     >>> ffn = ecospa_fx.detect(mlp, (torch.randn(2, 8),)).offered[0]
     >>> preferred_multiple(ffn, dict(mlp.named_parameters()))  # on a CPU

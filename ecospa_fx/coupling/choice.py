@@ -35,14 +35,15 @@ class ChoiceOptions(TypedDict, total=False):
     """Which couplings may lose units, and how many at most: options of `plan`, `compress` and `SparseTraining`."""
 
     kinds: str | Sequence[str] | None
-    """Only couplings of these kinds; None: all offered, heads only where what is in them is not."""
+    """None by default: all that are offered, heads only where what is in them is not. Only couplings of these kinds."""
     exclude: str | Sequence[str]
-    """Shell patterns on module paths whose parameters stay whole, see `ecospa_fx.coupling.choice`; () for none. The
+    """() by default. Shell patterns on module paths whose parameters stay whole, see `ecospa_fx.coupling.choice`. The
     ratio counts what may go."""
     limits: Mapping[str, float] | None
-    """Largest share, 0 to 1, that each coupling of a kind or under a pattern may lose; of several the least counts."""
+    """None by default. Largest share, 0 to 1, that each coupling of a kind or under a pattern may lose; of several the
+    least counts."""
     floor: float
-    """Least share of its units that a coupling keeps, 0 to below 1, at least one unit; 0.05."""
+    """0.05 by default. Least share of its units that a coupling keeps, 0 to below 1, and at least one unit."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -125,9 +125,9 @@ def check_convex(loss: Loss, answer: object, batch: Batch) -> None:
     check_positive(divergence(unit, answer, slopes, moved(answer, slopes, NEAR), batch))
 
 
-def check_positive(found: Divergence) -> None:
+def check_positive(distance: Divergence) -> None:
     """Raise ScoreError for a divergence below zero."""
-    if found.is_negative:
+    if distance.is_negative:
         raise ScoreError(
             "the loss does not tell how far an output is from the dense model's, because its divergence is below zero "
             "there, as that of a loss that is to be small far away: pass distillation=0, which needs its slope alone, "

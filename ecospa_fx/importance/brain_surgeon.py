@@ -101,8 +101,8 @@ class _State:
         """Spread what the best units did over the rest."""
         columns = (best[..., None] * self.width + torch.arange(self.width, device=best.device)).flatten(1)
         across = self.inverse[self.rows, columns]  # [carriers, columns, n]
-        own = across.gather(2, columns[:, None].expand(-1, columns.shape[1], -1))
-        share = across / own if columns.shape[1] == 1 else inverse(own) @ across
+        block = across.gather(2, columns[:, None].expand(-1, columns.shape[1], -1))
+        share = across / block if columns.shape[1] == 1 else inverse(block) @ across
         taken = self.weight[self.rows, columns]  # [carriers, columns, out]
         if columns.shape[1] == 1:  # rank one: a broadcast product costs less than a matrix product, and norms follow
             met = self.weight @ taken.mT

@@ -99,15 +99,15 @@ def _met(sites: Mapping[str, LinearUse], member: Member, *, inside: bool) -> Lin
 
 def _rows(sites: Mapping[str, LinearUse], coupling: Coupling) -> dict[LinearUse, Tensor]:
     """Positions in the outputs of the sites that make the units; empty where something else makes them too."""
-    found: dict[LinearUse, Tensor] = {}
+    rows: dict[LinearUse, Tensor] = {}
     biases = {site.bias for site in sites.values()}
     for member in coupling.members:
         site = _met(sites, member, inside=False)
         if site is not None:
-            found[site] = member.indices
+            rows[site] = member.indices
         elif member.parameter not in biases:
             return {}
-    return found
+    return rows
 
 
 def sides_of(coupling: Coupling) -> tuple[tuple[Side, ...], tuple[Side, ...]] | None:
@@ -128,8 +128,8 @@ def sides_of(coupling: Coupling) -> tuple[tuple[Side, ...], tuple[Side, ...]] | 
 def _factors(sites: Mapping[str, LinearUse], coupling: Coupling) -> tuple[Mapping[LinearUse, Tensor], ...] | None:
     """The outputs of each factor's matrices; None where a factor is not told apart or has none."""
     halves = sides_of(coupling) or ()
-    found = tuple(
+    factors = tuple(
         {site: side.positions for side in half if (site := _met(sites, side.member, inside=False)) is not None}
         for half in halves
     )
-    return found if found and all(found) else None
+    return factors if factors and all(factors) else None

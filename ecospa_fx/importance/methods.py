@@ -96,10 +96,10 @@ def register(method: Method) -> None:
 def method_named(name: object, *others: str) -> Method:
     """Look a method up; the error lists the known ones, and others that the verb has."""
     if not isinstance(name, str) or name not in _METHODS:
-        known = [*others, *sorted(_METHODS)]
-        near = get_close_matches(name, known, 1, 0.6) if isinstance(name, str) else []
+        names = [*others, *sorted(_METHODS)]
+        near = get_close_matches(name, names, 1, 0.6) if isinstance(name, str) else []
         hint = f"; near it is {near[0]!r}" if near else ""
-        raise ScoreError(f"no scoring method is called {name!r:.60}: use one of {', '.join(known)}{hint}")
+        raise ScoreError(f"no scoring method is called {name!r:.60}: use one of {', '.join(names)}{hint}")
     return _METHODS[name]
 
 

@@ -41,17 +41,17 @@ def closed_again(leaves: Sequence[Any], spec: Any) -> Any:
 def copied(batch: Batch) -> Batch:
     """The batch with tensors, and objects that hold some, of its own: a call may write into them."""
     leaves, spec = pytree.tree_flatten(open_tensors(batch))
-    known: dict[int, Tensor] = {}
+    copies: dict[int, Tensor] = {}
 
     def copy(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or isinstance(leaf, nn.Parameter):
             return leaf
-        if id(leaf) not in known:
-            known[id(leaf)] = leaf.clone()
-        return known[id(leaf)]
+        if id(leaf) not in copies:
+            copies[id(leaf)] = leaf.clone()
+        return copies[id(leaf)]
 
-    made: Batch = closed_again([copy(leaf) for leaf in leaves], spec)
-    return made
+    result: Batch = closed_again([copy(leaf) for leaf in leaves], spec)
+    return result
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -157,7 +157,7 @@ class Comparison:
 
     def _agree(self, ours: Slopes, theirs: Slopes, axes: Sequence[int]) -> bool:
         """Whether the batch's gradients at a sample's outputs are those of its own loss, up to a factor."""
-        both, own, other = 0.0, 0.0, 0.0
+        product, square, square_alone = 0.0, 0.0, 0.0
         for mine, alone, axis in zip(ours, theirs, axes, strict=True):
             here = _square(mine) if mine is not None else 0.0
             if axis == UNRELATED and here > 0:
@@ -165,14 +165,14 @@ class Comparison:
             if axis < 0:
                 self._inside = self._inside or here > 0
                 continue
-            own += here
-            other += _square(alone) if alone is not None else 0.0
-            both += _product(mine, alone) if mine is not None and alone is not None else 0.0
-        least = max(own, self._steepness)
-        if not isfinite(other):
-            return own <= 1e-9 * least  # a sample without labels
-        factor = max(0.0, both / other) if other > 0 else 0.0
-        return own - 2 * factor * both + factor**2 * other <= MIXED**2 * least
+            square += here
+            square_alone += _square(alone) if alone is not None else 0.0
+            product += _product(mine, alone) if mine is not None and alone is not None else 0.0
+        least = max(square, self._steepness)
+        if not isfinite(square_alone):
+            return square <= 1e-9 * least  # a sample without labels
+        factor = max(0.0, product / square_alone) if square_alone > 0 else 0.0
+        return square - 2 * factor * product + factor**2 * square_alone <= MIXED**2 * least
 
 
 def _axis_of_samples(whole: Any, single: Any, count: int) -> int:

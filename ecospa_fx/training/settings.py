@@ -36,20 +36,36 @@ SECOND_ORDER = "second-order"
 
 
 class TrainingOptions(ChoiceOptions, total=False):
-    """Options of `SparseTraining` beside those in its signature; each is described at its field in `Settings`."""
+    """Options of `SparseTraining` beside those in its signature."""
 
     total_steps: int | None
+    """None by default. Length of the run in steps, for the default schedule and to check a given one."""
     allocation: Literal["global", "uniform"]
+    """"global" by default, by score per parameter over all couplings; "uniform": the same share of each."""
     band: tuple[float, float] | None
+    """(0.6, 1.6) by default. Least and most that a coupling keeps, as multiples of what uniform allocation keeps; None:
+    no bounds."""
     round_to: int | None
+    """None by default. Kept units are a multiple of this; None: of what the device prefers in half precision, which
+    autocast makes of float32."""
     couplings: Couplings | None
+    """None by default: all. Only these, a selection of what `detect` found on this model."""
     allow: str | Iterable[str]
+    """() by default. What else may be offered, "renormalise" or "cache": see `detect`."""
     window: int
+    """50 by default. Steps before each shrink whose gradients are scored, and the memory of their moving average."""
     compensate: bool | None
+    """None by default: where scores are second-order. True: at each shrink, let kept units make up for removed ones, by
+    what second-order scores measured or else by least squares on `batches`, layer by layer."""
     batches: Iterable[Batch] | None
+    """None by default. Calibration data as in `score`, for second-order scores, for compensation, and for a schedule
+    that shrinks at the start. Of several processes each gives its own part."""
     loss: Loss | None
+    """None by default. Function (output, args, kwargs) to a scalar, for these."""
     wrap: Callable[[nn.Module], nn.Module] | None
+    """None by default. What to put around the model, after every shrink anew, such as ``DistributedDataParallel``."""
     group: ProcessGroup | None
+    """None by default: all. The processes that train together; each holds all parameters during a shrink."""
 
 
 @dataclass(frozen=True, slots=True)

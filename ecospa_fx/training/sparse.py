@@ -57,30 +57,58 @@ log = logging.getLogger(__name__)
 
 
 class SparseTraining:
-    """Makes a model physically smaller, again and again, while it is being trained.
+    """Makes a model physically smaller, again and again, while the user's own loop trains it.
 
-    model: is taken over: `self.model` computes the same with the same Parameter objects, and takes its place in the
-    loop; the module itself no longer works after the first shrink. args, kwargs: example inputs. optimizer: one, or
-    several, holding parameters of the model; may follow later with `attach`. target: the share of the couplings'
-    parameters to have removed by the end. schedule: when; by default late in `total_steps`, see `default_schedule`.
-    scores: "second-order", measured at each shrink on a few batches (`batches`, `loss`), by what units cost once others
-    have made up for them, in bases of linear couplings (V with O, Q with K) that suit removal: see
-    `ecospa_fx.training.second_order`, and `ecospa_fx.training.optimizer_basis` for the optimizer's states. Or
-    "gate-fisher", "fisher" or "taylor", taken from the gradients of training, where a step counts as one sample, for
-    their sum is all that is there; of `batches` every sample counts, as in `score`. By default the first where batches
-    and a loss are given, "gate-fisher" elsewhere. Tensors [carriers, units] by name of coupling are taken where the
-    schedule shrinks at the start. state: to resume from, as for `load_state_dict`; of a schedule that shrinks at the
-    start it must be given here. options: see `Settings`.
+    The module that is passed is taken over: `SparseTraining.model` computes the same with the same Parameter objects,
+    and takes its place in the loop. The module itself no longer works after the first shrink. At each shrink the
+    optimizers' states, gradients and followed copies are cut along.
 
-    Raises TrainingError where nothing is offered, for an optimizer of another model, a schedule that outlasts training,
-    a target that floors put out of reach, parameters that another model holds too; and what `detect` raises.
+    Args:
+        model: the ``nn.Module`` to train, whose parameters no other module holds.
+        args: tuple of positional example inputs, by default ().
+        kwargs: mapping of example inputs by name, by default none.
+        optimizer: one optimizer or several that hold parameters of the model; by default None, to follow with `attach`.
+        target: share of the couplings' parameters that is removed by the end, above 0 and below 1; 0.5 by default.
+        schedule: when it shrinks and by how much, such as ``eco.Cubic(start, end, every)`` in steps. By default late
+            in ``total_steps``, see `ecospa_fx.training.schedule.default_schedule`.
+        scores: what decides which units are removed. "second-order", the default where batches and a loss are given,
+            is measured on these at each shrink, in bases of linear couplings (V with O, Q with K) that suit removal:
+            see `ecospa_fx.training.second_order`. "gate-fisher", the default elsewhere, "fisher" and "taylor" are taken
+            from the gradients of training, where a step counts as one sample. `Scores`, or tensors [carriers, units] by
+            name of coupling, are taken where the schedule shrinks at the start.
+        state: what `state_dict` returned, to resume from; by default None. A schedule that shrinks at the start needs
+            it here, others take it with `load_state_dict` too.
+        **options: see `ecospa_fx.training.settings.TrainingOptions`.
 
-    >>> sparse = SparseTraining(model, (ids,), optimizer=optimizer, target=0.5, total_steps=10_000)  # doctest: +SKIP
-    >>> for batch in loader:  # doctest: +SKIP
-    ...     loss_of(sparse.model, batch).backward()
-    ...     sparse.step()
-    ...     optimizer.step()
-    ...     optimizer.zero_grad()
+    Raises:
+        TrainingError: nothing can be removed; the optimizer is of another model; the schedule outlasts training; the
+            target is out of reach; another model holds a parameter too; second-order scores have no data.
+        OptionError: an option is unknown.
+        CaptureError: the model cannot be traced.
+
+    Examples:
+        >>> import torch, ecospa_fx as eco
+        >>> mlp = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.GELU(), torch.nn.Linear(32, 8))
+        >>> x, optimizer = torch.randn(2, 8), torch.optim.AdamW(mlp.parameters())
+        >>> sparse = eco.SparseTraining(mlp, (x,), optimizer=optimizer, target=0.5, schedule=eco.OneShot(3))
+        >>> for _ in range(4):
+        ...     sparse.model(x).square().mean().backward()
+        ...     sparse.step()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        >>> tuple(sparse.model.get_parameter("0.weight").shape)
+        (16, 8)
+
+        With calibration data, what is kept makes up for what is removed at each shrink:
+
+        >>> sparse = eco.SparseTraining(
+        ...     model, (ids,), optimizer=optimizer, total_steps=10_000, batches=batches, loss=loss
+        ... )  # doctest: +SKIP
+
+        Resumed, before the states of model and optimizer are loaded:
+
+        >>> sparse.load_state_dict(torch.load("sparse.pt"))  # doctest: +SKIP
+        >>> sparse.model.load_state_dict(torch.load("model.pt"))  # doctest: +SKIP
     """
 
     def __init__(

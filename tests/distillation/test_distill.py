@@ -155,7 +155,7 @@ def test_the_way_that_costs_least_is_gone(costs: tuple[float, float, float], way
     def cost(t: float) -> float:
         return first + (4 * half - 3 * first - last) * t + 2 * (first - 2 * half + last) * t * t if 0 < t < 1 else last
 
-    found, least = distill._best_way(lambda t: half if t == 0.5 else cost(t), first)
+    found, least = distill._best_interpolation(lambda t: half if t == 0.5 else cost(t), first)
     assert found == pytest.approx(way, abs=0.04)
     assert least == pytest.approx(min(c for c in (*costs, cost(found)) if math.isfinite(c)))
 

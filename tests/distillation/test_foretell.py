@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ecospa_fx.distillation.teacher_samples import TeacherSamples
-from ecospa_fx.distillation.token_mixing import TokenMixing, filled
+from ecospa_fx.distillation.token_mixing import TokenMixing, augmented
 
 CLASSES = 40
 
@@ -29,7 +29,7 @@ def one_more(ids: Tensor) -> Tensor:
 def heard(ids: Tensor, output: Tensor, *more: Tensor, times: int = 4) -> TeacherSamples:
     found = TeacherSamples(torch.Generator().manual_seed(0))
     for number in range(times):
-        found.hear(number, ((ids, *more), {}), [output])
+        found.observe(number, ((ids, *more), {}), [output])
     return found
 
 
@@ -44,7 +44,7 @@ def test_a_sequence_that_goes_on_is_foretold_at_the_place_after(rows: int, posit
 
 def test_draws_have_the_frequencies_that_the_output_says() -> None:
     logits = torch.tensor([0.7, 0.2, 0.1]).log().expand(1, 4001, 3)
-    said = TeacherSamples(torch.Generator().manual_seed(0))._said(logits)
+    said = TeacherSamples(torch.Generator().manual_seed(0))._draw(logits)
     shares = torch.bincount(said[0], minlength=3) / said.numel()
     assert torch.allclose(shares, torch.tensor([0.7, 0.2, 0.1]), atol=0.03)
 
@@ -80,9 +80,9 @@ def test_the_mix_takes_what_was_foretold_once_it_was_heard_and_another_batch_bef
     ((first,), _) = mix(batches, 0)
     assert set(first[first != ids].tolist()) == {5}
     told = (ids + 1) % CLASSES
-    mix.hear(0, batches[0], [one_more(torch.cat([ids[:, 1:], ids[:, :1]], 1) - 1)])  # right everywhere
+    mix.observe(0, batches[0], [one_more(torch.cat([ids[:, 1:], ids[:, :1]], 1) - 1)])  # right everywhere
     assert torch.equal(mix(batches, 0)[0][0], ids)
-    mix.hear(0, batches[0], [one_more(ids)])  # judged by all that was heard, and wrong by one here
+    mix.observe(0, batches[0], [one_more(ids)])  # judged by all that was heard, and wrong by one here
     ((varied,), _) = mix(batches, 0)
     changed = varied != ids
     assert 0.15 < changed.double().mean() < 0.35
@@ -92,15 +92,15 @@ def test_the_mix_takes_what_was_foretold_once_it_was_heard_and_another_batch_bef
 def test_few_positions_are_filled_up_with_variations() -> None:
     ids = torch.arange(500).reshape(1, 500)
     few: list[Any] = [((ids.roll(n, 1),), {}) for n in range(5)]
-    found = filled(few, 0.2)
+    found = augmented(few, 0.2)
     assert len(found) == 20
     assert found[:5] == few
     changed = [(new[0][0] != few[i % 5][0][0]).double().mean() for i, new in enumerate(found[5:])]
     assert all(0.1 < float(share) < 0.3 for share in changed)
     enough: list[Any] = [((ids.expand(44, 500),), {})] * 4  # 88,000 positions
-    assert filled(enough, 0.2) == enough
-    assert len(filled(enough[:2], 0.2)) == 3
-    assert filled(few, 0.0) == few
-    assert filled(few[:1], 0.2) == few[:1]
+    assert augmented(enough, 0.2) == enough
+    assert len(augmented(enough[:2], 0.2)) == 3
+    assert augmented(few, 0.0) == few
+    assert augmented(few[:1], 0.2) == few[:1]
     pixels: list[Any] = [((torch.randn(1, 8),), {})] * 3
-    assert filled(pixels, 0.2) == pixels
+    assert augmented(pixels, 0.2) == pixels

@@ -14,7 +14,7 @@ from ecospa_fx.coupling.types import Coupling, Member
 from ecospa_fx.errors import ScoreError
 from ecospa_fx.importance.methods import Method, method_named, register
 from ecospa_fx.importance.score import magnitudes, score
-from ecospa_fx.progress import line, watched
+from ecospa_fx.progress import line, progress_bar
 from tests.support.tiny import HIDDEN, Tiny, batches, loss, samples, tiny, tiny_couplings
 
 METHODS = ["taylor", "fisher", "gate-fisher"]
@@ -319,7 +319,7 @@ def test_progress_shows_count_total_and_time_left(capsys: pytest.CaptureFixture[
 
 
 def test_progress_counts_alone_where_the_total_is_unknown(capsys: pytest.CaptureFixture[str]) -> None:
-    assert list(watched((n for n in range(2)), "fisher")) == [0, 1]
+    assert list(progress_bar((n for n in range(2)), "fisher")) == [0, 1]
     assert capsys.readouterr().err == "fisher 0 batches, 0 s\rfisher 1 batches, 0 s\rfisher 2 batches, 0 s\n"
 
 
