@@ -1,4 +1,4 @@
-"""Where a shrunk model came from: noted on it by `shrink`, read by `save`."""
+"""The origin of a shrunk model, such as its plan and its class: noted on the model by `shrink`, read by `save`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ecospa_fx.errors import PlanError
-from ecospa_fx.example_inputs import described
+from ecospa_fx.example_inputs import describe
 from ecospa_fx.plan import Plan
 from ecospa_fx.wrappers import unwrapped
 
@@ -18,22 +18,24 @@ ATTRIBUTE = "ecospa_origin"
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What is needed to build a shrunk model again, besides its weights.
-
-    plan: what was removed; model_class: qualified name; config: JSON of a transformers model, else None; attention:
-    its attention implementation; inputs: example inputs without their values, or None where they cannot be described;
-    buffers: names of the original model's buffers; training: its mode. integers: those that `shrink_` wrote, as
-    JSON; None for a graph.
-    """
+    """What is needed to build a shrunk model again, besides its weights."""
 
     plan: Plan
+    """What was removed."""
     model_class: str
+    """Qualified name of the original model's class."""
     config: str | None
+    """JSON of a transformers model's configuration; None for other models."""
     attention: str | None
-    inputs: Any
+    """The attention implementation of a transformers model."""
+    inputs: object
+    """Example inputs without their values, see `ecospa_fx.example_inputs`; None where they cannot be described."""
     buffers: tuple[str, ...]
+    """Names of the original model's buffers."""
     training: bool
-    integers: Any = None
+    """Whether the model was in training mode."""
+    integers: object = None
+    """The integers that `shrink_` wrote into the module, as JSON; None for a graph."""
 
 
 def origin(model: nn.Module, plan: Plan, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Origin:
@@ -42,7 +44,7 @@ def origin(model: nn.Module, plan: Plan, args: Sequence[Any] = (), kwargs: Mappi
     kind, config = type(model), getattr(model, "config", None)
     known = kind.__module__.startswith("transformers.models.") and hasattr(config, "to_json_string")
     try:
-        inputs = described((tuple(args), dict(kwargs or {})))
+        inputs = describe((tuple(args), dict(kwargs or {})))
     except TypeError:
         inputs = None
     return Origin(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ecospa_fx.errors import CaptureError, EcospaError, StorageError
 from ecospa_fx.huggingface import build, import_transformers, model_class
-from ecospa_fx.storage.folder import MANIFEST
+from ecospa_fx.storage.manifest import MANIFEST
 from ecospa_fx.storage.models import load_with_inputs
 
 BATCH, LENGTH, FRAMES = 2, 16, 4000
