@@ -1,28 +1,29 @@
-"""Example inputs without their values: shapes and types as JSON, and tensors of zeros from them."""
+"""Describes example inputs as JSON, tensors by shape and type, and builds inputs of zeros from the description."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 
-def described(value: Any) -> Any:
+def describe(value: object) -> dict[str, object]:
     """A value as JSON; of a tensor its shape and type. Raises TypeError for what has no description.
 
-    >>> described((torch.ones(2, 3), {"use_cache": False}))["tuple"]
+    >>> describe((torch.ones(2, 3), {"use_cache": False}))["tuple"]
     [{'tensor': [2, 3], 'dtype': 'float32'}, {'dict': {'use_cache': {'value': False}}}]
     """
     if isinstance(value, Tensor):
         return {"tensor": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
     if value is None or (isinstance(value, bool | int | float | str) and abs(_size(value)) < float("inf")):
         return {"value": value}
-    if type(value) in (tuple, list):
-        return {type(value).__name__: [described(item) for item in value]}
-    if type(value) is dict and all(isinstance(key, str) for key in value):
-        return {"dict": {key: described(item) for key, item in value.items()}}
+    if isinstance(value, tuple | list) and type(value) in (tuple, list):
+        return {type(value).__name__: [describe(item) for item in value]}
+    if isinstance(value, dict) and type(value) is dict and all(isinstance(key, str) for key in value):
+        return {"dict": {key: describe(item) for key, item in value.items()}}
     raise TypeError(f"a {type(value).__name__} has no description")
 
 
@@ -34,12 +35,12 @@ LIMIT = 1 << 36
 """Bytes of all example inputs: more is no example."""
 
 
-def blank(description: object) -> Any:
+def from_description(description: object) -> Any:
     """The value that was described, with zeros in its tensors. Raises ValueError for anything else."""
     try:
         if _bytes(description) > LIMIT:
             raise ValueError("the example inputs would not fit into memory")
-        return _blank(description)
+        return _zeros(cast(Mapping[str, Any], description))
     except (RecursionError, RuntimeError, OverflowError, TypeError, AttributeError, KeyError) as error:
         raise ValueError("it describes no value") from error
 
@@ -60,7 +61,7 @@ def _bytes(description: object) -> int:
     return 0
 
 
-def _blank(description: Any) -> Any:
+def _zeros(description: Mapping[str, Any]) -> Any:
     if "tensor" in description:
         dtype = getattr(torch, str(description.get("dtype")), None)
         if not isinstance(dtype, torch.dtype):
@@ -69,6 +70,6 @@ def _blank(description: Any) -> Any:
     if "value" in description:
         return description["value"]
     if "dict" in description:
-        return {key: _blank(item) for key, item in description["dict"].items()}
-    items = [_blank(item) for item in description["tuple" if "tuple" in description else "list"]]
+        return {key: _zeros(item) for key, item in description["dict"].items()}
+    items = [_zeros(item) for item in description["tuple" if "tuple" in description else "list"]]
     return tuple(items) if "tuple" in description else items

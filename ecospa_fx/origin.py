@@ -1,15 +1,14 @@
-"""Where a shrunk model came from: noted on it by `shrink`, read by `save`."""
+"""The origin of a shrunk model, such as its plan and its class: noted on the model by `shrink`, read by `save`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
 from ecospa_fx.errors import PlanError
-from ecospa_fx.example_inputs import described
+from ecospa_fx.example_inputs import describe
 from ecospa_fx.plan import Plan
 from ecospa_fx.wrappers import unwrapped
 
@@ -23,19 +22,19 @@ class Origin:
     plan: Plan
     """What was removed."""
     model_class: str
-    """The qualified name of the original model's class."""
+    """Qualified name of the original model's class."""
     config: str | None
-    """The configuration of a transformers model as JSON, else None."""
+    """JSON of a transformers model's configuration; None for other models."""
     attention: str | None
-    """The attention implementation of a transformers model, else None."""
-    inputs: Any
-    """The example inputs without their values, as JSON holds them; None where they cannot be described."""
+    """The attention implementation of a transformers model."""
+    inputs: object
+    """Example inputs without their values, see `ecospa_fx.example_inputs`; None where they cannot be described."""
     buffers: tuple[str, ...]
-    """The names of the original model's buffers."""
+    """Names of the original model's buffers."""
     training: bool
-    """The mode of the original model."""
-    integers: Any = None
-    """The integers that `shrink_` wrote, as JSON holds them; None for a graph."""
+    """Whether the model was in training mode."""
+    integers: object = None
+    """The integers that `shrink_` wrote into the module, as JSON; None for a graph."""
 
 
 def origin(
@@ -46,7 +45,7 @@ def origin(
     kind, config = type(model), getattr(model, "config", None)
     configured = kind.__module__.startswith("transformers.models.") and hasattr(config, "to_json_string")
     try:
-        inputs = described((tuple(args), dict(kwargs or {})))
+        inputs = describe((tuple(args), dict(kwargs or {})))
     except TypeError:
         inputs = None
     return Origin(

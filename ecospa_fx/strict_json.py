@@ -47,13 +47,21 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 # -- dataclasses -------------------------------------------------------------------------------------------------
 
 
+class FieldError(ValueError):
+    """A field of a dataclass cannot be read. key: of the outermost such field in JSON."""
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(message)
+        self.key = key
+
+
 def from_plain(kind: type[Kind], value: object) -> Kind:
     """A value of a type from what JSON holds of it: lists become tuples, objects become dataclasses or mappings.
 
     kind: int, float, bool, str, None, a literal, a union, a tuple, a mapping by names, a dataclass of these, or object
     for any value. A field is read from the key in its metadata, by default its name; fields that are missing have
     their defaults. Raises KeyError with the key of a field that has none, TypeError for a value of another type and
-    ValueError for one that no literal is, each in words that say what stands where.
+    ValueError for one that no literal is, each in words that say what stands where; within dataclasses FieldError.
 
     >>> from_plain(tuple[int, ...], [1, 2])
     (1, 2)
@@ -92,8 +100,12 @@ def _dataclass(kind: Any, value: object) -> Any:
     arguments = {}
     for f in fields(kind):
         key = json_key(f)
-        if key in entries or (f.default is MISSING and f.default_factory is MISSING):
+        if key not in entries and (f.default is not MISSING or f.default_factory is not MISSING):
+            continue
+        try:
             arguments[f.name] = _read(types[f.name], entries[key])
+        except (TypeError, ValueError) as error:
+            raise FieldError(key, str(error)) from error
     return kind(**arguments)
 
 

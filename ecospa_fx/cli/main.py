@@ -12,7 +12,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 from tabulate import tabulate
@@ -38,6 +38,7 @@ REFUSED = 2
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5}
 LENGTH, HELD_OUT = 512, 64
 BYTES = "bytes"
+Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
@@ -95,19 +96,23 @@ def coupling_named(couplings: Couplings, name: str) -> Coupling:
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """Token ids: calibration [windows, length] and held-out [windows, length + 1], which do not overlap."""
+    """Token ids of two texts that do not overlap."""
 
     calibration: Tensor
+    """LongTensor [windows, length]."""
     held_out: Tensor
+    """LongTensor [windows, length + 1]."""
 
 
 class TimedSteps:
-    """Runs steps, says each on stderr, and remembers their seconds by name."""
+    """Runs steps, prints each to stderr, and records their seconds by name."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
-    def __call__(self, step: str, function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
+    def __call__(
+        self, step: str, function: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
+    ) -> Result:
         print(f"{step} …", file=sys.stderr)
         begin = time.perf_counter()
         result = function(*args, **kwargs)
@@ -119,33 +124,40 @@ def compress(arguments: argparse.Namespace) -> None:
     """Shrink a language model, save it, and print what it cost. Everything cheap is checked before anything slow."""
     options.check_options(arguments)
     watch = TimedSteps()
-    calibration, held_out = held_apart(arguments)
+    calibration, held_out = calibration_and_held_out(arguments)
     encode = encoder(arguments)
     source, stored = watch("load", open_model, arguments)
     model, reader = source.model, text.Reader(source.args, source.kwargs)
     length = window_length(arguments.length, model)
     vocabulary = vocabulary_of(model, reader)
-    texts = watch("tokenise", tokenised, arguments, (calibration, held_out), encode, length)
+    texts = watch("tokenise", windows_of, arguments, (calibration, held_out), encode, length)
     check_tokens(texts, vocabulary)
     texts = Texts(texts.calibration.to(arguments.device), texts.held_out.to(arguments.device))
 
     couplings = watch("detect", eco.detect, model, source.args, source.kwargs, allow=arguments.allow)
-    which = {"round_to": arguments.round_to, "exclude": arguments.exclude, "limits": options.limits(arguments)}
-    eco.plan(couplings, arguments.ratio, "magnitude", **which)  # refuses what cannot be reached
+    limits = options.limits(arguments)
+    eco.plan(  # refuses what cannot be reached
+        couplings,
+        arguments.ratio,
+        "magnitude",
+        round_to=arguments.round_to,
+        exclude=arguments.exclude,
+        limits=limits,
+    )
     small = watch("compress", smaller, arguments, source, couplings, reader, texts)
     plan = origin_of(small).plan
     error, limit = watch("check", exactness, source, plan, reader, texts.held_out[:1, :-1])
     if not error <= limit:
         raise PlanError(f"removing differs from masking by {error:.1e}, so nothing was saved")
-    rows = watch("measure", measured, (model, small), reader, texts.held_out, stored)
+    rows = watch("measure", measure, (model, small), reader, texts.held_out, stored)
     watch("save", save, small, arguments.output, origin=origin(model, plan, source.args, source.kwargs), dtypes=stored)
     print(plan)
     for line in reason_lines(couplings, "inexact"):
         print(line)
-    print(closing(rows, error, watch, arguments.output, plan))
+    print(summary(rows, error, watch, arguments.output, plan))
 
 
-def held_apart(arguments: argparse.Namespace) -> tuple[str, str]:
+def calibration_and_held_out(arguments: argparse.Namespace) -> tuple[str, str]:
     """Calibration and held-out text; of one file the last tenth is held out."""
     whole = text.read_text(arguments.calibration)
     return (whole, text.read_text(arguments.eval)) if arguments.eval else text.split(whole)
@@ -211,11 +223,11 @@ def vocabulary_of(model: nn.Module, reader: text.Reader) -> int:
         raise ScoreError(f"{type(model).__name__} fails on one sequence of two tokens: {error}") from error
 
 
-def tokenised(arguments: argparse.Namespace, parts: tuple[str, str], encode: text.Encoder, length: int) -> Texts:
+def windows_of(arguments: argparse.Namespace, parts: tuple[str, str], encode: text.Encoder, length: int) -> Texts:
     """Windows of both texts."""
     calibration, held_out = (text.tokens(part, encode) for part in parts)
     return Texts(
-        text.drawn_windows(calibration, length, arguments.windows, arguments.seed),
+        text.random_windows(calibration, length, arguments.windows, arguments.seed),
         text.first_windows(held_out, length, HELD_OUT),
     )
 
@@ -269,7 +281,7 @@ def exactness(source: Source, plan: Plan, reader: text.Reader, ids: Tensor) -> t
     return masked_error(model, small, plan, *inputs), TOLERANCE[next(model.parameters()).dtype]
 
 
-def measured(
+def measure(
     models: Sequence[nn.Module], reader: text.Reader, held_out: Tensor, stored: dict[str, torch.dtype]
 ) -> list[list[str]]:
     """Rows of the closing table: parameters, bytes as stored, FLOPs per token, perplexity."""
@@ -301,7 +313,7 @@ def flops_per_token(model: nn.Module, reader: text.Reader, ids: Tensor) -> int:
     return round(counter.get_total_flops() / ids.numel())
 
 
-def closing(rows: list[list[str]], error: float, watch: TimedSteps, output: Path, plan: Plan) -> str:
+def summary(rows: list[list[str]], error: float, watch: TimedSteps, output: Path, plan: Plan) -> str:
     """What changed, how exact it is, how long it took, and how to load it."""
     align = ("left", "right", "right", "right")
     table = tabulate(rows, ["", "dense", "small", "small/dense"], colalign=align, disable_numparse=True)

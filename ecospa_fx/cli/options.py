@@ -1,11 +1,12 @@
-"""The options of the command line, and what is checked of them before any work."""
+"""The options of the command line, with their help texts and the checks that come before any work."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 
@@ -18,12 +19,28 @@ from ecospa_fx.storage.folder import refuse_existing
 
 Command = Callable[[argparse.Namespace], None]
 
-ALLOW: dict[str, Any] = {
-    "action": "append",
-    "default": [],
-    "choices": ALLOWED,
-    "help": "renormalise: also what only a norm over it blocks, marked inexact; cache: narrower caches too",
-}
+SOURCE = "Hugging Face folder, or package.module:function"
+
+SOURCES = """\
+SOURCE: the function returns (model, args, kwargs), its example inputs.
+"""
+
+INSPECTED = """\
+A config.json alone will do too: the model is built without weights.
+"""
+
+METHODS = """\
+--method second-order: scores by curvature, and the remaining weights are
+    updated to compensate for removed units.
+--method gate-fisher, fisher, taylor, magnitude: scores only.
+PATTERN: a shell pattern on module paths, such as 'model.layers.0.*'. For
+    --limit also a kind of coupling, such as ffn=0.5.
+"""
+
+ALLOWANCES = """\
+--allow renormalise: couplings that only a norm over them blocks; inexact.
+--allow cache: couplings that make the caches of the model narrower.
+"""
 
 
 class UsageError(EcospaError):
@@ -39,40 +56,63 @@ class Parser(argparse.ArgumentParser):
 
 def parser(inspect: Command, compress: Command) -> Parser:
     """Both commands, which do the work, with all their options."""
-    found = Parser(prog="ecospa-fx", description=eco.__doc__)
-    found.add_argument("--version", action="version", version=f"ecospa-fx {eco.__version__}")
-    commands = found.add_subparsers(required=True, metavar="COMMAND")
-    source = "a Hugging Face folder, or package.module:function that returns (model, args, kwargs)"
+    result = Parser(prog="ecospa-fx", description=(eco.__doc__ or "").partition("\n")[0])
+    result.add_argument("--version", action="version", version=f"ecospa-fx {eco.__version__}")
+    commands = result.add_subparsers(required=True, metavar="COMMAND")
+    _add_inspect(commands).set_defaults(command=inspect)
+    _add_compress(commands).set_defaults(command=compress)
+    return result
 
-    add = commands.add_parser("inspect", help="show the couplings of a model").add_argument
-    add("source", metavar="SOURCE", help=f"{source}, or a config.json (no weights needed)")
-    add("--json", action="store_true", help="for machines")
-    add("--explain", metavar="NAME", help="why the parameters of this coupling shrink together, node by node")
-    add("--allow", **ALLOW)
-    commands.choices["inspect"].set_defaults(command=inspect)
 
-    add = commands.add_parser("compress", help="shrink a causal language model and measure it").add_argument
-    add("source", metavar="SOURCE", help=source)
-    add("--ratio", type=float, required=True, help="share of the couplings' parameters to remove, between 0 and 1")
-    add("--calibration", type=Path, required=True, metavar="FILE", help="text, .txt or .txt.xz")
+def _add_inspect(commands: argparse._SubParsersAction[Parser]) -> Parser:
+    command = _command(commands, "inspect", "show the couplings of a model", SOURCES + INSPECTED + ALLOWANCES)
+    add = command.add_argument
+    add("source", metavar="SOURCE", help=SOURCE)
+    add("--json", action="store_true", help="print the couplings as JSON")
+    add("--explain", metavar="NAME", help="why this coupling's parameters shrink together")
+    _add_allow(command)
+    return command
+
+
+def _add_compress(commands: argparse._SubParsersAction[Parser]) -> Parser:
+    command = _command(
+        commands, "compress", "shrink a causal language model and measure it", SOURCES + METHODS + ALLOWANCES
+    )
+    add = command.add_argument
+    add("source", metavar="SOURCE", help=SOURCE)
+    add("--ratio", type=float, required=True, metavar="R", help="share of coupled parameters to remove, 0 to 1")
+    add("--calibration", type=Path, required=True, metavar="FILE", help="calibration text, .txt or .txt.xz")
     add("--output", type=Path, required=True, metavar="DIR", help="new folder for the smaller model")
-    methods = "second-order (default) also lets what stays make up for the rest; gate-fisher, fisher, taylor, magnitude"
-    add("--method", default=SECOND_ORDER, help=f"{methods} only remove")
-    add("--eval", type=Path, metavar="FILE", help="held-out text (default: the last tenth of the calibration text)")
-    add("--tokenizer", metavar="FILE", help="tokenizer.json, or 'bytes' (default: beside the model or the text)")
+    add("--method", default=SECOND_ORDER, metavar="NAME", help="importance scores (default: second-order)")
+    add("--eval", type=Path, metavar="FILE", help="held-out text (default: last tenth of calibration)")
+    add("--tokenizer", metavar="FILE", help="tokenizer.json, or bytes (default: beside the model)")
     add("--windows", type=int, default=128, metavar="N", help="calibration windows (default: 128)")
-    add("--passes", type=int, default=4, metavar="N", help="scoring passes of the other methods (default: 4)")
-    add("--length", type=int, metavar="L", help="tokens per window (default: 512, or what the model can read)")
-    add("--round-to", type=int, metavar="N", help="keep multiples of N units (default: what the device likes)")
-    add("--seed", type=int, default=0, metavar="S", help="where the calibration windows are drawn (default: 0)")
-    pattern = "shell pattern on module paths, such as 'model.layers.0.*'; may be repeated"
-    add("--exclude", action="append", default=[], metavar="PATTERN", help=f"leave these modules whole: a {pattern}")
-    limit = f"lose at most this share of a kind or of modules: ffn=0.5, or a {pattern}"
-    add("--limit", action="append", default=[], metavar="PATTERN=SHARE", help=limit)
-    add("--allow", **ALLOW)
-    add("--device", default="cpu", help="where to compute, for instance cuda (default: cpu)")
-    commands.choices["compress"].set_defaults(command=compress)
-    return found
+    add("--passes", type=int, default=4, metavar="N", help="scoring passes, not of second-order (default: 4)")
+    add("--length", type=int, metavar="L", help="tokens per window (default: at most 512)")
+    add("--round-to", type=int, metavar="N", help="keep multiples of N units (default: by device)")
+    add("--seed", type=int, default=0, metavar="S", help="random seed of the windows (default: 0)")
+    add("--exclude", action="append", default=[], metavar="PATTERN", help="do not shrink these modules; repeatable")
+    add("--limit", action="append", default=[], metavar="PATTERN=SHARE", help="largest share to remove; repeatable")
+    _add_allow(command)
+    add("--device", default="cpu", help="torch device, for instance cuda (default: cpu)")
+    return command
+
+
+def _command(commands: argparse._SubParsersAction[Parser], name: str, summary: str, notes: str) -> Parser:
+    """A command whose notes stand below its options, as they are."""
+    layout = partial(argparse.RawDescriptionHelpFormatter, max_help_position=25)
+    return commands.add_parser(name, help=summary, description=summary, epilog=notes, formatter_class=layout)
+
+
+def _add_allow(command: Parser) -> None:
+    command.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        choices=ALLOWED,
+        metavar="NAME",
+        help="renormalise or cache: see below; repeatable",
+    )
 
 
 def check_options(arguments: argparse.Namespace) -> None:
@@ -95,13 +135,13 @@ def check_options(arguments: argparse.Namespace) -> None:
 
 def limits(arguments: argparse.Namespace) -> dict[str, float]:
     """The shares that --limit gives, by kind or pattern."""
-    found: dict[str, float] = {}
+    shares: dict[str, float] = {}
     for limit in arguments.limit:
         key, _, share = limit.rpartition("=")
         try:
-            found[key] = float(share)
+            shares[key] = float(share)
         except ValueError:
-            found[key] = -1.0
-        if not key or not 0 <= found[key] <= 1:
+            shares[key] = -1.0
+        if not key or not 0 <= shares[key] <= 1:
             raise UsageError(f"--limit {limit} is no PATTERN=SHARE with a share from 0 to 1, such as ffn=0.5")
-    return found
+    return shares

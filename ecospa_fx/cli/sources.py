@@ -1,4 +1,4 @@
-"""Where a model comes from: a Hugging Face folder, a config.json alone, or a function that builds one."""
+"""Loads a model with example inputs from a Hugging Face folder, a config.json alone, or a function that builds one."""
 
 from __future__ import annotations
 
@@ -9,28 +9,50 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ecospa_fx.errors import CaptureError, EcospaError, StorageError
 from ecospa_fx.huggingface import build, import_transformers, model_class
-from ecospa_fx.storage.folder import MANIFEST
+from ecospa_fx.storage.manifest import MANIFEST
 from ecospa_fx.storage.models import load_with_inputs
 
 BATCH, LENGTH, FRAMES = 2, 16, 4000
 """Sizes of example inputs: sequences, tokens of each, samples of raw audio."""
 
 
+PretrainedConfig = Any
+"""A configuration of transformers, whose attributes depend on the architecture."""
+
+
+class PretrainedModel(Protocol):
+    """What example inputs need of a model of transformers."""
+
+    config: PretrainedConfig
+    main_input_name: object
+    forward: Callable[..., object]
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A model with example inputs. folder: where it was read from; None for a function."""
+    """A model with example inputs."""
 
     model: nn.Module
+    """The model."""
     args: tuple[Any, ...] = ()
+    """Example inputs by position."""
     kwargs: dict[str, Any] = field(default_factory=dict)
+    """Example inputs by name."""
     folder: Path | None = None
+    """Where the model was read from; None for a function."""
 
 
 def open_source(text: str, *, weights: bool) -> Source:
@@ -56,36 +78,36 @@ def open_source(text: str, *, weights: bool) -> Source:
 # -- functions ---------------------------------------------------------------------------------------------------
 
 
-def _function(module: str, name: str) -> Callable[[], Any]:
+def _function(module: str, name: str) -> Callable[[], object]:
     """Import a function, from the current folder too."""
     sys.path.insert(0, str(Path.cwd()))
     try:
-        found: Callable[[], Any] | None = getattr(import_module(module), name, None)
+        function: object = getattr(import_module(module), name, None)
     except Exception as error:
-        raise StorageError(f"module {module!r} cannot be imported: {_told(error)}") from error
+        raise StorageError(f"module {module!r} cannot be imported: {one_line(error)}") from error
     finally:
         sys.path.remove(str(Path.cwd()))
-    if not callable(found):
+    if not callable(function):
         raise StorageError(f"module {module!r} has no function {name!r}: name one that returns (model, args, kwargs)")
-    return found
+    return function
 
 
-def from_function(function: Callable[[], Any], name: str) -> Source:
+def from_function(function: Callable[[], object], name: str) -> Source:
     """What a function returned: (model, args, kwargs). Raises StorageError for anything else, or where it fails."""
     try:
-        made = function()
+        result = function()
     except Exception as error:
-        raise StorageError(f"{name} failed: {_told(error)}") from error
-    if not isinstance(made, tuple | list) or len(made) != 3:
-        raise StorageError(f"{name} returned {type(made).__name__}: it must return (model, args, kwargs)")
-    model, args, kwargs = made
+        raise StorageError(f"{name} failed: {one_line(error)}") from error
+    if not isinstance(result, tuple | list) or len(result) != 3:
+        raise StorageError(f"{name} returned {type(result).__name__}: it must return (model, args, kwargs)")
+    model, args, kwargs = result
     if not (isinstance(model, nn.Module) and isinstance(args, tuple | list) and isinstance(kwargs, Mapping)):
-        told = ", ".join(type(part).__name__ for part in made)
-        raise StorageError(f"{name} returned ({told}): it must return an nn.Module, a tuple and a dict")
+        kinds = ", ".join(type(part).__name__ for part in result)
+        raise StorageError(f"{name} returned ({kinds}): it must return an nn.Module, a tuple and a dict")
     return Source(model, tuple(args), dict(kwargs))
 
 
-def _told(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """An error of somebody else's code on one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
@@ -100,12 +122,12 @@ def _from_path(path: Path, weights: bool) -> Source:
         if weights:
             raise StorageError(f"{path} was compressed already: compress the original model with a higher ratio")
         return Source(*load_with_inputs(path), folder)
-    described = path / "config.json" if path.is_dir() else path
-    if not described.is_file():
+    config_file = path / "config.json" if path.is_dir() else path
+    if not config_file.is_file():
         raise StorageError(f"{path} has no config.json: name a Hugging Face folder or a config.json")
     if weights and not path.is_dir():
         raise StorageError(f"{path} describes a model without its weights: name the folder that holds them")
-    config = _config(described)
+    config = _config(config_file)
     try:
         if weights:
             model = model_class(config).from_pretrained(folder, config=config, dtype="auto", local_files_only=True)
@@ -114,26 +136,29 @@ def _from_path(path: Path, weights: bool) -> Source:
     except EcospaError:
         raise
     except Exception as error:
-        raise StorageError(f"{path} is not a model that transformers can read: {_told(error)}") from error
+        raise StorageError(f"{path} is not a model that transformers can read: {one_line(error)}") from error
     return Source(model.eval(), (), example_inputs(model), folder)
 
 
-def _config(path: Path) -> Any:
+def _config(path: Path) -> PretrainedConfig:
     """The configuration in a file; its class is the one in transformers, never one from the folder."""
     transformers = import_transformers()
     try:
-        described = json.loads(path.read_text(encoding="utf-8"))
+        entries = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise StorageError(f"{path} is not a readable config.json: {_told(error)}") from error
-    if not isinstance(described, dict) or "model_type" not in described:
+        raise StorageError(f"{path} is not a readable config.json: {one_line(error)}") from error
+    if not isinstance(entries, dict) or "model_type" not in entries:
         raise StorageError(f"{path} names no model_type: it is not the config.json of a transformers model")
     try:
-        return transformers.AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        config: PretrainedConfig = transformers.AutoConfig.from_pretrained(
+            path, trust_remote_code=False, local_files_only=True
+        )
+        return config
     except Exception as error:
-        raise StorageError(f"{path} is not a configuration that transformers knows: {_told(error)}") from error
+        raise StorageError(f"{path} is not a configuration that transformers knows: {one_line(error)}") from error
 
 
-def example_inputs(model: Any) -> dict[str, Any]:
+def example_inputs(model: PretrainedModel) -> dict[str, object]:
     """Keyword arguments that a transformers model accepts, on its device, from its configuration alone.
 
     Raises CaptureError where its main input is of a kind not known here.
@@ -146,7 +171,7 @@ def example_inputs(model: Any) -> dict[str, Any]:
             f"no example is known for input {name!r} of {type(model).__name__}: "
             "name a function that returns (model, args, kwargs)"
         )
-    inputs: dict[str, Any] = {name: maker(model)}
+    inputs: dict[str, object] = {str(name): maker(model)}
     if "decoder_input_ids" in accepted and getattr(model.config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = _ids(model)
     if name == "input_ids" and hasattr(model.config, "vision_config") and not _generates(model):

@@ -1,4 +1,4 @@
-"""Text for calibration and evaluation: files, tokens, windows, and the loss of a causal language model on them."""
+"""Calibration and evaluation text: reading files, tokenising, windows, and a language model's loss and perplexity."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -38,11 +38,11 @@ def read_text(path: Path) -> str:
 
 
 def split(text: str, share: float = 0.1) -> tuple[str, str]:
-    """(beginning, end): the end is that share of the characters, cut at white space."""
-    at = len(text) - round(len(text) * share)
-    while 0 < at < len(text) and not text[at].isspace():
-        at -= 1
-    return text[:at], text[at:]
+    """The text without its last characters, and these: `share` of all, cut at white space."""
+    end = len(text) - round(len(text) * share)
+    while 0 < end < len(text) and not text[end].isspace():
+        end -= 1
+    return text[:end], text[end:]
 
 
 def bytes_encoder(text: str) -> list[int]:
@@ -64,8 +64,8 @@ def read_tokenizer(path: Path) -> Encoder:
         raise StorageError(f"{path} is not a tokenizer.json: {error}") from error
 
     def encode(text: str) -> list[int]:
-        found: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
-        return found
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
 
     return encode
 
@@ -73,25 +73,25 @@ def read_tokenizer(path: Path) -> Encoder:
 def tokens(text: str, encode: Encoder) -> Tensor:
     """LongTensor [n] of the text's tokens, piece by piece: books apart, then every 50,000 characters."""
     books = text[:MOST_CHARACTERS].split(BOOKS)
-    pieces = (book[at : at + PIECE] for book in books for at in range(0, len(book), PIECE))
+    pieces = (book[start : start + PIECE] for book in books for start in range(0, len(book), PIECE))
     return torch.tensor([token for piece in pieces for token in encode(piece)], dtype=torch.long)
 
 
 def first_windows(ids: Tensor, length: int, most: int) -> Tensor:
     """LongTensor [n, length + 1]: neighbouring windows from the start, at most `most`. Raises StorageError for none."""
     count = min(most, len(ids) // (length + 1))
-    _enough(count, ids, length, "held-out")
+    _check_length(count, ids, length, "held-out")
     return ids[: count * (length + 1)].view(count, length + 1)
 
 
-def drawn_windows(ids: Tensor, length: int, count: int, seed: int) -> Tensor:
+def random_windows(ids: Tensor, length: int, count: int, seed: int) -> Tensor:
     """LongTensor [count, length] drawn anywhere in the text. Raises StorageError where not even one fits."""
-    _enough(len(ids) // (length + 1), ids, length, "calibration")
+    _check_length(len(ids) // (length + 1), ids, length, "calibration")
     starts = torch.randint(0, len(ids) - length, (count,), generator=torch.Generator().manual_seed(seed))
     return torch.stack([ids[start : start + length] for start in starts.tolist()])
 
 
-def _enough(count: int, ids: Tensor, length: int, which: str) -> None:
+def _check_length(count: int, ids: Tensor, length: int, which: str) -> None:
     if count < 1:
         raise StorageError(
             f"the {which} text has {len(ids):,} tokens and one window needs {length + 1:,}: "
@@ -101,13 +101,15 @@ def _enough(count: int, ids: Tensor, length: int, which: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """How a causal language model is called on token ids: the example inputs with the ids put in their place.
+    """Calls a causal language model on token ids: its example inputs with the ids put in their place.
 
     Raises ScoreError where the example has not exactly one tensor of token ids [batch, length].
     """
 
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
+    args: tuple[object, ...]
+    """Example inputs by position."""
+    kwargs: Mapping[str, object]
+    """Example inputs by name."""
 
     def __post_init__(self) -> None:
         if len([v for v in (*self.args, *self.kwargs.values()) if _is_ids(v)]) != 1:
@@ -116,7 +118,7 @@ class Reader:
                 "call eco.compress with batches and a loss of your own"
             )
 
-    def batch(self, ids: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def batch(self, ids: Tensor) -> tuple[tuple[object, ...], dict[str, object]]:
         """(args, kwargs) for token ids [batch, length]."""
         args = tuple(ids if _is_ids(value) else value for value in self.args)
         return args, {name: ids if _is_ids(value) else value for name, value in self.kwargs.items()}
@@ -126,24 +128,24 @@ class Reader:
         args, kwargs = self.batch(ids)
         return logits_of(model(*args, **kwargs), ids)
 
-    def loss(self, output: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    def loss(self, output: object, args: Sequence[object], kwargs: Mapping[str, object]) -> Tensor:
         """Mean cross-entropy in nats of the next tokens within the window, for `ecospa_fx.score`."""
         ids = next(v for v in (*args, *kwargs.values()) if _is_ids(v))
         return F.cross_entropy(logits_of(output, ids)[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
 
 
-def _is_ids(value: Any) -> bool:
+def _is_ids(value: object) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor) and value.dtype == torch.long and value.dim() == 2
 
 
-def logits_of(output: Any, ids: Tensor) -> Tensor:
+def logits_of(output: object, ids: Tensor) -> Tensor:
     """The logits in a model's output: itself, its ``logits`` or its first entry. Raises ScoreError for none."""
-    found = getattr(output, "logits", output)
-    found = found[0] if isinstance(found, tuple | list) and found else found
-    if not isinstance(found, Tensor) or found.shape[:-1] != ids.shape:
-        told = f"a tensor of shape {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-        raise ScoreError(f"the model returns {told} and not logits of every token: it is no causal language model")
-    return found
+    logits = getattr(output, "logits", output)
+    logits = logits[0] if isinstance(logits, tuple | list) and logits else logits
+    if not isinstance(logits, Tensor) or logits.shape[:-1] != ids.shape:
+        kind = f"a tensor of shape {list(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise ScoreError(f"the model returns {kind} and not logits of every token: it is no causal language model")
+    return logits
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Compresses the embedded model without retraining and says what it cost: `python -m ecospa_fx.demo`."""
+"""Compresses the embedded model without retraining and prints size, perplexity and time: `python -m ecospa_fx.demo`."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ TOLERANCE = 1e-9
 Result = TypeVar("Result")
 
 
-class Watch:
-    """Runs steps and remembers what each took: `seconds` by name."""
+class StepTimer:
+    """Runs steps and records the duration of each: `seconds` by name."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -56,7 +56,7 @@ def size_in_bytes(model: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def report(models: Sequence[nn.Module], perplexities: Sequence[float], error: float, watch: Watch) -> str:
+def report(models: Sequence[nn.Module], perplexities: Sequence[float], error: float, watch: StepTimer) -> str:
     """The closing tables."""
     rows = [
         ["parameters", *(f"{size(m):,}" for m in models)],
@@ -81,7 +81,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demonstration; 0 if the shrunk model is exact."""
-    arguments, watch = parse(argv), Watch()
+    arguments, watch = parse(argv), StepTimer()
     model, (calibration, valid) = watch("load", demo.load), demo.texts()
     pieces = demo.windows(calibration, WINDOW, arguments.windows)[:, :-1]
     held_out = demo.windows(valid, WINDOW, VALID_WINDOWS)

@@ -167,8 +167,8 @@ def next_byte_loss(output: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any
 def perplexity(model: nn.Module, windows: Tensor) -> float:
     """exp of the mean next-byte cross-entropy over windows [n, T + 1]; log2 of it is bits per byte."""
     total = 0.0
-    for at in range(0, len(windows), 8):
-        window = windows[at : at + 8]
+    for start in range(0, len(windows), 8):
+        window = windows[start : start + 8]
         logits = model(window[:, :-1])
         total += F.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten(), reduction="sum").item()
     return math.exp(total / windows[:, 1:].numel())

@@ -39,6 +39,10 @@ MAX_FLOAT64_PARAMETERS = 300_000_000
 """Parameters up to which the copy computes in float64."""
 
 
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+"""Arguments of a call by position and by name."""
+
+
 class EquivalenceCheck:
     """A copy of a model that edits are tried on.
 
@@ -70,11 +74,11 @@ class EquivalenceCheck:
         self.model = _with_noise(self.model.double())
         return self.attempt(TrialCall(*self._typed(tuple(args), dict(kwargs)))) is not None
 
-    def _typed(self, args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _typed(self, args: tuple[object, ...], kwargs: dict[str, object]) -> Inputs:
         parts = pytree.tree_map(
             lambda t: t.to(self.dtype) if isinstance(t, Tensor) and t.is_floating_point() else t, opened((args, kwargs))
         )
-        typed: tuple[tuple[Any, ...], dict[str, Any]] = closed(parts)[0]
+        typed: Inputs = closed(parts)[0]
         return typed
 
     def _varied(self, call: TrialCall) -> TrialCall | None:

@@ -1,4 +1,4 @@
-"""The folder of a saved model as files: written completely or not at all, and checked before anything in it is used."""
+"""The folder of a saved model: written completely or not at all, and every file checked by its digest on reading."""
 
 from __future__ import annotations
 
@@ -7,28 +7,22 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
 
 from ecospa_fx.errors import EcospaError, StorageError
-from ecospa_fx.strict_json import strict_json
+from ecospa_fx.storage.manifest import MANIFEST, PLAN, SAFETENSORS, TORCH, FileEntry, Manifest, parse_manifest
 
 try:
     import fcntl
 except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
 
-FORMAT = "ecospa-fx-model"
-VERSION = 1
-MANIFEST, PLAN, CONFIG = "manifest.json", "plan.json", "config.json"
-SAFETENSORS, TORCH = "weights.safetensors", "weights.pt"
-FILES = {PLAN, CONFIG, SAFETENSORS, TORCH}
 CHUNK = 1 << 24
 ABANDONED = 3600.0
 """Seconds after which a partial folder that nobody locks is left over, whoever made it."""
@@ -142,93 +136,64 @@ def write_weights(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 def digest(path: Path) -> str:
     """SHA-256 of a file."""
-    found = hashlib.sha256()
+    sha256 = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
-            found.update(chunk)
-    return found.hexdigest()
+            sha256.update(chunk)
+    return sha256.hexdigest()
 
 
 # -- reading -----------------------------------------------------------------------------------------------------
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> Manifest:
     """The manifest, after every file that it names was checked. Raises StorageError."""
     if not folder.is_dir():
         raise StorageError(f"there is no folder {folder}")
     if not (folder / MANIFEST).is_file():
         raise StorageError(f"{folder} has no {MANIFEST}: it was not saved by ecospa_fx, or not completely")
-    try:
-        manifest = strict_json((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise StorageError(f"{folder / MANIFEST} is damaged ({error}): save the model again") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT or not _has_files(manifest.get("files")):
-        raise StorageError(f"{folder / MANIFEST} does not describe a model saved by ecospa_fx")
-    if type(manifest.get("version")) is not int or manifest["version"] != VERSION:
-        raise StorageError(
-            f"{folder} has format version {manifest.get('version')!r:.40} and this library reads version {VERSION}: "
-            "load it with the version of ecospa_fx that wrote it"
-        )
-    for field, kinds in FIELDS.items():
-        if not isinstance(manifest.get(field), kinds):
-            raise StorageError(f"{folder / MANIFEST} holds {manifest.get(field)!r:.40} as {field!r}: save it again")
-    for name, entry in manifest["files"].items():
+    manifest = parse_manifest(folder)
+    for name, entry in manifest.files.items():
         _check_file(folder / name, entry)
     return manifest
 
 
-FIELDS: dict[str, tuple[type, ...]] = {
-    "class": (str,),
-    "attention": (str, type(None)),
-    "training": (bool,),
-    "dtypes": (dict, type(None)),
-}
-"""What kinds of values a manifest's fields hold."""
-
-
-def _has_files(files: object) -> bool:
-    """Whether a manifest names a plan and weights, and nothing but files of this format."""
-    if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
-        return False
-    return PLAN in files and len({SAFETENSORS, TORCH} & set(files)) == 1 and set(files) <= FILES
-
-
-def _check_file(path: Path, entry: Mapping[str, Any]) -> None:
+def _check_file(path: Path, entry: FileEntry) -> None:
     try:
         if not path.is_file():
             raise StorageError(f"{path} is missing: copy the whole folder or save the model again")
-        if path.stat().st_size != entry.get("bytes"):
+        if path.stat().st_size != entry.bytes:
             raise StorageError(f"{path} is not as long as it was when saved: copy the folder again or save again")
-        if digest(path) != entry.get("sha256"):
+        if digest(path) != entry.sha256:
             raise StorageError(f"{path} was changed after it was saved: copy the folder again or save again")
     except OSError as error:
         raise StorageError(f"{path} cannot be read: {error}") from error
 
 
-def read_weights(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
+def read_weights(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
     """Dense tensors by name, of the types that the manifest names; whatever else a file holds is refused."""
-    found: Any
+    tensors: object
     try:
-        if SAFETENSORS in manifest["files"]:
+        if SAFETENSORS in manifest.files:
             from safetensors.torch import load_file
 
-            found = load_file(folder / SAFETENSORS)
+            tensors = load_file(folder / SAFETENSORS)
         else:
-            found = torch.load(folder / TORCH, map_location="cpu", weights_only=True)
+            tensors = torch.load(folder / TORCH, map_location="cpu", weights_only=True)
     except ImportError as error:
         raise StorageError('the package safetensors is not installed: pip install "ecospa-fx[hf]"') from error
     except Exception as error:  # each format raises its own kinds
         damage = f"they are damaged or hold something else than tensors ({type(error).__name__})"
         raise StorageError(f"the weights in {folder} cannot be read: {damage}") from error
-    if not isinstance(found, dict) or not all(type(n) is str and isinstance(t, Tensor) for n, t in found.items()):
+    if not isinstance(tensors, dict) or not all(type(n) is str and isinstance(t, Tensor) for n, t in tensors.items()):
         raise StorageError(f"the weights in {folder} are not tensors by name")
-    named = manifest.get("dtypes")
-    for name, tensor in found.items():
+    dtypes = manifest.dtypes
+    for name, tensor in tensors.items():
         if not is_dense(tensor) or tensor.device.type != "cpu":
             raise StorageError(f"{name!r} in {folder} is no dense tensor with values: save the model again")
-        if named is not None and named.get(name) != str(tensor.dtype).removeprefix("torch."):
+        if dtypes is not None and dtypes.get(name) != str(tensor.dtype).removeprefix("torch."):
             raise StorageError(f"{name!r} in {folder} has another type than when it was saved: save the model again")
-    return {name: tensor.detach() for name, tensor in found.items()}
+    return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
 def is_dense(tensor: Tensor) -> bool:

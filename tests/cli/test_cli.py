@@ -48,6 +48,17 @@ def test_help_and_version_end_well(capsys: Capture) -> None:
     assert "ecospa-fx 0." in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", SURFACE)
+def test_every_option_is_one_line_of_the_help(command: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    options = capsys.readouterr().out.partition("options:\n")[2].partition("\n\n")[0].splitlines()
+    assert all(line.startswith("  -") for line in options)
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    assert all(" ".join(line.split()) in " ".join(readme.split()) for line in options[1:])
+
+
 # -- inspect -----------------------------------------------------------------------------------------------------
 
 
@@ -197,9 +208,9 @@ def test_held_out_text_is_the_last_tenth() -> None:
 
 def test_windows_stay_inside_and_follow_the_seed() -> None:
     ids = torch.arange(100)
-    drawn = text.drawn_windows(ids, 10, 50, seed=0)
-    assert torch.equal(drawn, text.drawn_windows(ids, 10, 50, seed=0))
-    assert not torch.equal(drawn, text.drawn_windows(ids, 10, 50, seed=1))
+    drawn = text.random_windows(ids, 10, 50, seed=0)
+    assert torch.equal(drawn, text.random_windows(ids, 10, 50, seed=0))
+    assert not torch.equal(drawn, text.random_windows(ids, 10, 50, seed=1))
     assert (drawn.diff() == 1).all()
     assert text.first_windows(ids, 9, 64).flatten().tolist() == list(range(100))
     assert len(text.first_windows(ids, 9, 3)) == 3

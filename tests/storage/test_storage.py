@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import ecospa_fx as eco
 from ecospa_fx.errors import EcospaError, StorageError
-from ecospa_fx.example_inputs import blank, described
+from ecospa_fx.example_inputs import describe, from_description
 from ecospa_fx.origin import origin, remember
 from ecospa_fx.plan import Plan
 from ecospa_fx.storage import folder
@@ -294,7 +294,7 @@ def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 def test_inputs_are_described_by_shape_and_type() -> None:
     value = ((torch.ones(2, 3, dtype=torch.int32),), {"a": [None, True, 2, 0.5, "x"], "b": (torch.ones(1),)})
-    args, kwargs = blank(json.loads(json.dumps(described(value))))
+    args, kwargs = from_description(json.loads(json.dumps(describe(value))))
     assert args[0].shape == (2, 3)
     assert args[0].dtype == torch.int32
     assert not args[0].any()
@@ -304,7 +304,7 @@ def test_inputs_are_described_by_shape_and_type() -> None:
 
 def test_what_has_no_description_is_refused() -> None:
     with pytest.raises(TypeError, match="a set has no description"):
-        described(({1},))
+        describe(({1},))
 
 
 # -- transformers ------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import ecospa_fx as eco
 from ecospa_fx.errors import StorageError
-from ecospa_fx.example_inputs import blank, described
+from ecospa_fx.example_inputs import describe, from_description
 from ecospa_fx.storage import folder as folders
 
 Tensors = dict[Any, Any]
@@ -126,9 +126,9 @@ def test_descriptions_of_inputs_are_read_strictly() -> None:
     odds: list[Any] = [nested(5000), {"value": [1]}, {"tensor": [2], "dtype": "load"}, {"value": 1, "list": []}, {}, []]
     for odd in odds:
         with pytest.raises(ValueError, match=r".+"):
-            blank(odd)
+            from_description(odd)
     with pytest.raises(TypeError, match="has no description"):
-        described((float("nan"),))
+        describe((float("nan"),))
 
 
 def rewritten(folder: Path, change: Callable[[Tensors], Any]) -> None:
