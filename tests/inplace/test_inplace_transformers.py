@@ -17,6 +17,7 @@ from ecospa_fx.errors import PlanError
 from ecospa_fx.verify import masked
 from tests.support.hugging import couplings_of, tiny
 from tests.support.inplace import assert_loaded, assert_same, half, largest, masked_twin, plan_of, state, uneven
+from tests.support.rotary import rotated
 
 # -- transformers ------------------------------------------------------------------------------------------------
 
@@ -86,11 +87,12 @@ class Turned(nn.Module):
         self.out = nn.ModuleList(nn.Linear(32, 16) for _ in range(layers))
 
     def turned(self, x: Tensor) -> Tensor:
+        cos, sin = self.cos[: x.shape[-2]], self.sin[: x.shape[-2]]
         if self.interleaved:
             swapped = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
         else:
-            swapped = torch.cat([-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]], -1)
-        return x * self.cos[: x.shape[-2]] + swapped * self.sin[: x.shape[-2]]
+            return rotated(x, cos, sin)
+        return x * cos + swapped * sin
 
     def forward(self, x: Tensor) -> Tensor:
         bias = self.bias[: x.shape[1], : x.shape[1]]

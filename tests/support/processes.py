@@ -64,7 +64,7 @@ def forked(job: dict[str, Any], rank: int) -> int:
         code = 0
     finally:
         if code:
-            sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]  # there is one
+            sys.excepthook(*sys.exc_info())
         sys.stderr.flush()
         os._exit(code)
 
