@@ -8,5 +8,5 @@ from torch import Tensor
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x · cos + [-x₂, x₁] · sin, where x₁ and x₂ are the halves of the last axis."""
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat([-second, first], -1) * sin
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
