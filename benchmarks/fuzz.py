@@ -3,10 +3,10 @@
     python benchmarks/fuzz.py --graphs 10000 --seed 0 --processes 8
 
 Program n of a run has seed ``--seed`` + n, whatever the number of processes. Each is checked as
-`tests/support/fuzz/check.py` says; every ``--whole``-th also goes through `ecospa_fx.shrink` with a symbolic batch and is
-run at another batch size. Prints each failure as Python source, reduced to what it takes, and writes counts to
-``benchmarks/results/``. Exits with status 1 where anything failed. ``--seconds`` ends a run early; the counts say how far
-it came.
+`tests/support/fuzz/check.py` says; every ``--whole``-th also goes through `ecospa_fx.shrink` with a symbolic batch and
+is run at another batch size. Prints each failure as Python source, reduced to what it takes, and writes counts to
+``benchmarks/results/``. Exits with status 1 where anything failed. ``--seconds`` ends a run early; the counts say how
+far it came.
 """
 
 from __future__ import annotations
