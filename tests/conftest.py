@@ -57,17 +57,11 @@ def factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture
 def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The demonstration's model with two of its layers: it takes the same steps, in less time."""
+    """Where the demonstration's model is loaded, it has two layers."""
     from ecospa_fx import demo
+    from tests.support import demonstration
 
-    load = demo.load
-
-    def loaded() -> demo.ByteLM:
-        model = load()
-        model.layers = model.layers[:2]
-        return model
-
-    monkeypatch.setattr(demo, "load", loaded)
+    monkeypatch.setattr(demo, "load", demonstration.shallow)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -105,6 +105,7 @@ CASES = [
 ]  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:The use of `x.T` on tensors:UserWarning")  # of the operator that it tests
 def test_literal(case: Case) -> None:
     check_literal(case)
 

@@ -79,7 +79,7 @@ def turned(model: nn.Module, args: tuple[Tensor, ...], coupling: Coupling) -> fl
                 weight = other.get_parameter(s.member.parameter)
                 weight.copy_(rotated(weight.detach(), s.member.axis, s.positions, matrix))
     wanted = model(*args)
-    return float((other(*args) - wanted).abs().max() / wanted.abs().max())
+    return float(((other(*args) - wanted).abs().max() / wanted.abs().max()).detach())
 
 
 def sandwiched(case: tuple[Operation, list[tuple[int, ...]]]) -> tuple[nn.Module, tuple[Tensor], Coupling]:

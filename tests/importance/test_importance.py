@@ -268,10 +268,12 @@ def test_refuses_gradients_that_are_not_finite() -> None:
         (None, "method 'gate-fisher' needs a loss: pass loss=, a function (output, args, kwargs) -> scalar"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:every batch counts as one sample")  # the refusal comes after it
 def test_refuses_losses(bad: Any, text: str) -> None:
     assert refused(tiny(), batches(), loss=bad).replace("-inf", "inf") == text
 
 
+@pytest.mark.filterwarnings("ignore:every batch counts as one sample")  # the refusal comes after it
 def test_refuses_a_loss_of_other_parameters_only() -> None:
     model = tiny()
     spare = torch.ones((), requires_grad=True)

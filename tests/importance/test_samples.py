@@ -160,7 +160,10 @@ def test_a_sample_without_labels_is_left_out_with_a_warning(
     assert len(told) == 1
     labelled = [sample for sample in one_by_one(batch) if sample[1]["labels"].max() >= 0]
     assert_equal(grouped, eco.score(model, couplings, labelled, loss=loss), couplings)
-    with pytest.raises(ScoreError, match="the loss of batch 1 is nan: leave the batch out"):
+    with (
+        pytest.warns(UserWarning, match="^a sample of batch 0 is left out"),
+        pytest.raises(ScoreError, match="the loss of batch 1 is nan: leave the batch out"),
+    ):
         eco.score(model, couplings, [batch, masked_batch([0, 0])], loss=loss)
 
 

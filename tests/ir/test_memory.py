@@ -90,7 +90,7 @@ ELSEWHERE: dict[str, Callable[[Any, Tensor], object]] = {
 def test_code_that_writes_elsewhere_is_taken_and_writes_into_its_own(write: Callable[[Any, Tensor], object]) -> None:
     model, x = Writes(write).double().eval(), torch.randn(2, 6).double()
     twin, given = copy.deepcopy(model), x.clone()
-    plan = eco.plan(eco.detect(model, (x,)), 0.5)
+    plan = eco.plan(eco.detect(model, (x,)), 0.5, scores="magnitude")
     small = eco.shrink(model, plan, (x,))
     with torch.no_grad(), masked(twin, plan):
         for _ in range(2):

@@ -17,14 +17,10 @@ from ecospa_fx.errors import PlanError
 from ecospa_fx.passes.shrink.shrink_couplings import ShrinkCouplings
 from ecospa_fx.plan import Plan
 from ecospa_fx.verify import masked, masked_error
+from tests.support.rotary import rotated
 
 HEADS, GROUPS, WIDTH, HIDDEN, FFN, WORDS = 4, 2, 8, 16, 24, 13
 EXACT = 1e-9
-
-
-def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = x.shape[-1] // 2
-    return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
 
 
 class Layer(nn.Module):

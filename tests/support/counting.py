@@ -18,6 +18,7 @@ from ecospa_fx.ir.linears import linear_uses
 from ecospa_fx.ir.program import ExportedForm
 from ecospa_fx.passes.shrink.shrink_couplings import shrink_program
 from ecospa_fx.runtime.interpreter import PartialInterpreter
+from tests.support.rotary import rotated
 
 VOCABULARY = 29
 
@@ -73,7 +74,7 @@ class Layer(nn.Module):
 def turned(x: Tensor) -> Tensor:
     angle = torch.arange(x.shape[2], dtype=x.dtype)[:, None] / 10.0 ** (torch.arange(4, dtype=x.dtype) / 4)
     cos, sin = angle.cos().repeat(1, 2), angle.sin().repeat(1, 2)
-    return x * cos + torch.cat([-x[..., 4:], x[..., :4]], -1) * sin
+    return rotated(x, cos, sin)
 
 
 def loss_of(output: Tensor, args: Sequence[Any], kwargs: Any) -> Tensor:

@@ -11,6 +11,7 @@ from torch.nn.functional import silu
 
 from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.coupling.types import Box, Coupling, EvidenceStep, Member, Refusal, Role, Symmetry
+from tests.support.rotary import rotated
 
 HIDDEN, FFN, KV_HEADS, GROUP, HEAD_DIM, VOCABULARY = 8, 12, 2, 2, 4, 11
 
@@ -29,8 +30,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, length, _ = x.shape
-        q = rotated(self.q(x).view(batch, length, KV_HEADS, GROUP, HEAD_DIM))
-        k = rotated(self.k(x).view(batch, length, KV_HEADS, 1, HEAD_DIM))
+        q = turned(self.q(x).view(batch, length, KV_HEADS, GROUP, HEAD_DIM))
+        k = turned(self.k(x).view(batch, length, KV_HEADS, 1, HEAD_DIM))
         v = self.v(x).view(batch, length, KV_HEADS, 1, HEAD_DIM)
         if "qk" in self.gates:
             k = k * self.gates["qk"].repeat(1, 2)[:, None]
@@ -42,12 +43,12 @@ class Attention(nn.Module):
         return out
 
 
-def rotated(x: Tensor) -> Tensor:
+def turned(x: Tensor) -> Tensor:
     """Rotary embedding of [batch, length, heads, group, head_dim]: dim i turns with dim i + head_dim / 2."""
     half = x.shape[-1] // 2
     angle = torch.arange(x.shape[1], dtype=x.dtype)[:, None] / 3.0 ** torch.arange(half, dtype=x.dtype)
     cos, sin = (part.repeat(1, 2)[:, None, None] for part in (angle.cos(), angle.sin()))
-    return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
+    return rotated(x, cos, sin)
 
 
 class FeedForward(nn.Module):

@@ -156,7 +156,7 @@ def test_recorded_hidden_states_are_as_many_in_a_model_that_was_looked_at(
     model.eval()
     twin = deepcopy(model)
     before = outline(model)
-    plan = eco.plan(eco.detect(model, args, kwargs), 0.3)
+    plan = eco.plan(eco.detect(model, args, kwargs), 0.3, scores="magnitude")
     assert outline(model) == before
     small = eco.shrink(model, plan, args, kwargs) if make is bert else None
     assert outline(model) == before
@@ -170,7 +170,7 @@ def test_recorded_hidden_states_are_as_many_in_a_model_that_was_looked_at(
 def test_query_heads_of_one_key_are_reached_by_their_kind() -> None:
     model, inputs = falcon()
     couplings = eco.detect(model, *inputs(2))
-    plan = eco.plan(couplings, 0.1, kinds=["heads"])
+    plan = eco.plan(couplings, 0.1, kinds=["heads"], scores="magnitude")
     assert {(s.kind, s.size) for s in plan} == {("heads", 4)}
     assert all(len(c.contains) == 2 for c in couplings.offered if c.kind == "heads")
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import ecospa_fx as eco
 from ecospa_fx.errors import CaptureError, InputError
 from ecospa_fx.verify import masked_error
+from tests.support.rotary import rotated
 
 HIDDEN, HEADS, GROUPS, WIDTH, UNITS = 12, 4, 2, 6, 8
 
@@ -304,7 +305,7 @@ class Turned(nn.Module):
     def forward(self, x: Tensor, table: Tensor) -> Tensor:
         q, k, v = (t.unflatten(-1, (HEADS, WIDTH)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
         cos, sin = table.cos(), table.sin()
-        q, k = (t * cos + torch.cat([-t[..., WIDTH // 2 :], t[..., : WIDTH // 2]], -1) * sin for t in (q, k))
+        q, k = (rotated(t, cos, sin) for t in (q, k))
         out: Tensor = x + self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return out
 

@@ -31,12 +31,12 @@ class Logits(nn.Module):
 class Both(nn.Module):
     """What both forms compute, one after the other."""
 
-    def __init__(self, graph: nn.Module, module: nn.Module) -> None:
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
         super().__init__()
-        self.graph, self.module = graph, module
+        self.first, self.second = first, second
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        return torch.stack([self.graph(input_ids), self.module(input_ids)])
+        return torch.stack([self.first(input_ids), self.second(input_ids)])
 
 
 def small(form: str) -> tuple[nn.Module, tuple[Tensor]]:

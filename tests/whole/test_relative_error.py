@@ -160,7 +160,7 @@ class Filled(nn.Module):
 def test_models_with_masks(how: str) -> None:
     model = Filled(how).double()
     args = normal(2, 4, 8), torch.tensor([[1, 1, 0, 0], [1, 0, 1, 1]])
-    plan = eco.plan(eco.detect(model, args), ratio=0.5)
+    plan = eco.plan(eco.detect(model, args), ratio=0.5, scores="magnitude")
     small = copy.deepcopy(eco.shrink(model, plan, args))
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")

@@ -214,7 +214,7 @@ def loss(output: Tensor, args: Any, kwargs: Any) -> Tensor:
 
 
 def shrinks(model: nn.Module) -> object:
-    plan = eco.plan(eco.detect(model, GIVEN), 0.3)
+    plan = eco.plan(eco.detect(model, GIVEN), 0.3, scores="magnitude")
     return masked_error(model, eco.shrink(model, plan, GIVEN), plan, GIVEN)
 
 
@@ -225,7 +225,7 @@ def trains(model: nn.Module) -> object:
 VERBS: dict[str, Callable[[nn.Module], object]] = {
     "detect, shrink, masked_error": shrinks,
     "score": lambda m: eco.score(m, eco.detect(m, GIVEN), BATCHES, loss=loss),
-    "expressible": lambda m: eco.plan(eco.detect(m, GIVEN), 0.3, expressible_in="module"),
+    "expressible": lambda m: eco.plan(eco.detect(m, GIVEN), 0.3, "magnitude", expressible_in="module"),
     "compress": lambda m: eco.compress(m, GIVEN, ratio=0.3, batches=BATCHES, loss=loss, distillation=2),
     "gate-fisher": lambda m: eco.compress(m, GIVEN, ratio=0.3, batches=BATCHES, loss=loss, method="gate-fisher"),
     "training": trains,
@@ -251,7 +251,7 @@ def test_verbs_leave_a_model_and_the_numbers_to_come_as_they_were(verb: Callable
 def test_masking_writes_into_nothing() -> None:
     model = Counts().double().eval()
     model.tied = model.up
-    plan = eco.plan(eco.detect(model, GIVEN), 0.5)
+    plan = eco.plan(eco.detect(model, GIVEN), 0.5, scores="magnitude")
     pending, held = model(*GIVEN).square().sum(), dict(model.named_parameters())
     with masked(model, plan) as inside:
         assert inside is model
@@ -268,7 +268,7 @@ def test_masking_writes_into_nothing() -> None:
 def test_gradients_inside_a_mask_are_those_of_the_parameters(before: bool) -> None:
     """They add to those that were there, and hooks of the parameters see them."""
     model = Counts().double().eval()
-    plan, weight = eco.plan(eco.detect(model, GIVEN), 0.5), model.up.weight
+    plan, weight = eco.plan(eco.detect(model, GIVEN), 0.5, scores="magnitude"), model.up.weight
     parameters = list(model.parameters())
     gone = ~plan.masks(model)["up.weight"]
     other = deepcopy(model)

@@ -62,7 +62,7 @@ def test_verbs_look_through(name: str, tmp_path: Path) -> None:
     couplings = eco.detect(wrapped, (X,))
     assert couplings.model is inner
     assert list(couplings.shapes) == ["0.weight", "0.bias", "2.weight", "2.bias"]
-    plan = eco.plan(couplings, ratio=0.5, expressible_in="module")
+    plan = eco.plan(couplings, ratio=0.5, scores="magnitude", expressible_in="module")
     assert [s.kept for s in plan] == [16]
     assert plan.masks(wrapped).keys() == {"0.weight", "0.bias", "2.weight"}
     scores = eco.score(wrapped, couplings, [((X,), {})], loss=loss)
@@ -88,7 +88,7 @@ def test_edited_inside(name: str, tmp_path: Path) -> None:
     inner: Any = unwrapped(wrapped)
     with torch.no_grad():
         wrapped(X)
-    plan = eco.plan(eco.detect(wrapped, (X,)), ratio=0.5)
+    plan = eco.plan(eco.detect(wrapped, (X,)), ratio=0.5, scores="magnitude")
     with torch.no_grad(), masked(inner, plan):
         want = inner(X)
     assert eco.shrink_(wrapped, plan, (X,)) is wrapped
@@ -104,7 +104,7 @@ def test_layers_that_are_compiled_by_themselves() -> None:
     model: Any = inside()
     model[0] = compiled(model[0])
     model.compile(backend="eager")
-    plan = eco.plan(eco.detect(model, (X,)), ratio=0.5, expressible_in="module")
+    plan = eco.plan(eco.detect(model, (X,)), ratio=0.5, scores="magnitude", expressible_in="module")
     assert masked_error(model, eco.shrink(model, plan, (X,)), plan, (X,)) < 1e-5
     eco.shrink_(model, plan, (X,))
     assert (model[0].out_features, model[2].in_features) == (16, 16)
@@ -114,7 +114,7 @@ def test_layers_that_are_compiled_by_themselves() -> None:
 @pytest.mark.usefixtures("group")
 def test_memory_of_the_old_shapes_is_told() -> None:
     wrapped: Any = AROUND["distributed"](inside())
-    plan = eco.plan(eco.detect(wrapped, (X,)), ratio=0.5)
+    plan = eco.plan(eco.detect(wrapped, (X,)), ratio=0.5, scores="magnitude")
     told = (
         r"DistributedDataParallel holds memory for the shapes .*: pass the module inside it, and wrap the result anew"
     )
@@ -153,12 +153,13 @@ def verbs(model: Any, plan: eco.Plan, couplings: Any, path: Path) -> Iterator[tu
     yield "save", lambda: eco.save(model, path)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.*is deprecated:DeprecationWarning", "ignore:FSDP is switching to use")
 @pytest.mark.parametrize("how", ["script", "trace", "flat"])
 @pytest.mark.usefixtures("group")
 def test_what_no_verb_can_look_through(how: str, tmp_path: Path) -> None:
     dense = inside()
     couplings = eco.detect(dense, (X,))
-    plan = eco.plan(couplings, ratio=0.5)
+    plan = eco.plan(couplings, ratio=0.5, scores="magnitude")
     model: Any
     if how == "flat":
         from torch.distributed.fsdp import FullyShardedDataParallel
@@ -205,7 +206,7 @@ def test_what_computes_is_no_wrapper() -> None:
     model: Any = Alone()
     couplings = eco.detect(model, (X,))
     assert "module.0.weight" in couplings.shapes
-    plan = eco.plan(couplings, ratio=0.5)
+    plan = eco.plan(couplings, ratio=0.5, scores="magnitude")
     eco.shrink_(compiled(model), plan, (X,))
     assert model.module[0].weight.shape == (16, 8)
 
@@ -215,7 +216,7 @@ def test_hooks_of_accelerate() -> None:
     model: Any = inside()
     hooks.add_hook_to_module(model, hooks.ModelHook())
     hooks.add_hook_to_module(model[0], hooks.AlignDevicesHook(io_same_device=True))
-    plan = eco.plan(eco.detect(model, (X,)), ratio=0.5, expressible_in="module")
+    plan = eco.plan(eco.detect(model, (X,)), ratio=0.5, scores="magnitude", expressible_in="module")
     assert masked_error(model, eco.shrink(model, plan, (X,)), plan, (X,)) < 1e-5
     twin = copy.deepcopy(model)
     eco.shrink_(model, plan, (X,))
@@ -228,7 +229,7 @@ def test_a_forward_that_no_copy_takes_along() -> None:
     model: Any = inside()
     original = model.forward
     model.forward = lambda x: original(x)
-    plan = eco.plan(eco.detect(model, (X,)), ratio=0.5)
+    plan = eco.plan(eco.detect(model, (X,)), ratio=0.5, scores="magnitude")
     with pytest.raises(PlanError, match=r"Sequential\.forward was replaced by a function .*: take it away"):
         eco.shrink_(model, plan, (X,))
     assert model[0].weight.shape == (32, 8)
