@@ -104,7 +104,7 @@ class SparseTraining:
         self._schedule = schedule or default_schedule(self._settings.total_steps, self._measures)
         check_schedule(self._schedule, self._settings.total_steps, own_scores=method is None)
         self._steps = frozenset(self._schedule.steps)
-        gathered = "gate-fisher" if method is None or self._measures else method
+        gathered = method if method is not None and not self._measures else "gate-fisher"
         self._running = MovingScores(gathered, self._settings.window)
         model = unwrapped(model, resizing=TrainingError)
         owners = other_owners(model)
@@ -120,12 +120,12 @@ class SparseTraining:
         check_reach(self._chosen, self._settings, target, self._limits, self._form)
         self._model = TrackedModel(self._form, self._settings.wrap)
         self._batches = calibration_batches(self._settings.batches)
-        self._second_order, self._compensation = self._measuring(), self._compensating()
-        self._running.follow(self._chosen, self._form.parameters, {})
         self._origin = origin(model, self.plan, args, kwargs)
         self._begin(optimizers, state)
 
     def _begin(self, optimizers: Sequence[Optimizer], state: Mapping[str, Any] | None) -> None:
+        self._second_order, self._compensation = self._measuring(), self._compensating()
+        self._running.follow(self._chosen, self._form.parameters, {})
         self._model.remember(self._origin)
         self._model.count_backwards(self._running.names)
         if optimizers:
