@@ -18,7 +18,7 @@ from ecospa_fx.inplace.attributes import IntegerAttribute, Place, integers_of
 from ecospa_fx.inplace.buffers import BufferSlice, EditTarget
 from ecospa_fx.inplace.constructor import ConstructorEvidence, TensorShapes, constructor_evidence, shapes_of
 from ecospa_fx.inplace.equivalence import EquivalenceCheck
-from ecospa_fx.inplace.groups import narrowed_axes, role_of
+from ecospa_fx.inplace.groups import NarrowedAxes, narrowed_axes, role_of
 from ecospa_fx.inplace.trial import IntegerEdits, edited
 from ecospa_fx.plan import Plan
 
@@ -54,7 +54,7 @@ def evidence(check: EquivalenceCheck, plan: Plan, values: IntegerEdits) -> Evide
 
 
 def _from_constructors(
-    model: nn.Module, axes: Mapping[tuple[str, int], tuple[int, int]], values: IntegerEdits
+    model: nn.Module, axes: NarrowedAxes, values: IntegerEdits
 ) -> tuple[dict[EditTarget, int], set[Place]]:
     """The integers that constructors change in modules that hold something narrower, and all that they set."""
     shapes = _shapes_after(model, axes, values)
@@ -77,9 +77,7 @@ def _from_constructors(
     return following, covered
 
 
-def _shapes_after(
-    model: nn.Module, axes: Mapping[tuple[str, int], tuple[int, int]], values: IntegerEdits
-) -> TensorShapes:
+def _shapes_after(model: nn.Module, axes: NarrowedAxes, values: IntegerEdits) -> TensorShapes:
     """The new shapes of the parameters and buffers that get narrower, by all their names."""
     sizes: dict[tuple[str, int], int] = {key: new for key, (_, new) in axes.items()}
     sizes.update(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from math import prod
@@ -27,6 +27,10 @@ class Group:
         """The selections with a member in or under one of some modules."""
         paths = tuple(modules)
         return [s for s in self.selections if any(is_under(m.parameter, path) for m in s.members for path in paths)]
+
+
+NarrowedAxes = Mapping[tuple[str, int], tuple[int, int]]
+"""Old and new size of parameter axes that get smaller, by name of the parameter and axis."""
 
 
 def is_under(name: str, path: str) -> bool:
@@ -81,7 +85,7 @@ def subplan(plan: Plan, groups: Iterable[Group]) -> Plan:
     return Plan(tuple(s for s in plan if s.name in wanted), plan.shapes)
 
 
-def narrowed_axes(plan: Plan, model: nn.Module) -> dict[tuple[str, int], tuple[int, int]]:
+def narrowed_axes(plan: Plan, model: nn.Module) -> NarrowedAxes:
     """Old and new size of every parameter axis that gets smaller, by all names of the parameter."""
     masks, first = plan.masks(model), {id(p): name for name, p in model.named_parameters()}
     narrowed = {}

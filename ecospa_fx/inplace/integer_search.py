@@ -9,7 +9,7 @@ these refer to, if running the model reads it. Attributes of one name in modules
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, combinations, islice, product
 
@@ -20,7 +20,16 @@ from ecospa_fx.inplace.attributes import IntegerAttribute, Place, integers, reco
 from ecospa_fx.inplace.buffers import EditTarget, buffer_rules
 from ecospa_fx.inplace.equivalence import EquivalenceCheck, Reference
 from ecospa_fx.inplace.evidence import evidence
-from ecospa_fx.inplace.groups import Group, is_under, narrowed_axes, parameter_scope, role_of, scaled_count, subplan
+from ecospa_fx.inplace.groups import (
+    Group,
+    NarrowedAxes,
+    is_under,
+    narrowed_axes,
+    parameter_scope,
+    role_of,
+    scaled_count,
+    subplan,
+)
 from ecospa_fx.inplace.trial import IntegerEdits, edited
 from ecospa_fx.plan import Plan
 
@@ -98,9 +107,8 @@ def candidate_rules(check: EquivalenceCheck, plan: Plan, groups: Sequence[Group]
         options = candidate_edits(model, alike, groups, axes)
         if options:
             label = f"{type(alike[0].owner).__name__}.{alike[0].place.name}"
-            rules.append(
-                IntegerRule(label, tuple(options), any(is_read(attribute.place, check) for attribute in alike))
-            )
+            read = any(is_read(attribute.place, check) for attribute in alike)
+            rules.append(IntegerRule(label, tuple(options), read))
     return rules + [IntegerRule(label, options, True) for label, options in buffer_rules(model, groups)]
 
 
@@ -124,9 +132,8 @@ def is_read(place: EditTarget, check: EquivalenceCheck) -> bool:
     """Whether running the dense model reads an integer, as far as can be seen."""
     if check.read is None:
         attributes = integers(check.model, {path for path, _ in check.model.named_modules()})
-        with recording_reads(
-            [attribute.owner for attribute in attributes if not isinstance(attribute.owner, dict)]
-        ) as read:
+        owners = [attribute.owner for attribute in attributes if not isinstance(attribute.owner, dict)]
+        with recording_reads(owners) as read:
             for call in check.calls:
                 check.run(call)
         check.read = read
@@ -137,10 +144,7 @@ def is_read(place: EditTarget, check: EquivalenceCheck) -> bool:
 
 
 def candidate_edits(
-    model: nn.Module,
-    places: Sequence[IntegerAttribute],
-    groups: Sequence[Group],
-    axes: Mapping[tuple[str, int], tuple[int, int]],
+    model: nn.Module, attributes: Sequence[IntegerAttribute], groups: Sequence[Group], axes: NarrowedAxes
 ) -> list[IntegerEdits]:
     """The ways in which one attribute may follow everywhere: as units of one or several groups, or as an axis."""
     ways: list[Callable[[IntegerAttribute], int | None]] = [
@@ -149,27 +153,18 @@ def candidate_edits(
         for chosen in combinations(groups, count)
     ]
     ways.append(lambda attribute: _as_axis(model, attribute, axes))
-    new = [{attribute.place: way(attribute) for attribute in places} for way in ways]
+    old = {attribute.place: attribute.value for attribute in attributes}
+    new = [{attribute.place: way(attribute) for attribute in attributes} for way in ways]
     options: list[IntegerEdits] = []
     # those first that say something of all places; modules may be alike only because they are numbered
-    for values_by_place in sorted(new, key=lambda values: None in values.values()):
-        following = {attribute.place: values_by_place[attribute.place] or attribute.value for attribute in places}
-        values: IntegerEdits = {
-            attribute.place: following[attribute.place]
-            for attribute in places
-            if following[attribute.place] != attribute.value
-        }
-        if values and values not in options:
-            options.append(values)
+    for values in sorted(new, key=lambda values: None in values.values()):
+        edit: IntegerEdits = {place: value for place, value in values.items() if value and value != old[place]}
+        if edit and edit not in options:
+            options.append(edit)
     return options
 
 
-def _as_units(
-    model: nn.Module,
-    attribute: IntegerAttribute,
-    groups: Sequence[Group],
-    axes: Mapping[tuple[str, int], tuple[int, int]],
-) -> int | None:
+def _as_units(model: nn.Module, attribute: IntegerAttribute, groups: Sequence[Group], axes: NarrowedAxes) -> int | None:
     selections = [group.beneath([parameter_scope(attribute.place.module, model)]) for group in groups]
     if not all(selections):
         return attribute.value if not any(selections) else None
@@ -179,9 +174,7 @@ def _as_units(
     return scaled_count(attribute.value, selections)
 
 
-def _as_axis(
-    model: nn.Module, attribute: IntegerAttribute, axes: Mapping[tuple[str, int], tuple[int, int]]
-) -> int | None:
+def _as_axis(model: nn.Module, attribute: IntegerAttribute, axes: NarrowedAxes) -> int | None:
     path = parameter_scope(attribute.place.module, model)
     new = {size for (name, _), (old, size) in axes.items() if is_under(name, path) and old == attribute.value}
     return new.pop() if len(new) == 1 else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from math import prod
@@ -14,12 +14,10 @@ from ecospa_fx.inplace.attributes import IntegerAttribute, integers
 from ecospa_fx.inplace.buffers import EditTarget
 from ecospa_fx.inplace.equivalence import EquivalenceCheck
 from ecospa_fx.inplace.evidence import evidence
-from ecospa_fx.inplace.groups import Group, is_under, narrowed_axes, scaled_count
+from ecospa_fx.inplace.groups import Group, NarrowedAxes, is_under, narrowed_axes, scaled_count
 from ecospa_fx.inplace.integer_search import by_role, is_read
 from ecospa_fx.inplace.trial import IntegerEdits
 from ecospa_fx.plan import Plan, Selection
-
-NarrowedAxes = Mapping[tuple[str, int], tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -142,8 +142,6 @@ class SparseTraining:
         check_reach(self._chosen, self._settings, target, self._limits, self._form)
         self._model = TrackedModel(self._form, self._settings.wrap)
         self._batches = calibration_batches(self._settings.batches)
-        self._second_order, self._compensation = self._measuring(), self._compensating()
-        self._running.follow(self._chosen, self._form.parameters, {})
         self._origin = origin(model, self.plan, args, kwargs)
         self._begin(optimizers, state)
 
@@ -160,6 +158,8 @@ class SparseTraining:
         return method
 
     def _begin(self, optimizers: Sequence[Optimizer], state: Mapping[str, Any] | None) -> None:
+        self._second_order, self._compensation = self._measuring(), self._compensating()
+        self._running.follow(self._chosen, self._form.parameters, {})
         self._model.remember(self._origin)
         self._model.count_backwards(self._running.names)
         if optimizers:
