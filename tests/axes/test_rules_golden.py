@@ -1,4 +1,4 @@
-"""What every rule says, in the notation of axes: ``tests/golden/rules`` has a file for each family of operators.
+"""What every rule says, in the notation of axes: ``tests/axes/golden/rules`` has a file for each family of operators.
 
 A line is a call: the axes of its operands, as the rule leaves them, and those of its results. What the rule notes about
 dims stands below. `python -m tests.axes.test_rules_golden` writes the files anew.
@@ -23,7 +23,7 @@ from ecospa_fx.axes.flow import apply_rule
 from ecospa_fx.axes.notation import Notation, product_text, statements
 from tests.support.rule_examples import FAMILIES, Example, Operand
 
-FOLDER = Path(__file__).resolve().parents[1] / "golden" / "rules"
+FOLDER = Path(__file__).with_name("golden") / "rules"
 KINDS = {"x": DimKind.PARAMETER, "y": DimKind.PARAMETER, "w": DimKind.PARAMETER, "c": DimKind.BLANK}
 HEADER = """\
 # OPERATOR(ARGUMENT OPERAND(AXES), …) : AXES OF THE RESULTS    # sizes
