@@ -126,6 +126,7 @@ class Statement:
 
 def golden(family: str) -> str:
     """The file of a family."""
+    registry.load()
     texts = []
     for example in FAMILIES[family]():
         texts += list(Statement(example).lines())
@@ -150,7 +151,6 @@ def test_an_example_is_of_its_family(family: str) -> None:
 
 
 if __name__ == "__main__":
-    registry.load()
     FOLDER.mkdir(parents=True, exist_ok=True)
     for name in FAMILIES:
         (FOLDER / f"{name}.txt").write_text(golden(name), encoding="utf-8")

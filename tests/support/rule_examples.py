@@ -1,4 +1,4 @@
-"""One or two small calls of every operator that has a rule; ``tests/axes/golden/rules`` shows what the rule says of them.
+"""One or two small calls of every operator that has a rule; ``tests/axes/golden/rules`` shows what it says of them.
 
 Operands: ``x`` an activation, of which masking makes removed positions 0; ``y`` one that is not 0 there; ``w`` a
 parameter; ``s`` something stored; ``c`` a constant, all positions alike; ``i`` stored positions; ``m`` a stored mask.
