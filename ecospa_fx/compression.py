@@ -78,6 +78,7 @@ class Compression:
     """What `compress` was asked for, checked."""
 
     method: str
+    """"second-order", or a method of `score`."""
     ratio: float
     """`RATIO` where the user gave none."""
     scores: Scores | Mapping[str, Tensor] | None

@@ -155,6 +155,7 @@ class Task:
     """What is to be compressed: a model, how it is called, and the data that says what matters."""
 
     model: nn.Module
+    """The dense one; it is not changed."""
     args: Sequence[Any]
     """Positional example inputs."""
     kwargs: Mapping[str, Any]

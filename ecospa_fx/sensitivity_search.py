@@ -29,18 +29,20 @@ MOST = 0.95
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sensitivity:
-    """``Sensitivity(…).plan(couplings, ratio, scores)``.
-
-    evaluator: runs the dense program; weights: what it becomes with units gone; batches: held out from the scores;
-    rounds: how often the curves are measured, each time around the plan before.
-    """
+    """``Sensitivity(…).plan(couplings, ratio, scores)``: plans by measured curves, around the plan by scores."""
 
     evaluator: PartialInterpreter
+    """Runs the dense program."""
     weights: Compensated
+    """What its parameters become with units removed."""
     batches: Sequence[Batch]
+    """Held out from the scores."""
     loss: Loss
+    """(output, args, kwargs) to a scalar."""
     rounds: int = 2
+    """How often the curves are measured, each time around the plan before."""
     watch: Watcher = field(default=lambda trials: trials)
+    """Wraps the trials, to show progress."""
 
     def plan(self, couplings: Couplings, ratio: float, scores: Scores, **planning: Any) -> Plan:
         """The best of the plan by scores and those by curves. planning: further options of `plan`."""
@@ -60,7 +62,7 @@ class Sensitivity:
         return best
 
     def loss_of(self, plan: Plan) -> float:
-        """Mean loss on the held-out data with a plan's units gone."""
+        """Mean loss on the held-out data with what a plan removes gone."""
         (loss,) = self._trials(plan).losses([Trial("", (), [dict])])[""]
         return loss
 
