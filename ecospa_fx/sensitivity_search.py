@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Unpack
 
+from ecospa_fx.budget.settings import AllPlanOptions
 from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.importance.compensation import Compensated
 from ecospa_fx.importance.score import Batch, Loss
@@ -44,7 +45,7 @@ class Sensitivity:
     watch: Watcher = field(default=lambda trials: trials)
     """Wraps the trials, to show progress."""
 
-    def plan(self, couplings: Couplings, ratio: float, scores: Scores, **planning: Any) -> Plan:
+    def plan(self, couplings: Couplings, ratio: float, scores: Scores, **planning: Unpack[AllPlanOptions]) -> Plan:
         """The best of the plan by scores and those by curves. planning: further options of `plan`."""
         best = last = make_plan(couplings, ratio, scores, **planning)
         least = self.loss_of(best)
@@ -53,7 +54,8 @@ class Sensitivity:
             trials = self._trials(last)
             widths = {s.name: around(s.size, s.size - s.kept, ratio) for s in last}
             curves = measured(trials, self.weights, scores.values, widths, base, self.watch)
-            plan = make_plan(couplings, ratio, scores, **{**planning, "allocation": curves})
+            by_curves: AllPlanOptions = {**planning, "allocation": curves}
+            plan = make_plan(couplings, ratio, scores, **by_curves)
             if plan == last:
                 break
             last, loss = plan, self.loss_of(plan)
