@@ -9,6 +9,7 @@ from typing import Any, Unpack, cast
 import torch
 from torch import Tensor, nn
 
+from ecospa_fx.budget.settings import AllPlanOptions
 from ecospa_fx.capture.export import capture, captures
 from ecospa_fx.checks import check_data, check_options, check_whole
 from ecospa_fx.compression import Compression, CompressOptions
@@ -221,13 +222,13 @@ def compress(  # noqa: PLR0913  # the data, the method and what may go meet here
     model, args, kwargs = lift_parameters(model, args, kwargs)
     couplings = _couplings(model, args, kwargs, couplings, options)
     if method == SECOND_ORDER:
-        return _rebuilt(Task(model, args, kwargs, couplings, *checked(batches, loss), asked.scores), asked)
+        return _compressed(Task(model, args, kwargs, couplings, *checked(batches, loss), asked.scores), asked)
     by = _scores(model, couplings, batches, loss, asked)
     return shrink(model, make_plan(couplings, asked.ratio, by, **asked.planning), args, kwargs)
 
 
 def _couplings(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], couplings: object, options: Mapping[str, Any]
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], couplings: object, options: CompressOptions
 ) -> Couplings:
     """The couplings that were given, or those of the model. Raises PlanError for none, and where nothing can go."""
     if couplings is None:
@@ -246,13 +247,21 @@ def _scores(
     """What says which units go, for a method that only removes."""
     if asked.scores is not None or asked.method == "magnitude":
         return "magnitude" if asked.scores is None else asked.scores
-    how: dict[str, Any] = {"steps": asked.steps, "progress": asked.progress, **asked.planning}
-    return scored(model, couplings, list(batches), ratio=asked.ratio, loss=loss, method=asked.method, **how)
+    return scored(
+        model,
+        couplings,
+        list(batches),
+        ratio=asked.ratio,
+        loss=loss,
+        method=asked.method,
+        steps=asked.steps,
+        progress=asked.progress,
+        **asked.planning,
+    )
 
 
-def _rebuilt(task: Task, asked: Compression) -> nn.Module:
+def _compressed(task: Task, asked: Compression) -> nn.Module:
     """What `compress` returns for second-order compression."""
-
     model, args, kwargs, by = task.model, task.args, task.kwargs, task.scores
     # What cannot be reached, or is not of this model, is refused before anything slow.
     make_plan(task.couplings, asked.ratio, "magnitude" if by is None else by, **asked.all_planning).check(model)
@@ -274,14 +283,13 @@ def scored(
     method: str = "gate-fisher",
     steps: int = 4,
     progress: bool = False,
-    **planning: Any,
+    **planning: Unpack[AllPlanOptions],
 ) -> Scores:
-    """Scores for removing `ratio`, taken anew while units go: after each step on what is left.
+    """Scores for removing `ratio`, in several steps: each scores what the one before left.
 
     What a unit is worth depends on which others are still there. Step i of `steps` masks a plan for i / steps of the
-    ratio and scores what is left; units that are gone score 0 and stay gone. The model is masked in between and
-    restored at the end, whatever happens. planning: further options of `plan`. Raises ScoreError for fewer than one
-    step.
+    ratio and scores the rest; masked units score 0 and stay masked. The model is restored at the end, whatever happens.
+    planning: further options of `plan`. Raises ScoreError for fewer than one step.
     """
     check_whole("steps", steps, 1, ScoreError, "a number of scoring passes")
     splitter = splitter_of(model, loss)  # one for all passes, so that it looks at batches, and warns, once
@@ -292,10 +300,11 @@ def scored(
     return scores
 
 
-def _stage(couplings: Couplings, ratio: float, scores: Scores, share: float, planning: Mapping[str, Any]) -> Plan:
+def _stage(couplings: Couplings, ratio: float, scores: Scores, share: float, planning: AllPlanOptions) -> Plan:
     """The plan for a share of the way, to a ratio or to widths."""
     if planning.get("widths") is None:
         return make_plan(couplings, ratio * share, scores, **planning)
     last = make_plan(couplings, scores=scores, **planning)
     widths = {s.name: s.size - round((s.size - s.kept) * share) for s in last}
-    return make_plan(couplings, scores=scores, **{**planning, "widths": widths})
+    to_widths: AllPlanOptions = {**planning, "widths": widths}
+    return make_plan(couplings, scores=scores, **to_widths)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import Tensor
 
 from ecospa_fx.budget.cost import CostModel
-from ecospa_fx.budget.settings import RATIO, PlanSettings
+from ecospa_fx.budget.settings import RATIO, AllPlanOptions, PlanSettings
 from ecospa_fx.checks import check_flag, check_whole
 from ecospa_fx.coupling.choice import ChoiceOptions
 from ecospa_fx.errors import OptionError, PlanError, ScoreError
@@ -78,11 +78,12 @@ class Compression:
     """What `compress` was asked for, checked."""
 
     method: str
+    """"second-order", or a method of `score`."""
     ratio: float
     """`RATIO` where the user gave none."""
     scores: Scores | Mapping[str, Tensor] | None
     """The user's own, None where the method scores."""
-    planning: Mapping[str, Any]
+    planning: AllPlanOptions
     """Options of `plan`."""
     recipe: Recipe
     """Of second-order compression."""
@@ -92,7 +93,7 @@ class Compression:
     """Whether these show a bar."""
 
     @classmethod
-    def of(cls, method: str, ratio: float | None, scores: object, options: Mapping[str, Any]) -> Compression:
+    def of(cls, method: str, ratio: float | None, scores: object, options: CompressOptions) -> Compression:
         """Sort the options of `compress`. Raises PlanError, ScoreError or OptionError for what makes no sense."""
         _check_method(method, options)
         if scores is not None and not isinstance(scores, Scores | Mapping):
@@ -116,17 +117,18 @@ class Compression:
             planning["allocation"] = options["allocation"]
         if ratio is None and planning.get("widths") is None:
             raise OptionError("compress() needs ratio=, the share of the couplings' parameters to remove, or widths=")
-        compression = cls(method, RATIO if ratio is None else ratio, scores, planning, recipe, steps, progress)
+        share, checked = RATIO if ratio is None else ratio, cast("AllPlanOptions", planning)
+        compression = cls(method, share, scores, checked, recipe, steps, progress)
         PlanSettings(compression.ratio, **compression.all_planning)
         return compression
 
     @property
-    def all_planning(self) -> dict[str, Any]:
+    def all_planning(self) -> AllPlanOptions:
         """Options of `plan`, with the allocation that the method chooses."""
-        return self.recipe.planning(self.planning) if self.method == SECOND_ORDER else dict(self.planning)
+        return self.recipe.planning(self.planning) if self.method == SECOND_ORDER else self.planning
 
 
-def _check_method(method: object, options: Mapping[str, Any]) -> None:
+def _check_method(method: object, options: CompressOptions) -> None:
     """Raise for a method that is not there, and for options of another one."""
     if method == SECOND_ORDER:
         if "steps" in options:

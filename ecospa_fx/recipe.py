@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from ecospa_fx.budget.allocate import choose
+from ecospa_fx.budget.settings import AllPlanOptions
 from ecospa_fx.checks import check_data, check_flag, check_share, check_whole, is_number
 from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.coupling.types import Coupling
@@ -83,7 +84,7 @@ class Recipe:
     inputs that the smaller model makes, in a pass of its own over the data."""
     least_squares_damping: float = 0.1
     """Of least squares, in means of the diagonal."""
-    allocation: str | None = None
+    allocation: Literal["ragged", "global", "uniform", "sensitivity"] | None = None
     """"ragged": by score, and each head keeps its own number of units. "global": by score, with as many in all heads of
     a layer. "uniform": the same share everywhere. "sensitivity": by what couplings are measured to cost, on every
     fourth sample, which the scores do not see. None: "ragged" where parameters are counted and the graph form may do as
@@ -136,8 +137,8 @@ class Recipe:
         lacking = min(1.0, max(0.0, (MANY - batches) / (MANY - FEW)))
         return max(DRAWS[0], min(round(DRAWS[0] + lacking * (DRAWS[1] - DRAWS[0])), DRAWS[1] // FEW * batches))
 
-    def planning(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Options of `plan`, with the allocation that goes with those given."""
+    def planning(self, options: AllPlanOptions) -> AllPlanOptions:
+        """The same options of `plan`, with the allocation that goes with them."""
         if options.get("widths") is not None and self.allocation is not None:
             raise PlanError("widths= says how many units stay, and allocation= how a ratio is spread: give one of them")
         even = options.get("budget", "parameters") != "parameters" or options.get("expressible_in") is not None
@@ -155,6 +156,7 @@ class Task:
     """What is to be compressed: a model, how it is called, and the data that says what matters."""
 
     model: nn.Module
+    """The dense one; it is not changed."""
     args: Sequence[Any]
     """Positional example inputs."""
     kwargs: Mapping[str, Any]
@@ -183,7 +185,9 @@ def checked(batches: Iterable[object], loss: Loss | None) -> tuple[list[Batch], 
     return samples, loss
 
 
-def compress_program(program: ExportedForm, task: Task, ratio: float, recipe: Recipe, **planning: Any) -> Plan:
+def compress_program(
+    program: ExportedForm, task: Task, ratio: float, recipe: Recipe, **planning: Unpack[AllPlanOptions]
+) -> Plan:
     """Make a program smaller in place and let kept units make up for removed ones. Returns the plan.
 
     planning: further options of `plan`. The model itself is not changed. Raises PlanError where the plan does not fit
@@ -240,7 +244,7 @@ def _planned(
     held_out: Sequence[Batch],
     ratio: float,
     recipe: Recipe,
-    options: Mapping[str, Any],
+    options: AllPlanOptions,
 ) -> tuple[Plan, Compensated]:
     """The plan, and the weights that compensate what it removes; bases have changed in the program."""
     evaluator = PartialInterpreter(program, task.model, task.args, task.kwargs)

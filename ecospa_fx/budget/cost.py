@@ -65,6 +65,7 @@ class Parameters(CostModel):
     """Elements of parameters."""
 
     shapes: Shapes
+    """Of the parameters, by name."""
     unit = "the couplings' parameters"
 
     def freed(self, coupling: Coupling, kept: Sequence[int]) -> Tensor:

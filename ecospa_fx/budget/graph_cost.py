@@ -36,18 +36,19 @@ class Blank:
     """A tensor without its values."""
 
     shape: tuple[int, ...]
+    """Sizes of its axes."""
     dtype: torch.dtype
+    """Type of its elements."""
 
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One call of an operator on tensors without values; equal operations cost the same.
-
-    arguments: (name in the schema, value) pairs; lists are tuples, tensors are blanks.
-    """
+    """One call of an operator on tensors without values; equal operations cost the same."""
 
     operator: Any
-    arguments: tuple[tuple[str, Any], ...]
+    """An operator of ``torch.ops``."""
+    arguments: tuple[tuple[str, object], ...]
+    """(name in the schema, value) pairs; lists are tuples, tensors are blanks."""
 
     @property
     def operands(self) -> list[Blank]:
@@ -182,7 +183,7 @@ class NarrowedOps:
         rule(resize)
         return resize.edits
 
-    def _blank(self, user: fx.Node, value: Any, kept: Narrowing) -> Any:
+    def _blank(self, user: fx.Node, value: object, kept: Narrowing) -> object:
         """An argument of a call, tensors without their values."""
         if isinstance(value, list | tuple):
             return tuple(self._blank(user, item, kept) for item in value)

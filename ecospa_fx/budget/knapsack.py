@@ -38,7 +38,9 @@ class Option:
     kept: tuple[tuple[str, int], ...]
     """(name of coupling, units kept) pairs."""
     freed: float
+    """In the budget's unit."""
     loss: float
+    """Predicted."""
 
 
 def widths(

@@ -15,7 +15,6 @@ import platform
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -64,7 +63,7 @@ class Latency(GraphCost):
     ) -> None:
         super().__init__(narrowed)
         self.device, self.round_to = device, round_to
-        self.table = Table(device, cache)
+        self.table = LatencyTable(device, cache)
 
     @classmethod
     def of(cls, couplings: Couplings, round_to: int = 1, cache: str | os.PathLike[str] | None = None) -> Latency:
@@ -88,7 +87,7 @@ class Latency(GraphCost):
         return [seconds.get(operation, 0.0) for operation in operations]
 
 
-class Table:
+class LatencyTable:
     """Measured seconds of operations on one device, on disk."""
 
     def __init__(self, device: torch.device, cache: str | os.PathLike[str] | None = None) -> None:
@@ -159,7 +158,7 @@ def as_shrunk(operation: Operation, device: torch.device) -> fx.GraphModule:
     with FakeTensorMode():
         tensors = enumerate(operation.filled(device))
 
-        def placed(value: Any) -> Any:
+        def placed(value: object) -> object:
             """An argument with a placeholder for each tensor."""
             if isinstance(value, tuple):
                 return [placed(item) for item in value]

@@ -84,6 +84,7 @@ class RemovalOrder:
     """The order in which one coupling's units are removed, step by step."""
 
     coupling: Coupling
+    """Whose units these are."""
     order: Tensor
     """LongTensor of carrier · size + unit for the units that may be removed, first ones first."""
     removed: tuple[int, ...]
@@ -147,9 +148,10 @@ def numbered(order: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Lockstep:
-    """Orders, by their places in a list, that take their steps together."""
+    """Orders that take their steps together."""
 
     orders: tuple[int, ...]
+    """Their places in a list."""
     keys: Tensor
     """float64 [steps]: of all locksteps, the step with the least key comes first."""
 
@@ -187,8 +189,11 @@ class GreedySchedule:
     """The steps of all locksteps in one order, least key first; a *height* is how many of them are taken."""
 
     cost_model: CostModel
+    """Counts what is freed."""
     orders: Sequence[RemovalOrder]
+    """One per coupling."""
     locksteps: Sequence[Lockstep]
+    """Which of the orders take their steps together; each order is in one of them."""
     owner: Tensor
     """LongTensor [heights]: the lockstep of each step."""
     estimate: Tensor

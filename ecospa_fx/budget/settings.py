@@ -44,6 +44,15 @@ class PlanOptions(ChoiceOptions, total=False):
     names; a name counts before a pattern."""
 
 
+class AllPlanOptions(PlanOptions, total=False):
+    """All that `plan` takes by name but couplings, ratio and scores."""
+
+    seed: int
+    """0 by default. What "random" scores are drawn from."""
+    round_to: int | None
+    """1 by default. Kept units are a multiple of this; None: of what the device prefers."""
+
+
 @dataclass(frozen=True, slots=True)
 class PlanSettings:
     """What a plan is made by: see `plan`. Raises PlanError for what is out of range or of another type."""

@@ -55,14 +55,14 @@ ROUNDED = 4.0
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """value: D(y, y₀); change: the mean square difference of the slopes; rounding: what of D may be rounding.
-
-    Sums and means over batches are those of all three.
-    """
+    """How far an output is from another; sums and means over batches are those of all three numbers."""
 
     value: float
+    """D(y, y₀)."""
     change: float
+    """The mean square difference of the slopes on the way."""
     rounding: float
+    """What of D may be rounding."""
 
     @property
     def is_negative(self) -> bool:

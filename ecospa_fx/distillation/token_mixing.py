@@ -39,6 +39,7 @@ class TokenMixing:
     predicted: float = 0.25
     """Of positions that the teacher predicted, where it does."""
     source: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+    """Of the positions that change, and of what the teacher says."""
     _teacher: TeacherSamples = field(init=False)
 
     def __post_init__(self) -> None:

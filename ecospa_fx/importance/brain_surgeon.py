@@ -24,13 +24,12 @@ SCALES = 0.25, 4.0
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Removal:
-    """The order in which units go.
-
-    order: LongTensor [carriers, units]; cost: [carriers, units], what each one costs when it goes, in that order.
-    """
+    """The order in which units are removed."""
 
     order: Tensor
+    """LongTensor [carriers, units]."""
     cost: Tensor
+    """[carriers, units]: what each one costs when it is removed, in that order."""
 
 
 def remove_all(hessian: Tensor, weight: Tensor, width: int = 1, at_once: int = 1) -> Removal:

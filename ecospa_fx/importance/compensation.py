@@ -37,6 +37,7 @@ class Compensated:
     views: CouplingViews | None = None
     """What can be compensated, with `curvature`; None: units are masked and nothing makes up for them."""
     curvature: Curvature | None = None
+    """What was measured at the views."""
     damping: float | None = 0.1
     """Of least squares, in means of the diagonal; None: no matrix is solved."""
     gate_damping: float | None = 0.1

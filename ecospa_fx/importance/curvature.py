@@ -197,7 +197,7 @@ class Collector:
     def _inputs(self) -> list[Tensor]:
         return [*self._begun, *self._leaves.values()]
 
-    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+    def _forward(self, *args: object, **kwargs: object) -> object:
         evaluator, self._begun = self.evaluator, []
         values: NodeValues = evaluator.start(args, kwargs)
         for node, name in evaluator.program.parameters.items():

@@ -59,7 +59,7 @@ def checked_value(value: object, name: str) -> Tensor:
     return value
 
 
-def parts_of(output: object) -> tuple[list[Any], Callable[[Sequence[object]], Any]]:
+def parts_of(output: object) -> tuple[list[Any], Callable[[Sequence[object]], object]]:
     """The leaves of an output, those within its objects too, and what makes an output of as many others."""
     leaves, spec = pytree.tree_flatten(opened(output))
     return leaves, lambda others: closed(pytree.tree_unflatten(others, spec))[0]
@@ -139,7 +139,7 @@ class NormalisedLoss:
         """Whether all slopes so far were rounding, and some were there."""
         return self.is_flat and self.factor is not None
 
-    def __call__(self, output: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    def __call__(self, output: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
         if self.factor is None or self.is_flat:
             return self._measured(output, (args, kwargs))
         return _scaled(self._loss(output, args, kwargs), self.factor)

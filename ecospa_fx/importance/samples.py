@@ -25,7 +25,7 @@ from ecospa_fx.importance.losses import Batch, Loss, NormalisedLoss, times
 from ecospa_fx.importance.separable import Comparison, Output, closed_again, open_tensors
 from ecospa_fx.runtime.interpreter import PartialInterpreter
 
-Answer = Callable[[Batch], Any]
+Answer = Callable[[Batch], object]
 """What the model returns for some arguments."""
 
 
@@ -149,7 +149,7 @@ def joined(samples: Sequence[Batch]) -> Batch | None:
     return args, _like(samples[0][1], kwargs)
 
 
-def _is_same(leaf: Any, other: Any) -> bool:
+def _is_same(leaf: object, other: object) -> bool:
     if isinstance(leaf, Tensor) and isinstance(other, Tensor):
         return leaf is other or (leaf.dim() == 0 and leaf.equal(other))
     return leaf is other or (type(leaf) is type(other) and not _shape(leaf) and bool(leaf == other))
@@ -188,18 +188,18 @@ def _like(kwargs: Mapping[str, Any], values: dict[str, Any]) -> Mapping[str, Any
     return result
 
 
-def _shape(leaf: Any) -> tuple[int, ...]:
+def _shape(leaf: object) -> tuple[int, ...]:
     """Of an array with at least one axis; of anything else, parameters included, there is none."""
     shape = getattr(leaf, "shape", None)
     return tuple(shape) if isinstance(shape, tuple) and not isinstance(leaf, nn.Parameter) else ()
 
 
-def _belongs(leaf: Any, count: int) -> bool:
+def _belongs(leaf: object, count: int) -> bool:
     shape = _shape(leaf)
     return not shape or shape[0] in (0, 1, count)
 
 
-def _is_listed(value: Any, count: int) -> bool:
+def _is_listed(value: object, count: int) -> bool:
     """Whether a list has an element per sample, and no tensors of all samples."""
     if type(value) is not list or len(value) != count:
         return False

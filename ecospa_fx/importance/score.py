@@ -97,7 +97,7 @@ def splitter_of(model: nn.Module, loss: Loss | None) -> Splitter | None:
     return Splitter(lambda batch: _called(model, *batch), loss, model.parameters())
 
 
-def _called(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+def _called(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> object:
     """What the model returns; what it writes into are copies."""
     args, kwargs = copied((args, kwargs))
     return model(*args, **kwargs)
@@ -135,7 +135,7 @@ def _values(method: Method, statistic: Statistic, unit: NormalisedLoss) -> UnitS
 def _gather(model: nn.Module, statistic: Statistic, splitter: Splitter, batch: Batch, loss: Loss, number: int) -> None:
     """Let the statistic see the samples of one batch, but for those that have no finite loss of their own."""
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def forward(*args: object, **kwargs: object) -> object:
         return _called(model, args, kwargs)
 
     samples, count = splitter.split(batch, number), 0
@@ -203,7 +203,7 @@ def _scoring(model: nn.Module, statistic: Statistic) -> Iterator[None]:
 
 
 def one_batch(
-    forward: Callable[..., Any], inputs: Callable[[], Sequence[Tensor]], batch: object, loss: Loss, number: int,
+    forward: Callable[..., object], inputs: Callable[[], Sequence[Tensor]], batch: object, loss: Loss, number: int,
     *, strict: bool = True,
 ) -> bool:  # fmt: skip
     """Differentiate the loss of one batch by `inputs`, asked for after the forward pass; hooks do the rest.

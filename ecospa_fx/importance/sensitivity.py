@@ -36,7 +36,7 @@ LEAST = 0.1
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Curves:
-    """Rise of the loss by coupling: (kept units, rise) from most to fewest kept; whole, it is 0.
+    """Rise of the loss as each coupling loses units, measured at some widths.
 
     Between these widths the rise goes as the scores' prediction does; beyond them nothing is known, and no width is
     chosen. Given to `plan`, all widths are chosen at once so that the sum of the rises is least.
@@ -45,6 +45,7 @@ class Curves:
     """
 
     rises: Mapping[str, tuple[tuple[int, float], ...]]
+    """By coupling (kept units, rise) from most to fewest kept; of the whole coupling the rise is 0."""
     rate: float = 0.0
     """What one unit of the scores' prediction has cost on average."""
 
@@ -64,11 +65,14 @@ class Curves:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Trial:
-    """Weights to try in place of the base's. coupling: whose; parameters: which change; variants: made when needed."""
+    """Weights to try in place of the base's."""
 
     coupling: str
+    """Name of the coupling that loses units."""
     parameters: Collection[str]
+    """Names of those that change."""
     variants: Sequence[Callable[[], ChangedWeights]]
+    """Make the weights when they are needed."""
 
 
 class TrialLosses:

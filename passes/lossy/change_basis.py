@@ -26,11 +26,14 @@ FLOOR = 1e-6
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ChangeBasis:
-    """Multiply one side of a linear coupling by B [carriers, units, units] and the other by its inverse transposed."""
+    """Multiply one side of a linear coupling by a matrix B per carrier and the other by its inverse transposed."""
 
     first: tuple[Side, ...]
+    """What is multiplied by B."""
     second: tuple[Side, ...]
+    """What is multiplied by B⁻ᵀ."""
     basis: Tensor
+    """B [carriers, units, units]."""
     name: str = "change-basis"
 
     def run(self, program: Program) -> None:

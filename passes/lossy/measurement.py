@@ -32,8 +32,11 @@ class Measurement:
     """What data says of couplings, in the bases that they were turned into."""
 
     couplings: Sequence[Coupling]
+    """Those that were measured."""
     views: CouplingViews
+    """How each of them is looked at."""
     curvature: Curvature
+    """Moments at the views."""
     values: Mapping[str, Tensor]
     """Parameters by name, in these bases."""
 

@@ -23,9 +23,10 @@ from ecospa_fx.runtime.interpreter import NodeValues, PartialInterpreter, detach
 
 @dataclass(frozen=True, slots=True)
 class Reconstruct:
-    """``Reconstruct(damping).run(dense, small, batches)``; damping: in means of the diagonal."""
+    """``Reconstruct(damping).run(dense, small, batches)``."""
 
     damping: float = 0.1
+    """Of least squares, in means of the diagonal."""
     name: str = "reconstruct"
 
     def run(
@@ -56,7 +57,9 @@ class Stage:
     """A matrix that lost inputs, in both programs."""
 
     site: LinearUse
+    """In the dense program."""
     twin: fx.Node
+    """Its node in the smaller program."""
 
 
 def stages_of(dense: PartialInterpreter, small: PartialInterpreter) -> list[Stage]:

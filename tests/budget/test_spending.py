@@ -21,7 +21,7 @@ import ecospa_fx as eco
 from ecospa_fx.budget import latency
 from ecospa_fx.budget.cost import Flops, GraphCost
 from ecospa_fx.budget.graph_cost import NarrowedOps, Operation, flops
-from ecospa_fx.budget.latency import Latency, Table
+from ecospa_fx.budget.latency import Latency, LatencyTable
 from ecospa_fx.budget.removal_order import Bounds
 from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.coupling.types import Coupling
@@ -294,8 +294,8 @@ def test_couplings_that_overlap_free_at_least_the_ratio(kinds: list[str], ratio:
     assert made.removed_parameters >= ratio * made.coupled_parameters
 
 
-def table_of(folder: Path) -> Table:
-    return Table(torch.device("cpu"), folder)
+def table_of(folder: Path) -> LatencyTable:
+    return LatencyTable(torch.device("cpu"), folder)
 
 
 OPERATION = Operation(torch.ops.aten.mm.default, ())
