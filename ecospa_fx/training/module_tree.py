@@ -86,7 +86,7 @@ KEPT = "kept_positions_"
 
 
 def adopt_graphs(fresh: nn.Module, tree: nn.Module, buffers: Mapping[str, Tensor]) -> int:
-    """Give the modules of a tree the graphs of a fresh one. made: buffers that came with these graphs, by name."""
+    """Give the modules of a tree the graphs of a fresh one. buffers: those that came with these graphs, by name."""
     modules, changed = by_path(tree), 0
     for path, new in by_path(fresh).items():
         old = modules.get(path)

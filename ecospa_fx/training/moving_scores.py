@@ -1,4 +1,4 @@
-"""Scores from the gradients that training computes anyway.
+"""Importance scores as moving averages over the gradients that training computes anyway.
 
 With g a parameter's gradient at a step and w its value, per unit as in `ecospa_fx.importance.methods`:
 
@@ -40,17 +40,17 @@ class MovingScores:
             raise TrainingError(f"scores={method!r:.60} cannot be taken while training: use one of {names}")
         self.method, self._decay = method, 1 - 1 / memory
         self._spans: dict[str, tuple[int, int, tuple[int, int]]] = {}
-        self._uses: dict[str, dict[MarginKey, list[tuple[str, float, Member]]]] = {}
+        self._members_by_margin: dict[str, dict[MarginKey, list[tuple[str, float, Member]]]] = {}
         self._parameters: Mapping[str, nn.Parameter] = {}
-        self._spread: Tensor | None = None
+        self._sharded: Tensor | None = None
         self._sums = self._values = torch.zeros(0)
-        self._step_fine = torch.tensor(False)
+        self._step_valid = torch.tensor(False)
 
     def follow(
         self, couplings: Sequence[Coupling], parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]
     ) -> None:
         """Score these couplings from now on. values: what is known of their units so far."""
-        self._parameters, self._spans, self._uses, end = parameters, {}, {}, 0
+        self._parameters, self._spans, self._members_by_margin, end = parameters, {}, {}, 0
         for coupling in couplings:
             count = coupling.carriers * coupling.size
             self._spans[coupling.name] = (end, end + count, (coupling.carriers, coupling.size))
@@ -58,18 +58,20 @@ class MovingScores:
             gate = self.method == "gate-fisher"
             members, factor = gate_members(coupling) if gate else (coupling.members, 1.0)
             for member in members:
-                margins = self._uses.setdefault(member.parameter, {})
+                margins = self._members_by_margin.setdefault(member.parameter, {})
                 margins.setdefault(margin_key(member), []).append((coupling.name, factor, member))
-        self._spread = next((parameters[name] for name in self._uses if is_sharded([parameters[name]])), None)
-        device = next((parameters[name].device for name in self._uses), torch.device("cpu"))
+        self._sharded = next(
+            (parameters[name] for name in self._members_by_margin if is_sharded([parameters[name]])), None
+        )
+        device = next((parameters[name].device for name in self._members_by_margin), torch.device("cpu"))
         self._values = torch.zeros(end, dtype=accumulator_dtype(device), device=device)
         for name, value in values.items():
-            self._part(self._values, name).copy_(value)
+            self._values_of(self._values, name).copy_(value)
 
     @property
     def names(self) -> tuple[str, ...]:
         """The parameters whose gradients are read."""
-        return tuple(self._uses)
+        return tuple(self._members_by_margin)
 
     def gather(self) -> None:
         """Take in the gradients of one step. A step whose gradients are missing, zero or not finite counts for nothing.
@@ -77,28 +79,28 @@ class MovingScores:
         Nothing waits for the device here.
         """
         self._sums = torch.zeros_like(self._values)
-        for name, margins in self._uses.items():
+        for name, margins in self._members_by_margin.items():
             parameter = self._parameters[name]
             if parameter.grad is not None:
-                self._take(parameter.grad, parameter, margins)
-        if self._spread is not None:
-            sum_over_shards(self._sums, self._spread)
+                self._add_gradient(parameter.grad, parameter, margins)
+        if self._sharded is not None:
+            sum_over_shards(self._sums, self._sharded)
         squares = self._sums.abs() if self.method == "fisher" else self._sums.square()
         total = squares.sum()
-        self._step_fine = total.isfinite() & (total > 0)
+        self._step_valid = total.isfinite() & (total > 0)
         shares = self._sums / total.sqrt() if self.method == "taylor" else squares / total
         moved = torch.lerp(shares, self._values, self._decay)
-        self._values = torch.where(self._step_fine, moved, self._values)
+        self._values = torch.where(self._step_valid, moved, self._values)
         self._sums = torch.zeros(0)
 
     @property
     def usable(self) -> bool:
-        """Whether the last step's gradients were fine, so that units may be judged now. Waits for the device."""
-        return bool(self._step_fine)
+        """Whether the last step's gradients were there and finite, so that scores can be used. Waits for the device."""
+        return bool(self._step_valid)
 
     def values(self) -> dict[str, Tensor]:
         """[carriers, units] per coupling: the moving averages themselves, which `follow` takes back."""
-        return {name: self._part(self._values, name).clone() for name in self._spans}
+        return {name: self._values_of(self._values, name).clone() for name in self._spans}
 
     def scores(self) -> dict[str, Tensor]:
         """[carriers, units] per coupling, on the CPU: how much each unit matters."""
@@ -108,12 +110,12 @@ class MovingScores:
         """All averages in one tensor, to be averaged over processes in place."""
         return self._values
 
-    def _part(self, flat: Tensor, name: str) -> Tensor:
+    def _values_of(self, flat: Tensor, name: str) -> Tensor:
         begin, end, shape = self._spans[name]
         return flat[begin:end].view(shape)
 
     @torch.no_grad()
-    def _take(
+    def _add_gradient(
         self, gradient: Tensor, weight: Tensor, margins: Mapping[MarginKey, list[tuple[str, float, Member]]]
     ) -> None:
         products, unit = _products(local_part(gradient), local_part(weight)), None
@@ -125,7 +127,7 @@ class MovingScores:
             if unit is not None:
                 sums = sums.to(self._sums.dtype) / unit.to(self._sums.dtype).square()
             for name, factor, member in uses:
-                self._part(self._sums, name).add_(_unit_sums(sums, member), alpha=factor)
+                self._values_of(self._sums, name).add_(_unit_sums(sums, member), alpha=factor)
 
 
 def _products(gradient: Tensor, weight: Tensor) -> Tensor:

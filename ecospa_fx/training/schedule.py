@@ -1,4 +1,4 @@
-"""When a model shrinks, and how far: from the number of a step to the share of the target that is reached.
+"""Pruning schedules: at which steps a model shrinks, and to what share of the target.
 
 Steps are calls of ``SparseTraining.step()``, counted from 1. No schedule ever gives anything back.
 """
@@ -14,17 +14,21 @@ from ecospa_fx.errors import TrainingError
 
 
 class Schedule(Protocol):
-    """steps: those at which the model shrinks, ascending; share: of the target to have reached by a step, 0 to 1."""
+    """When a model shrinks, and how far."""
 
     @property
-    def steps(self) -> tuple[int, ...]: ...
+    def steps(self) -> tuple[int, ...]:
+        """Those at which the model shrinks, ascending."""
+        ...
 
-    def share(self, step: int) -> float: ...
+    def share(self, step: int) -> float:
+        """The share of the target to have reached by a step, 0 to 1."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class AtStart:
-    """Everything before the first step, by scores from a handful of batches: peak memory never is the dense one's."""
+    """Removes everything before the first step, by scores of a few batches: peak memory is never the dense model's."""
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -36,13 +40,14 @@ class AtStart:
 
 @dataclass(frozen=True, slots=True)
 class OneShot:
-    """Everything at one step.
+    """Removes everything at one step.
 
     >>> OneShot(100).share(99), OneShot(100).share(100)
     (0.0, 1.0)
     """
 
     step: int
+    """The step at which the model shrinks."""
 
     def __post_init__(self) -> None:
         _whole(self, "step", self.step)
@@ -57,7 +62,7 @@ class OneShot:
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """Equal parts of the target at `start`, then `every` so many steps, and at `end`.
+    """Removes equal parts of the target at `start`, then every `every` steps, and at `end`.
 
     >>> Linear(start=10, end=40, every=10).steps
     (10, 20, 30, 40)
@@ -66,8 +71,11 @@ class Linear:
     """
 
     start: int
+    """The first step at which the model shrinks."""
     end: int
+    """The last one."""
     every: int
+    """Steps from one shrink to the next."""
 
     def __post_init__(self) -> None:
         for name in ("start", "end", "every"):
@@ -86,7 +94,7 @@ class Linear:
 
 @dataclass(frozen=True, slots=True)
 class Cubic(Linear):
-    """Large parts first, small ones last: 1 - (1 - t)³ of the target.
+    """Removes large parts first, small ones last: 1 - (1 - t)³ of the target.
 
     >>> [round(Cubic(start=10, end=40, every=10).share(s), 3) for s in (9, 10, 20, 30, 40)]
     [0.0, 0.578, 0.875, 0.984, 1.0]
@@ -98,17 +106,18 @@ class Cubic(Linear):
 
 @dataclass(frozen=True, slots=True)
 class Constant:
-    """The same part of the target, `part` of it, `every` so many steps until it is reached.
-
-    start: the first of these steps, by default `every`.
+    """Removes the same part of the target every `every` steps until it is reached.
 
     >>> Constant(every=50, part=0.4).steps
     (50, 100, 150)
     """
 
     every: int
+    """Steps from one shrink to the next."""
     part: float = 0.1
+    """Share of the target that each removes."""
     start: int | None = None
+    """The first step at which the model shrinks; None: `every`."""
 
     def __post_init__(self) -> None:
         _whole(self, "every", self.every)
@@ -132,8 +141,8 @@ class Constant:
 def default_schedule(total_steps: int | None, compensated: bool = False) -> Cubic:
     """Eleven shrinks between a quarter and three quarters of the run: late ones cost least quality.
 
-    compensated: what stays makes up for what goes; then two, at 35 and 45 %, cost less still. Raises TrainingError
-    where the length of the run is not known.
+    compensated: whether remaining weights compensate for removed units; then two shrinks, at 35 and 45 %, cost less
+    still. Raises TrainingError where the length of the run is not known.
     """
     if total_steps is None:
         raise TrainingError("there is no schedule: give one, like eco.Cubic(start=…, end=…, every=…), or total_steps=")
