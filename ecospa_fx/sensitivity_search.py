@@ -64,7 +64,7 @@ class Sensitivity:
         return best
 
     def loss_of(self, plan: Plan) -> float:
-        """Mean loss on the held-out data with what a plan removes gone."""
+        """Mean loss on the held-out data under a plan."""
         (loss,) = self._trials(plan).losses([Trial("", (), [dict])])[""]
         return loss
 

@@ -32,19 +32,19 @@ class Removal:
     """[carriers, units]: what each one costs when it is removed, in that order."""
 
 
-def remove_all(hessian: Tensor, weight: Tensor, width: int = 1, at_once: int = 1) -> Removal:
+def remove_all(hessian: Tensor, weight: Tensor, width: int = 1, block_size: int = 1) -> Removal:
     """Take out unit after unit until none is left.
 
     hessian: [carriers, units · width, units · width], positive definite, unit by unit; weight: [carriers, out,
-    units · width]; at_once: how many go before costs are looked at again, for an order that is nearly as good in a
-    fraction of the time.
+    units · width]; block_size: how many units are removed before costs are updated, for an order that is nearly as good
+    in a fraction of the time.
     """
     state = _State(inverse(hessian), weight.clone(), width)
     carriers, units = hessian.shape[0], hessian.shape[1] // width
     order = torch.zeros(carriers, units, dtype=torch.long, device=hessian.device)
     cost = torch.zeros(carriers, units, dtype=hessian.dtype, device=hessian.device)
-    for step in range(0, units, at_once):
-        part = slice(step, min(step + at_once, units))
+    for step in range(0, units, block_size):
+        part = slice(step, min(step + block_size, units))
         order[:, part], cost[:, part] = state.remove_best(part.stop - part.start)
     return Removal(order, cost)
 
@@ -112,11 +112,11 @@ class _State:
             self.weight.baddbmm_(share.mT, taken, alpha=-1)
             self.inverse.baddbmm_(across.mT, share, alpha=-1)
             self.inner = self._inner()
-            if best.shape[1] > 1:  # rounding must not tie what is gone to what stays
+            if best.shape[1] > 1:  # rounding must not tie removed units to kept ones
                 self.inverse[self.rows, columns] = 0.0
                 self.inverse.transpose(1, 2)[self.rows, columns] = 0.0
                 self.weight[self.rows, columns] = 0.0
-        self.inverse[self.rows, columns, columns] = 1.0  # what is gone stays regular
+        self.inverse[self.rows, columns, columns] = 1.0  # removed units leave the matrix regular
 
     def _compact(self) -> None:
         kept = self.keep.nonzero()[:, 1].view(len(self.keep), -1)

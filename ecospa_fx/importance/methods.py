@@ -52,7 +52,7 @@ class Statistic(Protocol):
         """Tensors that require gradients while the statistic is being gathered."""
 
     def watching(self) -> AbstractContextManager[None]:
-        """Hooks in place inside, gone outside."""
+        """Hooks in place inside, removed outside."""
 
     def end_batch(self, batch: int) -> None:
         """Fold in what the backward pass of a sample of batch number `batch` left.

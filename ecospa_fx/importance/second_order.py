@@ -25,38 +25,42 @@ from ecospa_fx.ir.linears import LinearUse
 
 
 def unit_scores(
-    views: CouplingViews, curvature: Curvature, weights: Mapping[str, Tensor], damping: float, looks: int | None = None
+    views: CouplingViews,
+    curvature: Curvature,
+    weights: Mapping[str, Tensor],
+    damping: float,
+    updates: int | None = None,
 ) -> dict[str, Tensor]:
     """Per coupling [carriers, units] in float64 on the CPU, ascending in the order in which units should go.
 
-    The score of a unit is what its removal adds once all before it are gone and the rest has made up for them. looks:
-    how often costs of a coupling are looked at on the way, by default after every unit.
+    The score of a unit is what its removal adds once all before it are removed and compensated. updates: how often the
+    costs of a coupling's units are updated on the way, by default after every unit.
     """
     scores: dict[str, Tensor] = {}
     for view in views.inputs:
         scores[view.coupling.name] = sum(
             (
-                _input_scores(site, positions, curvature, weights, damping, looks)
+                _input_scores(site, positions, curvature, weights, damping, updates)
                 for site, positions in view.positions.items()
             ),
             torch.zeros(view.coupling.carriers, view.coupling.size, dtype=torch.float64),
         )
     for gate in views.gates:
         matrix = damped(curvature.gates[gate.coupling.name], damping)
-        removal = remove_all(matrix, torch.ones_like(matrix[:, :1]), 1, _at_once(matrix.shape[1], looks))
+        removal = remove_all(matrix, torch.ones_like(matrix[:, :1]), 1, _block_size(matrix.shape[1], updates))
         scores[gate.coupling.name] = order_scores(removal).cpu() / 2
     for coupling in views.others:
         scores[coupling.name] = curvature.others[coupling.name] / 2
     return scores
 
 
-def _at_once(units: int, looks: int | None) -> int:
-    return 1 if looks is None else max(1, units // looks)
+def _block_size(units: int, updates: int | None) -> int:
+    return 1 if updates is None else max(1, units // updates)
 
 
 def _input_scores(
     site: LinearUse, positions: Tensor, curvature: Curvature, weights: Mapping[str, Tensor], damping: float,
-    looks: int | None,
+    updates: int | None,
 ) -> Tensor:  # fmt: skip
     """Carrier by carrier: what is left of a carrier makes up for what goes from it."""
     moments, gradients = curvature.inputs[site], curvature.outputs[site]
@@ -66,7 +70,7 @@ def _input_scores(
     metric = power(gradients.second / max(gradients.rows, 1), 0.5)
     matrix = metric @ site.matrix(weights[site.parameter]).to(metric)
     weight = matrix[:, flat].movedim(1, 0)
-    removal = remove_all(hessian, weight, positions.shape[2], _at_once(positions.shape[1], looks))
+    removal = remove_all(hessian, weight, positions.shape[2], _block_size(positions.shape[1], updates))
     return order_scores(removal).cpu() / 2
 
 

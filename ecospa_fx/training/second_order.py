@@ -37,21 +37,24 @@ from ecospa_fx.training.tracked_model import TrackedModel
 
 log = logging.getLogger(__name__)
 
-LOOKS = 128
-"""How often costs of a coupling are looked at while its units are put in order."""
+UPDATES = 128
+"""How often costs of a coupling's units are updated while these are put in order."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SecondOrder:
-    """batches, loss: as `eco.score` takes them; group: the processes that measure together; solves: whether it is to be
-    known too what makes up for the units that scores look at less closely; damping: of the surgeon's matrices, in means
-    of their diagonals. The samples of the batches are counted, see `ecospa_fx.importance.samples`."""
+    """Measures couplings at a shrink. Samples of the batches count, see `ecospa_fx.importance.samples`."""
 
     batches: Sequence[Batch]
+    """As `eco.score` takes them, of this process."""
     loss: Loss
+    """As `eco.score` takes it."""
     group: Any
+    """The processes that measure together; None: all."""
     solves: bool
+    """Whether consumers of couplings that scores look at less closely are measured too, to be solved."""
     damping: float = 0.01
+    """Of the optimal brain surgeon's matrices, in means of their diagonals."""
     _samples: list[Batch] = field(default_factory=list, init=False)
 
     def measured(
@@ -80,7 +83,7 @@ class SecondOrder:
 
     def scores(self, measurement: Measurement) -> dict[str, Tensor]:
         """Per coupling [carriers, units]; zero throughout where the batches never reach it."""
-        result = measurement.scores(self.damping, LOOKS)
+        result = measurement.scores(self.damping, UPDATES)
         for name in measurement.unreached:
             result[name].zero_()
         return result

@@ -44,8 +44,8 @@ def main() -> None:
     assert gate_roots(matrix, keep, 0.1).isfinite().all()
     wide = torch.zeros(2, 2 * SIZE, 2 * SIZE, dtype=torch.float64)
     wide[:, :SIZE, :SIZE] = wide[:, SIZE:, SIZE:] = matrix
-    for at_once in (1, 2):
-        removal = remove_all(wide, torch.randn(2, 3, 2 * SIZE, dtype=torch.float64), SIZE, at_once)
+    for block_size in (1, 2):
+        removal = remove_all(wide, torch.randn(2, 3, 2 * SIZE, dtype=torch.float64), SIZE, block_size)
         assert order_scores(removal).isfinite().all()
     turn(regular_inverse(rows[:, :SIZE]))
 

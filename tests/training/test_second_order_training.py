@@ -316,8 +316,8 @@ def test_many_at_once_go_in_nearly_as_good_an_order() -> None:
     rows = rows @ torch.randn(40, 40, generator=source, dtype=torch.float64)
     hessian, weight = rows.mT @ rows + torch.eye(40), torch.randn(2, 6, 40, generator=source, dtype=torch.float64)
     costs = []
-    for at_once in (1, 2):
-        order = remove_all(hessian, weight, at_once=at_once).order
+    for block_size in (1, 2):
+        order = remove_all(hessian, weight, block_size=block_size).order
         assert torch.equal(order.sort(1).values, torch.arange(40).expand(2, -1))
         gone = order[:, :20]
         costs.append(sum(_cost(hessian[c], weight[c], gone[c]) for c in range(2)))
