@@ -47,6 +47,7 @@ TESTS: dict[str, Sequence[str]] = {
     "ecospa_fx/training/tensor_cuts.py": ("surgery", "sparse", "training_surroundings"),
     "ecospa_fx/storage/models.py": ("storage", "storage_edited", "resume"),
     "ecospa_fx/storage/folder.py": ("storage", "storage_edited", "resume"),
+    "ecospa_fx/storage/manifest.py": ("storage", "storage_damage"),
     "ecospa_fx/distillation": ("distill", "mix", "foretell"),
     "passes/lossy": ("distill", "mix", "foretell", "recipe", "second_order"),
     "passes": ("pass_*", "passes", "ragged", "restore", "caches", "renormalise", "programs", "random_graphs_found",
