@@ -2,10 +2,11 @@
 
     python benchmarks/fuzz.py --graphs 10000 --seed 0 --processes 8
 
-Program n of a run has seed ``--seed`` + n, whatever the number of processes. Each is checked as `tests/fuzz/check.py`
-says; every ``--whole``-th also goes through `ecospa_fx.shrink` with a symbolic batch and is run at another batch size.
-Prints each failure as Python source, reduced to what it takes, and writes counts to ``benchmarks/results/``. Exits with
-status 1 where anything failed. ``--seconds`` ends a run early; the counts say how far it came.
+Program n of a run has seed ``--seed`` + n, whatever the number of processes. Each is checked as
+`tests/support/fuzz/check.py` says; every ``--whole``-th also goes through `ecospa_fx.shrink` with a symbolic batch and
+is run at another batch size. Prints each failure as Python source, reduced to what it takes, and writes counts to
+``benchmarks/results/``. Exits with status 1 where anything failed. ``--seconds`` ends a run early; the counts say how
+far it came.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ sys.path.insert(0, str(ROOT))
 
 def run(task: tuple[int, bool]) -> dict[str, Any]:
     """What became of one seed, as plain data."""
-    from tests.fuzz.check import Failure, check
-    from tests.fuzz.generate import seeded
+    from tests.support.fuzz.check import Failure, check
+    from tests.support.fuzz.generate import seeded
 
     seed, whole = task
     start, program = time.process_time(), seeded(seed)
@@ -64,8 +65,8 @@ def quiet() -> None:
 
 def smallest(seed: int, whole: bool) -> str:
     """The source of the smallest program that fails as the seed's does."""
-    from tests.fuzz.check import failure_of, reduced
-    from tests.fuzz.generate import seeded
+    from tests.support.fuzz.check import failure_of, reduced
+    from tests.support.fuzz.generate import seeded
 
     failure = failure_of(seeded(seed), whole=whole)
     return reduced(seeded(seed), failure, whole=whole)[0].reproducer if failure is not None else ""

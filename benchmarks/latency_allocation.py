@@ -121,7 +121,7 @@ class Comparison:
         self.unit, begin = Latency.of(self.couplings, arguments.round_to, arguments.cache), time.perf_counter()
         options = {"round_to": arguments.round_to, "budget": self.unit}
         chosen = eco.plan(self.couplings, 0.1, self.scores, **options)
-        self.held = self.unit.held([self.couplings[s.name] for s in chosen])
+        self.held = self.unit.total([self.couplings[s.name] for s in chosen])
         print(f"the table took {time.perf_counter() - begin:.1f} s: {1e3 * self.held:.1f} ms of products", flush=True)
 
     def made(self, ratio: float, **options: Any) -> tuple[Plan, nn.Module]:

@@ -7,7 +7,7 @@ add to a shrink is here too: changed bases, second-order scores, least squares, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -20,14 +20,14 @@ from torch.optim import Optimizer
 import ecospa_fx as eco
 from ecospa_fx.capture.export import captures
 from ecospa_fx.coupling.types import Coupling
-from ecospa_fx.coupling.unit_elements import removed_elements
+from ecospa_fx.coupling.unit_elements import coupled_elements, removed_elements
 from ecospa_fx.importance.compensation import Compensated
 from ecospa_fx.importance.curvature import Collector, Curvature
 from ecospa_fx.importance.linalg import regular_inverse
 from ecospa_fx.importance.linear_views import CouplingViews, views_of
-from ecospa_fx.importance.second_order import unit_scores
 from ecospa_fx.ir.linears import LinearUse, linear_uses
-from ecospa_fx.passes.lossy.change_basis import ChangeBasis, balanced, turn_factors, turn_values
+from ecospa_fx.passes.lossy.change_basis import ChangeBasis, balanced
+from ecospa_fx.passes.lossy.measurement import Collect, Measurement, measure
 from ecospa_fx.plan import Plan, Selection
 from ecospa_fx.runtime.interpreter import PartialInterpreter
 from ecospa_fx.training.allocation import allocate, bounds
@@ -92,13 +92,12 @@ class MaskedTraining:
     @property
     def removed(self) -> float:
         """Share of the couplings' elements that is gone."""
-        gone = removed_elements(self.shapes, [(c.members, ~self.keep[c.name]) for c in self.couplings])
-        return gone / self.held(self.couplings, self.shapes)
+        removed = removed_elements(self.shapes, [(c.members, self.keep[c.name]) for c in self.couplings])
+        return removed / self.held(self.couplings, self.shapes)
 
     @staticmethod
     def held(couplings: Sequence[Coupling], shapes: Mapping[str, tuple[int, ...]]) -> int:
-        whole = [(c.members, torch.ones(c.carriers, c.size, dtype=torch.bool)) for c in couplings]
-        return removed_elements(shapes, whole)
+        return coupled_elements(shapes, (c.members for c in couplings))
 
     def plan(self, keep: Mapping[str, Tensor]) -> Plan:
         """What stays, as a plan of the dense model."""
@@ -117,15 +116,14 @@ class MaskedTraining:
             return
         scores, keep, views = self.running.scores(), dict(self.keep), self.views
         self.program.values = {n: nn.Parameter(p.detach().clone()) for n, p in self.parameters.items()}
-        measure = partial(self._measured, batches)
+        collect = partial(self._measured, batches)
         if self.options.compensate == "full":
-            turned, curvature = self._turned(measure)
+            turned, measurement = self._turned(collect)
             keep.update(turned)
-            values = {n: t.detach() for n, t in self.program.values.items()}
-            scores = unit_scores(self.views, curvature, values, 0.01, LOOKS)
+            views, curvature, scores = measurement.views, measurement.curvature, measurement.scores(0.01, LOOKS)
         else:
             views = CouplingViews(self.views.inputs, (), ())
-            curvature = measure(views, ())
+            curvature = collect(views, ())
         self.keep = keep
         kept = self.units(scores, share)
         self._solve(views, curvature, kept)
@@ -174,9 +172,7 @@ class MaskedTraining:
         given: list[tuple[tuple[Tensor], dict[str, Any]]] = [((b[:, :-1],), {}) for b in batches]
         return Collector(self.evaluator, views, results).run(given, loss)
 
-    def _turned(
-        self, measure: Callable[[CouplingViews, Sequence[LinearUse]], Curvature]
-    ) -> tuple[dict[str, Tensor], Curvature]:
+    def _turned(self, collect: Collect) -> tuple[dict[str, Tensor], Measurement]:
         """Turn linear couplings, their optimizer states too; what is alive comes first then."""
         keep = {}
 
@@ -193,16 +189,13 @@ class MaskedTraining:
             keep[name] = (torch.arange(before.shape[1]) < before[0].sum()).expand_as(before).clone()
             return change
 
-        turn_factors(self.views, lambda sites: measure(CouplingViews((), (), ()), sites), self.program, made)
-        curvature = measure(self.views, ())
-        turn_values(self.views, curvature, self.program, made)
-        return keep, curvature
+        return keep, measure(self.program, self.couplings, collect, apply=made)
 
     def _solve(self, views: CouplingViews, curvature: Curvature, keep: Mapping[str, Tensor]) -> None:
         """Let the units that stay do what those that go did."""
         values = {name: tensor.detach() for name, tensor in self.program.values.items()}
         made = Compensated(self.couplings, values, views, curvature, self.options.damping)
-        for name, value in made.made_up({name: ~kept for name, kept in keep.items()}):
+        for name, value in made.compensated(keep):
             self.program.replace_parameter(name, value)
 
     # -- fading ------------------------------------------------------------------------------------------------

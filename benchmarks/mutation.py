@@ -35,25 +35,29 @@ from tabulate import tabulate
 
 ROOT = Path(__file__).resolve().parent.parent
 
+WHOLE = ("whole/test_architectures.py", "whole/test_random_graphs_found.py", "whole/test_beyond.py")
+"""Files about what is found and removed in whole models."""
+
 TESTS: dict[str, Sequence[str]] = {
-    "ecospa_fx/axes/rules": ("rules_*", "registry", "architectures", "programs", "random_graphs_found", "beyond"),
-    "ecospa_fx/axes": ("algebra", "rules_*", "registry", "programs", "random_graphs_found", "pass_shrink_couplings",
-                       "ragged", "caches", "renormalise", "hoist", "architectures", "beyond"),
-    "ecospa_fx/coupling": ("report", "architectures", "programs", "registry", "rules_*", "random_graphs_found", "plan",
-                           "beyond"),
-    "ecospa_fx/budget": ("budget", "knapsack", "spending", "alignment", "ragged", "plan", "sensitivity"),
-    "ecospa_fx/importance": ("importance", "moments", "compensated", "second_order", "sensitivity", "recipe", "quick"),
-    "ecospa_fx/inplace": ("inplace", "storage_edited", "inplace_transformers", "users_tools"),
-    "ecospa_fx/training/tensor_cuts.py": ("surgery", "sparse", "training_surroundings"),
-    "ecospa_fx/storage/models.py": ("storage", "storage_edited", "resume"),
-    "ecospa_fx/storage/folder.py": ("storage", "storage_edited", "resume"),
-    "ecospa_fx/storage/manifest.py": ("storage", "storage_damage"),
-    "ecospa_fx/distillation": ("distill", "mix", "foretell"),
-    "passes/lossy": ("distill", "mix", "foretell", "recipe", "second_order"),
-    "passes": ("pass_*", "passes", "ragged", "restore", "caches", "renormalise", "programs", "random_graphs_found",
-               "architectures"),
-}  # fmt: skip
-"""By folder or file, the first that fits: the test files whose business it is, quick ones first."""
+    "ecospa_fx/axes": ("axes", "coupling", "passes/test_pass_shrink_couplings.py", "capture/test_programs.py", *WHOLE),
+    "ecospa_fx/coupling": ("coupling", "whole/test_plan.py", "axes", *WHOLE),
+    "ecospa_fx/budget": ("budget", "whole/test_plan.py", "importance/test_sensitivity.py"),
+    "ecospa_fx/importance": ("importance", "whole/test_recipe.py"),
+    "ecospa_fx/inplace": ("inplace", "storage/test_storage_edited.py", "whole/test_users_tools.py"),
+    "ecospa_fx/training/tensor_cuts.py": ("training/test_surgery.py", "training/test_sparse.py", "training"),
+    "ecospa_fx/storage": ("storage", "training/test_resume.py"),
+    "ecospa_fx/distillation": ("distillation", "whole/test_recipe.py"),
+    "passes/lossy": ("importance/test_second_order.py", "distillation", "whole/test_recipe.py"),
+    "passes": (
+        "passes",
+        "budget/test_ragged.py",
+        "runtime",
+        "whole/test_caches.py",
+        "whole/test_renormalise.py",
+        *WHOLE,
+    ),
+}
+"""By folder or file, the first that fits: the tests whose business it is, in ``tests/``, the nearest ones first."""
 
 OPERATORS = (
     "AddNot", "ReplaceAndWithOr", "ReplaceOrWithAnd", "ReplaceTrueWithFalse", "ReplaceFalseWithTrue", "NumberReplacer",
@@ -145,8 +149,7 @@ def tried(task: tuple[Change, str, float, int]) -> Change:
     change, copy, limit, _ = task
     os.chdir(copy)
     os.environ.update(PYTHONPATH=copy, OMP_NUM_THREADS="1")
-    files = [f for stem in TESTS[folder_of(change.path)] for f in sorted(Path("tests").glob(f"test_{stem}.py"))]
-    names = " ".join(dict.fromkeys(map(str, files)))
+    names = " ".join(f"tests/{name}" for name in TESTS[folder_of(change.path)])
     command = f"{sys.executable} -m pytest -q -x -p no:cacheprovider {names}"
     spec = MutationSpec(
         Path(change.path), f"core/{change.operator}", change.occurrence, (1, 0), (1, 1), dict(change.arguments)

@@ -33,7 +33,7 @@ from torch.utils import _pytree as pytree
 
 import ecospa_fx as eco
 from ecospa_fx.capture.attempts import attempts, takes_one
-from ecospa_fx.capture.export_view import seen
+from ecospa_fx.capture.export_view import export_view
 from ecospa_fx.ir.pytrees import opened
 from ecospa_fx.verify import masked_error
 
@@ -107,7 +107,7 @@ def comes_back(small: torch.nn.Module, make: Callable[[], Example]) -> bool:
 def symbolic_export(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
     """Seconds of one export with the symbolic sizes that `shrink` ends up with; attempts that fail do not count."""
     parts: tuple[tuple[Any, ...], dict[str, Any]] = opened((args, kwargs))
-    view = seen(model, parts[1])
+    view = export_view(model, parts[1])
     for attempt in attempts(view, *parts):
         begin = time.process_time()
         try:

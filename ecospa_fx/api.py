@@ -9,6 +9,7 @@ from typing import Any, Unpack, cast
 import torch
 from torch import Tensor, nn
 
+from ecospa_fx.budget.settings import AllPlanOptions
 from ecospa_fx.capture.export import capture, captures
 from ecospa_fx.checks import check_data, check_options, check_whole
 from ecospa_fx.compression import Compression, CompressOptions
@@ -26,7 +27,7 @@ from ecospa_fx.planning import plan as make_plan
 from ecospa_fx.recipe import SECOND_ORDER, Task, checked, compress_program
 from ecospa_fx.rewrite import first_fit, smaller
 from ecospa_fx.runtime.guards import leaves_untouched
-from ecospa_fx.runtime.lift_parameters import owned
+from ecospa_fx.runtime.lift_parameters import lift_parameters
 from ecospa_fx.runtime.restore import restore
 from ecospa_fx.trace_check import compared
 from ecospa_fx.verify import masked
@@ -40,25 +41,53 @@ def detect(
     *,
     allow: str | Iterable[str] = (),
 ) -> Couplings:
-    """Find the couplings of a model.
+    """Find the couplings of a model: the dims that can only be removed together, in all parameters that hold them.
 
-    model: an nn.Module on any device, "meta" included, or a traced ``fx.GraphModule``; args, kwargs: example inputs.
-    Parameters among these, as graphs of torch.compile backends take them, become parameters of ``couplings.model``.
-    Returns every prunable dim with everything that must shrink with it, and every dim that cannot be removed, with the
-    reason. allow="renormalise" also offers what nothing but a norm over it blocks: the smaller model's norms run over
-    what is kept, which is not what masking gives, so such couplings say why in ``inexact``. allow="cache" also offers
-    what the model keeps from call to call, such as keys and values of attention: the smaller model takes and returns
-    narrower tensors there, and such couplings say so in ``resized``. The model stays untouched. Raises CaptureError
-    where ``torch.export`` cannot trace it.
+    Returns every dim that can lose units, with everything that must shrink with it, and every dim that cannot, with the
+    reason. The model stays untouched.
 
-    Example:
+    Args:
+        model: an ``nn.Module`` on any device, ``meta`` included, or a traced ``fx.GraphModule``.
+        args: tuple of positional example inputs of the model, by default (). Parameters among them, as backends of
+            ``torch.compile`` get them, become parameters of ``couplings.model``.
+        kwargs: mapping of example inputs by name, by default none.
+        allow: names of what else may be offered, one or several, by default (). "renormalise" offers dims that only a
+            norm over them blocks: the norms of the smaller model run over what is kept, which is not what masking
+            gives, and ``Coupling.inexact`` says so. "cache" offers dims of what the model keeps from call to call, such
+            as keys and values of attention: the smaller model takes and returns narrower tensors there, and
+            ``Coupling.resized`` says so.
+
+    Returns:
+        `Couplings`, a sequence that prints as a table and is indexed by position or by name.
+
+    Raises:
+        CaptureError: the model, args or kwargs are none, or ``torch.export`` cannot trace the call.
+        InputError: ``allow`` names something unknown.
+
+    Examples:
+        One coupling, of the hidden units of an MLP:
+
         >>> import torch, ecospa_fx as eco
         >>> mlp = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.GELU(), torch.nn.Linear(32, 8))
-        >>> [(c.kind, c.size) for c in eco.detect(mlp, (torch.randn(2, 8),)) if c.blocked is None]
-        [('ffn', 32)]
+        >>> couplings = eco.detect(mlp, (torch.randn(2, 8),))
+        >>> [(c.kind, c.size, c.parameters) for c in couplings.offered]
+        [('ffn', 32, 544)]
+
+        What must shrink with it:
+
+        >>> [(m.parameter, m.axis, m.role) for m in couplings["ffn"].members]
+        [('0.weight', 0, 'producer'), ('0.bias', 0, 'producer'), ('2.weight', 1, 'consumer')]
+
+        A norm over the units blocks them until it is allowed to run over fewer:
+
+        >>> normed = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.LayerNorm(32), torch.nn.Linear(32, 8))
+        >>> len(eco.detect(normed, (torch.randn(2, 8),)).offered)
+        0
+        >>> len(eco.detect(normed, (torch.randn(2, 8),), allow="renormalise").offered)
+        1
     """
     check_allow(allow)
-    model, args, kwargs = owned(model, args, kwargs)
+    model, args, kwargs = lift_parameters(model, args, kwargs)
     return detected(capture(model, args, kwargs, dynamic=False), model, allow, (args, kwargs))
 
 
@@ -71,22 +100,51 @@ def shrink(
     *,
     passes: Sequence[Pass] | None = None,
 ) -> nn.Module:
-    """A smaller module that equals `model` with every parameter multiplied by its mask.
+    """Make a smaller module, in which what a plan removes is gone.
 
-    args, kwargs: example inputs; other batch sizes and lengths work where the model's own code allows them. Where
-    Parameters are among these, the smaller model has its own and takes the other arguments. Parameters
-    that lose nothing are shared with `model`, which stays untouched; ``copy.deepcopy`` the result to train both.
-    passes: what cleans the graph up afterwards; ``ecospa_fx.passes.CLEANUP`` by default, ``()`` for nothing.
-    Warns where what was traced is not what the model computes on the example. Raises PlanError where the plan was made
-    for another model, CaptureError where it cannot be traced.
+    It computes what `model` computes with every parameter multiplied by its mask, to rounding. It is a rewritten graph:
+    an ``nn.Module`` with the same parameter names and call, without the classes of the original. `model` stays
+    untouched. Parameters that lose nothing are shared with it: ``copy.deepcopy`` the result to train both.
 
-    Example:
+    Args:
+        model: the ``nn.Module`` that the plan was made for.
+        plan: a `Plan`, from the verb `plan`, from `Plan.keeping` or from JSON.
+        args: tuple of positional example inputs, by default (). Other batch sizes and lengths work afterwards where the
+            model's own code allows them. Where Parameters are among them, the result has its own and takes the others.
+        kwargs: mapping of example inputs by name, by default none.
+        passes: what cleans the graph up, a sequence of passes; None, the default, for ``ecospa_fx.passes.CLEANUP``, ()
+            for nothing.
+
+    Returns:
+        The smaller module, in the mode and on the device of `model`.
+
+    Raises:
+        PlanError: the plan was made for another model.
+        CaptureError: the model cannot be traced with these inputs.
+
+    Warns where the traced graph does not compute what the model computes on the example.
+
+    Examples:
         >>> import torch, ecospa_fx as eco
         >>> mlp = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.GELU(), torch.nn.Linear(32, 8))
         >>> x = torch.randn(2, 8)
-        >>> small = eco.shrink(mlp, eco.plan(eco.detect(mlp, (x,)), ratio=0.5, scores="magnitude"), (x,))
+        >>> plan = eco.plan(eco.detect(mlp, (x,)), ratio=0.5, scores="magnitude")
+        >>> small = eco.shrink(mlp, plan, (x,))
         >>> tuple(small.get_parameter("0.weight").shape)
         (16, 8)
+
+        Other batch sizes:
+
+        >>> tuple(small(torch.randn(5, 8)).shape)
+        (5, 8)
+
+        It is what masking gives:
+
+        >>> with torch.no_grad():
+        ...     for name, mask in plan.masks(mlp).items():
+        ...         _ = mlp.get_parameter(name).mul_(mask)
+        ...     torch.allclose(small(x), mlp(x), atol=1e-6)
+        True
     """
     return smaller(model, plan, args, kwargs, passes, compare=True)
 
@@ -107,35 +165,70 @@ def compress(  # noqa: PLR0913  # the data, the method and what may go meet here
 ) -> nn.Module:
     """Detect, score, plan and shrink in one call, with the defaults that cost least quality.
 
-    ratio: share of the couplings' parameters to remove; batches: calibration data as (args, kwargs), whose samples
-    count as in `score`, however they are batched; loss: (output, args, kwargs) to a scalar, for one sample at a time.
-    method: "second-order" chooses units by the loss's curvature, and what stays makes up for what goes: the result is a
-    better model than the masked one; its ingredients, the fields of `ecospa_fx.recipe.Recipe`, are options. Methods of
-    `score` only remove, with options `steps` and `progress`; "magnitude" needs no data. couplings: what `detect` found,
-    or a selection. scores: tensors [carriers, units] by name, which say what goes. Options of all: `allow` of `detect`
-    and those of `plan`, such as exclude, limits and widths; round_to=None, the default, is what the device likes.
+    By default units are chosen by the curvature of the loss, and what is kept is changed to make up for what is
+    removed, so that the result is better than the masked model. `model` stays untouched.
 
-    Example:
+    Args:
+        model: an ``nn.Module`` with its weights, on any device but ``meta``.
+        args: tuple of positional example inputs, by default ().
+        kwargs: mapping of example inputs by name, by default none.
+        ratio: share of the couplings' parameters to remove, above 0 and below 1. It has no default: give it or
+            ``widths=``.
+        batches: calibration data, an iterable of (args, kwargs) pairs of calls of the model. What counts are their
+            samples, however they are batched: see `score`. By default none, which only method="magnitude" takes.
+        loss: function (output, args, kwargs) to a scalar, called with one sample at a time; by default None.
+        method: how units are chosen. "second-order", the default, compensates what it removes; its ingredients are the
+            fields of `ecospa_fx.recipe.Recipe`. Methods of `score`, such as "gate-fisher", only remove; of these
+            "magnitude" needs no data.
+        couplings: what `detect` returned for this model, or a selection of it; by default what it returns.
+        scores: what decides which units are removed, in place of the method's: `Scores`, or tensors [carriers, units]
+            by name of coupling. By default None.
+        **options: see `ecospa_fx.compression.CompressOptions`: which couplings may lose units (kinds, exclude, limits,
+            floor), what the ratio counts and how it is spread (budget, allocation, widths, round_to, expressible_in),
+            and the ingredients of the recipe.
+
+    Returns:
+        The smaller module, as `shrink` returns it.
+
+    Raises:
+        OptionError: an option is unknown, belongs to another method, or neither ratio nor widths is given.
+        PlanError: the ratio is out of range or reach, or nothing can be removed.
+        ScoreError: data or loss are missing, do not fit the model or tell nothing.
+        CaptureError: the model cannot be traced.
+
+    Examples:
         >>> import torch, ecospa_fx as eco
         >>> mlp = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.GELU(), torch.nn.Linear(32, 8))
         >>> data = [((torch.randn(1, 8),), {}) for _ in range(4)]
         >>> small = eco.compress(mlp, *data[0], ratio=0.5, batches=data, loss=lambda y, args, kwargs: y.square().mean())
         >>> sum(p.numel() for p in small.parameters())
         280
+
+        Without data, and only removing:
+
+        >>> small = eco.compress(mlp, *data[0], ratio=0.25, method="magnitude")
+        >>> tuple(small.get_parameter("0.weight").shape)
+        (24, 8)
+
+        A language model, with a third of the FLOPs removed and the first layer left alone:
+
+        >>> small = eco.compress(
+        ...     model, (ids,), ratio=0.33, batches=batches, loss=loss, budget="flops", exclude="layers.0"
+        ... )  # doctest: +SKIP
     """
     check_options("compress", options, CompressOptions, compress)
     check_data(batches, loss, ScoreError)
     asked = Compression.of(method, ratio, scores, options)
-    model, args, kwargs = owned(model, args, kwargs)
+    model, args, kwargs = lift_parameters(model, args, kwargs)
     couplings = _couplings(model, args, kwargs, couplings, options)
     if method == SECOND_ORDER:
-        return _rebuilt(Task(model, args, kwargs, couplings, *checked(batches, loss), asked.scores), asked)
+        return _compressed(Task(model, args, kwargs, couplings, *checked(batches, loss), asked.scores), asked)
     by = _scores(model, couplings, batches, loss, asked)
     return shrink(model, make_plan(couplings, asked.ratio, by, **asked.planning), args, kwargs)
 
 
 def _couplings(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], couplings: object, options: Mapping[str, Any]
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], couplings: object, options: CompressOptions
 ) -> Couplings:
     """The couplings that were given, or those of the model. Raises PlanError for none, and where nothing can go."""
     if couplings is None:
@@ -143,9 +236,9 @@ def _couplings(
     elif "allow" in options:
         raise PlanError("allow= is for detecting, and couplings= were detected before: pass allow= to detect")
     check_couplings(couplings, PlanError)
-    found = cast("Couplings", couplings)
-    choosable(found, options.get("kinds"), options.get("exclude", ()))
-    return found
+    chosen = cast("Couplings", couplings)
+    choosable(chosen, options.get("kinds"), options.get("exclude", ()))
+    return chosen
 
 
 def _scores(
@@ -154,13 +247,21 @@ def _scores(
     """What says which units go, for a method that only removes."""
     if asked.scores is not None or asked.method == "magnitude":
         return "magnitude" if asked.scores is None else asked.scores
-    how: dict[str, Any] = {"steps": asked.steps, "progress": asked.progress, **asked.planning}
-    return scored(model, couplings, list(batches), ratio=asked.ratio, loss=loss, method=asked.method, **how)
+    return scored(
+        model,
+        couplings,
+        list(batches),
+        ratio=asked.ratio,
+        loss=loss,
+        method=asked.method,
+        steps=asked.steps,
+        progress=asked.progress,
+        **asked.planning,
+    )
 
 
-def _rebuilt(task: Task, asked: Compression) -> nn.Module:
+def _compressed(task: Task, asked: Compression) -> nn.Module:
     """What `compress` returns for second-order compression."""
-
     model, args, kwargs, by = task.model, task.args, task.kwargs, task.scores
     # What cannot be reached, or is not of this model, is refused before anything slow.
     make_plan(task.couplings, asked.ratio, "magnitude" if by is None else by, **asked.all_planning).check(model)
@@ -182,14 +283,13 @@ def scored(
     method: str = "gate-fisher",
     steps: int = 4,
     progress: bool = False,
-    **planning: Any,
+    **planning: Unpack[AllPlanOptions],
 ) -> Scores:
-    """Scores for removing `ratio`, taken anew while units go: after each step on what is left.
+    """Scores for removing `ratio`, in several steps: each scores what the one before left.
 
     What a unit is worth depends on which others are still there. Step i of `steps` masks a plan for i / steps of the
-    ratio and scores what is left; units that are gone score 0 and stay gone. The model is masked in between and
-    restored at the end, whatever happens. planning: further options of `plan`. Raises ScoreError for fewer than one
-    step.
+    ratio and scores the rest; masked units score 0 and stay masked. The model is restored at the end, whatever happens.
+    planning: further options of `plan`. Raises ScoreError for fewer than one step.
     """
     check_whole("steps", steps, 1, ScoreError, "a number of scoring passes")
     splitter = splitter_of(model, loss)  # one for all passes, so that it looks at batches, and warns, once
@@ -200,10 +300,11 @@ def scored(
     return scores
 
 
-def _stage(couplings: Couplings, ratio: float, scores: Scores, share: float, planning: Mapping[str, Any]) -> Plan:
+def _stage(couplings: Couplings, ratio: float, scores: Scores, share: float, planning: AllPlanOptions) -> Plan:
     """The plan for a share of the way, to a ratio or to widths."""
     if planning.get("widths") is None:
         return make_plan(couplings, ratio * share, scores, **planning)
     last = make_plan(couplings, scores=scores, **planning)
     widths = {s.name: s.size - round((s.size - s.kept) * share) for s in last}
-    return make_plan(couplings, scores=scores, **{**planning, "widths": widths})
+    to_widths: AllPlanOptions = {**planning, "widths": widths}
+    return make_plan(couplings, scores=scores, **to_widths)

@@ -10,9 +10,9 @@ from typing import Any
 from ecospa_fx.errors import EcospaError, OptionError
 
 
-def check_known(verb: str, options: Iterable[str], known: Iterable[str]) -> None:
+def check_known(verb: str, options: Iterable[str], allowed: Iterable[str]) -> None:
     """Raise OptionError, a TypeError as for any function, for an option that a verb does not have."""
-    every = sorted(known)
+    every = sorted(allowed)
     for name in options:
         if name not in every:
             near = get_close_matches(name, every, 1, 0.5)

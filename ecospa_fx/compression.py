@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, cast
+
+from torch import Tensor
 
 from ecospa_fx.budget.cost import CostModel
-from ecospa_fx.budget.settings import RATIO, PlanSettings
+from ecospa_fx.budget.settings import RATIO, AllPlanOptions, PlanSettings
 from ecospa_fx.checks import check_flag, check_whole
 from ecospa_fx.coupling.choice import ChoiceOptions
 from ecospa_fx.errors import OptionError, PlanError, ScoreError
@@ -23,49 +25,75 @@ STEPS = 4
 
 
 class CompressOptions(ChoiceOptions, total=False):
-    """Options of `compress` beside those in its signature; those of `Recipe` go with method="second-order"."""
+    """Options of `compress` beside those in its signature; from `basis` on they go with method="second-order" only."""
 
     allow: str | Iterable[str]
+    """() by default. What else may be offered, "renormalise" or "cache": see `detect`."""
     seed: int
+    """0 by default. What "random" scores are drawn from."""
     round_to: int | None
+    """None by default. Kept units are a multiple of this; None: of what the kernels of the model's device prefer."""
     uniform: bool
+    """False by default. True: the same as allocation="uniform"."""
     budget: Literal["parameters", "flops", "latency"] | CostModel
+    """"parameters" by default. What the ratio is counted in: see `ecospa_fx.budget.settings.PlanOptions`."""
     expressible_in: Literal["module"] | None
+    """None by default. "module": only what `shrink_` could write back into the user's own code."""
     widths: Mapping[str, int] | None
+    """None by default. In place of a ratio: units per carrier to keep, by name of a coupling or shell pattern."""
     allocation: Literal["ragged", "global", "uniform", "sensitivity"] | None
+    """None by default. How the ratio is spread over couplings: see `ecospa_fx.recipe.Recipe`."""
     progress: bool
+    """False by default. True: bars on stderr."""
     steps: int
+    """4 by default. Scoring passes of methods that only remove; each scores what the one before left."""
     basis: bool | None
+    """True by default. Turn linear couplings before units are chosen."""
     damping: float
+    """0.01 by default. Of the matrices that units are chosen by, in means of their diagonals."""
     gates: bool
+    """True by default. Rescale kept queries and keys for removed ones."""
     gate_damping: float
+    """0.1 by default. Of the gates' Fisher matrix, in means of its diagonal."""
     least_squares: bool | str
+    """True by default. Solve matrices that lost inputs; "in turn": layer by layer, in a pass of its own."""
     least_squares_damping: float
+    """0.1 by default. Of least squares, in means of the diagonal."""
     rounds: int
+    """2 by default. How often sensitivities are measured, with allocation="sensitivity"."""
     distillation: int | None
+    """None by default: 224 to 640. Samples that the smaller model learns the dense one's output on; 0: none."""
     rate: float
+    """0.125 by default. Learning rate of distillation."""
     step: int
+    """1 by default. Samples per step of distillation."""
     mixed: float
+    """0.2 by default. Share of positions that come from other samples."""
     predicted: float
+    """0.25 by default. Share of positions that the dense model itself predicted."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Compression:
-    """ratio, scores: as given, of which RATIO and None stand for nothing; planning: options of `plan`.
-
-    recipe: of second-order compression; steps, progress: of `scored`, for the methods that only remove.
-    """
+    """What `compress` was asked for, checked."""
 
     method: str
+    """"second-order", or a method of `score`."""
     ratio: float
-    scores: Scores | Mapping[str, Any] | None
-    planning: Mapping[str, Any]
+    """`RATIO` where the user gave none."""
+    scores: Scores | Mapping[str, Tensor] | None
+    """The user's own, None where the method scores."""
+    planning: AllPlanOptions
+    """Options of `plan`."""
     recipe: Recipe
+    """Of second-order compression."""
     steps: int
+    """Scoring passes of methods that only remove."""
     progress: bool
+    """Whether these show a bar."""
 
     @classmethod
-    def of(cls, method: str, ratio: float | None, scores: object, options: Mapping[str, Any]) -> Compression:
+    def of(cls, method: str, ratio: float | None, scores: object, options: CompressOptions) -> Compression:
         """Sort the options of `compress`. Raises PlanError, ScoreError or OptionError for what makes no sense."""
         _check_method(method, options)
         if scores is not None and not isinstance(scores, Scores | Mapping):
@@ -89,17 +117,18 @@ class Compression:
             planning["allocation"] = options["allocation"]
         if ratio is None and planning.get("widths") is None:
             raise OptionError("compress() needs ratio=, the share of the couplings' parameters to remove, or widths=")
-        found = cls(method, RATIO if ratio is None else ratio, scores, planning, recipe, steps, progress)
-        PlanSettings(found.ratio, **found.all_planning)
-        return found
+        share, checked = RATIO if ratio is None else ratio, cast("AllPlanOptions", planning)
+        compression = cls(method, share, scores, checked, recipe, steps, progress)
+        PlanSettings(compression.ratio, **compression.all_planning)
+        return compression
 
     @property
-    def all_planning(self) -> dict[str, Any]:
+    def all_planning(self) -> AllPlanOptions:
         """Options of `plan`, with the allocation that the method chooses."""
-        return self.recipe.planning(self.planning) if self.method == SECOND_ORDER else dict(self.planning)
+        return self.recipe.planning(self.planning) if self.method == SECOND_ORDER else self.planning
 
 
-def _check_method(method: object, options: Mapping[str, Any]) -> None:
+def _check_method(method: object, options: CompressOptions) -> None:
     """Raise for a method that is not there, and for options of another one."""
     if method == SECOND_ORDER:
         if "steps" in options:

@@ -1,4 +1,4 @@
-"""What holds other things, in Python: how it is read and written, past what subclasses make of that."""
+"""Reading and writing what Python objects hold (attributes, items, cells, slots), past the code of their classes."""
 
 from __future__ import annotations
 
@@ -9,13 +9,18 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from types import CellType, FunctionType, MappingProxyType, ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+
+Parts: TypeAlias = tuple[Any, ...]
+"""What a holder holds, in its order: anything at all."""
+Pair: TypeAlias = tuple[Any, Any]
+"""A key, or a name, and what stands under it."""
 
 ATOMS = frozenset({int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size, type})
 _LENT = ("collections", "types", "weakref", "functools")
@@ -24,34 +29,36 @@ _LENT = ("collections", "types", "weakref", "functools")
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """How holders of one kind are read, as a flat tuple, and written."""
+    """How holders of one kind are read and written."""
 
-    read: Callable[[Any], tuple[Any, ...]]
-    write: Callable[[Any, tuple[Any, ...]], None]
+    read: Callable[[Any], Parts]
+    """From a holder to what it holds, as a flat tuple."""
+    write: Callable[[Any, Parts], None]
+    """Makes a holder hold such a tuple."""
     keyed: bool = False
     """Whether the parts are keys and values in turn."""
 
 
-def flat(items: Iterable[tuple[Any, Any]]) -> tuple[Any, ...]:
+def flat(items: Iterable[Pair]) -> Parts:
     return tuple(part for item in items for part in item)
 
 
-def pairs(parts: tuple[Any, ...]) -> Iterator[tuple[Any, Any]]:
+def pairs(parts: Parts) -> Iterator[Pair]:
     return zip(parts[::2], parts[1::2], strict=True)
 
 
-def _read_dict(holder: dict[Any, Any]) -> tuple[Any, ...]:
+def _read_dict(holder: dict[object, object]) -> Parts:
     return flat(dict.items(holder))
 
 
-def _write_dict(holder: dict[Any, Any], parts: tuple[Any, ...]) -> None:
+def _write_dict(holder: dict[object, object], parts: Parts) -> None:
     plain: Any = OrderedDict if isinstance(holder, OrderedDict) else dict  # past what subclasses make of it
     plain.clear(holder)
     for key, value in pairs(parts):
         plain.__setitem__(holder, key, value)
 
 
-def assign(holder: Any, key: Any, *value: Any) -> None:
+def assign(holder: Any, key: Any, *value: object) -> None:
     """Give a class, or a dictionary, one item, or take it away where there is no value."""
     if isinstance(holder, type):
         setattr(holder, key, *value) if value else delattr(holder, key)
@@ -61,28 +68,28 @@ def assign(holder: Any, key: Any, *value: Any) -> None:
         del holder[key]
 
 
-def _write_list(holder: list[Any], parts: tuple[Any, ...]) -> None:
+def _write_list(holder: list[object], parts: Parts) -> None:
     list.__setitem__(holder, slice(None), parts)
 
 
-def _write_deque(holder: deque[Any], parts: tuple[Any, ...]) -> None:
+def _write_deque(holder: deque[object], parts: Parts) -> None:
     deque.clear(holder)
     deque.extend(holder, parts)
 
 
-def _write_set(holder: set[Any], parts: tuple[Any, ...]) -> None:
+def _write_set(holder: set[object], parts: Parts) -> None:
     set.clear(holder)
     set.update(holder, parts)
 
 
-def _read_cell(holder: CellType) -> tuple[Any, ...]:
+def _read_cell(holder: CellType) -> Parts:
     try:
         return (holder.cell_contents,)
     except ValueError:  # nothing is in it yet
         return ()
 
 
-def _write_cell(holder: CellType, parts: tuple[Any, ...]) -> None:
+def _write_cell(holder: CellType, parts: Parts) -> None:
     if parts:
         holder.cell_contents = parts[0]
     else:
@@ -101,12 +108,12 @@ def _slots(kind: type) -> tuple[str, ...]:
     return _NAMES.setdefault(kind, tuple(n for n in slots if n not in ("__dict__", "__weakref__")))
 
 
-def _read_slots(holder: Any) -> tuple[Any, ...]:
+def _read_slots(holder: object) -> Parts:
     items = ((n, _attribute(holder, n)) for n in _slots(type(holder)))
     return flat(item for item in items if item[1] is not None)
 
 
-def _write_slots(holder: Any, parts: tuple[Any, ...]) -> None:
+def _write_slots(holder: object, parts: Parts) -> None:
     items = dict(pairs(parts))
     for name in [name for name, _ in pairs(_read_slots(holder)) if name not in items]:
         object.__delattr__(holder, name)
@@ -114,19 +121,19 @@ def _write_slots(holder: Any, parts: tuple[Any, ...]) -> None:
         object.__setattr__(holder, name, value)
 
 
-def _read_class(holder: Any) -> tuple[Any, ...]:
+def _read_class(holder: object) -> Parts:
     return (type(holder),)
 
 
-def _write_class(holder: Any, parts: tuple[Any, ...]) -> None:
+def _write_class(holder: object, parts: Parts) -> None:
     holder.__class__ = parts[0]
 
 
-def _read_type(holder: type) -> tuple[Any, ...]:
+def _read_type(holder: type) -> Parts:
     return flat(vars(holder).items())
 
 
-def _write_type(holder: type, parts: tuple[Any, ...]) -> None:
+def _write_type(holder: type, parts: Parts) -> None:
     items = dict(pairs(parts))
     for name in [name for name in vars(holder) if name not in items]:
         delattr(holder, name)
@@ -145,7 +152,7 @@ _SLOTS, CLASS_OF = Kind(_read_slots, _write_slots, keyed=True), Kind(_read_class
 CLASS = Kind(_read_type, _write_type, keyed=True)
 
 
-def holders(thing: Any) -> Iterator[tuple[Any, Kind]]:
+def holders(thing: object) -> Iterator[tuple[object, Kind]]:
     """Everything about a thing that can hold something else later, and how."""
     kind = type(thing)
     for base, container in _CONTAINERS:
@@ -163,7 +170,7 @@ def holders(thing: Any) -> Iterator[tuple[Any, Kind]]:
             yield thing, _SLOTS
 
 
-def _attribute(thing: Any, name: str) -> Any:
+def _attribute(thing: object, name: str) -> Any:
     """An attribute past ``__getattr__`` of the class, None where there is none."""
     try:
         return object.__getattribute__(thing, name)
@@ -201,7 +208,7 @@ _LENDERS: tuple[type, ...] = (
 )  # fmt: skip
 
 
-def lends(value: Any) -> bool:
+def lends(value: object) -> bool:
     """Whether something that a class or a Python module holds may be a table, or code that has one."""
     return isinstance(value, _LENDERS) or not is_foreign(type(value))
 
@@ -211,7 +218,7 @@ def lends(value: Any) -> bool:
 _EMPTY = (FakeTensor, FunctionalTensor, torch.SymInt, torch.SymFloat, torch.SymBool, fx.Proxy)
 
 
-def is_empty(value: Any, depth: int = 4) -> bool:
+def is_empty(value: object, depth: int = 4) -> bool:
     """Whether a value, or something in it, exists only while a model is traced."""
     if isinstance(value, _EMPTY):
         return True

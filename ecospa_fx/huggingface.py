@@ -30,10 +30,10 @@ def model_class(config: Any) -> Any:
         if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
             return named
     for auto in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel"):
-        known = getattr(transformers, auto)._model_mapping
-        if type(config) in known:
-            found = known[type(config)]
-            return found[0] if isinstance(found, tuple | list) else found
+        mapping = getattr(transformers, auto)._model_mapping
+        if type(config) in mapping:
+            models = mapping[type(config)]
+            return models[0] if isinstance(models, tuple | list) else models
     raise StorageError(f"transformers knows no model for a {type(config).__name__}: name a function that builds it")
 
 
@@ -46,7 +46,7 @@ def is_causal(model: nn.Module) -> bool:
     return type(model).__name__ in names.values()
 
 
-def build(config: Any, device: str) -> Any:
+def build(config: object, device: str) -> Any:
     """The model of a configuration without values: on ``meta``, or on the CPU in memory that nobody has written yet.
 
     Buffers hold what the constructor computes, except on ``meta``.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
@@ -38,11 +37,13 @@ class Origin:
     """The integers that `shrink_` wrote into the module, as JSON; None for a graph."""
 
 
-def origin(model: nn.Module, plan: Plan, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Origin:
+def origin(
+    model: nn.Module, plan: Plan, args: Sequence[object] = (), kwargs: Mapping[str, object] | None = None
+) -> Origin:
     """The origin of what ``shrink(model, plan, args, kwargs)`` returns."""
     model = unwrapped(model)
     kind, config = type(model), getattr(model, "config", None)
-    known = kind.__module__.startswith("transformers.models.") and hasattr(config, "to_json_string")
+    configured = kind.__module__.startswith("transformers.models.") and hasattr(config, "to_json_string")
     try:
         inputs = describe((tuple(args), dict(kwargs or {})))
     except TypeError:
@@ -50,8 +51,8 @@ def origin(model: nn.Module, plan: Plan, args: Sequence[Any] = (), kwargs: Mappi
     return Origin(
         plan=plan,
         model_class=f"{kind.__module__}.{kind.__qualname__}",
-        config=config.to_json_string() if known and config is not None else None,
-        attention=getattr(config, "_attn_implementation", None) if known else None,
+        config=config.to_json_string() if configured and config is not None else None,
+        attention=getattr(config, "_attn_implementation", None) if configured else None,
         inputs=inputs,
         buffers=tuple(name for name, _ in model.named_buffers()),
         training=model.training,
@@ -66,7 +67,7 @@ def remember(small: nn.Module, origin: Origin) -> nn.Module:
 
 def origin_of(small: nn.Module) -> Origin:
     """Where a model that `shrink` or `compress` returned came from. Raises PlanError for any other."""
-    found = getattr(unwrapped(small), ATTRIBUTE, None)
-    if not isinstance(found, Origin):
+    noted = getattr(unwrapped(small), ATTRIBUTE, None)
+    if not isinstance(noted, Origin):
         raise PlanError(f"{type(small).__name__} does not come from ecospa_fx.shrink or ecospa_fx.compress")
-    return found
+    return noted

@@ -22,7 +22,7 @@ from ecospa_fx.coupling import unit_elements
 from ecospa_fx.coupling.choice import near_names
 from ecospa_fx.coupling.couplings import Couplings, check_couplings, parameter_shapes
 from ecospa_fx.coupling.masks import check_mask, keep_mask
-from ecospa_fx.coupling.members import check_member, shape_told
+from ecospa_fx.coupling.members import check_member, shape_text
 from ecospa_fx.coupling.types import Coupling, Member
 from ecospa_fx.errors import PlanError
 from ecospa_fx.strict_json import from_plain
@@ -34,30 +34,34 @@ VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """What one coupling keeps.
-
-    name, kind, layer, size, carriers, members: as in the coupling; inexact: why removing differs from masking, or "";
-    resized: which input or output gets narrower, or "".
-    keep: per carrier the kept units, ascending. Every carrier keeps the same number, at least one; in a ragged
-    selection each its own, at least one in all.
-    """
+    """What one coupling keeps."""
 
     name: str
+    """The coupling's name."""
     kind: str
+    """The coupling's kind."""
     layer: str
+    """The innermost module that holds the coupling."""
     size: int
+    """Units per carrier in the dense model."""
     carriers: int
+    """How many times the choice may differ."""
     members: tuple[Member, ...]
+    """Where the units lie in parameters."""
     keep: tuple[tuple[int, ...], ...]
+    """Per carrier the units that stay, ascending: the same number in each, at least one; in a ragged selection each
+    its own, at least one in all."""
     inexact: str = ""
+    """Why removing differs from masking, or ""."""
     resized: str = ""
+    """Which input or output gets narrower, or ""."""
 
     @classmethod
     def of(cls, coupling: Coupling, keep: Tensor) -> Selection:
         """What stays of a coupling. keep: BoolTensor [carriers, units], True where a unit stays, else PlanError."""
         c, units = coupling, tuple(tuple(row.nonzero().flatten().tolist()) for row in check_mask(coupling, keep))
-        told = [note.message if note else "" for note in (c.inexact, c.resized)]
-        return cls(c.name, c.kind, c.layer, c.size, c.carriers, c.members, units, *told)
+        notes = [note.message if note else "" for note in (c.inexact, c.resized)]
+        return cls(c.name, c.kind, c.layer, c.size, c.carriers, c.members, units, *notes)
 
     def __post_init__(self) -> None:
         if not all(isinstance(units, tuple) and all(type(u) is int for u in units) for units in self.keep):
@@ -88,12 +92,17 @@ class Selection:
         return len({len(units) for units in self.keep}) > 1
 
     @property
+    def mask(self) -> Tensor:
+        """BoolTensor [carriers, units], True where a unit is kept."""
+        mask = torch.zeros(self.carriers, self.size, dtype=torch.bool)
+        for row, units in zip(mask, self.keep, strict=True):
+            row[list(units)] = True
+        return mask
+
+    @property
     def removed(self) -> Tensor:
-        """BoolTensor [carriers, units], True where a unit goes."""
-        gone = torch.ones(self.carriers, self.size, dtype=torch.bool)
-        for row, units in zip(gone, self.keep, strict=True):
-            row[list(units)] = False
-        return gone
+        """BoolTensor [carriers, units], True where a unit is removed."""
+        return ~self.mask
 
     def even(self) -> Selection:
         """The same with the first units that go added, until every carrier keeps as many as the fullest."""
@@ -108,14 +117,12 @@ class Selection:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Plan:
-    """What stays of every coupling that was decided on.
-
-    shapes: (name, dense shape) of every parameter of the model, in the order of ``named_parameters()``. Selections
-    may overlap (a head and its dimensions): an element stays where every one keeps it.
-    """
+    """What stays of every coupling that was decided on."""
 
     selections: tuple[Selection, ...]
+    """One for each coupling. Where they overlap (a head and its dimensions), an element stays if every one keeps it."""
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
+    """(name, dense shape) of every parameter of the model, in the order of ``named_parameters()``."""
 
     def __post_init__(self) -> None:
         shapes, names = dict(self.shapes), [s.name for s in self.selections]
@@ -182,13 +189,13 @@ class Plan:
         for name in [*want, *have]:
             if want.get(name) != have.get(name):
                 raise PlanError(
-                    f"the plan was made for another model: parameter {name!r} is {shape_told(want.get(name))} in the "
-                    f"plan and {shape_told(have.get(name))} in the model; detect and plan again on this one"
+                    f"the plan was made for another model: parameter {name!r} is {shape_text(want.get(name))} in the "
+                    f"plan and {shape_text(have.get(name))} in the model; detect and plan again on this one"
                 )
 
     def factors(self) -> dict[str, unit_elements.Factors]:
         """Kept positions per axis of every parameter that loses elements; see `ecospa_fx.coupling.unit_elements`."""
-        return unit_elements.keep_factors(dict(self.shapes), self._removals(self.selections))
+        return unit_elements.keep_factors(dict(self.shapes), self._choices(self.selections))
 
     def masks(self, model: nn.Module) -> dict[str, Tensor]:
         """BoolTensor of the dense shape, True where an element stays, for every parameter that loses elements.
@@ -198,11 +205,11 @@ class Plan:
         """
         self.check(model)
         parameters = dict(unwrapped(model).named_parameters())
-        found = {}
+        masks = {}
         for name, factors in self.factors().items():
             weight = parameters[name]
-            found[name] = unit_elements.mask(weight.shape, factors, None if weight.is_meta else weight.device)
-        return found
+            masks[name] = unit_elements.mask(weight.shape, factors, None if weight.is_meta else weight.device)
+        return masks
 
     @property
     def ragged(self) -> bool:
@@ -222,17 +229,16 @@ class Plan:
     @property
     def removed_parameters(self) -> int:
         """Elements that go, each counted once."""
-        return unit_elements.removed_elements(dict(self.shapes), self._removals(self.selections))
+        return unit_elements.removed_elements(dict(self.shapes), self._choices(self.selections))
 
     @property
     def coupled_parameters(self) -> int:
         """Elements that the selected couplings hold, each counted once."""
-        whole = [(s.members, torch.ones(s.carriers, s.size, dtype=torch.bool)) for s in self.selections]
-        return unit_elements.removed_elements(dict(self.shapes), whole)
+        return unit_elements.coupled_elements(dict(self.shapes), (s.members for s in self.selections))
 
     @staticmethod
-    def _removals(selections: Iterable[Selection]) -> Iterator[unit_elements.Removal]:
-        return ((s.members, s.removed) for s in selections)
+    def _choices(selections: Iterable[Selection]) -> Iterator[unit_elements.UnitChoice]:
+        return ((s.members, s.mask) for s in selections)
 
     # -- printing ----------------------------------------------------------------------------------------------
 
@@ -248,7 +254,7 @@ class Plan:
                 s.layer,
                 s.kind + (" (inexact)" if s.inexact else "") + (" (narrower cache)" if s.resized else ""),
                 _width(s),
-                f"{unit_elements.removed_elements(shapes, self._removals([s])):,}",
+                f"{unit_elements.removed_elements(shapes, self._choices([s])):,}",
             ]
             for s in self.selections
         ]
@@ -258,10 +264,10 @@ class Plan:
         return f"{table}\n{self._summary()}"
 
     def _summary(self) -> str:
-        gone, held, whole = self.removed_parameters, self.coupled_parameters, sum(prod(s) for _, s in self.shapes)
+        removed, coupled, whole = self.removed_parameters, self.coupled_parameters, sum(prod(s) for _, s in self.shapes)
         return (
-            f"removes {gone:,} of {whole:,} parameters ({gone / max(whole, 1):.1%}), "
-            f"{gone / max(held, 1):.1%} of what its couplings hold"
+            f"removes {removed:,} of {whole:,} parameters ({removed / max(whole, 1):.1%}), "
+            f"{removed / max(coupled, 1):.1%} of what its couplings hold"
         )
 
     # -- saving ------------------------------------------------------------------------------------------------

@@ -24,27 +24,49 @@ def plan(
     round_to: int | None = 1,
     **options: Unpack[PlanOptions],
 ) -> Plan:
-    """Decide what to remove.
+    """Decide which units are removed: by scores, down to a budget or to widths.
 
-    ratio: the share, between 0 and 1 and by default 0.5, of what the chosen couplings hold together to remove, met to
-    within half a rung. scores: what `score` returned, or a mapping of coupling names to tensors [carriers, units];
-    "magnitude", from the weights, which costs most quality (None: the same, with a warning); or "random", drawn from
-    `seed` alone, for tests. round_to: kept units per carrier are a multiple of it; a coupling with fewer stays whole;
-    None: of what their device likes (`ecospa_fx.budget.alignment.preferred_multiple`). Which couplings may lose units,
-    and how many at most: kinds, exclude, limits, floor, as in `ecospa_fx.coupling.choice.ChoiceOptions`. Further
-    options, as in `ecospa_fx.budget.settings.PlanOptions`:
+    Args:
+        couplings: `Couplings` that `detect` returned, or a selection of them.
+        ratio: share to remove of what the chosen couplings hold together, above 0 and below 1; 0.5 by default. It is
+            met as closely as whole units allow.
+        scores: importance of units. `Scores` that `score` returned, or a mapping of coupling names to tensors
+            [carriers, units]; "magnitude", from the weights, which costs most quality (None, the default, is the same
+            with a warning); "random", drawn from `seed`, for tests.
+        seed: whole number that "random" scores are drawn from, 0 by default.
+        round_to: kept units per carrier are a multiple of this, 1 by default; a coupling with fewer units stays whole.
+            None: a multiple at which the kernels of the model's device are fast, see
+            `ecospa_fx.budget.alignment.preferred_multiple`.
+        **options: see `ecospa_fx.budget.settings.PlanOptions`: which couplings may lose units (kinds, exclude, limits,
+            floor), what the ratio counts (budget), how it is spread (allocation, uniform, expressible_in), or widths in
+            place of a ratio.
 
-    budget: what the ratio counts: "parameters", each once; "flops" of the example call that `detect` saw; "latency",
-    seconds of its products on this machine, measured once and kept on disk (`ecospa_fx.budget.latency`). allocation:
-    "global", what scores least for what it frees goes first; "ragged", the same where heads may keep different numbers
-    of units, and zeros fill activations up; "uniform" or uniform=True, the same share everywhere; or measured
-    `ecospa_fx.importance.sensitivity` curves. expressible_in: "module" leaves whole what `shrink_` could not write
-    back, as trying on a copy shows, and takes heads where their content cannot be; with uniform widths the
-    configuration can describe it too. widths: in place of a ratio, units to keep by name of coupling.
+    Returns:
+        A `Plan`: for every chosen coupling the units that are kept. It prints as a table and is saved as JSON.
 
-    Raises PlanError for what is out of range or reach or does not fit, and where nothing is offered; ScoreError for
-    weights without magnitudes; OptionError for an option that is not there.
-    >>> plan(couplings, 0.5, s, exclude=["layers.0.*"], limits={"ffn": 0.6}, budget="flops")  # doctest: +SKIP
+    Raises:
+        PlanError: a value is out of range, the ratio is out of reach, or nothing is offered.
+        ScoreError: the weights have no magnitudes, being on ``meta`` or not finite.
+        OptionError: an option is unknown.
+
+    Examples:
+        >>> import torch, ecospa_fx as eco
+        >>> mlp = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.GELU(), torch.nn.Linear(32, 8))
+        >>> couplings = eco.detect(mlp, (torch.randn(2, 8),))
+        >>> eco.plan(couplings, ratio=0.5, scores="magnitude")["ffn"].kept
+        16
+
+        Scores of one's own, here by position, and widths that are multiples of 8:
+
+        >>> mine = {"ffn": torch.arange(32.0)[None]}
+        >>> eco.plan(couplings, ratio=0.3, scores=mine, round_to=8)["ffn"].keep[0][:4]
+        (8, 9, 10, 11)
+
+        A budget in FLOPs, in which no MLP loses more than 60 % of its units and one layer none:
+
+        >>> eco.plan(
+        ...     couplings, 0.5, scores, budget="flops", limits={"ffn": 0.6}, exclude=["layers.0.*"]
+        ... )  # doctest: +SKIP
     """
     check_options("plan", options, PlanOptions, plan)
     check_couplings(couplings, PlanError)

@@ -12,7 +12,7 @@ T = TypeVar("T")
 WIDTH = 24
 
 
-def watched(items: Iterable[T], label: str) -> Iterator[T]:
+def progress_bar(items: Iterable[T], label: str) -> Iterator[T]:
     """The same items; a line on stderr counts those that the caller is done with."""
     total, begin = length_hint(items), time.monotonic()
     sys.stderr.write(line(label, 0, total, 0.0))

@@ -5,36 +5,37 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from ecospa_fx.budget.allocate import choose
+from ecospa_fx.budget.settings import AllPlanOptions
 from ecospa_fx.checks import check_data, check_flag, check_share, check_whole, is_number
 from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.coupling.types import Coupling
 from ecospa_fx.distillation.distill import Distill
 from ecospa_fx.distillation.divergence import answer_of, check_convex
-from ecospa_fx.distillation.token_mixing import filled
+from ecospa_fx.distillation.token_mixing import augmented
 from ecospa_fx.errors import PlanError, ScoreError, warn_caller
 from ecospa_fx.importance.compensation import Compensated
 from ecospa_fx.importance.curvature import Collector, Curvature
-from ecospa_fx.importance.linear_views import CouplingViews, views_of
+from ecospa_fx.importance.linear_views import CouplingViews
 from ecospa_fx.importance.losses import Batch, Loss, check_slope
 from ecospa_fx.importance.samples import grouped, samples_of
 from ecospa_fx.importance.score import arguments
 from ecospa_fx.importance.scores import Scores, given_scores
-from ecospa_fx.importance.second_order import unit_scores, without_traffic
-from ecospa_fx.ir.linears import LinearUse, linear_uses
+from ecospa_fx.importance.sensitivity import Trial
+from ecospa_fx.ir.linears import LinearUse
 from ecospa_fx.ir.program import ExportedForm
-from ecospa_fx.passes.lossy.change_basis import turn_factors, turn_values
+from ecospa_fx.passes.lossy.measurement import Measurement, measure
 from ecospa_fx.passes.lossy.reconstruct import Reconstruct
 from ecospa_fx.passes.shrink.shrink_couplings import shrink_program
 from ecospa_fx.plan import Plan
 from ecospa_fx.planning import plan as make_plan
-from ecospa_fx.progress import watched
-from ecospa_fx.runtime.bfloat16 import quick
+from ecospa_fx.progress import progress_bar
+from ecospa_fx.runtime.bfloat16 import in_bfloat16
 from ecospa_fx.runtime.interpreter import PartialInterpreter
 from ecospa_fx.sensitivity_search import Sensitivity
 
@@ -43,10 +44,10 @@ Item = TypeVar("Item")
 SECOND_ORDER = "second-order"
 """The name of the recipe as a method of `compress`."""
 
-HELD, MOST_HELD = 4, 16
+HOLDOUT_EVERY, HOLDOUT_MOST = 4, 16
 """Every how many-th sample measures sensitivities and is not scored on, and how many at most."""
-JUDGES = 16
-"""Every how many-th sample judges distillation, and nothing is measured, solved or learnt on it."""
+VALIDATION_EVERY = 16
+"""Every how many-th sample validates distillation, and nothing is measured, solved or learnt on it."""
 
 FEW, MANY = 32, 128
 """Samples, or groups of small ones, that are few and many for distillation."""
@@ -66,39 +67,47 @@ ALLOCATIONS = "ragged", "global", "uniform", "sensitivity"
 class Recipe:
     """What goes into second-order compression; each ingredient can be left out or tuned.
 
-    basis: turn linear couplings (V with O, Q with K where nothing rotates them) before units are chosen.
-    damping: of the surgeon's matrices, in means of their diagonals. gates: rescale the queries and keys that are kept
-    for those that go, with gate_damping. least_squares: solve the matrices that lost inputs anew, with
-    least_squares_damping, by what was measured of the dense model; "in turn": layer by layer, in a pass of its own on
-    the data, on the inputs that the smaller model makes. allocation: "ragged", by score, so that each head keeps its
-    own number of units; "global", the same with as many in all heads of a layer; "uniform"; "sensitivity", by what
-    couplings are measured to cost on every fourth sample, which the scores do not see, in so many `rounds`; or None:
-    "ragged" where it is parameters that are counted and graph form may do as it likes, else "global". distillation: how
-    many samples the smaller model sees, without their labels, while it learns to answer like the dense one, 0 for none,
-    each as often as it takes; by default 224, and up to 640 where there are fewer than 128. Samples of fewer than 64
-    rows, such as tokens, are seen in groups that hold so many, and a group counts as one here. rate, step: how much of
-    each parameter a step may change at first, as an operator, times the root of the share of the dense model's answers
-    that is lost; and samples per step. So that few samples do for many, they vary: predicted: share of a sample's
-    positions, such as tokens, that are what the dense model itself foretold, where it does so, when it read the batch
-    last while distilling; mixed: share that comes from other samples, else, and in further samples for all that is
-    measured and solved where those given hold fewer than 60,000 positions, up to four for one; both from 0 to below 1.
-    progress: bars on stderr.
+    So that few samples do for many, they vary: see `mixed` and `predicted`. Samples of fewer than 64 rows, such as
+    tokens, are distilled in groups that hold so many, and a group counts as one sample there.
     """
 
     basis: bool = True
+    """Turn linear couplings (V with O, Q with K where nothing rotates them) before units are chosen."""
     damping: float = 0.01
+    """Of the matrices of the optimal brain surgeon, in means of their diagonals."""
     gates: bool = True
+    """Rescale the queries and keys that are kept for those that are removed."""
     gate_damping: float = 0.1
+    """Of the gates' Fisher matrix, in means of its diagonal."""
     least_squares: bool | str = True
+    """Solve the matrices that lost inputs, by what was measured of the dense model. "in turn": layer by layer, on the
+    inputs that the smaller model makes, in a pass of its own over the data."""
     least_squares_damping: float = 0.1
-    allocation: str | None = None
+    """Of least squares, in means of the diagonal."""
+    allocation: Literal["ragged", "global", "uniform", "sensitivity"] | None = None
+    """"ragged": by score, and each head keeps its own number of units. "global": by score, with as many in all heads of
+    a layer. "uniform": the same share everywhere. "sensitivity": by what couplings are measured to cost, on every
+    fourth sample, which the scores do not see. None: "ragged" where parameters are counted and the graph form may do as
+    it likes, else "global"."""
     rounds: int = 2
+    """How often sensitivities are measured, each time around the plan before."""
     distillation: int | None = None
+    """Samples, without their labels, on which the smaller model learns the dense one's output, each as often as it
+    takes; 0 for none. None: 224, and up to 640 where fewer than 128 are given."""
     rate: float = 0.125
+    """Learning rate r of distillation: the first steps change a parameter by at most r √s of its operator norm, s being
+    the share of the dense model's output that is lost (the divergence, divided by that of an output of zeros)."""
     step: int = 1
+    """Samples per step of distillation."""
     mixed: float = 0.2
+    """Share, from 0 to below 1, of a sample's positions, such as tokens, that come from other samples where none are
+    predicted. Such mixed samples also count for all that is measured and solved where the data holds fewer than 60,000
+    positions, up to four for one."""
     predicted: float = 0.25
+    """Share, from 0 to below 1, of a sample's positions that are what the dense model predicted for them when it last
+    read the sample in distillation, where it predicts its own inputs."""
     progress: bool = False
+    """Bars on stderr."""
 
     def __post_init__(self) -> None:
         for name in ("basis", "gates", "progress"):
@@ -128,18 +137,18 @@ class Recipe:
         lacking = min(1.0, max(0.0, (MANY - batches) / (MANY - FEW)))
         return max(DRAWS[0], min(round(DRAWS[0] + lacking * (DRAWS[1] - DRAWS[0])), DRAWS[1] // FEW * batches))
 
-    def planning(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Options of `plan`, with the allocation that goes with those given."""
-        if given.get("widths") is not None and self.allocation is not None:
+    def planning(self, options: AllPlanOptions) -> AllPlanOptions:
+        """The same options of `plan`, with the allocation that goes with them."""
+        if options.get("widths") is not None and self.allocation is not None:
             raise PlanError("widths= says how many units stay, and allocation= how a ratio is spread: give one of them")
-        even = given.get("budget", "parameters") != "parameters" or given.get("expressible_in") is not None
-        even = even or given.get("widths") is not None
-        chosen = "uniform" if given.get("uniform") else self.allocation or ("global" if even else "ragged")
-        return {**given, "allocation": "global" if chosen == "sensitivity" else chosen}
+        even = options.get("budget", "parameters") != "parameters" or options.get("expressible_in") is not None
+        even = even or options.get("widths") is not None
+        chosen = "uniform" if options.get("uniform") else self.allocation or ("global" if even else "ragged")
+        return {**options, "allocation": "global" if chosen == "sensitivity" else chosen}
 
-    def shown(self, items: Sequence[Item], label: str) -> Iterator[Item] | Sequence[Item]:
+    def with_progress(self, items: Sequence[Item], label: str) -> Iterator[Item] | Sequence[Item]:
         """The same items, with a bar if wanted."""
-        return watched(items, label) if self.progress else items
+        return progress_bar(items, label) if self.progress else items
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -147,13 +156,19 @@ class Task:
     """What is to be compressed: a model, how it is called, and the data that says what matters."""
 
     model: nn.Module
+    """The dense one; it is not changed."""
     args: Sequence[Any]
+    """Positional example inputs."""
     kwargs: Mapping[str, Any]
+    """Example inputs by name."""
     couplings: Couplings
+    """Those that may lose units."""
     batches: Sequence[Batch]
+    """Calibration data."""
     loss: Loss
+    """(output, args, kwargs) to a scalar."""
     scores: Scores | Mapping[str, Tensor] | None = None
-    """The user's own, by which units go; None: those of the recipe."""
+    """The user's own, by which units are removed; None: those of the recipe."""
 
 
 def checked(batches: Iterable[object], loss: Loss | None) -> tuple[list[Batch], Loss]:
@@ -164,14 +179,16 @@ def checked(batches: Iterable[object], loss: Loss | None) -> tuple[list[Batch], 
             "or method='magnitude'"
         )
     check_data(batches, loss, ScoreError)
-    found = [arguments(batch, number) for number, batch in enumerate(batches)]
-    if not found:
+    samples = [arguments(batch, number) for number, batch in enumerate(batches)]
+    if not samples:
         raise ScoreError("there are no batches to calibrate with: pass at least one (args, kwargs)")
-    return found, loss
+    return samples, loss
 
 
-def compress_program(program: ExportedForm, task: Task, ratio: float, recipe: Recipe, **planning: Any) -> Plan:
-    """Make a program smaller in place and let what stays make up for what goes. Returns what was kept.
+def compress_program(
+    program: ExportedForm, task: Task, ratio: float, recipe: Recipe, **planning: Unpack[AllPlanOptions]
+) -> Plan:
+    """Make a program smaller in place and let kept units make up for removed ones. Returns the plan.
 
     planning: further options of `plan`. The model itself is not changed. Raises PlanError where the plan does not fit
     the program, ScoreError and InputError for data that tells nothing or does not fit.
@@ -181,30 +198,30 @@ def compress_program(program: ExportedForm, task: Task, ratio: float, recipe: Re
     task = replace(task, batches=samples_of(task.batches, evaluator, task.loss))
     draws = recipe.draws(len(task.batches))
     _check_loss(evaluator, task, distilled=draws > 0)
-    known, judges = _apart(task.batches, JUDGES) if draws else (task.batches, [])
-    seen, held = _held(known) if recipe.allocation == "sensitivity" else (known, [])
-    more = filled(seen, recipe.mixed)
-    plan, weights = _planned(program, replace(task, batches=more), held, ratio, recipe, planning)
+    learning, validation = _split(task.batches, VALIDATION_EVERY) if draws else (task.batches, [])
+    scoring, held_out = _hold_out(learning) if recipe.allocation == "sensitivity" else (learning, [])
+    more = augmented(scoring, recipe.mixed)
+    plan, weights = _planned(program, replace(task, batches=more), held_out, ratio, recipe, planning)
     # Where a norm runs over what is kept, the dense model's inputs are not those of the smaller one.
     in_turn = recipe.least_squares == IN_TURN or (recipe.least_squares is not False and any(s.inexact for s in plan))
     dense = PartialInterpreter(program.frozen(), task.model, task.args, task.kwargs)
-    gone = {selection.name: selection.removed for selection in plan}
-    for name, value in (replace(weights, damping=None) if in_turn else weights).made_up(gone):
+    keep = {selection.name: selection.mask for selection in plan}
+    for name, value in (replace(weights, damping=None) if in_turn else weights).compensated(keep):
         program.replace_parameter(name, value)
     shrink_program(program, plan)
     small = PartialInterpreter(program, task.model, task.args, task.kwargs)
     if in_turn:
         rebuild = Reconstruct(recipe.least_squares_damping)
-        rebuild.run(dense, small, more + held, lambda stages: recipe.shown(stages, "reconstruct"))
+        rebuild.run(dense, small, more + held_out, lambda stages: recipe.with_progress(stages, "reconstruct"))
     if draws:
-        size = _at_once(weights.curvature, len(more))
-        known, judges = (grouped(some, size, dense, task.loss) for some in (known, judges))
-        distill = Distill(recipe.draws(len(known)), recipe.rate, recipe.step, recipe.mixed, recipe.predicted)
-        distill.run(dense, small, known, task.loss, judges, lambda order: recipe.shown(order, "distill"))
+        size = _group_size(weights.curvature, len(more))
+        learning, validation = (grouped(some, size, dense, task.loss) for some in (learning, validation))
+        distill = Distill(recipe.draws(len(learning)), recipe.rate, recipe.step, recipe.mixed, recipe.predicted)
+        distill.run(dense, small, learning, task.loss, validation, lambda order: recipe.with_progress(order, "distill"))
     return plan
 
 
-def _at_once(curvature: Curvature | None, samples: int) -> int:
+def _group_size(curvature: Curvature | None, samples: int) -> int:
     """How many samples distillation reads at once: as many as hold `ROWS` rows, where that is known."""
     rows = max((moments.rows for moments in curvature.inputs.values()), default=0) if curvature is not None else 0
     return math.ceil(ROWS * samples / rows) if rows else 1
@@ -222,73 +239,76 @@ def _check_loss(dense: PartialInterpreter, task: Task, *, distilled: bool) -> No
 
 
 def _planned(
-    program: ExportedForm, task: Task, held: Sequence[Batch], ratio: float, recipe: Recipe, given: Mapping[str, Any]
+    program: ExportedForm,
+    task: Task,
+    held_out: Sequence[Batch],
+    ratio: float,
+    recipe: Recipe,
+    options: AllPlanOptions,
 ) -> tuple[Plan, Compensated]:
-    """What is to go, and what makes up for it; bases have changed in the program."""
+    """The plan, and the weights that compensate what it removes; bases have changed in the program."""
     evaluator = PartialInterpreter(program, task.model, task.args, task.kwargs)
     # What a module can carry may be whole heads where it cannot carry what is in them.
-    containers = given.get("expressible_in") is not None or given.get("widths") is not None
-    chosen = choose(task.couplings, given.get("kinds"), given.get("exclude", ()), containers=containers)
-    views, curvature = _measured(program, evaluator, task, recipe, chosen)
-    couplings = _reached(task.couplings, without_traffic(views, curvature))
-    values = {name: tensor.detach() for name, tensor in program.values.items()}
+    containers = options.get("expressible_in") is not None or options.get("widths") is not None
+    chosen = choose(task.couplings, options.get("kinds"), options.get("exclude", ()), containers=containers)
+    measurement = _measured(program, evaluator, task, recipe, chosen)
+    couplings = _reached(task.couplings, measurement.unreached)
     if task.scores is None:
-        scores = Scores(SECOND_ORDER, unit_scores(views, curvature, values, recipe.damping))
+        scores = Scores(SECOND_ORDER, measurement.scores(recipe.damping))
     else:
         scores = Scores("given", given_scores(task.couplings, chosen, task.scores))
-    planning = recipe.planning(given)
+    planning = recipe.planning(options)
     plan = make_plan(couplings, ratio, scores, **planning)
     damping = recipe.least_squares_damping if recipe.least_squares else None
-    gate_damping = recipe.gate_damping if recipe.gates else None
-    weights = Compensated(couplings.offered, values, views, curvature, damping, gate_damping)
-    if held:
-        by = Sensitivity(evaluator, weights, held, task.loss, recipe.rounds, lambda t: recipe.shown(t, "sensitivity"))
-        plan = by.plan(couplings, ratio, scores, **planning)
+    weights = measurement.compensated(couplings.offered, damping, recipe.gate_damping if recipe.gates else None)
+    if held_out:
+
+        def watch(trials: Sequence[Trial]) -> Iterable[Trial]:
+            return recipe.with_progress(trials, "sensitivity")
+
+        search = Sensitivity(evaluator, weights, held_out, task.loss, recipe.rounds, watch)
+        plan = search.plan(couplings, ratio, scores, **planning)
     return plan, weights
 
 
-def _apart(batches: Sequence[Batch], every: int, most: int | None = None) -> tuple[list[Batch], list[Batch]]:
+def _split(batches: Sequence[Batch], every: int, most: int | None = None) -> tuple[list[Batch], list[Batch]]:
     """The batches without every so many-th, and those, of which there are so many at most."""
     chosen = range(every - 1, len(batches), every)[:most]
     return [batch for i, batch in enumerate(batches) if i not in chosen], [batches[i] for i in chosen]
 
 
-def _held(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
+def _hold_out(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
     """Samples to score on, and a few to measure sensitivities on."""
-    if len(batches) < HELD:
-        raise ScoreError(f"allocation='sensitivity' holds every {HELD}th sample back: pass at least {HELD}")
-    return _apart(batches, HELD, MOST_HELD)
+    if len(batches) < HOLDOUT_EVERY:
+        raise ScoreError(
+            f"allocation='sensitivity' holds every {HOLDOUT_EVERY}th sample back: pass at least {HOLDOUT_EVERY}"
+        )
+    return _split(batches, HOLDOUT_EVERY, HOLDOUT_MOST)
 
 
 def _measured(
     program: ExportedForm, evaluator: PartialInterpreter, task: Task, recipe: Recipe, chosen: Sequence[Coupling]
-) -> tuple[CouplingViews, Curvature]:
-    """Views of the chosen couplings and what the data says of them, in the bases that suit removal."""
+) -> Measurement:
+    """What the data says of the chosen couplings, in the bases that suit removal."""
+    rounded = in_bfloat16(evaluator, {member.parameter for coupling in chosen for member in coupling.members})
 
-    rounded = quick(evaluator, {member.parameter for coupling in chosen for member in coupling.members})
+    def collect(views: CouplingViews, results: Sequence[LinearUse]) -> Curvature:
+        batches = recipe.with_progress(task.batches, "bases" if results else "curvature")
+        return Collector(rounded, views, results).run(batches, task.loss)
 
-    def measured(views: CouplingViews, label: str, results: Sequence[LinearUse] = ()) -> Curvature:
-        return Collector(rounded, views, results).run(recipe.shown(task.batches, label), task.loss)
-
-    views = views_of(chosen, linear_uses(program))
-    if recipe.least_squares in (False, IN_TURN) or any(coupling.inexact for coupling in chosen):
-        views = replace(views, beside=())  # nobody solves by what is measured there
-    if recipe.basis:
-        turn_factors(views, lambda sites: measured(CouplingViews((), (), ()), "bases", sites), program)
-    curvature = measured(views, "curvature")
-    if recipe.basis:
-        turn_values(views, curvature, program)
-    return views, curvature
+    # Least squares layer by layer, as where a norm runs over what is kept, measures by itself.
+    solves = recipe.least_squares not in (False, IN_TURN) and not any(coupling.inexact for coupling in chosen)
+    return measure(program, chosen, collect, basis=recipe.basis, solves=solves)
 
 
 def _reached(couplings: Couplings, idle: Sequence[str]) -> Couplings:
     """The couplings without those of which the data says nothing."""
     if not idle:
         return couplings
-    told = ", ".join(idle[:4]) + (f" and {len(idle) - 4} more" if len(idle) > 4 else "")
+    names = ", ".join(idle[:4]) + (f" and {len(idle) - 4} more" if len(idle) > 4 else "")
     warn_caller(
-        f"the calibration data never reaches {told}, which therefore stay whole; the ratio counts the other couplings: "
-        "calibrate with more or other data"
+        f"the calibration data never reaches {names}, which therefore stay whole; the ratio counts the other "
+        "couplings: calibrate with more or other data"
     )
     left = couplings.select(predicate=lambda c: c.name not in idle)
     if not left.offered:

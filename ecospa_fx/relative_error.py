@@ -34,7 +34,7 @@ class RelativeError(float):
         return RelativeError, (float(self), self.left_out)
 
 
-def relative_error(got: Sequence[Any], want: Sequence[Any]) -> RelativeError:
+def relative_error(got: Sequence[object], want: Sequence[object]) -> RelativeError:
     """The largest relative error of any number in some leaves; leaves that are no tensors count for nothing.
 
     A number is compared to itself, or to the usual size of the numbers in its tensor where that is larger: the median
@@ -55,7 +55,7 @@ def relative_error(got: Sequence[Any], want: Sequence[Any]) -> RelativeError:
     for number, (g, w) in enumerate(zip(got, want, strict=True)):
         if not isinstance(w, Tensor) or not isinstance(g, Tensor):
             # whole numbers may be tensors in one of them
-            errors += [float("inf") for one in (g, w) if isinstance(one, Tensor) and _has_parts(one)]
+            errors += [float("inf") for leaf in (g, w) if isinstance(leaf, Tensor) and _has_parts(leaf)]
             continue
         unknown = int(w.isnan().sum()) if _has_parts(w) else 0
         if unknown:
@@ -79,8 +79,8 @@ def _share(got: Tensor, want: Tensor) -> float:
 def _largest(got: Tensor, want: Tensor) -> float:
     """The largest error in one tensor. Picking the finite numbers by index would take eight bytes per axis of each."""
     got, want = got.detach(), want.detach()
-    known, finite = ~want.isnan(), want.isfinite()
-    infinite = known & ~finite
+    numbers, finite = ~want.isnan(), want.isfinite()
+    infinite = numbers & ~finite
     if not finite.any() or not want.numel():
         return float("inf") if bool((infinite & (got != want)).any()) else 0.0
     if bool((infinite & (got != want)).any()) or bool((finite & ~got.isfinite()).any()):

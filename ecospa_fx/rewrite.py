@@ -1,9 +1,9 @@
-"""Which of a model's captures can be made smaller: the one with the most symbolic sizes."""
+"""From a model and a plan to the smaller model: capture, shrink, clean up, restore."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import nn
 
@@ -15,7 +15,7 @@ from ecospa_fx.origin import origin, remember
 from ecospa_fx.passes import CLEANUP
 from ecospa_fx.passes.shrink.shrink_couplings import shrink_program
 from ecospa_fx.plan import Plan, check_plan
-from ecospa_fx.runtime.lift_parameters import owned
+from ecospa_fx.runtime.lift_parameters import lift_parameters
 from ecospa_fx.runtime.restore import restore
 from ecospa_fx.trace_check import compared
 
@@ -26,8 +26,8 @@ Result = TypeVar("Result")
 def shrunk(
     model: nn.Module,
     plan: Plan,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
+    args: Sequence[object],
+    kwargs: Mapping[str, object],
     passes: Sequence[Pass] | None = None,
     *,
     compare: bool = False,
@@ -50,14 +50,14 @@ def shrunk(
 def smaller(
     model: nn.Module,
     plan: Plan,
-    args: Sequence[Any] = (),
-    kwargs: Mapping[str, Any] | None = None,
+    args: Sequence[object] = (),
+    kwargs: Mapping[str, object] | None = None,
     passes: Sequence[Pass] | None = None,
     *,
     compare: bool = False,
 ) -> nn.Module:
     """What `shrink` returns. compare: warn where what was traced is not what the model computes on the example."""
-    model, args, kwargs = owned(model, args, kwargs)
+    model, args, kwargs = lift_parameters(model, args, kwargs)
     program = shrunk(model, plan, args, kwargs, passes, compare=compare)
     return remember(restore(program, model, args, kwargs), origin(model, plan, args, kwargs))
 

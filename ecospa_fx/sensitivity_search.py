@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Unpack
 
+from ecospa_fx.budget.settings import AllPlanOptions
 from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.importance.compensation import Compensated
 from ecospa_fx.importance.score import Batch, Loss
@@ -29,45 +30,48 @@ MOST = 0.95
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sensitivity:
-    """``Sensitivity(…).plan(couplings, ratio, scores)``.
-
-    evaluator: runs the dense program; weights: what it becomes with units gone; batches: held out from the scores;
-    rounds: how often the curves are measured, each time around the plan before.
-    """
+    """``Sensitivity(…).plan(couplings, ratio, scores)``: plans by measured curves, around the plan by scores."""
 
     evaluator: PartialInterpreter
+    """Runs the dense program."""
     weights: Compensated
+    """What its parameters become with units removed."""
     batches: Sequence[Batch]
+    """Held out from the scores."""
     loss: Loss
+    """(output, args, kwargs) to a scalar."""
     rounds: int = 2
+    """How often the curves are measured, each time around the plan before."""
     watch: Watcher = field(default=lambda trials: trials)
+    """Wraps the trials, to show progress."""
 
-    def plan(self, couplings: Couplings, ratio: float, scores: Scores, **planning: Any) -> Plan:
+    def plan(self, couplings: Couplings, ratio: float, scores: Scores, **planning: Unpack[AllPlanOptions]) -> Plan:
         """The best of the plan by scores and those by curves. planning: further options of `plan`."""
         best = last = make_plan(couplings, ratio, scores, **planning)
         least = self.loss_of(best)
         for _ in range(self.rounds):
-            base = {s.name: s.removed for s in last}
-            bench = self._bench(last)
+            base = {s.name: s.mask for s in last}
+            trials = self._trials(last)
             widths = {s.name: around(s.size, s.size - s.kept, ratio) for s in last}
-            curves = measured(bench, self.weights, scores.values, widths, base, self.watch)
-            made = make_plan(couplings, ratio, scores, **{**planning, "allocation": curves})
-            if made == last:
+            curves = measured(trials, self.weights, scores.values, widths, base, self.watch)
+            by_curves: AllPlanOptions = {**planning, "allocation": curves}
+            plan = make_plan(couplings, ratio, scores, **by_curves)
+            if plan == last:
                 break
-            last, loss = made, self.loss_of(made)
+            last, loss = plan, self.loss_of(plan)
             if loss < least:
-                best, least = made, loss
+                best, least = plan, loss
         return best
 
     def loss_of(self, plan: Plan) -> float:
-        """Mean loss on the held-out data with a plan's units gone."""
-        (found,) = self._bench(plan).losses([Trial("", (), [dict])])[""]
-        return found
+        """Mean loss on the held-out data with what a plan removes gone."""
+        (loss,) = self._trials(plan).losses([Trial("", (), [dict])])[""]
+        return loss
 
-    def _bench(self, plan: Plan) -> TrialLosses:
-        gone = {s.name: s.removed for s in plan}
-        names = {name for c in self.weights.couplings if c.name in gone for name in self.weights.touched(c)}
-        return TrialLosses(self.evaluator, self.batches, self.loss, self.weights.weights(gone, names))
+    def _trials(self, plan: Plan) -> TrialLosses:
+        keep = {s.name: s.mask for s in plan}
+        names = {name for c in self.weights.couplings if c.name in keep for name in self.weights.touched(c)}
+        return TrialLosses(self.evaluator, self.batches, self.loss, self.weights.weights(keep, names))
 
 
 def around(size: int, removed: int, ratio: float) -> list[int]:

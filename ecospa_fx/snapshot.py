@@ -1,4 +1,4 @@
-"""What a module is, noted before a verb looks at it, and put back afterwards.
+"""Everything that a module holds, noted before a verb looks at it, and put back afterwards.
 
 A call of a model may leave anything behind: hooks, attributes, tables in a dictionary, a class. While a model is traced
 all of that is made of tensors without content, and a verb that promises to leave the model alone takes it back whatever
@@ -21,7 +21,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FunctionType, MethodType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +30,7 @@ from ecospa_fx.holders import (
     CLASS,
     DICT,
     Kind,
+    Parts,
     assign,
     holders,
     is_empty,
@@ -78,7 +78,7 @@ def _waits(module: str) -> bool:
     return any(module == name or module.startswith(f"{name}.") for name in _WAITING)
 
 
-def exchange(model: nn.Module, others: Mapping[int, Any]) -> None:
+def exchange(model: nn.Module, others: Mapping[int, object]) -> None:
     """Put other things, by the identity of those that they stand for, wherever a model holds these. Nothing is written.
 
     Closures, methods of helper objects and tuples in containers count; what the model's own code cannot reach does not.
@@ -89,7 +89,7 @@ def exchange(model: nn.Module, others: Mapping[int, Any]) -> None:
             kept.kind.write(kept.holder, parts)
 
 
-def _exchanged(part: Any, others: Mapping[int, Any]) -> Any:
+def _exchanged(part: object, others: Mapping[int, object]) -> object:
     if type(part) is tuple:
         parts = tuple(_exchanged(item, others) for item in part)
         return parts if any(a is not b for a, b in zip(parts, part, strict=True)) else part
@@ -100,8 +100,8 @@ def _exchanged(part: Any, others: Mapping[int, Any]) -> Any:
 class _Kept:
     """One holder of things, what it held, and how that is asked and put back. shared: others hold it too."""
 
-    holder: Any
-    parts: Any
+    holder: object
+    parts: Parts
     kind: Kind
     shared: bool
     path: str
@@ -122,11 +122,11 @@ class Snapshot:
         self.kept: list[_Kept] = []
         self._values, self._traced = values, traced
         self._tensors: list[_Marks] = []
-        self._caches: dict[int, Any] = {}
-        self._seen: dict[int, Any] = {}
+        self._caches: dict[int, functools._lru_cache_wrapper[object]] = {}
+        self._seen: dict[int, object] = {}
         """What has been looked at, by identity; held, so that identities stay valid."""
         self._classes: dict[type, None] = {}
-        self._globals: dict[int, tuple[dict[str, Any], str]] = {}
+        self._globals: dict[int, tuple[dict[str, object], str]] = {}
         models = tuple(models)
         buffers = {id(b) for m in models for b in m.buffers()}
         self._buffers, self._swapped = (set(), buffers) if traced or not values else (buffers, set())
@@ -137,7 +137,7 @@ class Snapshot:
 
     # -- looking -----------------------------------------------------------------------------------------------
 
-    def _walk(self, waiting: deque[tuple[Any, str]], *, shared: bool) -> None:
+    def _walk(self, waiting: deque[tuple[object, str]], *, shared: bool) -> None:
         """Note everything that is reached from some things, the nearest first."""
         while waiting and len(self._seen) < MOST:
             thing, path = waiting.popleft()
@@ -156,7 +156,7 @@ class Snapshot:
             return id(tensor) in self._buffers
         return id(tensor) not in self._swapped and tensor.numel() * tensor.element_size() <= LARGEST
 
-    def _parts(self, thing: Any, path: str, shared: bool) -> Iterator[tuple[Any, str]]:
+    def _parts(self, thing: object, path: str, shared: bool) -> Iterator[tuple[object, str]]:
         """What a thing holds; its containers are noted on the way."""
         for holder, kind in holders(thing):
             parts = kind.read(holder)
@@ -199,7 +199,7 @@ class Snapshot:
                     self._seen[id(namespace)] = namespace
                     self._share(namespace, DICT, namespace, name, shared=True)
 
-    def _share(self, parts: Mapping[str, Any], kind: Kind, holder: Any, name: str, *, shared: bool) -> None:
+    def _share(self, parts: Mapping[str, object], kind: Kind, holder: object, name: str, *, shared: bool) -> None:
         self.kept.append(_Kept(holder, kind.read(holder), kind, shared, name))
         namespace = {n: v for n, v in parts.items() if not (n.startswith("__") and n.endswith("__")) or callable(v)}
         self._walk(deque((v, f"{name}.{n}") for n, v in namespace.items() if lends(v)), shared=shared)
@@ -225,7 +225,7 @@ class Snapshot:
                 cache.cache_clear()
 
 
-def _named(parts: tuple[Any, ...], kind: Kind, path: str) -> Iterator[tuple[Any, str]]:
+def _named(parts: tuple[object, ...], kind: Kind, path: str) -> Iterator[tuple[object, str]]:
     if not kind.keyed:
         yield from ((part, path) for part in parts if type(part) not in ATOMS)
         return

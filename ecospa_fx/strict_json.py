@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 Kind = TypeVar("Kind")
 
@@ -26,7 +26,7 @@ def strict_json(text: str | bytes) -> Any:
         raise ValueError("it is nested too deeply") from error
 
 
-def _constant(name: str) -> Any:
+def _constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number")
 
 
@@ -69,7 +69,7 @@ def from_plain(kind: type[Kind], value: object) -> Kind:
     return cast(Kind, _read(kind, value))
 
 
-def _read(kind: Any, value: object) -> Any:
+def _read(kind: object, value: object) -> object:
     origin, inner = get_origin(kind), get_args(kind)
     if is_dataclass(kind):
         return _dataclass(kind, value)
@@ -127,7 +127,7 @@ def to_plain(value: object) -> object:
     return [to_plain(item) for item in value] if isinstance(value, tuple | list) else value
 
 
-def _plain(kind: Any, value: object) -> Any:
+def _plain(kind: object, value: object) -> object:
     if type(value) is kind or (kind is float and type(value) is int):
         return value
     raise TypeError(f"{value!r:.40} stands where {_NAMES[kind]} belongs")

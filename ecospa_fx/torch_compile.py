@@ -1,4 +1,4 @@
-"""A plan in front of torch.compile: the dense module keeps its weights, and what is compiled reads the kept part."""
+"""A backend for torch.compile: the module keeps its dense weights, and what is compiled reads their kept part."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from torch.export.graph_signature import InputKind
 from ecospa_fx.errors import PlanError
 from ecospa_fx.inplace.edits import cut
 from ecospa_fx.ir.program import ExportedForm
+from ecospa_fx.ir.pytrees import Tree
 from ecospa_fx.plan import Plan, check_plan
 from ecospa_fx.rewrite import shrunk
-from ecospa_fx.runtime.lift_parameters import owned
+from ecospa_fx.runtime.lift_parameters import lift_parameters
 from ecospa_fx.wrappers import unwrapped
 
-Compiled = Callable[..., Any]
+Compiled = Callable[..., Tree]
 
 
 def backend(
     plan: Plan, *, compiler: str | Compiled = "inductor", model: nn.Module | None = None
-) -> Callable[[fx.GraphModule, Sequence[Any]], Compiled]:
+) -> Callable[[fx.GraphModule, Sequence[Tree]], Compiled]:
     """A backend for ``torch.compile`` that shrinks what it is given and hands it on to another one.
 
     plan: of the model that is compiled; compiler: the backend that compiles the smaller graph; model: that model, for
@@ -52,13 +53,13 @@ def backend(
         raise PlanError(f"model={model!r:.60} is not an nn.Module: pass the model that is compiled, or leave it out")
     whole = None if model is None else unwrapped(model)
 
-    def compile_graph(graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+    def compile_graph(graph: fx.GraphModule, inputs: Sequence[Tree]) -> Compiled:
         twin = fx.GraphModule(graph, copy.deepcopy(graph.graph))  # the tracer calls what it made by the graph it made
-        own = _within(plan, _names(graph, twin, inputs, whole), inputs)
-        if not own.selections:
-            found: Compiled = torch._dynamo.lookup_backend(compiler)(graph, list(inputs))
-            return found
-        return _Smaller.of(twin, inputs, own, compiler)
+        part = _within(plan, _names(graph, twin, inputs, whole), inputs)
+        if not part.selections:
+            compiled: Compiled = torch._dynamo.lookup_backend(compiler)(graph, list(inputs))
+            return compiled
+        return _Smaller.of(twin, inputs, part, compiler)
 
     return compile_graph
 
@@ -68,57 +69,62 @@ def backend(
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """A parameter that a graph takes: its position, the name of the argument, and its name in the model."""
+    """A parameter that a graph takes as an argument."""
 
     position: int
+    """Where among the arguments."""
     argument: str
+    """The name of the argument."""
     parameter: str
+    """The name of the parameter in the model."""
 
 
-def _names(graph: fx.GraphModule, twin: fx.GraphModule, inputs: Sequence[Any], model: nn.Module | None) -> list[Input]:
-    known = {id(p): name for name, p in reversed(list(model.named_parameters()))} if model is not None else None
+def _names(
+    graph: fx.GraphModule, twin: fx.GraphModule, inputs: Sequence[object], model: nn.Module | None
+) -> list[Input]:
+    names = {id(p): name for name, p in reversed(list(model.named_parameters()))} if model is not None else None
     placeholders = graph.graph.find_nodes(op="placeholder")
-    found = []
+    result = []
     for i, (node, argument, value) in enumerate(zip(placeholders, _arguments(twin), inputs, strict=True)):
         if isinstance(value, nn.Parameter):
-            name = known.get(id(value)) if known is not None else _told(node)
-            found.append(Input(i, argument, name or argument))
-    return found
+            name = names.get(id(value)) if names is not None else _parameter_name(node)
+            result.append(Input(i, argument, name or argument))
+    return result
 
 
 def _arguments(graph: fx.GraphModule) -> list[str]:
     return list(inspect.signature(graph.forward).parameters)
 
 
-def _told(node: fx.Node) -> str | None:
+def _parameter_name(node: fx.Node) -> str | None:
     """The name of a parameter by the way on which the tracer found it, from the module that is compiled."""
     name: Any = getattr(getattr(node, "_dynamo_source", None), "name", "")  # a method before torch 2.12
     parts = re.findall(r"\._(?:modules|parameters)\['([^']+)'\]", name() if callable(name) else name)
     return ".".join(parts) or None
 
 
-def _within(plan: Plan, names: Sequence[Input], inputs: Sequence[Any]) -> Plan:
+def _within(plan: Plan, names: Sequence[Input], inputs: Sequence[Tree]) -> Plan:
     """The part of a plan that a graph holds, by the names of the graph's arguments."""
-    shapes, here = dict(plan.shapes), {one.parameter: one.argument for one in names}
-    for one in names:
-        found = tuple(inputs[one.position].shape)
-        if shapes.get(one.parameter) != found:
+    shapes, here = dict(plan.shapes), {entry.parameter: entry.argument for entry in names}
+    for entry in names:
+        shape = tuple(inputs[entry.position].shape)
+        if shapes.get(entry.parameter) != shape:
             raise PlanError(
-                f"the compiled graph reads a parameter {one.parameter!r} of shape {found}, which the plan does not "
+                f"the compiled graph reads a parameter {entry.parameter!r} of shape {shape}, which the plan does not "
                 "have: make the plan for the model that is compiled, and give that as model="
             )
     selections = []
     for selection in plan:
-        held = [m.parameter in here for m in selection.members]
-        if any(held) and not all(held):
+        present = [m.parameter in here for m in selection.members]
+        if any(present) and not all(present):
             raise PlanError(
                 f"the compiled graph has only a part of coupling {selection.name!r}: let torch.compile capture the "
                 "model whole, with fullgraph=True"
             )
-        if all(held):
+        if all(present):
             members = tuple(replace(m, parameter=here[m.parameter]) for m in selection.members)
             selections.append(replace(selection, members=members))
-    return Plan(tuple(selections), tuple((one.argument, shapes[one.parameter]) for one in names))
+    return Plan(tuple(selections), tuple((entry.argument, shapes[entry.parameter]) for entry in names))
 
 
 # -- the smaller graph -------------------------------------------------------------------------------------------
@@ -132,40 +138,40 @@ class _Smaller:
 
     def __init__(self, order: Sequence[int | Tensor], masks: Mapping[int, Tensor]) -> None:
         self.order, self.masks = order, masks
-        self.copies: dict[int, tuple[Any, Tensor]] = {}
+        self.copies: dict[int, tuple[tuple[int, int], Tensor]] = {}
         self.run: Compiled
 
     @classmethod
-    def of(cls, graph: fx.GraphModule, inputs: Sequence[Any], plan: Plan, compiler: str | Compiled) -> _Smaller:
+    def of(cls, graph: fx.GraphModule, inputs: Sequence[object], plan: Plan, compiler: str | Compiled) -> _Smaller:
         """Shrink and compile a graph. plan: by the names of its arguments."""
         sizes = _read_sizes(graph)
         left = [i for i in range(len(inputs)) if i not in sizes]
         with torch._guards.tracing(None):  # what exporting requires of its example is no guard of the caller's graph
-            model, args, kwargs = owned(graph, [_own(inputs[i]) for i in left], None)
+            model, args, kwargs = lift_parameters(graph, [_without_marks(inputs[i]) for i in left], None)
             program = shrunk(model, plan, args, kwargs)
-        at = {name: i for i, name in zip(left, _arguments(graph), strict=True)}
-        made = cls(_order(program, at, [i for i in left if not isinstance(inputs[i], nn.Parameter)]),
-                   {at[name]: mask for name, mask in plan.masks(model).items()})  # fmt: skip
+        positions = {name: i for i, name in zip(left, _arguments(graph), strict=True)}
+        instance = cls(_order(program, positions, [i for i in left if not isinstance(inputs[i], nn.Parameter)]),
+                   {positions[name]: mask for name, mask in plan.masks(model).items()})  # fmt: skip
         small = fx.GraphModule(program.exported.graph_module, program.graph)
-        made.run = torch._dynamo.lookup_backend(compiler)(small, made.example(inputs))
-        return made
+        instance.run = torch._dynamo.lookup_backend(compiler)(small, instance.example(inputs))
+        return instance
 
-    def __call__(self, *inputs: Any) -> Any:
+    def __call__(self, *inputs: object) -> Tree:
         return self.run(*self.inputs(inputs))
 
-    def inputs(self, given: Sequence[Any]) -> list[Any]:
+    def inputs(self, arguments: Sequence[object]) -> list[Tree]:
         """The inputs of the smaller graph."""
-        return [self._kept(o, given[o]) if isinstance(o, int) else o for o in self.order]
+        return [self._kept(o, arguments[o]) if isinstance(o, int) else o for o in self.order]
 
-    def example(self, given: Sequence[Any]) -> list[Any]:
+    def example(self, arguments: Sequence[object]) -> list[Tree]:
         """The inputs for a compiler: sizes of weights are numbers, those of other inputs what the tracer made them."""
-        mode, inputs = detect_fake_mode(), self.inputs(given)
+        mode, inputs = detect_fake_mode(), self.inputs(arguments)
         if mode is None:
             return inputs
-        own = [not isinstance(o, int) or o in self.masks for o in self.order]
-        return [mode.from_tensor(t, static_shapes=True) if new else t for t, new in zip(inputs, own, strict=True)]
+        new_flags = [not isinstance(o, int) or o in self.masks for o in self.order]
+        return [mode.from_tensor(t, static_shapes=True) if new else t for t, new in zip(inputs, new_flags, strict=True)]
 
-    def _kept(self, position: int, value: Any) -> Any:
+    def _kept(self, position: int, value: Tree) -> Tree:
         mask = self.masks.get(position)
         if mask is None:
             return value
@@ -177,20 +183,20 @@ class _Smaller:
         return self.copies[position][1]
 
 
-def _order(program: ExportedForm, at: Mapping[str, int], rest: Sequence[int]) -> list[int | Tensor]:
-    """Where each input of a program comes from. at: positions of parameters by name; rest: of the other inputs."""
-    held = {**program.exported.constants, **program.exported.state_dict}
+def _order(program: ExportedForm, positions: Mapping[str, int], rest: Sequence[int]) -> list[int | Tensor]:
+    """Where each input of a program comes from. positions: of parameters by name; rest: of the other inputs."""
+    stored = {**program.exported.constants, **program.exported.state_dict}
     others, order = iter(rest), list[int | Tensor]()
     for spec in program.exported.graph_signature.input_specs:
         name = str(spec.target)
         if spec.kind is InputKind.USER_INPUT:
             order.append(next(others))
         else:
-            order.append(at[name] if spec.kind is InputKind.PARAMETER else held[name])
+            order.append(positions[name] if spec.kind is InputKind.PARAMETER else stored[name])
     return order
 
 
-def _own(value: Any) -> Any:
+def _without_marks(value: Tree) -> Tree:
     """A parameter as it is, a copy of any other tensor: exporting marks its inputs, which the tracer guards."""
     plain = isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
     return value.detach().clone() if plain else value
@@ -206,7 +212,7 @@ def _read_sizes(graph: fx.GraphModule) -> set[int]:
     """Let a graph read the sizes that it takes as numbers off its tensors. Returns their positions."""
     placeholders = graph.graph.find_nodes(op="placeholder")
     values = [node.meta.get("example_value") for node in placeholders]
-    gone = set()
+    removed = set()
     for i, (node, value) in enumerate(zip(placeholders, values, strict=True)):
         if not isinstance(value, torch.SymInt):
             continue
@@ -218,7 +224,7 @@ def _read_sizes(graph: fx.GraphModule) -> set[int]:
                     read = graph.graph.call_method("size", (other, axes[0]))
                 node.replace_all_uses_with(read)
                 graph.graph.erase_node(node)
-                gone.add(i)
+                removed.add(i)
                 break
     graph.recompile()
-    return gone
+    return removed

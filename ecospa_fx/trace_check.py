@@ -1,11 +1,10 @@
-"""Whether what was traced computes what the model computes, on the example: code may ask whether it is being traced."""
+"""Checks on the example that the traced graph computes what the model does: code may ask whether it is traced."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,8 @@ from torch.utils import _pytree as pytree
 
 from ecospa_fx.errors import warn_caller
 from ecospa_fx.ir.program import ExportedForm
-from ecospa_fx.ir.pytrees import copied, opened
+from ecospa_fx.ir.pytrees import Tree, copied, opened
+from ecospa_fx.module_modes import set_mode
 from ecospa_fx.relative_error import relative_error
 from ecospa_fx.runtime.interpreter import PartialInterpreter
 from ecospa_fx.snapshot import untouched
@@ -27,7 +27,7 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
 
 
 def compared(
-    programs: Iterable[ExportedForm], model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+    programs: Iterable[ExportedForm], model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]
 ) -> Iterator[ExportedForm]:
     """The programs as they come; before the first one, a warning where it does not do what the model does.
 
@@ -40,12 +40,12 @@ def compared(
         yield program
 
 
-def _has_values(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    given = [t for t in pytree.tree_leaves(opened((args, kwargs))) if isinstance(t, Tensor)]
-    return not any(t.is_meta or isinstance(t, FakeTensor) for t in (*model.parameters(), *model.buffers(), *given))
+def _has_values(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> bool:
+    tensors = [t for t in pytree.tree_leaves(opened((args, kwargs))) if isinstance(t, Tensor)]
+    return not any(t.is_meta or isinstance(t, FakeTensor) for t in (*model.parameters(), *model.buffers(), *tensors))
 
 
-def _compare(program: ExportedForm, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+def _compare(program: ExportedForm, model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
     try:
         with _evaluated(model) as devices:
             want = _leaves(lambda: _called(model, args, kwargs), devices)
@@ -68,30 +68,30 @@ def _compare(program: ExportedForm, model: nn.Module, args: Sequence[Any], kwarg
     )
 
 
-def _called(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+def _called(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> Tree:
     own_args, own_kwargs = copied((tuple(args), dict(kwargs)))
     return model(*own_args, **own_kwargs)
 
 
-def _traced(program: ExportedForm, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+def _traced(program: ExportedForm, model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> Tree:
     evaluator = PartialInterpreter(program, model, args, kwargs)
     values = {**evaluator.start(args, kwargs), **evaluator.weights()}
     evaluator.run(evaluator.order, values)
     return evaluator.returned(values, args, kwargs)
 
 
-def _leaves(run: Any, devices: Iterable[torch.device], seed: int = 0) -> list[Any]:
+def _leaves(run: Callable[[], Tree], devices: Iterable[torch.device], seed: int = 0) -> list[Tree]:
     torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach devices that are not restored
     for device in devices:
         torch.cuda.default_generators[device.index or 0].manual_seed(seed)
     return pytree.tree_leaves(opened(run()))
 
 
-def _floats(leaves: Sequence[Any]) -> list[Tensor]:
+def _floats(leaves: Sequence[object]) -> list[Tensor]:
     return [t for t in leaves if isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex())]
 
 
-def _tolerance(leaves: Sequence[Any]) -> float:
+def _tolerance(leaves: Sequence[object]) -> float:
     dtype = min((t.dtype for t in _floats(leaves)), key=lambda d: d.itemsize, default=torch.float64)
     return TOLERANCE.get(dtype, 0.5)
 
@@ -110,6 +110,5 @@ def _evaluated(model: nn.Module) -> Iterator[list[torch.device]]:
         without_fast_path(),
         torch.compiler.set_stance("force_eager"),
     ):
-        for part in model.modules():
-            part.training = False
+        set_mode(False, model)
         yield devices

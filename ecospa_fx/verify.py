@@ -1,23 +1,22 @@
-"""Proof by numbers: a smaller model against the dense one with masked parameters."""
+"""Checks by numbers that a smaller model equals the dense one with masked parameters."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ecospa_fx.errors import warn_caller
-from ecospa_fx.ir.pytrees import copied, objects, opened
+from ecospa_fx.ir.pytrees import Arguments, NamedArguments, Tree, copied, objects, opened
 from ecospa_fx.ir.slices import take
-from ecospa_fx.ir.tracing import same_chance
+from ecospa_fx.ir.tracing import random_state_restored
 from ecospa_fx.plan import Plan
 from ecospa_fx.relative_error import RelativeError, relative_error
 from ecospa_fx.runtime.guards import leaves_untouched
-from ecospa_fx.runtime.lift_parameters import owned
+from ecospa_fx.runtime.lift_parameters import lift_parameters
 from ecospa_fx.snapshot import exchange
 from ecospa_fx.wrappers import unwrapped
 
@@ -63,12 +62,12 @@ def unwritten(model: nn.Module) -> Iterator[None]:
     places = [(module._buffers, name, value) for module in model.modules() for name, value in module._buffers.items()]
     saved = [None if value is None else value.clone() for _, _, value in places]
     try:
-        with same_chance():
+        with random_state_restored():
             yield
     finally:
         with torch.no_grad():
-            for (held, name, value), values in zip(places, saved, strict=True):
-                held[name] = value
+            for (buffers, name, value), values in zip(places, saved, strict=True):
+                buffers[name] = value
                 if value is not None and values is not None and not torch.equal(value, values):
                     value.copy_(values)
 
@@ -86,7 +85,7 @@ def without_fast_path() -> Iterator[None]:
 
 @leaves_untouched(calls=True)
 def masked_error(
-    model: nn.Module, small: nn.Module, plan: Plan, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None
+    model: nn.Module, small: nn.Module, plan: Plan, args: Sequence[object], kwargs: Mapping[str, object] | None = None
 ) -> RelativeError:
     """Largest error of ``small`` against the masked ``model``, relative to what numbers in each output usually are.
 
@@ -96,7 +95,7 @@ def masked_error(
     or the places of infinities differ, where ``small`` gives NaN and ``model`` does not, and where there is nothing
     to compare.
     """
-    model, args, kwargs = owned(model, args, kwargs)
+    model, args, kwargs = lift_parameters(model, args, kwargs)
     calling = getattr(unwrapped(small), "_graph_calling", None)
     with torch.no_grad():
         got = _called(small, *narrowed(small, args, kwargs))
@@ -111,8 +110,8 @@ def masked_error(
 
 
 def narrowed(
-    small: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    small: nn.Module, args: Sequence[object], kwargs: Mapping[str, object] | None = None
+) -> tuple[Arguments, NamedArguments]:
     """Arguments of the dense model as the smaller one takes them: (args, kwargs), caches cut to the kept units.
 
     Where nothing gets narrower, they are the arguments themselves. What a masked dense model has in its caches, the
@@ -123,11 +122,11 @@ def narrowed(
     calling = getattr(unwrapped(small), "_graph_calling", None)
     if calling is None or not any(leaf.cut for leaf in calling.leaves):
         return tuple(args), dict(kwargs or {})
-    found: tuple[tuple[Any, ...], dict[str, Any]] = calling.narrowed(tuple(args), dict(kwargs or {}))
-    return found
+    call: tuple[Arguments, NamedArguments] = calling.narrowed(tuple(args), dict(kwargs or {}))
+    return call
 
 
-def _called(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+def _called(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> list[Tree]:
     """The leaves of what the model returns for copies of the arguments, and of the objects among these afterwards."""
     own_args, own_kwargs = copied((tuple(args), dict(kwargs)))
     with without_fast_path():

@@ -1,23 +1,37 @@
-"""Graph passes: graph in, graph out, one file each."""
+"""Graph passes: graph in, graph out, one file each.
+
+The names are imported when they are first asked for, so that importing one pass does not load all. What they are stands
+in ``__init__.pyi``, for editors and type checkers.
+"""
 
 if __name__ != "ecospa_fx.passes":
     raise ImportError("the folder passes/ is installed as ecospa_fx.passes; import it by that name")
 
-from ecospa_fx.ir.passes import Pass as Pass
-from ecospa_fx.ir.passes import PassResult as PassResult
-from ecospa_fx.ir.passes import run_passes as run_passes
-from ecospa_fx.passes.cleanup.causal_attention import CausalAttention as CausalAttention
-from ecospa_fx.passes.cleanup.equal_widths import EqualWidths as EqualWidths
-from ecospa_fx.passes.cleanup.follow_mode import FollowMode as FollowMode
-from ecospa_fx.passes.cleanup.grouped_attention import GroupedAttention as GroupedAttention
-from ecospa_fx.passes.cleanup.remove_inert import RemoveInert as RemoveInert
-from ecospa_fx.passes.shrink.shrink_couplings import ShrinkCouplings as ShrinkCouplings
+from importlib import import_module
 
-CLEANUP: tuple[Pass, ...] = (CausalAttention(), GroupedAttention(), EqualWidths(), RemoveInert())
-"""What `shrink` runs after the couplings are cut, in this order.
+_MEMBERS = {
+    "CLEANUP": "passes.cleanup",
+    "TRAINING_CLEANUP": "passes.cleanup",
+    "CausalAttention": "passes.cleanup.causal_attention",
+    "EqualWidths": "passes.cleanup.equal_widths",
+    "FollowMode": "passes.cleanup.follow_mode",
+    "GroupedAttention": "passes.cleanup.grouped_attention",
+    "Pass": "ir.passes",
+    "PassResult": "ir.passes",
+    "RemoveInert": "passes.cleanup.remove_inert",
+    "ShrinkCouplings": "passes.shrink.shrink_couplings",
+    "run_passes": "ir.passes",
+}
+"""Where each public name is defined."""
 
-Masks go before groups, because only attention without a mask takes groups; what they leave behind goes last.
-"""
 
-TRAINING_CLEANUP: tuple[Pass, ...] = (CausalAttention(), GroupedAttention(), RemoveInert(casts=False))
-"""What training in graph form runs after every shrink: the same, but for casts, which autocast may need."""
+def __getattr__(name: str) -> object:
+    """A public name, whose module is imported first."""
+    if name not in _MEMBERS:
+        raise AttributeError(f"module 'ecospa_fx.passes' has no attribute {name!r}")
+    globals()[name] = value = getattr(import_module(f"ecospa_fx.{_MEMBERS[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MEMBERS})

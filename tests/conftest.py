@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import random
 from pathlib import Path
 
@@ -9,9 +11,15 @@ import pytest
 import torch
 from torch import nn
 
-from tests.counting import Tokens, learnt
-
+os.environ.setdefault("SYMPY_CACHE_SIZE", "100000")  # read when sympy is first imported, which torch alone does not do
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Collect garbage rarely: exports make many objects, and looking through them takes a fifth of a run."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
 
 @pytest.fixture(autouse=True)
@@ -23,13 +31,15 @@ def seeded() -> None:
 @pytest.fixture(scope="session")
 def trained() -> nn.Module:
     """A language model that has learnt something, so that units differ in what they are worth. No test changes it."""
+    from tests.support.counting import Tokens, learnt
+
     return learnt(Tokens())
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """For the command line: a Hugging Face folder in bfloat16, its tokenizer and a text. No test changes it."""
-    from tests.cli import written
+    from tests.support.cli import written
 
     return written(tmp_path_factory.mktemp("source"))
 
@@ -37,12 +47,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A module in the current folder, which is not on the path, with functions for the command line to call."""
-    from tests.cli import FACTORIES
+    from tests.support.cli import FACTORIES
 
     name = f"factories_{random.Random(str(tmp_path)).getrandbits(32)}"
     (tmp_path / f"{name}.py").write_text(FACTORIES)
     monkeypatch.chdir(tmp_path)
     return name
+
+
+@pytest.fixture
+def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the demonstration's model is loaded, it has two layers."""
+    from ecospa_fx import demo
+    from tests.support import demonstration
+
+    monkeypatch.setattr(demo, "load", demonstration.shallow)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

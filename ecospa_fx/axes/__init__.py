@@ -1,1 +1,1 @@
-"""Axes: the algebra of dims, one rule per operator, and the walk that applies them to a graph."""
+"""Axes: which index sets every tensor axis of a graph carries, found by one rule per operator."""

@@ -1,7 +1,8 @@
-"""What axes are made of: pieces over dims, and where the positions of a dim come from; see `algebra`."""
+"""What axes are made of: pieces over dims, where the positions of a dim come from, and how an axis is written down."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -19,27 +20,106 @@ class DimKind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Positions ``offset + Σ index(dim) · stride``; dims in order of falling stride."""
+    """Positions ``offset + Σ index(dim) · stride``."""
 
     offset: int
+    """The first position."""
     dims: tuple[tuple[int, int], ...]
+    """(dim, stride), in order of falling stride."""
 
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """One axis of one tensor: its size and the pieces that tile it."""
+    """One axis of one tensor."""
 
     size: int
+    """Its positions."""
     pieces: tuple[Piece, ...]
+    """The pieces that tile it, each position once."""
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """The distinct dims of its pieces."""
+        return tuple(dict.fromkeys(dim for piece in self.pieces for dim, _ in piece.dims))
+
+    def __str__(self) -> str:
+        return axis_text(self, "d{}".format, lambda dim: None)
 
 
 @dataclass(frozen=True, slots=True)
 class FixedContact:
-    """Where a parameter's dim met a stored one while two axes were unified; `stored_first`: the first axis has it."""
+    """Where a parameter's dim met a stored one while two axes were unified."""
 
     dim: int
+    """The parameter's dim."""
     stored_first: bool
+    """Whether the stored dim lies on the first of the two axes."""
 
 
 class Misaligned(Exception):
     """Two decompositions have no common refinement in this algebra."""
+
+
+# -- text --------------------------------------------------------------------------------------------------------
+
+NameOf = Callable[[int], str]
+"""The name of a dim."""
+SizeOf = Callable[[int], int | None]
+"""The size of a dim; None where it is not known and follows from the strides."""
+
+
+def axis_text(axis: Axis, name: NameOf, size_of: SizeOf) -> str:
+    """An axis as a sum of products, ``(a b + c)``; see `ecospa_fx.axes.notation`."""
+    pieces = sorted(axis.pieces, key=lambda piece: (piece.offset, piece.dims))
+    terms = _terms(pieces, axis.size, name, size_of)
+    if terms is None:
+        return "{" + " | ".join(_formula(piece, name) for piece in pieces) + "}"
+    text = " + ".join(terms)
+    return f"({text})" if " " in text else text
+
+
+def _terms(pieces: Sequence[Piece], size: int, name: NameOf, size_of: SizeOf) -> list[str] | None:
+    """The summands of pieces that tile `size` positions row by row; None where they do not."""
+    if not pieces:
+        return ["0"] if size == 0 else None
+    if len(pieces) == 1 and not pieces[0].dims:
+        return ["1"] if size == 1 and pieces[0].offset == 0 else None
+    blocks = _blocks(pieces, size, size_of)
+    if len(blocks) > 1:
+        summands: list[str] = []
+        for block, length in blocks:
+            terms = _terms(block, length, name, size_of)
+            if terms is None:
+                return None
+            summands += terms
+        return summands
+    outer = {piece.dims[0] if piece.dims else (-1, 0) for piece in pieces}
+    dim, stride = outer.pop()
+    if outer or stride < 1 or size % stride or size_of(dim) not in {None, size // stride}:
+        return None
+    label = name(dim)
+    rest = _terms([Piece(piece.offset, piece.dims[1:]) for piece in pieces], stride, name, size_of)
+    if rest is None or rest == ["1"]:
+        return None if rest is None else [label]
+    return [f"{label} {rest[0]}" if len(rest) == 1 else f"{label} ({' + '.join(rest)})"]
+
+
+def _blocks(pieces: Sequence[Piece], size: int, size_of: SizeOf) -> list[tuple[list[Piece], int]]:
+    """Runs of pieces that overlap no other run, each counted from its own offset, with their lengths."""
+    runs: list[list[Piece]] = []
+    end = 0
+    for piece in pieces:
+        if not runs or piece.offset >= end:
+            runs.append([])
+        runs[-1].append(piece)
+        end = max(end, piece.offset + 1 + sum(((size_of(dim) or 2) - 1) * stride for dim, stride in piece.dims))
+    starts = [run[0].offset for run in runs]
+    starts[0] = 0
+    lengths = [stop - start for start, stop in zip(starts, [*starts[1:], size], strict=True)]
+    moved = [[Piece(p.offset - start, p.dims) for p in run] for start, run in zip(starts, runs, strict=True)]
+    return list(zip(moved, lengths, strict=True))
+
+
+def _formula(piece: Piece, name: NameOf) -> str:
+    terms = [name(dim) if stride == 1 else f"{stride}·{name(dim)}" for dim, stride in piece.dims]
+    return "+".join([*terms, *([str(piece.offset)] if piece.offset or not terms else [])])

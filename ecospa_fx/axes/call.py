@@ -6,39 +6,42 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+from torch import fx
+
 from ecospa_fx.axes.dims import Axis, DimKind, Dims, Misaligned, Piece
-from ecospa_fx.axes.findings import Blocker, Descent, Effect, Findings, Gather
+from ecospa_fx.axes.findings import Action, Descent, Effect, Findings
 from ecospa_fx.axes.findings import Value as Value
 from ecospa_fx.axes.products import descent_of, events_of, factors_of, note_product, note_sides, squares
-from ecospa_fx.axes.reasons import NOTHING, PARAMETER, RENORMALISE, WHOLE, ZERO, Reason
+from ecospa_fx.axes.reasons import NOTHING, PARAMETER, WHOLE, ZERO
 from ecospa_fx.axes.shapes import regrouped
+from ecospa_fx.axes.verbs import Verbs
 
 Zero = Literal["all", "any", "lost"]
 UNIT = Axis(1, (Piece(0, ()),))
+MAKERS = 12
+"""More parameters than this make the residual stream, whose makers nobody asks for."""
 
 
-class Call:
+class Call(Verbs):
     """One operator call. Arguments are read by their schema names: ``call["input"]``, ``call.get("bias")``."""
 
     def __init__(
         self,
-        node: Any,
+        node: fx.Node,
         operator: str,
         arguments: dict[str, Any],
         outputs: list[tuple[int, ...]],
         dims: Dims,
         record: Findings,
     ) -> None:
-        self.node = node
+        super().__init__(node, dims, record)
         self.operator = operator
         self.arguments = arguments
         self.outputs = outputs
         """Shapes of the tensor outputs, as concrete integers."""
-        self._made: tuple[str, ...] | None = None
+        self._makers: tuple[str, ...] | None = None
         self.descent: Descent | None = None
         """What the results descend from, where that is not what the arguments do."""
-        self.dims = dims
-        self.record = record
 
     def __getitem__(self, name: str) -> Any:
         return self.arguments[name]
@@ -51,11 +54,8 @@ class Call:
     @property
     def values(self) -> list[Value]:
         """All tensor arguments, lists flattened, in order."""
-        found: list[Value] = []
-        for argument in self.arguments.values():
-            several = argument if isinstance(argument, list | tuple) else [argument]
-            found += [v for v in several if isinstance(v, Value)]
-        return found
+        lists = (a if isinstance(a, list | tuple) else [a] for a in self.arguments.values())
+        return [value for values in lists for value in values if isinstance(value, Value)]
 
     def axis_of(self, value: Value, name: str = "dim", default: int = 0) -> int:
         """The number, counted from the front, of the axis that an argument names."""
@@ -68,15 +68,13 @@ class Call:
         axes, values = tuple(axes), self.values
         flags = tuple(zero) if zero is not None else (False,) * len(axes)
         self.record.tensors[axes] = None
-        made, descent = self._made or self._union(v.made for v in values), self.descent or descent_of(values)
-        return Value(axes, flags, self._weights(values), self.node, made, descent=descent)
+        makers = self._makers or self._union(v.makers for v in values)
+        descent = self.descent or descent_of(values)
+        return Value(axes, flags, self._weights(values), self.node, makers, descent=descent)
 
-    MAKERS = 12
-    """More parameters than this make the residual stream, whose makers nobody asks for."""
-
-    def _union(self, several: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
-        names = tuple(dict.fromkeys(name for made in several for name in made))
-        return names if len(names) <= self.MAKERS else ()
+    def _union(self, makers: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
+        names = tuple(dict.fromkeys(name for names in makers for name in names))
+        return names if len(names) <= MAKERS else ()
 
     @staticmethod
     def _weights(values: Sequence[Value]) -> tuple[str, ...]:
@@ -101,135 +99,12 @@ class Call:
         """An output with the axes of `value`; zero="lost" where f(0) is not 0."""
         return self.value(value.axes, value.zero if zero != "lost" else None)
 
-    # -- verbs -----------------------------------------------------------------------------------------------
-
-    def note(self, axes: Axis | Iterable[Axis], action: str, detail: str = "") -> None:
-        """Record what happens here to the dims of some axes."""
-        for axis in [axes] if isinstance(axes, Axis) else axes:
-            for dim in self.dims.dims_of(axis):
-                if self.dims.origins[dim] is not DimKind.STORED:
-                    self.record.events.append(Effect(dim, self.node, action, detail))
-
-    def fixes(self, axes: Iterable[Axis], nonlinear: bool = False) -> None:
-        """No other basis may be chosen along some axes: something is added here, or a function applied."""
-        self.record.fixed += [(dim, self.node, nonlinear) for axis in axes for dim in self._movable(axis)]
-
-    def block(self, axis: Axis, why: str, remedy: str = NOTHING) -> None:
-        """The dims of an axis cannot be removed because of this node; remedy: what the reader may do about it."""
-        for dim in self._movable(axis):
-            self._block_dim(dim, why, remedy)
-
     def block_all(self, why: str, remedy: str = NOTHING) -> list[Value]:
         """Nothing that reaches this node can be removed; its outputs are new."""
         for value in self.values:
             for axis in value.axes:
                 self.block(axis, why, remedy)
         return [self.stored(i) for i in range(len(self.outputs))]
-
-    def mixes(self, value: Value, index: int, why: str, remedy: str = NOTHING) -> None:
-        """Positions along one axis influence one another: its dims are blocked, and carry no other dim."""
-        self.block(value.axes[index], why, remedy)
-        others = [d for i, a in enumerate(value.axes) if i != index for d in self._movable(a)]
-        for dim in self._movable(value.axes[index]):
-            self.record.mixed += [(other, dim) for other in others]
-
-    def normalises(self, value: Value, index: int, why: str) -> bool:
-        """Positions along one axis are divided by a statistic of all: blocked, unless the caller allowed otherwise.
-
-        Allowed, the statistic runs over what is kept, and the dims are marked inexact. Returns whether it is allowed.
-        """
-        if "renormalise" not in self.record.allow:
-            self.mixes(value, index, why, RENORMALISE)
-            return False
-        others = [d for i, a in enumerate(value.axes) if i != index for d in self._movable(a)]
-        for dim in self._movable(value.axes[index]):
-            self.record.inexact.append(Blocker(dim, self.node, Reason(why, remedy=""), self.node))
-            self.record.mixed += [(other, dim) for other in others]
-        return True
-
-    def _movable(self, axis: Axis) -> list[int]:
-        return [d for d in self.dims.dims_of(axis) if self.dims.origins[d] is not DimKind.STORED]
-
-    def routed(self, rows: Axis, source: Axis, by: Value) -> None:
-        """Each position of `rows` belongs to the position of `source` that `by` says: it carries what that carries.
-
-        Sorted numbers and the ends of their runs say the same.
-        """
-        key = ("runs", by.tag[1]) if by.tag is not None and by.tag[0] in {"sorted", "ends"} else ("node", by.node)
-        self.record.routed += [(dim, source, key) for dim in self.dims.dims_of(rows)]
-
-    def is_mask(self, value: Value) -> bool:
-        """Whether a tensor argument holds booleans."""
-        return str(getattr(value.node.meta.get("val"), "dtype", "")) == "torch.bool"
-
-    def tie(self, a: Axis, b: Axis) -> bool:
-        """Make two axes the same index set; False (and a block) where a gather would be needed or none exists."""
-        try:
-            meetings = self.dims.unify(a, b)
-        except Misaligned as reason:
-            for axis in (a, b):
-                self.block(axis, f"its positions are combined out of line ({reason})", WHOLE)
-            return False
-        for meeting in meetings:
-            self._block_dim(meeting.dim, "it meets a stored tensor or a model input here", PARAMETER)
-        return not meetings
-
-    def _block_dim(self, dim: int, why: str, remedy: str) -> None:
-        self.record.blocks.append(Blocker(dim, self.node, Reason(why, remedy), self.node))
-
-    def align(self, operands: Sequence[tuple[Value, int]], product: bool = False) -> Axis:
-        """Tie one axis of several operands, pointwise. Stored operands stay apart, see `gathered`.
-
-        product: whether they are multiplied; otherwise what is stored or alike along it adds something of its own.
-        """
-        ranked = sorted((v.axes[i] for v, i in operands), key=self._rank)
-        first = ranked[0]
-        if not product and self._rank(ranked[-1]) and not self._rank(first):
-            self.fixes([first])
-        for axis in ranked[1:]:
-            try:
-                meetings = self.dims.unify(first, axis)
-            except Misaligned as reason:
-                for one in (first, axis):
-                    self.block(one, f"its positions are combined out of line ({reason})", WHOLE)
-                return self.dims.fresh(first.size, DimKind.STORED)
-            for meeting in meetings:
-                if meeting.stored_first:
-                    self._block_dim(meeting.dim, "it meets a stored tensor inside a merged axis", PARAMETER)
-        return first
-
-    def _rank(self, axis: Axis) -> int:
-        rank = {DimKind.PARAMETER: 0, DimKind.BLANK: 1, DimKind.STORED: 2}
-        return min((rank[self.dims.origins[d]] for d in self.dims.dims_of(axis)), default=3)
-
-    def follows(self, axis: Axis, target: Axis) -> bool:
-        """Whether an axis is cut together with the target, so that no gather is needed."""
-        mine, other = self.dims.resolve(axis), self.dims.resolve(target)
-        return mine == other or not self._lacking(mine, other)
-
-    def _lacking(self, axis: Axis, target: Axis) -> list[int]:
-        """Parameters' dims of the target in whose place a resolved axis has another one."""
-        own = {(piece.offset, stride, dim) for piece in axis.pieces for dim, stride in piece.dims}
-        wanted = [(piece.offset, stride, dim) for piece in target.pieces for dim, stride in piece.dims]
-        return [entry[2] for entry in wanted if entry not in own and self.dims.origins[entry[2]] is DimKind.PARAMETER]
-
-    def gathered(self, operands: Iterable[Value], target: Sequence[Axis], joins: bool = False) -> None:
-        """Record the gathers that operands, right-aligned with the target, need.
-
-        joins: whether the elements of the operands themselves go into the result.
-        """
-        for value in operands:
-            for index, axis in enumerate(value.axes):
-                at = index + len(target) - len(value.axes)
-                if at >= 0 and 1 < axis.size == target[at].size and not self.follows(axis, target[at]):
-                    self._gather(value, index, target, at, joins)
-
-    def _gather(self, value: Value, index: int, target: Sequence[Axis], at: int, joins: bool = False) -> None:
-        if value.node is None or value.node is self.node:
-            remedy = "write the fused operator out in its steps"
-            self.block(target[at], "it meets something stored inside a fused operator", remedy)
-            return
-        self.record.gathers.append(Gather(self.node, value, index, tuple(target), at, joins))
 
     # -- combinators -----------------------------------------------------------------------------------------
 
@@ -252,12 +127,12 @@ class Call:
         axes: list[Axis] = []
         flags: list[bool] = []
         for position, size in enumerate(shape):
-            at = [(v, position - len(shape) + len(v.axes)) for v in operands]
-            here = [(v, i) for v, i in at if i >= 0 and v.axes[i].size == size]
+            aligned = [(v, position - len(shape) + len(v.axes)) for v in operands]
+            here = [(v, i) for v, i in aligned if i >= 0 and v.axes[i].size == size]
             axes.append(self.align(here, scales) if here and size != 1 else UNIT)
             if zero == "any" and len(here) > 1 and size != 1:
                 gates = sum(v.descent.learnt and not v.weights for v, _ in here)
-                self.note(axes[-1], "multiplied", "activations" if gates > 1 else "")
+                self.note(axes[-1], Action.MULTIPLIED_ACTIVATIONS if gates > 1 else Action.MULTIPLIED)
             if not scales and len(here) < len(operands) and size != 1:
                 self.fixes([axes[-1]])
             live = [v.zero[i] for v, i in here if self.follows(v.axes[i], axes[-1])]
@@ -269,9 +144,9 @@ class Call:
     def _factors(self, operands: Sequence[Value], zero: Zero) -> None:
         """Note what a parameter's values multiply, or that they are used otherwise."""
         for value in operands if len(operands) > 1 else ():
-            if zero == "any" and len(value.made) == 1:
-                others = (name for other in operands if other is not value for name in other.made)
-                self.record.factors.setdefault(value.made[0], set()).add(tuple(sorted(set(others))))
+            if zero == "any" and len(value.makers) == 1:
+                others = (name for other in operands if other is not value for name in other.makers)
+                self.record.factors.setdefault(value.makers[0], set()).add(tuple(sorted(set(others))))
             elif zero != "any" and value.weights:
                 self.record.bound.update(value.weights)
 
@@ -280,7 +155,7 @@ class Call:
     ) -> Value:
         """An Einstein summation: axes with the same label are tied, labels missing from `out` are summed over."""
         if any(v.weights for v in operands) and not all(v.weights for v in operands):
-            self._made = self._union(v.weights for v in self.values)
+            self._makers = self._union(v.weights for v in self.values)
         same = squares(self, operands, labels)
         where: dict[Hashable, list[tuple[Value, int]]] = {}
         for value, names in zip(operands, labels, strict=True):
@@ -335,11 +210,11 @@ class Call:
                 met = axes[0] if axis is not axes[0] else axes[1]
                 self.block(met, "it is contracted with a stored tensor or a model input", PARAMETER)
         weights = [v for v, _ in entries if v.weights or v.descent.picked]
-        detail = "parameter" if weights else "activations" if len(entries) > 1 else "ones"
-        self.note(axes[0], "contracts", detail)
+        alone = Action.CONTRACTS_ACTIVATIONS if len(entries) > 1 else Action.CONTRACTS_ONES
+        self.note(axes[0], Action.CONTRACTS_PARAMETER if weights else alone)
         pieces = [d for p in self.dims.resolve(axes[0]).pieces for d, _ in p.dims]
         for dim in dict.fromkeys(d for d in pieces if pieces.count(d) > 1):
-            self.record.events.append(Effect(dim, self.node, "paired"))
+            self.record.events.append(Effect(dim, self.node, Action.PAIRED))
         note_sides(self, entries, len(weights), apart)
         if not any(v.zero[i] for v, i in entries):
             self.block(axes[0], "it is summed over although removed elements are not zero there", ZERO)

@@ -87,9 +87,9 @@ class Dims:
 
     def resolve(self, axis: Axis) -> Axis:
         """The same axis over unreplaced dims, pieces ordered by offset."""
-        known = self._resolved.get(axis)
-        if known is not None and known[0] == self.generation:
-            return known[1]
+        cached = self._resolved.get(axis)
+        if cached is not None and cached[0] == self.generation:
+            return cached[1]
         if all(self._replaced[d] is None for p in axis.pieces for d, _ in p.dims):
             result = axis
         else:
@@ -100,7 +100,13 @@ class Dims:
 
     def dims_of(self, axis: Axis) -> tuple[int, ...]:
         """The distinct unreplaced dims of an axis."""
-        return tuple(dict.fromkeys(d for p in self.resolve(axis).pieces for d, _ in p.dims))
+        return self.resolve(axis).dims
+
+    def root_dims(self, dim: int) -> tuple[int, ...]:
+        """The distinct unreplaced dims that `dim` stands for."""
+        if self._replaced[dim] is None:
+            return (dim,)
+        return tuple(dict.fromkeys(root for piece in self.roots(dim) for root, _ in piece.dims))
 
     def cuttable(self, axis: Axis) -> bool:
         """Whether some dim of the axis indexes a parameter."""
@@ -124,29 +130,29 @@ class Dims:
         parts = [(size // inner, inner), (inner, 1)]
         self.replace(dim, (Piece(0, tuple((self.new(n, origin), s) for n, s in parts if n > 1)),))
 
-    def cut(self, dim: int, at: int) -> None:
-        """Split a dim into [0, at) ‖ [at, size)."""
+    def cut(self, dim: int, edge: int) -> None:
+        """Split a dim into [0, edge) ‖ [edge, size)."""
         size, origin = self.sizes[dim], self.origins[dim]
-        first, second = self._piece_of(at, origin), self._piece_of(size - at, origin)
-        self.replace(dim, (first, Piece(at, second.dims)))
+        first, second = self._piece_of(edge, origin), self._piece_of(size - edge, origin)
+        self.replace(dim, (first, Piece(edge, second.dims)))
 
     def tie(self, a: int, b: int) -> None:
         """Make two unreplaced dims of equal size the same index set."""
         if a == b:
             return
         rank = {DimKind.PARAMETER: 0, DimKind.STORED: 1, DimKind.BLANK: 2}
-        keep, gone = sorted((a, b), key=lambda d: (rank[self.origins[d]], d))
-        self.replace(gone, (Piece(0, ((keep, 1),)),))
+        keep, replaced = sorted((a, b), key=lambda d: (rank[self.origins[d]], d))
+        self.replace(replaced, (Piece(0, ((keep, 1),)),))
 
     # -- moving ------------------------------------------------------------------------------------------------
 
     def concat(self, axes: Sequence[Axis]) -> Axis:
         """The axis of ``torch.cat`` along it."""
-        pieces, at = [], 0
+        pieces, size = [], 0
         for axis in axes:
-            pieces += [Piece(at + p.offset, p.dims) for p in axis.pieces]
-            at += axis.size
-        return Axis(at, tuple(pieces))
+            pieces += [Piece(size + p.offset, p.dims) for p in axis.pieces]
+            size += axis.size
+        return Axis(size, tuple(pieces))
 
     def merge(self, axes: Sequence[Axis]) -> Axis:
         """The axis that flattening adjacent axes gives (row-major)."""
@@ -175,8 +181,8 @@ class Dims:
     def _every(self, axis: Axis, first: int, step: int) -> Axis:
         """Positions first, first + step, …: what lies between them is dealt out to dims of their own."""
         for _ in range(self.REFINEMENTS):
-            found = ((d, s) for p in self.resolve(axis).pieces for d, s in p.dims if s % step)
-            dim, stride = next(found, (None, 0))
+            uneven = ((d, s) for p in self.resolve(axis).pieces for d, s in p.dims if s % step)
+            dim, stride = next(uneven, (None, 0))
             if dim is None:
                 break
             self._deal(dim, step // gcd(stride, step))
@@ -191,7 +197,7 @@ class Dims:
         size, origin = self.sizes[dim], self.origins[dim]
         sizes = [-(-(size - hand) // hands) for hand in range(min(hands, size))]
         dims = [tuple((d, hands) for d, _ in self._piece_of(n, origin).dims) for n in sizes]
-        self.replace(dim, tuple(Piece(hand, own) for hand, own in enumerate(dims)))
+        self.replace(dim, tuple(Piece(hand, inside) for hand, inside in enumerate(dims)))
 
     def _interval(self, axis: Axis, start: int, stop: int) -> Axis:
         for edge in (start, stop):
@@ -254,13 +260,13 @@ class Dims:
         begun: dict[int, Piece] = {}
         for piece in axis.pieces:
             row = Piece(piece.offset // inner, tuple((d, s // inner) for d, s in piece.dims if s >= inner))
-            known = begun.setdefault(row.offset, row)
-            if known == row:
+            first = begun.setdefault(row.offset, row)
+            if first == row:
                 continue
-            if self._shape(known) != self._shape(row):
-                self._refine_pair(known, row)
+            if self._shape(first) != self._shape(row):
+                self._refine_pair(first, row)
                 return True
-            for (d, _), (e, _) in zip(known.dims, row.dims, strict=True):
+            for (d, _), (e, _) in zip(first.dims, row.dims, strict=True):
                 if self._tie_current(d, e):
                     raise Misaligned(f"rows of {inner} positions, of which some are stored and others are not")
             return True

@@ -2,47 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
+from enum import Enum, StrEnum
+from typing import Literal, TypeVar
 
-from ecospa_fx.axes.dims import Axis
+from torch import fx
+
+from ecospa_fx.axes.dims import Axis, Dims
 from ecospa_fx.axes.reasons import Reason
 
 
 @dataclass(frozen=True, slots=True)
 class Descent:
-    """What a tensor was computed from, as far as labels of couplings ask.
-
-    learnt: whether a parameter enters; picked: matrices of a parameter that computed indices picked; combined: made of
-    parameters alone, by contracting them; products: numbers of the products of activations that it is a result of, with
-    no weight contracted since.
-    """
+    """What a tensor was computed from, as far as labels of couplings ask."""
 
     learnt: bool = False
+    """Whether a parameter enters."""
     picked: bool = False
+    """Whether it is matrices of a parameter that computed indices picked."""
     combined: bool = False
+    """Whether it is made of parameters alone, by contracting them."""
     products: frozenset[int] = frozenset()
+    """Numbers of the products of activations that it is a result of, with no weight contracted since."""
+
+
+class Order(Enum):
+    """What is known of the order of a tensor's numbers."""
+
+    SORTED = "sorted"
+    """They ascend."""
+    COUNTS = "counts"
+    """How often each number occurs among sorted ones."""
+    ENDS = "ends"
+    """Where the run of each number ends among sorted ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sorting:
+    """What a tensor's numbers have to do with those that a node sorted."""
+
+    order: Order
+    """What they are."""
+    node: fx.Node
+    """The node that sorted."""
+
+
+RouteKey = tuple[Literal["node", "runs"], fx.Node | None]
+"""What says to which position each row belongs: a node's numbers, or the runs of those that it sorted."""
 
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """The axes of one tensor.
-
-    zero: per axis, whether the positions that masking removes hold exactly 0 in the masked model;
-    weights: the parameters it is computed from where nothing else enters; made: the parameters whose products last
-    gave it its values; node: the graph node that made it.
-    """
+    """One tensor of a graph, as the walk knows it."""
 
     axes: tuple[Axis, ...]
+    """Its axes."""
     zero: tuple[bool, ...]
+    """Per axis, whether the positions that masking removes hold exactly 0 in the masked model."""
     weights: tuple[str, ...] = ()
-    node: Any = None
-    made: tuple[str, ...] = ()
-    tag: tuple[str, Any] | None = None
-    """What its numbers are known to be: ("sorted", node) for what a node sorted, ("counts", node) for how often each
-    number occurs there, ("ends", node) for where the run of each number ends."""
+    """The parameters that it is computed from, where nothing else enters."""
+    node: fx.Node | None = None
+    """The node that made it; None inside a fused operator."""
+    makers: tuple[str, ...] = ()
+    """The parameters whose products last gave it its values."""
+    sorting: Sorting | None = None
+    """What is known of the order of its numbers."""
     descent: Descent = Descent()
+    """What it was computed from."""
     factors: tuple[Value, ...] = ()
     """The two activations whose elementwise product it is."""
 
@@ -52,25 +79,64 @@ class Value:
         return tuple(axis.size for axis in self.axes)
 
 
-def several(value: Any) -> list[Value]:
-    """The tensors among what a walk holds for one node: a Value, a list of them, or nothing."""
+NodeValue = Value | list[Value] | None
+"""What a node gives: a tensor, several, or nothing that has axes."""
+
+
+def several(value: NodeValue) -> list[Value]:
+    """The tensors that a node gives."""
     return [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, Value)]
 
 
 @dataclass(frozen=True, slots=True)
 class Gather:
-    """A stored tensor that meets a parameter's dim: where `user` reads it, it must be reduced to the kept positions.
+    """A stored tensor that meets a parameter's dim, where it must be reduced to the positions that stay."""
 
-    target: the axes it is aligned with; operand_axis of the operand meets target[target_axis].
-    """
-
-    user: Any
+    user: fx.Node
+    """The node that reads it there."""
     operand: Value
+    """The stored tensor."""
     operand_axis: int
+    """Which of its axes meets the dim."""
     target: tuple[Axis, ...]
+    """The axes that it is aligned with."""
     target_axis: int
+    """Which of them the operand's axis meets."""
     joins: bool = False
     """Whether the operand's own elements become elements of the result, as those of a cache do."""
+
+    @property
+    def source(self) -> fx.Node:
+        """The node that gives the stored tensor."""
+        assert self.operand.node is not None  # `Call.gathered` blocks what has none
+        return self.operand.node
+
+
+class Action(StrEnum):
+    """What may happen to a dim at a node; the kind and the symmetry of its coupling follow from that."""
+
+    CONTRACTS_PARAMETER = "contracts parameter"
+    """Summed over, against a parameter."""
+    CONTRACTS_ACTIVATIONS = "contracts activations"
+    """Summed over, two activations against one another."""
+    CONTRACTS_ONES = "contracts ones"
+    """Summed over alone."""
+    MULTIPLIED = "multiplied"
+    """Multiplied elementwise with something that is no activation."""
+    MULTIPLIED_ACTIVATIONS = "multiplied activations"
+    """Multiplied elementwise with another activation, as under a gate."""
+    BATCHED = "batched"
+    """A product of activations is computed for each of its positions."""
+    AVERAGED = "averaged"
+    """Only one side of a product of activations has it, and the result keeps it."""
+    PAIRED = "paired"
+    """Its positions go in pairs with those of another axis, as in rotations and complex numbers."""
+    NONLINEAR = "nonlinear"
+    """A function is applied to each of its positions."""
+
+
+PRODUCTS = frozenset({Action.CONTRACTS_ACTIVATIONS, Action.AVERAGED, Action.BATCHED})
+"""What happens to the dims of tensors that are contracted with others that depend on the input."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,35 +144,79 @@ class Effect:
     """What one node does to one dim."""
 
     dim: int
-    node: Any
-    action: str
-    detail: str = ""
+    """The dim."""
+    node: fx.Node
+    """The node."""
+    action: Action
+    """What it does."""
 
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """A contraction of at least two activations.
-
-    contracted: what it sums over; shared: axes that all activations have and the result keeps; single: per activation
-    the axes that it alone has; learnt: per activation whether a parameter enters it; sources: per activation the
-    products that it is a result of.
-    """
+    """A contraction of at least two activations."""
 
     contracted: tuple[Axis, ...]
+    """What it sums over."""
     shared: tuple[Axis, ...]
+    """Axes that all activations have and the result keeps."""
     single: tuple[tuple[Axis, ...], ...]
+    """Per activation the axes that it alone has."""
     learnt: tuple[bool, ...]
+    """Per activation whether a parameter enters it."""
     sources: tuple[frozenset[int], ...]
+    """Per activation the products that it is a result of."""
 
 
 @dataclass(frozen=True, slots=True)
 class Blocker:
-    """A dim that cannot be removed because of a node; shown: the node whose source line says where."""
+    """A dim that cannot be removed because of a node."""
 
     dim: int
-    node: Any
+    """The dim."""
+    node: fx.Node
+    """The node."""
     reason: Reason
-    shown: Any
+    """Why, and what would lift it."""
+    shown: fx.Node
+    """The node whose source line says where."""
+
+
+@dataclass(frozen=True, slots=True)
+class FixedBasis:
+    """No other basis may be chosen along a dim: something is added there, or a function applied."""
+
+    dim: int
+    """The dim."""
+    node: fx.Node
+    """The node that adds or applies."""
+    nonlinear: bool
+    """Whether a function is applied."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contraction:
+    """Two operands that are contracted over a dim: what turns one side must turn the other back."""
+
+    dim: int
+    """The dim."""
+    first: tuple[str, ...]
+    """Parameters that made the first operand."""
+    second: tuple[str, ...]
+    """Parameters that made the second operand."""
+    apart: bool
+    """Whether the two sides were different dims before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Each position of a stored dim belongs to one position of a parameter's axis, as tokens do to experts."""
+
+    dim: int
+    """The stored dim."""
+    axis: Axis
+    """The parameter's axis."""
+    key: RouteKey
+    """Which position it is: equal keys answer alike."""
 
 
 class Findings:
@@ -131,16 +241,63 @@ class Findings:
         """(parameter, dim) that an activation is contracted with."""
         self.summed: list[tuple[str, int]] = []
         """(parameter, dim) that the parameter itself is summed over."""
-        self.fixed: list[tuple[int, Any, bool]] = []
-        """(dim, node, whether a function is applied) where no other basis may be chosen along a dim."""
-        self.opposed: list[tuple[int, tuple[str, ...], tuple[str, ...], bool]] = []
-        """(dim, parameters that made one side, and the other, whether these were two dims) of what is contracted."""
+        self.fixed: list[FixedBasis] = []
+        self.contractions: list[Contraction] = []
         self.mixed: list[tuple[int, int]] = []
         """(dim, other): along `other`, positions of tensors that carry `dim` were mixed; no carrier of it."""
         self.factors: dict[str, set[tuple[str, ...]]] = {}
         """Per parameter that multiplies something else elementwise: what made the other factors, place by place."""
         self.bound: set[str] = set()
         """Parameters that do more than multiply elementwise: they are contracted or added."""
-        self.routed: list[tuple[int, Axis, Any]] = []
-        """(dim, axis, key): each position of a stored dim belongs to one position of a parameter's axis, as tokens do
-        to experts; which one, equal keys answer alike."""
+        self.routed: list[Route] = []
+
+    def resolved(self, dims: Dims) -> Findings:
+        """The same in terms of unreplaced dims, for when no dim is refined any more."""
+        roots, result = dims.root_dims, Findings(self.allow)
+        result.inexact, result.resized = _spread(self.inexact, dims), _spread(self.resized, dims)
+        result.blocks, result.events = _spread(self.blocks, dims), _spread(self.events, dims)
+        result.fixed, result.contractions = _spread(self.fixed, dims), _spread(self.contractions, dims)
+        result.tensors = {resolved_axes(axes, dims): None for axes in self.tensors}
+        result.gathers = [
+            replace(g, operand=resolved(g.operand, dims), target=resolved_axes(g.target, dims)) for g in self.gathers
+        ]
+        result.products = [_resolved_product(product, dims) for product in self.products]
+        result.windows = [root for dim in self.windows for root in roots(dim)]
+        result.consumed = [(name, root) for name, dim in self.consumed for root in roots(dim)]
+        result.summed = [(name, root) for name, dim in self.summed for root in roots(dim)]
+        result.mixed = [(a, b) for dim, other in self.mixed for a in roots(dim) for b in roots(other)]
+        result.factors, result.bound = self.factors, self.bound
+        result.routed = [replace(route, axis=dims.resolve(route.axis)) for route in _spread(self.routed, dims)]
+        return result
+
+
+Noted = TypeVar("Noted", Blocker, Contraction, Effect, FixedBasis, Route)
+
+
+def _spread(notes: Iterable[Noted], dims: Dims) -> list[Noted]:
+    """What is noted of a dim, noted of every unreplaced dim that it stands for."""
+    result: list[Noted] = []
+    for note in notes:
+        roots = dims.root_dims(note.dim)
+        result += [note] if roots == (note.dim,) else [replace(note, dim=root) for root in roots]
+    return result
+
+
+def resolved_axes(axes: Iterable[Axis], dims: Dims) -> tuple[Axis, ...]:
+    """Axes over unreplaced dims."""
+    return tuple(map(dims.resolve, axes))
+
+
+def resolved(value: Value, dims: Dims) -> Value:
+    """A tensor with axes over unreplaced dims."""
+    axes = resolved_axes(value.axes, dims)
+    return value if axes == value.axes and not value.factors else replace(value, axes=axes, factors=())
+
+
+def _resolved_product(product: Product, dims: Dims) -> Product:
+    return replace(
+        product,
+        contracted=resolved_axes(product.contracted, dims),
+        shared=resolved_axes(product.shared, dims),
+        single=tuple(resolved_axes(axes, dims) for axes in product.single),
+    )

@@ -19,7 +19,8 @@ from torch.utils import _pytree as pytree
 from ecospa_fx.axes import registry
 from ecospa_fx.axes.call import Call
 from ecospa_fx.axes.dims import Axis, DimKind, Dims, Misaligned
-from ecospa_fx.axes.findings import Blocker, Findings, Value, several
+from ecospa_fx.axes.findings import PRODUCTS, Blocker, Findings, NodeValue, RouteKey, Value, resolved, several
+from ecospa_fx.axes.notation import Notation, flow_text
 from ecospa_fx.axes.reasons import CACHE, RETURNED, Reason
 from ecospa_fx.ir.alias import shares, written, written_by
 from ecospa_fx.ir.program import Program
@@ -28,15 +29,27 @@ from ecospa_fx.ir.schema import is_operator, named_arguments, operator_name
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AxisFlow:
-    """The axes of every tensor of a graph.
+    """The axes of every tensor of a graph, over dims that are refined no more."""
 
-    values: per node a Value, or a list of them for several outputs; parameters: the Value of each parameter.
-    """
-
-    dims: Dims
+    sizes: tuple[int, ...]
+    """The size of each dim."""
+    origins: tuple[DimKind, ...]
+    """Where the positions of each dim come from."""
     record: Findings
-    values: dict[fx.Node, Any]
+    """What the rules said about dims."""
+    values: dict[fx.Node, NodeValue]
+    """What each node gives."""
     parameters: dict[str, Value]
+    """Each parameter, by its first name."""
+
+    @property
+    def notation(self) -> Notation:
+        """Names for the dims, those of parameters first, in their order; see `ecospa_fx.axes.notation`."""
+        tensors = [*self.parameters.values(), *(tensor for value in self.values.values() for tensor in several(value))]
+        return Notation(self.sizes, self.origins, (axis for tensor in tensors for axis in tensor.axes))
+
+    def __str__(self) -> str:
+        return flow_text(self.values, self.parameters, self.record, self.notation)
 
 
 def analyse(program: Program, allow: Collection[str] = ()) -> AxisFlow:
@@ -63,30 +76,22 @@ def _caches(walked: AxisFlow, inputs: Iterable[fx.Node], changed: Collection[fx.
     Their elements become elements of something that activations are multiplied with, and that is returned, or written
     into one of them. changed: nodes into whose memory the graph writes.
     """
-    resized = {root for o in walked.record.resized for root in _roots(walked.dims, o.dim)}
-    met = _met(walked.dims, walked.record)
-    found = set()
+    resized = {blocker.dim for blocker in walked.record.resized}
+    met = _met(walked.record)
+    caches = set()
     for node in inputs:
-        own = {d for one in several(walked.values.get(node)) for axis in one.axes for d in walked.dims.dims_of(axis)}
+        dims = {dim for tensor in several(walked.values.get(node)) for axis in tensor.axes for dim in axis.dims}
         wanted = met if node in changed else met & resized
-        for gather in walked.record.gathers if own else ():
-            target = walked.dims.dims_of(gather.target[gather.target_axis])
-            if gather.joins and own & set(walked.dims.dims_of(gather.operand.axes[gather.operand_axis])):
-                found |= {node} if wanted.intersection(target) else set()
-    return found
+        for gather in walked.record.gathers if dims else ():
+            target = gather.target[gather.target_axis].dims
+            if gather.joins and dims.intersection(gather.operand.axes[gather.operand_axis].dims):
+                caches |= {node} if wanted.intersection(target) else set()
+    return caches
 
 
-_MEETINGS = {("contracts", "activations"), ("averaged", ""), ("batched", "")}
-"""What happens to the dims of tensors that are multiplied with others that depend on the input."""
-
-
-def _met(dims: Dims, record: Findings) -> set[int]:
-    events = (e for e in record.events if (e.action, e.detail) in _MEETINGS)
-    return {root for event in events for root in _roots(dims, event.dim)}
-
-
-def _roots(dims: Dims, dim: int) -> set[int]:
-    return {root for piece in dims.roots(dim) for root, _ in piece.dims}
+def _met(record: Findings) -> set[int]:
+    """Dims of tensors that are contracted with others that depend on the input."""
+    return {effect.dim for effect in record.events if effect.action in PRODUCTS}
 
 
 def _shared(walked: AxisFlow) -> frozenset[str]:
@@ -95,13 +100,23 @@ def _shared(walked: AxisFlow) -> frozenset[str]:
     They only ever multiply elementwise, and do so with what different weights made. They are read like something
     stored: kept whole and gathered in each place, so that the places stay apart. Only where something could be cut.
     """
-    record, dims = walked.record, walked.dims
-    found = {name for name, places in record.factors.items() if len(places) > 1 and name not in record.bound}
-    if not found:
+    record = walked.record
+    factors = {name for name, places in record.factors.items() if len(places) > 1 and name not in record.bound}
+    if not factors:
         return frozenset()
-    blocked = {root for o in record.blocks for root in _roots(dims, o.dim)}
-    free = (n for n in found if any(d not in blocked for a in walked.parameters[n].axes for d in dims.dims_of(a)))
+    blocked = {blocker.dim for blocker in record.blocks}
+    free = (n for n in factors if any(d not in blocked for axis in walked.parameters[n].axes for d in axis.dims))
     return frozenset(free)
+
+
+def apply_rule(call: Call) -> Value | list[Value]:
+    """What the rule of an operator, or its refusal, makes of a call."""
+    rule = registry.find(call.operator)
+    refusal = registry.refusal(call.operator)
+    result = rule(call) if rule is not None else call.block_all(refusal.why, refusal.remedy)
+    if not registry.is_linear(call.operator):
+        call.fixes((axis for value in several(result) for axis in value.axes), nonlinear=True)
+    return result
 
 
 class _Walk:
@@ -117,7 +132,7 @@ class _Walk:
         self.dims, self.record, self.sizes = Dims(), Findings(allow), program.sizes
         self.names = program.parameters
         self.outputs: list[fx.Node] = []
-        self.values: dict[fx.Node, Any] = {}
+        self.values: dict[fx.Node, NodeValue] = {}
         self.parameters = {name: self._parameter(name, shape) for name, shape in program.shapes.items()}
         self.aliases: dict[fx.Node, set[fx.Node]] = {}
         self.views: dict[fx.Node, list[fx.Node]] = {}
@@ -145,21 +160,32 @@ class _Walk:
         for node in inputs:
             narrower = Reason("an input gets narrower", "")
             self.record.resized += [Blocker(dim, node, narrower, node) for dim in self._cuttable(node)]
-        return AxisFlow(self.dims, self.record, self.values, self.parameters)
+        return self._resolved()
+
+    def _resolved(self) -> AxisFlow:
+        """What the walk has learnt, once no dim is refined any more."""
+        values = {
+            node: [resolved(v, self.dims) for v in value]
+            if isinstance(value, list)
+            else value and resolved(value, self.dims)
+            for node, value in self.values.items()
+        }
+        parameters = {name: resolved(value, self.dims) for name, value in self.parameters.items()}
+        findings = self.record.resolved(self.dims)
+        return AxisFlow(tuple(self.dims.sizes), tuple(self.dims.origins), findings, values, parameters)
 
     def _tie_routes(self) -> None:
         """Axes that the same rows belong to, by the same key, are the same index set."""
-        known: dict[Any, Axis] = {}
-        for dim, axis, key in self.record.routed:
-            roots = tuple(root for piece in self.dims.roots(dim) for root, _ in piece.dims)
-            first = known.setdefault((roots, key), axis)
-            if first.size == axis.size:
+        axes: dict[tuple[tuple[int, ...], RouteKey], Axis] = {}
+        for route in self.record.routed:
+            first = axes.setdefault((self.dims.root_dims(route.dim), route.key), route.axis)
+            if first.size == route.axis.size:
                 with suppress(Misaligned):
-                    self.dims.unify(first, axis)
+                    self.dims.unify(first, route.axis)
 
     # -- nodes -----------------------------------------------------------------------------------------------
 
-    def _given(self, node: fx.Node) -> Any:
+    def _given(self, node: fx.Node) -> NodeValue:
         """An input, a buffer, a constant."""
         shapes = self._shapes(node)
         if not isinstance(node.meta.get("val"), torch.Tensor):
@@ -169,8 +195,8 @@ class _Walk:
         return Value(axes, (False,) * len(axes), (), node)
 
     def _shapes(self, node: fx.Node) -> list[tuple[int, ...]]:
-        found = node.meta.get("val")
-        tensors = found if isinstance(found, list | tuple) else [found]
+        result = node.meta.get("val")
+        tensors = result if isinstance(result, list | tuple) else [result]
         return [tuple(self.sizes(s) for s in t.shape) for t in tensors if isinstance(t, torch.Tensor)]
 
     def _call(self, node: fx.Node) -> None:
@@ -186,11 +212,7 @@ class _Walk:
     def _apply(self, node: fx.Node, operator: str, arguments: dict[str, Any]) -> Call:
         """Let the operator's rule speak, or its refusal, and keep what comes out."""
         call = Call(node, operator, arguments, self._shapes(node), self.dims, self.record)
-        rule = registry.find(operator)
-        refusal = registry.refusal(operator)
-        result: Any = rule(call) if rule is not None else call.block_all(refusal.why, refusal.remedy)
-        if not registry.is_linear(operator):
-            call.fixes((axis for one in several(result) for axis in one.axes), nonlinear=True)
+        result: NodeValue = apply_rule(call)
         listed = isinstance(node.meta.get("val"), list | tuple)
         if isinstance(result, list) and not listed:
             result = result[0] if result else None
@@ -201,9 +223,9 @@ class _Walk:
 
     def _python(self, node: fx.Node) -> None:
         """Picking one of several outputs, arithmetic on sizes, or something that is no operator."""
-        source: Any = node.args[0] if node.args else None
-        if node.target is getitem and isinstance(self.values.get(source), list):
-            position: Any = node.args[1]
+        source, position = node.args[:2] if len(node.args) > 1 else (None, None)
+        listed = isinstance(source, fx.Node) and isinstance(self.values.get(source), list)
+        if node.target is getitem and isinstance(source, fx.Node) and isinstance(position, int) and listed:
             picked = self._tensors_of(source)[position]
             self.values[node] = picked if picked is None else replace(picked, node=node)
             self._follow_views(node)
@@ -217,17 +239,16 @@ class _Walk:
 
     def _tensors_of(self, node: fx.Node) -> list[Value | None]:
         """The outputs of a node in their places; a place that holds no tensor is None."""
-        found: Any = node.meta.get("val")
-        values = iter(self.values[node])
-        return [next(values) if isinstance(t, torch.Tensor) else None for t in found]
+        values = iter(several(self.values[node]))
+        return [next(values) if isinstance(t, torch.Tensor) else None for t in node.meta["val"]]
 
-    def _value(self, argument: Any) -> Any:
+    def _value(self, argument: object) -> Any:
         if isinstance(argument, fx.Node):
-            known = self.values.get(argument)
-            if known is not None:
-                return known
-            found = argument.meta.get("val")
-            return self.sizes(found) if isinstance(found, int | torch.SymInt) else found
+            value = self.values.get(argument)
+            if value is not None:
+                return value
+            size = argument.meta.get("val")
+            return self.sizes(size) if isinstance(size, int | torch.SymInt) else size
         if isinstance(argument, list | tuple):
             return [self._value(a) for a in argument]
         return argument
@@ -268,22 +289,29 @@ class _Walk:
     def _written(self, node: fx.Node, argument: fx.Node, call: Call, gathers: int) -> None:
         memory = self._bases(argument)
         for gather in self.record.gathers[gathers:]:
-            held = gather.operand.node
-            if held is argument or (held is not None and not self.aliases.get(held, set()).isdisjoint(memory)):
+            source = gather.source
+            if source is argument or not self.aliases.get(source, set()).isdisjoint(memory):
                 remedy = "write into a registered buffer, which is cut along, or into a new tensor"
                 call.block(gather.target[gather.target_axis], "it is written into a tensor that is not cut", remedy)
         new = self.values[node]
-        same = argument is node.args[0] and isinstance(new, Value)
+        first = argument is node.args[0]
         for view in dict.fromkeys(view for base in memory for view in self.views.get(base, [base])):
             old = self.values.get(view)
             if not isinstance(old, Value) or view is node:
                 continue
-            lowered = new.zero if same and view is argument else (False,) * len(old.axes)
-            self.values[view] = replace(old, zero=tuple(lowered), weights=(), tag=None)
+            same = new if isinstance(new, Value) and first and view is argument else None
+            zero = same.zero if same is not None else (False,) * len(old.axes)
+            self.values[view] = replace(old, zero=zero, weights=(), sorting=None)
 
     def _returned(self, node: fx.Node) -> None:
         """What the caller gets is not cut, but for caches where that is allowed."""
-        met, allowed = _met(self.dims, self.record), "cache" in self.record.allow
+        allowed = "cache" in self.record.allow
+        met = {
+            root
+            for effect in self.record.events
+            if effect.action in PRODUCTS
+            for root in self.dims.root_dims(effect.dim)
+        }
         for source in dict.fromkeys(node.all_input_nodes):
             for dim in self._cuttable(source):
                 if dim in met and allowed:
@@ -294,5 +322,5 @@ class _Walk:
 
     def _cuttable(self, node: fx.Node) -> list[int]:
         """The dims of a node's tensors that are not stored."""
-        dims = (d for one in several(self.values.get(node)) for axis in one.axes for d in self.dims.dims_of(axis))
+        dims = (d for value in several(self.values.get(node)) for axis in value.axes for d in self.dims.dims_of(axis))
         return [d for d in dims if self.dims.origins[d] is not DimKind.STORED]

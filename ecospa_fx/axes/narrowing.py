@@ -8,16 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ecospa_fx.axes.dims import Axis, Dims, Piece
+from ecospa_fx.axes.dims import Axis, Piece
 from ecospa_fx.ir.slices import AxisSlice, TensorSlice
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DimSelection:
-    """The units of one dim that stay: BoolTensor [carrier₀, …, units] over its carriers' sizes."""
+    """The units of one dim that stay."""
 
     carriers: tuple[int, ...]
+    """The dims along which the choice differs."""
     keep: Tensor
+    """BoolTensor [carrier₀, …, units], True where a unit stays."""
 
     @property
     def count(self) -> int:
@@ -26,33 +28,35 @@ class DimSelection:
 
 
 class Narrowing:
-    """Choices for some dims of one graph; every other dim stays whole."""
+    """Choices for some dims of one graph, whose axes are resolved; every other dim stays whole."""
 
-    def __init__(self, dims: Dims, choices: Mapping[int, DimSelection]) -> None:
-        self.dims = dims
-        self.choices = {d: c for d, c in choices.items() if c.count < dims.sizes[d]}
+    def __init__(self, sizes: Sequence[int], choices: Mapping[int, DimSelection]) -> None:
+        self.sizes = sizes
+        """The size of each dim."""
+        self.choices = {d: c for d, c in choices.items() if c.count < sizes[d]}
+        """What stays of the dims that lose units."""
         self._counts = {d: c.count for d, c in self.choices.items()}
 
     def changed(self, axis: Axis) -> bool:
         """Whether some positions of an axis go."""
-        return any(d in self.choices for d in self.dims.dims_of(axis))
+        return any(d in self.choices for d in axis.dims)
 
     def count(self, axis: Axis) -> int:
         """Positions of an axis that stay."""
-        return sum(self._size(piece) for piece in self.dims.resolve(axis).pieces) if axis.size else 0
+        return sum(self._size(piece) for piece in axis.pieces) if axis.size else 0
 
     def _size(self, piece: Piece) -> int:
         size = 1
         for dim, _ in piece.dims:
-            size *= self._counts.get(dim, self.dims.sizes[dim])
+            size *= self._counts.get(dim, self.sizes[dim])
         return size
 
     def carrier_axis(self, axes: Sequence[Axis], index: int) -> int | None:
         """The other axis along which the choice on axes[index] differs, or None."""
-        own = set(self.dims.dims_of(axes[index]))
-        needed = {c for d in own if d in self.choices for c in self.choices[d].carriers} - own
+        dims = set(axes[index].dims)
+        needed = {c for d in dims if d in self.choices for c in self.choices[d].carriers} - dims
         for other, axis in enumerate(axes):
-            if other != index and needed & set(self.dims.dims_of(axis)):
+            if other != index and needed & set(axis.dims):
                 return other
         return None
 
@@ -64,7 +68,7 @@ class Narrowing:
         axis, other = axes[index], self.carrier_axis(axes, index)
         places = axes[other] if other is not None else Axis(1, (Piece(0, ()),))
         result = torch.ones(places.size, axis.size, dtype=torch.bool)
-        for dim in self.dims.dims_of(axis):
+        for dim in axis.dims:
             if dim in self.choices:
                 result &= self._mask_of(dim, places, axis)
         return result
@@ -82,12 +86,12 @@ class Narrowing:
     def _coordinates(self, axis: Axis, dim: int) -> Tensor:
         """Index of `dim` at every position of an axis; -1 where its piece lacks the dim."""
         result = torch.full((axis.size,), -1)
-        for piece in self.dims.resolve(axis).pieces:
+        for piece in axis.pieces:
             if all(d != dim for d, _ in piece.dims):
                 continue
             positions, index = torch.tensor([piece.offset]), torch.tensor([0])
             for d, stride in piece.dims:
-                steps = torch.arange(self.dims.sizes[d])
+                steps = torch.arange(self.sizes[d])
                 positions = (positions[:, None] + steps * stride).flatten()
                 index = (index[:, None] + (steps if d == dim else torch.zeros_like(steps))).flatten()
             result[positions] = index
@@ -107,8 +111,8 @@ class Narrowing:
             mask = mask[self.mask(axes, other)[0]]
         chosen = list(positions)
         after = mask.cumsum(1)[:, chosen] - 1
-        found = after[mask[:, chosen]].view(len(mask), -1)
-        return found[:1] if bool((found == found[:1]).all()) else found
+        ranks = after[mask[:, chosen]].view(len(mask), -1)
+        return ranks[:1] if bool((ranks == ranks[:1]).all()) else ranks
 
 
 def slice_of(kept: Narrowing, axes: Sequence[Axis]) -> TensorSlice:
@@ -122,7 +126,4 @@ def _step(kept: Narrowing, axes: Sequence[Axis], index: int) -> AxisSlice:
     if other is None:
         return AxisSlice(index, size, None, mask[0].nonzero().flatten())
     rows = mask[kept.mask(axes, other)[0]]
-    positions = rows.nonzero()[:, 1].reshape(len(rows), -1)
-    view = [1] * len(axes)
-    view[other], view[index] = positions.shape
-    return AxisSlice(index, size, other, (positions if other < index else positions.T).reshape(view))
+    return AxisSlice.along(index, size, other, rows.nonzero()[:, 1].reshape(len(rows), -1), len(axes))

@@ -18,7 +18,7 @@ WHERE = "choose by torch.where over all positions instead"
 
 @dataclass(frozen=True, slots=True)
 class Reason:
-    """why: what makes removal impossible; remedy: what to change or which option lifts it, or that nothing does.
+    """Why a dim cannot be removed, and what would lift that.
 
     Example:
         >>> print(Reason("its order is reversed", "reverse the weight instead"))
@@ -26,7 +26,9 @@ class Reason:
     """
 
     why: str
+    """What makes removal impossible."""
     remedy: str = NOTHING
+    """What to change or which option lifts it, or that nothing does."""
 
     def __str__(self) -> str:
         return f"{self.why}; {self.remedy}" if self.remedy else self.why

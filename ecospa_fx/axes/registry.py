@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import ops
 
@@ -16,7 +16,6 @@ from ecospa_fx.errors import InputError
 if TYPE_CHECKING:
     from ecospa_fx.axes.call import Call, Value
 
-Result = Any  # Value, or a list of Values for an operator with several outputs
 Rule = Callable[["Call"], "Value | list[Value]"]
 
 
@@ -25,7 +24,9 @@ class Entry:
     """What is registered for an operator."""
 
     rule: Rule
+    """The rule."""
     linear: bool
+    """Whether another basis may be chosen along the axes that pass."""
 
 
 _ENTRIES: dict[str, Entry] = {}
@@ -54,7 +55,7 @@ def axis_rule(*operators: str, linear: bool | Collection[str] = False) -> Callab
     no operator can have.
 
     Example:
-        >>> from ecospa_fx.axes import axis_rule
+        >>> from ecospa_fx import axis_rule
         >>> @axis_rule("mylib.scale")
         ... def scale(call):
         ...     return call.passes(call["input"])

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, fx
 
 from ecospa_fx.axes.call import Value
 from ecospa_fx.axes.dims import Axis
@@ -47,12 +47,12 @@ class Resize:
 
     def __init__(
         self,
-        node: Any,
+        node: fx.Node,
         operator: str,
-        arguments: dict[str, Any],
+        arguments: dict[str, object],
         values: tuple[list[Value], list[Value]],
         kept: Narrowing,
-        scale: Callable[[Any, int, int], Any],
+        scale: Callable[[object, int, int], object],
     ) -> None:
         self.node = node
         self.operator = operator
@@ -60,8 +60,8 @@ class Resize:
         """Raw arguments by schema name: numbers, or graph nodes."""
         self.inputs, self.outputs = values
         self.kept = kept
-        self.edits: dict[str, Any] = {}
-        self.replacement: tuple[str, tuple[Any, ...]] | None = None
+        self.edits: dict[str, object] = {}
+        self.replacement: tuple[str, tuple[object, ...]] | None = None
         self._scale = scale
 
     @property
@@ -75,17 +75,17 @@ class Resize:
         """Whether the operator has an argument of this name, given."""
         return self.arguments.get(name) is not None
 
-    def raw(self, name: str) -> Any:
+    def raw(self, name: str) -> object:
         """An argument as it stands in the graph."""
         return self.arguments.get(name)
 
     def argument(self, name: str) -> Any:
-        """An argument that must be a number or a list."""
+        """An argument that must be a number or a list, of which the schema of the operator says which."""
         return self.arguments[name]
 
     def axis(self, name: str) -> int:
         """An axis number of the first input, counted from the front."""
-        return int(self.arguments.get(name) or 0) % max(len(self.inputs[0].axes), 1)
+        return (self.argument(name) if self.has(name) else 0) % max(len(self.inputs[0].axes), 1)
 
     def node_is(self, *operators: str) -> bool:
         """Whether the call is of one of these operators."""
@@ -111,7 +111,7 @@ class Resize:
         """Kept positions before `position` on an axis of an input."""
         return self.kept.rank(self.inputs[index].axes, axis, position)
 
-    def copies(self, count: Any, output_axis: int, input_axis: int | None) -> Any:
+    def copies(self, count: object, output_axis: int, input_axis: int | None) -> object:
         """How many copies of an axis of the first input (None: of one position) make an axis of the output now."""
         inner = self.inputs[0].axes[input_axis] if input_axis is not None else None
         whole = self.output.axes[output_axis]
@@ -119,18 +119,18 @@ class Resize:
         new = self.size_of(whole) // (self.size_of(inner) if inner is not None else 1)
         return count if old == new else new if isinstance(count, int) else self._scale(count, old, new)
 
-    def scaled(self, size: Any, axis: Axis) -> Any:
+    def scaled(self, size: object, axis: Axis) -> object:
         """The new size of an axis in place of a literal or computed one."""
         new = self.kept.count(axis)
         return new if isinstance(size, int) else self._scale(size, axis.size, new)
 
     # -- editing ---------------------------------------------------------------------------------------------
 
-    def set(self, name: str, value: Any) -> None:
+    def set(self, name: str, value: object) -> None:
         """Replace an argument."""
         self.edits[name] = value
 
-    def replace_operator(self, operator: str, arguments: tuple[Any, ...]) -> None:
+    def replace_operator(self, operator: str, arguments: tuple[object, ...]) -> None:
         """Call another operator instead, with these arguments; tensors among them become buffers."""
         self.replacement = (operator, arguments)
 
@@ -138,7 +138,7 @@ class Resize:
         """A list of sizes, the i-th for axis first + i of the output; -1 stays, computed sizes are rescaled."""
         if not self.has(name):
             return
-        sizes = list(self.arguments[name])
+        sizes = list(self.argument(name))
         for i, size in enumerate(sizes):
             axis = self.output.axes[first + i]
             if self.kept.changed(axis) and size != -1:
@@ -151,7 +151,7 @@ class Resize:
         if not self.changed(0, axis):
             return
         size = self.inputs[0].axes[axis].size
-        by = self.arguments.get(step) or 1
+        by = self.argument(step) if self.has(step) else 1
         begin, end, _ = slice(self.arguments.get(start), self.arguments.get(stop), by).indices(size)
         if by == 1:
             self.edits[start] = self.rank_of(0, axis, begin)

@@ -1,1 +1,1 @@
-"""Budget: how many units each coupling keeps, and which."""
+"""Budget: from scores to the units that each coupling keeps, at a cost in parameters, FLOPs or seconds."""

@@ -1,8 +1,8 @@
 """What a budget is spent in: parameters, FLOPs of the example call, or seconds that it takes on this machine.
 
 Parameters are counted exactly, each once however many couplings hold it. FLOPs and seconds are those of the calls that
-couplings narrow (`work`): each call has a price at a grid of widths, and is interpolated in between. FLOPs need no
-more than the ends of that grid, because a product does as many as the sizes of its axes multiplied.
+couplings narrow (`graph_cost`): each call has a price at a grid of widths, and is interpolated in between. FLOPs need
+no more than the ends of that grid, because a product does as many as the sizes of its axes multiplied.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from ecospa_fx.budget.graph_cost import NarrowedOps, Operation, Widths, flops
 from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.coupling.types import Coupling
-from ecospa_fx.coupling.unit_elements import Removal, Shapes, removed_elements
+from ecospa_fx.coupling.unit_elements import Shapes, UnitChoice, coupled_elements, removed_elements
 
 
 class CostModel(ABC):
@@ -48,15 +48,15 @@ class CostModel(ABC):
     def freed_together(self, couplings: Sequence[Coupling], kept: Sequence[Sequence[int]]) -> list[float]:
         """What the couplings of a group free at some combinations of widths."""
         each = [self.freed(c, [widths[i] for widths in kept]) for i, c in enumerate(couplings)]
-        found: list[float] = torch.stack(each).sum(0).tolist()
-        return found
+        freed: list[float] = torch.stack(each).sum(0).tolist()
+        return freed
 
     @abstractmethod
-    def removed(self, removals: Mapping[str, Removal], kept: Widths) -> float:
-        """What goes altogether. removals: per coupling its members and the units that go; kept: how many stay."""
+    def removed(self, choices: Mapping[str, UnitChoice], kept: Widths) -> float:
+        """What is removed altogether. choices: per coupling its members and kept units; kept: how many these are."""
 
     @abstractmethod
-    def held(self, couplings: Sequence[Coupling]) -> float:
+    def total(self, couplings: Sequence[Coupling]) -> float:
         """What a budget for these couplings is a share of."""
 
 
@@ -65,31 +65,31 @@ class Parameters(CostModel):
     """Elements of parameters."""
 
     shapes: Shapes
+    """Of the parameters, by name."""
     unit = "the couplings' parameters"
 
     def freed(self, coupling: Coupling, kept: Sequence[int]) -> Tensor:
-        gone = torch.tensor([coupling.size - k for k in kept], dtype=torch.float64)
-        return gone * (coupling.parameters / coupling.size)
+        removed = torch.tensor([coupling.size - k for k in kept], dtype=torch.float64)
+        return removed * (coupling.parameters / coupling.size)
 
-    def removed(self, removals: Mapping[str, Removal], kept: Widths) -> float:
-        return removed_elements(self.shapes, removals.values())
+    def removed(self, choices: Mapping[str, UnitChoice], kept: Widths) -> float:
+        return removed_elements(self.shapes, choices.values())
 
-    def held(self, couplings: Sequence[Coupling]) -> float:
-        whole = [(c.members, torch.ones(c.carriers, c.size, dtype=torch.bool)) for c in couplings]
-        return removed_elements(self.shapes, whole)
+    def total(self, couplings: Sequence[Coupling]) -> float:
+        return coupled_elements(self.shapes, (c.members for c in couplings))
 
 
 class GraphCost(CostModel):
     """What the calls of a graph cost, by the price of each operation at a grid of widths."""
 
-    def __init__(self, work: NarrowedOps) -> None:
-        self.work = work
+    def __init__(self, narrowed: NarrowedOps) -> None:
+        self.narrowed = narrowed
         self._grids: dict[fx.Node, dict[str, list[int]]] = {}
         self._prices: dict[fx.Node, dict[tuple[int, ...], float]] = {}
-        self._narrowed: dict[str, list[fx.Node]] = {}
-        for node, names in work.calls.items():
+        self._nodes: dict[str, list[fx.Node]] = {}
+        for node, names in narrowed.calls.items():
             for name in names:
-                self._narrowed.setdefault(name, []).append(node)
+                self._nodes.setdefault(name, []).append(node)
 
     @abstractmethod
     def grid(self, size: int, couplings: int) -> list[int]:
@@ -106,7 +106,7 @@ class GraphCost(CostModel):
         if self.smooth:
             return super().together(couplings)
         groups = {c.name: [c] for c in couplings}
-        for names in self.work.calls.values():
+        for names in self.narrowed.calls.values():
             first, *others = list({id(groups[n]): groups[n] for n in names if n in groups}.values()) or [[]]
             for other in others:
                 first.extend(other)
@@ -114,53 +114,53 @@ class GraphCost(CostModel):
         return list({id(group): group for group in groups.values()}.values())
 
     def priced(self, coupling: Coupling, kept: Sequence[int]) -> Sequence[int]:
-        nodes = [n for n in self._narrowed.get(coupling.name, ()) if len(self._grids[n]) > 1]
+        nodes = [n for n in self._nodes.get(coupling.name, ()) if len(self._grids[n]) > 1]
         grids = [self._grids[node][coupling.name] for node in nodes if not self.smooth]
         return [k for k in kept if all(k in grid for grid in grids)]
 
     def freed_together(self, couplings: Sequence[Coupling], kept: Sequence[Sequence[int]]) -> list[float]:
-        nodes = dict.fromkeys(node for c in couplings for node in self._narrowed.get(c.name, ()))
+        nodes = dict.fromkeys(node for c in couplings for node in self._nodes.get(c.name, ()))
         whole, names = sum(self.price(node, {}) for node in nodes), [c.name for c in couplings]
         return [whole - sum(self.price(n, dict(zip(names, k, strict=True))) for n in nodes) for k in kept]
 
     def ready(self, couplings: Sequence[Coupling]) -> None:
         """Price every call that these couplings narrow, at all widths of its grid that they may have."""
         names = {c.name for c in couplings}
-        nodes = dict.fromkeys(node for c in couplings for node in self._narrowed.get(c.name, ()))
+        nodes = dict.fromkeys(node for c in couplings for node in self._nodes.get(c.name, ()))
         wanted: list[tuple[fx.Node, tuple[int, ...], Operation]] = []
         for node in nodes:
-            own, free = self.work.calls[node], names.intersection(self.work.calls[node])
-            grids = self._grids[node] = {n: self.grid(self.work.size(n), len(free)) for n in free}
-            axes = [grids.get(n, [self.work.size(n)]) for n in own]
-            for at in product(*axes):
-                wanted.append((node, at, self.work.operation(node, dict(zip(own, at, strict=True)))))
+            narrowing, free = self.narrowed.calls[node], names.intersection(self.narrowed.calls[node])
+            grids = self._grids[node] = {n: self.grid(self.narrowed.size(n), len(free)) for n in free}
+            axes = [grids.get(n, [self.narrowed.size(n)]) for n in narrowing]
+            for point in product(*axes):
+                wanted.append((node, point, self.narrowed.operation(node, dict(zip(narrowing, point, strict=True)))))
         distinct = list(dict.fromkeys(operation for _, _, operation in wanted))
-        found = dict(zip(distinct, self.prices(distinct), strict=True))
-        for node, at, operation in wanted:
-            self._prices.setdefault(node, {})[at] = found[operation]
+        prices = dict(zip(distinct, self.prices(distinct), strict=True))
+        for node, point, operation in wanted:
+            self._prices.setdefault(node, {})[point] = prices[operation]
 
     def price(self, node: fx.Node, kept: Widths) -> float:
         """Of one call at any widths: interpolated along each coupling that narrows it."""
         corners: list[tuple[tuple[int, ...], float]] = [((), 1.0)]
-        for name in self.work.calls[node]:
-            size = self.work.size(name)
+        for name in self.narrowed.calls[node]:
+            size = self.narrowed.size(name)
             ends = _between(self._grids[node].get(name, [size]), kept.get(name, size))
-            corners = [((*at, width), share * part) for at, share in corners for width, part in ends]
-        known = self._prices[node]
-        return sum(known[at] * share for at, share in corners)
+            corners = [((*point, width), share * part) for point, share in corners for width, part in ends]
+        prices = self._prices[node]
+        return sum(prices[point] * share for point, share in corners)
 
     def freed(self, coupling: Coupling, kept: Sequence[int]) -> Tensor:
-        name, nodes = coupling.name, self._narrowed.get(coupling.name, ())
+        name, nodes = coupling.name, self._nodes.get(coupling.name, ())
         points = sorted({1, coupling.size}.union(*(self._grids[node][name] for node in nodes)))
         spent = [sum(self.price(node, {name: point}) for node in nodes) for point in points]
         return spent[-1] - _interpolated(points, spent, kept)
 
-    def removed(self, removals: Mapping[str, Removal], kept: Widths) -> float:
-        nodes = dict.fromkeys(node for name in kept for node in self._narrowed.get(name, ()))
+    def removed(self, choices: Mapping[str, UnitChoice], kept: Widths) -> float:
+        nodes = dict.fromkeys(node for name in kept for node in self._nodes.get(name, ()))
         return sum(self.price(node, {}) - self.price(node, kept) for node in nodes)
 
-    def held(self, couplings: Sequence[Coupling]) -> float:
-        nodes = dict.fromkeys(node for c in couplings for node in self._narrowed.get(c.name, ()))
+    def total(self, couplings: Sequence[Coupling]) -> float:
+        nodes = dict.fromkeys(node for c in couplings for node in self._nodes.get(c.name, ()))
         return sum(self.price(node, {}) for node in nodes)
 
 
@@ -173,12 +173,12 @@ def _between(grid: Sequence[int], width: int) -> list[tuple[int, float]]:
     return [(low, 1 - share), (high, share)]
 
 
-def _interpolated(points: Sequence[int], values: Sequence[float], at: Sequence[int]) -> Tensor:
+def _interpolated(points: Sequence[int], values: Sequence[float], widths: Sequence[int]) -> Tensor:
     """float64 [widths]: values given at ascending points, at widths between the first and the last of them."""
-    x, y = (torch.tensor(one, dtype=torch.float64) for one in (points, values))
-    where = torch.tensor(at, dtype=torch.float64)
-    high = torch.searchsorted(x, where).clamp(min=1)
-    share = (where - x[high - 1]) / (x[high] - x[high - 1])
+    x, y = (torch.tensor(numbers, dtype=torch.float64) for numbers in (points, values))
+    wanted = torch.tensor(widths, dtype=torch.float64)
+    high = torch.searchsorted(x, wanted).clamp(min=1)
+    share = (wanted - x[high - 1]) / (x[high] - x[high - 1])
     return y[high - 1] + share * (y[high] - y[high - 1])
 
 

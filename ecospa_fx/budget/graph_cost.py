@@ -36,53 +36,56 @@ class Blank:
     """A tensor without its values."""
 
     shape: tuple[int, ...]
+    """Sizes of its axes."""
     dtype: torch.dtype
+    """Type of its elements."""
 
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One call of an operator on tensors without values; equal operations cost the same.
-
-    arguments: (name in the schema, value) pairs; lists are tuples, tensors are blanks.
-    """
+    """One call of an operator on tensors without values; equal operations cost the same."""
 
     operator: Any
-    arguments: tuple[tuple[str, Any], ...]
+    """An operator of ``torch.ops``."""
+    arguments: tuple[tuple[str, object], ...]
+    """(name in the schema, value) pairs; lists are tuples, tensors are blanks."""
 
     @property
     def operands(self) -> list[Blank]:
         """The tensors among the arguments, those in lists included."""
-        flat = [one for _, value in self.arguments for one in (value if isinstance(value, tuple) else (value,))]
-        return [one for one in flat if isinstance(one, Blank)]
+        flat = [item for _, value in self.arguments for item in (value if isinstance(value, tuple) else (value,))]
+        return [item for item in flat if isinstance(item, Blank)]
 
     def filled(self, device: torch.device) -> list[Tensor]:
         """The operands with real values on a device, in order."""
-        found: list[Tensor] = [_filled(blank, device) for blank in self.operands]
-        return found
+        return [_random(blank, device) for blank in self.operands]
 
     def on(self, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments with real values on a device: normal ones, ones, or on ``meta`` none at all."""
         return call_arguments(self.operator, {name: _filled(value, device) for name, value in self.arguments})
 
     def __str__(self) -> str:
-        told = ", ".join(f"{name}={_told(value)}" for name, value in self.arguments)
-        return f"{self.operator}({told})"
+        arguments = ", ".join(f"{name}={_shown(value)}" for name, value in self.arguments)
+        return f"{self.operator}({arguments})"
 
 
-def _filled(value: Any, device: torch.device) -> Any:
+def _filled(value: object, device: torch.device) -> object:
+    """An argument with real values in place of blanks."""
     if isinstance(value, tuple):
-        return [_filled(one, device) for one in value]
-    if not isinstance(value, Blank):
-        return value
-    if value.dtype.is_floating_point or value.dtype.is_complex:
-        return torch.randn(value.shape, dtype=torch.float32, device=device).to(value.dtype)
-    return torch.ones(value.shape, dtype=value.dtype, device=device)
+        return [_filled(item, device) for item in value]
+    return _random(value, device) if isinstance(value, Blank) else value
 
 
-def _told(value: Any) -> str:
+def _random(blank: Blank, device: torch.device) -> Tensor:
+    if blank.dtype.is_floating_point or blank.dtype.is_complex:
+        return torch.randn(blank.shape, dtype=torch.float32, device=device).to(blank.dtype)
+    return torch.ones(blank.shape, dtype=blank.dtype, device=device)
+
+
+def _shown(value: object) -> str:
     if isinstance(value, Blank):
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
-    return f"[{', '.join(map(_told, value))}]" if isinstance(value, tuple) else str(value)
+    return f"[{', '.join(map(_shown, value))}]" if isinstance(value, tuple) else str(value)
 
 
 @lru_cache(maxsize=65536)
@@ -97,7 +100,7 @@ def flops(operation: Operation) -> int:
     return int(counter.get_total_flops())
 
 
-_KNOWN: WeakKeyDictionary[Analysis, NarrowedOps] = WeakKeyDictionary()
+_CACHE: WeakKeyDictionary[Analysis, NarrowedOps] = WeakKeyDictionary()
 """What was computed for some couplings serves every plan that is made for them."""
 
 
@@ -110,61 +113,62 @@ class NarrowedOps:
         analysis = couplings.analysis
         if analysis is None:
             raise PlanError(f"budget={budget!r} needs the graph: pass the couplings that detect() returned")
-        if analysis not in _KNOWN:
-            _KNOWN[analysis] = cls(analysis)
-        return _KNOWN[analysis]
+        if analysis not in _CACHE:
+            _CACHE[analysis] = cls(analysis)
+        return _CACHE[analysis]
 
     def __init__(self, analysis: Analysis) -> None:
-        walked, found = analysis.flow, analysis.located
-        self._walked, self._sizes = walked, analysis.sizes
+        self._flow, self._sizes = analysis.flow, analysis.sizes
         self._gathered: dict[tuple[fx.Node, fx.Node], list[tuple[int, Axis]]] = {}
-        for g in walked.record.gathers:
-            met = (g.operand_axis, g.target[g.target_axis])
-            self._gathered.setdefault((g.user, g.operand.node), []).append(met)
-        self._found = {f.coupling.name: f for f in found if f.coupling.blocked is None}
-        self._names = {f.dim: name for name, f in self._found.items()}
+        for g in self._flow.record.gathers:
+            axis = (g.operand_axis, g.target[g.target_axis])
+            self._gathered.setdefault((g.user, g.source), []).append(axis)
+        self._located = {x.coupling.name: x for x in analysis.located if x.coupling.blocked is None}
+        self._names = {x.dim: name for name, x in self._located.items()}
         self._calls: dict[fx.Node, tuple[str, ...]] | None = None
-        self._known: dict[tuple[tuple[str, int], ...], Narrowing] = {}
+        self._narrowings: dict[tuple[tuple[str, int], ...], Narrowing] = {}
 
     @property
     def calls(self) -> Mapping[fx.Node, tuple[str, ...]]:
         """The products that couplings narrow, with the names of these."""
         if self._calls is None:
-            found = {n: names for n in self._walked.values if (names := self._narrowing(n))}
-            self._calls = {n: names for n, names in found.items() if flops(self.operation(n, {}))}
+            narrowed = {n: names for n in self._flow.values if (names := self._narrowing(n))}
+            self._calls = {n: names for n, names in narrowed.items() if flops(self.operation(n, {}))}
         return self._calls
 
     def _narrowing(self, node: fx.Node) -> tuple[str, ...]:
         if not is_operator(node):
             return ()
-        operands = [v for n in _tensors(node) for v in several(self._walked.values.get(n))]
+        operands = [v for n in _tensors(node) for v in several(self._flow.values.get(n))]
         if len(operands) < 2:
             return ()
-        values = [*operands, *several(self._walked.values[node])]
-        dims = dict.fromkeys(d for v in values for axis in v.axes for d in self._walked.dims.dims_of(axis))
+        values = [*operands, *several(self._flow.values[node])]
+        dims = dict.fromkeys(d for v in values for axis in v.axes for d in axis.dims)
         return tuple(self._names[d] for d in dims if d in self._names)
 
     def size(self, name: str) -> int:
         """Units of a coupling per carrier."""
-        return self._found[name].coupling.size
+        return self._located[name].coupling.size
 
     def operation(self, node: fx.Node, widths: Widths) -> Operation:
         """A call at other widths."""
         kept = self._kept(tuple(sorted((name, width) for name, width in widths.items() if width < self.size(name))))
-        given = {**named_arguments(node), **self._edits(node, kept)}
-        return Operation(node.target, tuple((name, self._blank(node, value, kept)) for name, value in given.items()))
+        arguments = {**named_arguments(node), **self._edits(node, kept)}
+        return Operation(
+            node.target, tuple((name, self._blank(node, value, kept)) for name, value in arguments.items())
+        )
 
     def _kept(self, widths: tuple[tuple[str, int], ...]) -> Narrowing:
-        if widths not in self._known:
-            self._known[widths] = Narrowing(self._walked.dims, self._choices(widths))
-        return self._known[widths]
+        if widths not in self._narrowings:
+            self._narrowings[widths] = Narrowing(self._flow.sizes, self._choices(widths))
+        return self._narrowings[widths]
 
     def _choices(self, widths: Iterable[tuple[str, int]]) -> dict[int, DimSelection]:
-        dims, choices = self._walked.dims, {}
+        sizes_of, choices = self._flow.sizes, {}
         for name, width in widths:
-            entry = self._found[name]
-            sizes = [dims.sizes[c] for c in entry.carriers]
-            keep = torch.arange(dims.sizes[entry.dim]) < width  # which ones does not matter to sizes
+            entry = self._located[name]
+            sizes = [sizes_of[c] for c in entry.carriers]
+            keep = torch.arange(sizes_of[entry.dim]) < width  # which ones does not matter to sizes
             choices[entry.dim] = DimSelection(entry.carriers, keep.expand(*sizes, -1))
         return choices
 
@@ -173,23 +177,23 @@ class NarrowedOps:
         rule = find_resize(operator_name(node.target))
         if rule is None:
             return {}
-        inputs = [v for n in _tensors(node) for v in several(self._walked.values.get(n))]
-        outputs = several(self._walked.values[node])
+        inputs = [v for n in _tensors(node) for v in several(self._flow.values.get(n))]
+        outputs = several(self._flow.values[node])
         resize = Resize(node, operator_name(node.target), named_arguments(node), (inputs, outputs), kept, _scaled)
         rule(resize)
         return resize.edits
 
-    def _blank(self, user: fx.Node, value: Any, kept: Narrowing) -> Any:
+    def _blank(self, user: fx.Node, value: object, kept: Narrowing) -> object:
         """An argument of a call, tensors without their values."""
         if isinstance(value, list | tuple):
-            return tuple(self._blank(user, one, kept) for one in value)
+            return tuple(self._blank(user, item, kept) for item in value)
         example = value.meta.get("val") if isinstance(value, fx.Node) else value
         if isinstance(example, torch.SymInt):
             return self._sizes(example)
         if not isinstance(value, fx.Node) or not isinstance(example, Tensor):
             return example
-        sizes, held = [self._sizes(size) for size in example.shape], self._walked.values.get(value)
-        axes = list(enumerate(held.axes)) if isinstance(held, Value) else []
+        sizes, flow = [self._sizes(size) for size in example.shape], self._flow.values.get(value)
+        axes = list(enumerate(flow.axes)) if isinstance(flow, Value) else []
         for i, axis in [*axes, *self._gathered.get((user, value), ())]:
             if kept.changed(axis):
                 sizes[i] = kept.count(axis)
@@ -201,4 +205,4 @@ def _scaled(size: Any, old: int, new: int) -> int:
 
 
 def _tensors(node: fx.Node) -> list[fx.Node]:
-    return [one for one in tensor_arguments(node) if isinstance(one.meta.get("val"), Tensor)]
+    return [operand for operand in tensor_arguments(node) if isinstance(operand.meta.get("val"), Tensor)]

@@ -19,7 +19,7 @@ from ecospa_fx.budget.cost import CostModel
 from ecospa_fx.coupling.types import Coupling
 
 STEPS = 20_000
-"""Steps of what is held altogether; a group frees up to one step more than is counted."""
+"""Steps of the whole budget; a group frees up to one step more than is counted."""
 
 PER_GROUP = 250
 """At least so many steps per group."""
@@ -27,7 +27,7 @@ PER_GROUP = 250
 MOST = 128
 """Widths of a coupling that is alone; of several together, so many combinations."""
 
-Lost = Callable[[Coupling, Sequence[int]], Tensor]
+PredictedLoss = Callable[[Coupling, Sequence[int]], Tensor]
 """Predicted loss, float64 [widths], of a coupling at some numbers of kept units."""
 
 
@@ -36,39 +36,46 @@ class Option:
     """What some couplings keep together, what that frees, and what it is predicted to cost."""
 
     kept: tuple[tuple[str, int], ...]
+    """(name of coupling, units kept) pairs."""
     freed: float
-    lost: float
+    """In the budget's unit."""
+    loss: float
+    """Predicted."""
 
 
 def widths(
-    spending: CostModel, couplings: Sequence[Coupling], lost: Lost, allowed: Mapping[str, Sequence[int]], ratio: float
+    cost_model: CostModel,
+    couplings: Sequence[Coupling],
+    loss: PredictedLoss,
+    allowed: Mapping[str, Sequence[int]],
+    ratio: float,
 ) -> dict[str, int] | float:
     """Units that each coupling keeps so that at least `ratio` of the budget's unit is freed, at the least loss.
 
     allowed: by coupling, the widths short of all that it may have. Where nothing frees as much, the largest share that
     does go. A larger ratio never loses less.
     """
-    groups = [options(spending, group, lost, allowed) for group in spending.together(couplings)]
-    held = spending.held(couplings)
-    step, target = held / max(STEPS, PER_GROUP * len(groups)), ratio * held
+    groups = [options(cost_model, group, loss, allowed) for group in cost_model.together(couplings)]
+    total = cost_model.total(couplings)
+    step, target = total / max(STEPS, PER_GROUP * len(groups)), ratio * total
     most = sum(group[-1].freed for group in groups)
     if most < target:
-        return most / max(held, 1e-300)
-    chosen = solve([[(int(o.freed / step), o.lost) for o in group] for group in groups], ceil(target / step - 1e-9))
+        return most / max(total, 1e-300)
+    chosen = solve([[(int(o.freed / step), o.loss) for o in group] for group in groups], ceil(target / step - 1e-9))
     if chosen is None:  # within the steps of the last percent of what can be freed
         chosen = [len(group) - 1 for group in groups]
     return {name: kept for group, i in zip(groups, chosen, strict=True) for name, kept in group[i].kept}
 
 
 def options(
-    spending: CostModel, group: Sequence[Coupling], lost: Lost, allowed: Mapping[str, Sequence[int]]
+    cost_model: CostModel, group: Sequence[Coupling], loss: PredictedLoss, allowed: Mapping[str, Sequence[int]]
 ) -> list[Option]:
     """Every combination of widths of some couplings that could be best, the whole first, then by what is freed."""
-    axes = [(c.size, *_thinned(spending.priced(c, allowed[c.name]), len(group))) for c in group]
-    costs = [dict(zip(axis, lost(c, axis).tolist(), strict=True)) for c, axis in zip(group, axes, strict=True)]
+    axes = [(c.size, *_thinned(cost_model.priced(c, allowed[c.name]), len(group))) for c in group]
+    costs = [dict(zip(axis, loss(c, axis).tolist(), strict=True)) for c, axis in zip(group, axes, strict=True)]
     combined = list(product(*axes))
-    freed = spending.freed_together(group, combined)
-    found = [
+    freed = cost_model.freed_together(group, combined)
+    choices = [
         Option(
             tuple((c.name, k) for c, k in zip(group, kept, strict=True)),
             gain,
@@ -76,20 +83,20 @@ def options(
         )
         for kept, gain in zip(combined, freed, strict=True)
     ]
-    return [found[0], *_undominated([o for o in found[1:] if o.freed > 0 and o.lost < inf])]
+    return [choices[0], *_undominated([o for o in choices[1:] if o.freed > 0 and o.loss < inf])]
 
 
-def _thinned(found: Sequence[int], couplings: int) -> Sequence[int]:
+def _thinned(widths: Sequence[int], couplings: int) -> Sequence[int]:
     """At most so many of some widths, the last among them."""
-    every = ceil(len(found) / max(2, round(MOST ** (1 / couplings))))
-    return found[::-1][::every][::-1] if every > 1 else found
+    every = ceil(len(widths) / max(2, round(MOST ** (1 / couplings))))
+    return widths[::-1][::every][::-1] if every > 1 else widths
 
 
-def _undominated(found: Sequence[Option]) -> list[Option]:
+def _undominated(choices: Sequence[Option]) -> list[Option]:
     """Options of which none that frees as much loses less, by what they free."""
     best: list[Option] = []
-    for option in sorted(found, key=lambda o: (-o.freed, o.lost)):
-        if not best or option.lost < best[-1].lost:
+    for option in sorted(choices, key=lambda o: (-o.freed, o.loss)):
+        if not best or option.loss < best[-1].loss:
             best.append(option)
     return best[::-1]
 

@@ -15,7 +15,6 @@ import platform
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -56,20 +55,24 @@ class Latency(GraphCost):
     unit = "the measured time of the products that the couplings narrow"
 
     def __init__(
-        self, work: NarrowedOps, device: torch.device, round_to: int = 1, cache: str | os.PathLike[str] | None = None
+        self,
+        narrowed: NarrowedOps,
+        device: torch.device,
+        round_to: int = 1,
+        cache: str | os.PathLike[str] | None = None,
     ) -> None:
-        super().__init__(work)
+        super().__init__(narrowed)
         self.device, self.round_to = device, round_to
-        self.table = Table(device, cache)
+        self.table = LatencyTable(device, cache)
 
     @classmethod
     def of(cls, couplings: Couplings, round_to: int = 1, cache: str | os.PathLike[str] | None = None) -> Latency:
         """On the device of the couplings' model. Raises PlanError where it has none, or where there is no graph."""
-        work = NarrowedOps.of(couplings, "latency")
+        narrowed = NarrowedOps.of(couplings, "latency")
         device = next((p.device for p in couplings.model.parameters()), torch.device("cpu"))
         if device.type == "meta":
             raise PlanError("the model is on meta, where nothing takes time: load it, or use budget='flops'")
-        return cls(work, device, round_to, cache)
+        return cls(narrowed, device, round_to, cache)
 
     def grid(self, size: int, couplings: int) -> list[int]:
         step = math.ceil(size / max(2, round(INTERVALS ** (1 / max(couplings, 1)))))
@@ -80,11 +83,11 @@ class Latency(GraphCost):
 
     def prices(self, operations: Sequence[Operation]) -> list[float]:
         products = [operation for operation in operations if flops(operation)]
-        known = self.table.seconds(products)
-        return [known.get(operation, 0.0) for operation in operations]
+        seconds = self.table.seconds(products)
+        return [seconds.get(operation, 0.0) for operation in operations]
 
 
-class Table:
+class LatencyTable:
     """Measured seconds of operations on one device, on disk."""
 
     def __init__(self, device: torch.device, cache: str | os.PathLike[str] | None = None) -> None:
@@ -95,19 +98,19 @@ class Table:
             "torch": torch.__version__,
             "threads": str(torch.get_num_threads()) if device.type == "cpu" else "",
         }
-        told = json.dumps(self.environment, sort_keys=True)
+        environment = json.dumps(self.environment, sort_keys=True)
         folder = Path(cache or os.environ.get("ECOSPA_FX_CACHE") or Path.home() / ".cache" / "ecospa_fx")
-        self.path = folder / f"latency-{hashlib.sha256(told.encode()).hexdigest()[:16]}.json"
-        self._known = self._read()
+        self.path = folder / f"latency-{hashlib.sha256(environment.encode()).hexdigest()[:16]}.json"
+        self._seconds = self._read()
 
     def seconds(self, operations: Sequence[Operation]) -> dict[Operation, float]:
-        """What each operation takes; what is not known yet is measured and written down."""
-        missing = {str(one): one for one in operations if str(one) not in self._known}
+        """What each operation takes; what is not in the table yet is measured and written down."""
+        missing = {str(operation): operation for operation in operations if str(operation) not in self._seconds}
         if missing:
-            found = measured(list(missing.values()), self.device)
-            self._known = {**self._read(), **self._known, **dict(zip(missing, found, strict=True))}
+            seconds = measured(list(missing.values()), self.device)
+            self._seconds = {**self._read(), **self._seconds, **dict(zip(missing, seconds, strict=True))}
             self._write()
-        return {one: self._known[str(one)] for one in operations}
+        return {operation: self._seconds[str(operation)] for operation in operations}
 
     def _read(self) -> dict[str, float]:
         """What the file holds; nothing where it is not there, damaged or another machine's."""
@@ -117,15 +120,15 @@ class Table:
             return {}
         if not isinstance(data, dict) or (data.get("format"), data.get("version")) != (FORMAT, VERSION):
             return {}
-        held = data.get("seconds")
-        if data.get("environment") != self.environment or not isinstance(held, Mapping):
+        seconds = data.get("seconds")
+        if data.get("environment") != self.environment or not isinstance(seconds, Mapping):
             return {}
-        sound = all(isinstance(value, float) and 0 < value < math.inf for value in held.values())
-        return dict(held) if sound else {}
+        sound = all(isinstance(value, float) and 0 < value < math.inf for value in seconds.values())
+        return dict(seconds) if sound else {}
 
     def _write(self) -> None:
         """Complete or not at all. Raises PlanError where the folder cannot be written."""
-        data = {"format": FORMAT, "version": VERSION, "environment": self.environment, "seconds": self._known}
+        data = {"format": FORMAT, "version": VERSION, "environment": self.environment, "seconds": self._seconds}
         draft = self.path.with_suffix(f".{os.getpid()}.draft")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -155,9 +158,10 @@ def as_shrunk(operation: Operation, device: torch.device) -> fx.GraphModule:
     with FakeTensorMode():
         tensors = enumerate(operation.filled(device))
 
-        def held(value: Any) -> Any:
+        def placed(value: object) -> object:
+            """An argument with a placeholder for each tensor."""
             if isinstance(value, tuple):
-                return [held(one) for one in value]
+                return [placed(item) for item in value]
             if not isinstance(value, Blank):
                 return value
             number, tensor = next(tensors)
@@ -165,7 +169,7 @@ def as_shrunk(operation: Operation, device: torch.device) -> fx.GraphModule:
             node.meta["val"] = tensor
             return node
 
-        args, kwargs = call_arguments(operation.operator, {name: held(value) for name, value in operation.arguments})
+        args, kwargs = call_arguments(operation.operator, {name: placed(value) for name, value in operation.arguments})
         node = graph.call_function(operation.operator, args, kwargs)
         node.meta["val"] = evaluate(node)
     graph.output(node)

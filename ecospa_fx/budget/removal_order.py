@@ -1,9 +1,16 @@
-"""How couplings are climbed down: rung by rung, alone or together, until a budget is met."""
+"""In which order units are removed: each coupling's by itself, several in lockstep, and all merged into one schedule.
+
+A step of a `RemovalOrder` takes units out of one coupling: the next ones of every carrier at once, so that all carriers
+keep the same number, or of one carrier where the order is ragged. `Lockstep` takes steps of several orders together.
+`GreedySchedule` merges the steps of all, least score per cost first.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from math import ceil, gcd, lcm
 
 import torch
@@ -13,24 +20,23 @@ from ecospa_fx.budget.alignment import preferred_multiple
 from ecospa_fx.budget.cost import CostModel
 from ecospa_fx.budget.ties import Carried, Tie
 from ecospa_fx.coupling.types import Coupling
-from ecospa_fx.coupling.unit_elements import Removal
 from ecospa_fx.errors import PlanError
 from ecospa_fx.plan import Selection
 
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """How many units a coupling may keep; see `plan`.
-
-    limits: by name of coupling, the largest share that it may lose; parameters: by name, those whose device and type
-    say what is liked where round_to is None.
-    """
+    """How many units a coupling may keep; see `plan`."""
 
     round_to: int | None
+    """What kept units are a multiple of; None: of what the device of the parameters prefers."""
     floor: float
+    """Least share of its units that a coupling keeps."""
     limits: Mapping[str, float]
+    """By name of coupling, the largest share that it may lose."""
     parameters: Mapping[str, Tensor] = field(default_factory=dict)
-    told: Mapping[str, float] | None = None
+    """By name, those whose device and type count where `round_to` is None."""
+    written: Mapping[str, float] | None = None
     """The limits as the user wrote them, for messages."""
 
     def widths(self, coupling: Coupling, tied: Sequence[Coupling] = ()) -> list[int]:
@@ -39,24 +45,24 @@ class Bounds:
         tied: couplings that keep as many times more as they have, each of which must be allowed to.
         """
         size, every = coupling.size, (coupling, *tied)
-        step = lcm(*(self.step(c, c.size // size) for c in every))
+        multiple = lcm(*(self.multiple(c, c.size // size) for c in every))
         least = max(ceil(self.least(c) / (c.size // size)) for c in every)
-        return list(range((size - 1) // step * step, least - 1, -step))
+        return multiples_below(size, least, multiple)
 
     def least(self, coupling: Coupling) -> int:
         """How many units stay at least."""
         return least_units(coupling.size, self.floor, self.limits.get(coupling.name, 1.0))
 
-    def step(self, coupling: Coupling, times: int = 1) -> int:
+    def multiple(self, coupling: Coupling, times: int = 1) -> int:
         """What kept units are a multiple of where a coupling keeps so many times more of them."""
         if self.round_to is not None:
             return self.round_to
-        step = preferred_multiple(coupling, self.parameters)
-        return step // gcd(step, times)
+        multiple = preferred_multiple(coupling, self.parameters)
+        return multiple // gcd(multiple, times)
 
     def __str__(self) -> str:
-        told = f"floor={self.floor} and round_to={self.round_to}"
-        return f"{told} and limits={dict(self.told)}" if self.told else told
+        message = f"floor={self.floor} and round_to={self.round_to}"
+        return f"{message} and limits={dict(self.written)}" if self.written else message
 
 
 def least_units(size: int, floor: float, limit: float) -> int:
@@ -64,65 +70,75 @@ def least_units(size: int, floor: float, limit: float) -> int:
     return max(1, ceil(floor * size), size - int(limit * size + 1e-9))
 
 
+def multiples_below(size: int, least: int, multiple: int) -> list[int]:
+    """Widths short of `size` and not below `least` that are multiples of a number, from most to fewest.
+
+    >>> multiples_below(10, 4, 2)
+    [8, 6, 4]
+    """
+    return list(range((size - 1) // multiple * multiple, least - 1, -multiple))
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class RemovalOrder:
-    """The order in which one coupling's units go.
-
-    order: LongTensor, carrier · size + unit of those that may go, first ones first; removed: how many of them are gone
-    after each rung; freed, cost: float64 [rungs], what each rung frees of the budget, and its score for each unit of
-    that.
-    """
+    """The order in which one coupling's units are removed, step by step."""
 
     coupling: Coupling
+    """Whose units these are."""
     order: Tensor
+    """LongTensor of carrier · size + unit for the units that may be removed, first ones first."""
     removed: tuple[int, ...]
+    """Per step, how many units of `order` are removed after it."""
     freed: Tensor
+    """float64 [steps]: what each step frees of the budget."""
     cost: Tensor
+    """float64 [steps]: the score of each step's units, divided by what it frees."""
 
     @classmethod
-    def of(cls, coupling: Coupling, values: Tensor, widths: Sequence[int], spending: CostModel) -> RemovalOrder:
-        """values: scores [carriers, units]; widths: numbers of units that may be kept, from most to fewest."""
-        ranked, order = values.to("cpu", torch.float64).sort(dim=1, stable=True)
-        at = torch.tensor([0, *(coupling.size - k for k in widths)])
-        lost = torch.cat([torch.zeros(1, dtype=torch.float64), ranked.sum(0).cumsum(0)])[at]
-        freed = torch.cat([torch.zeros(1, dtype=torch.float64), spending.freed(coupling, widths)]).diff()
-        removed = tuple((at[1:] * coupling.carriers).tolist())
-        return cls(coupling, numbered(order).T.flatten(), removed, freed, lost.diff() / freed)
+    def of(cls, coupling: Coupling, scores: Tensor, widths: Sequence[int], cost_model: CostModel) -> RemovalOrder:
+        """scores: [carriers, units]; widths: numbers of units that may be kept, from most to fewest."""
+        ranked, order = scores.to("cpu", torch.float64).sort(dim=1, stable=True)
+        ends = torch.tensor([0, *(coupling.size - k for k in widths)])  # units removed per carrier after each step
+        total = torch.cat([torch.zeros(1, dtype=torch.float64), ranked.sum(0).cumsum(0)])[ends]
+        freed = torch.cat([torch.zeros(1, dtype=torch.float64), cost_model.freed(coupling, widths)]).diff()
+        removed = tuple((ends[1:] * coupling.carriers).tolist())
+        return cls(coupling, numbered(order).T.flatten(), removed, freed, total.diff() / freed)
 
     @classmethod
-    def ragged(cls, coupling: Coupling, values: Tensor, bounds: Bounds) -> RemovalOrder:
+    def ragged(cls, coupling: Coupling, scores: Tensor, bounds: Bounds) -> RemovalOrder:
         """Each carrier loses units by itself, a step at a time, and keeps as many at least; counted in elements."""
-        ranked, order = values.to("cpu", torch.float64).sort(dim=1, stable=True)
-        size, carriers, step = coupling.size, coupling.carriers, bounds.step(coupling)
-        each = coupling.parameters / (size * carriers)
-        ends = size - torch.arange((size - 1) // step * step, 0, -step)
-        at = torch.cat([ends.new_zeros(1), ends])
-        lost = torch.cat([ranked.new_zeros(carriers, 1), ranked.cumsum(1)], 1)[:, at].diff()
-        keys, chosen = (lost / (at.diff() * each)).cummax(1).values.flatten().sort(stable=True)
-        taken = at.diff().repeat(carriers)[chosen]
-        rungs = int((taken.cumsum(0) <= carriers * (size - bounds.least(coupling))).sum())
+        ranked, order = scores.to("cpu", torch.float64).sort(dim=1, stable=True)
+        size, carriers, multiple = coupling.size, coupling.carriers, bounds.multiple(coupling)
+        elements = coupling.parameters / (size * carriers)  # of one unit of one carrier
+        ends = size - torch.arange((size - 1) // multiple * multiple, 0, -multiple)
+        begins_and_ends = torch.cat([ends.new_zeros(1), ends])
+        steps = begins_and_ends.diff()  # units of each step, the same in every carrier
+        total = torch.cat([ranked.new_zeros(carriers, 1), ranked.cumsum(1)], 1)[:, begins_and_ends].diff()
+        cost, chosen = (total / (steps * elements)).cummax(1).values.flatten().sort(stable=True)
+        taken = steps.repeat(carriers)[chosen]
+        count = int((taken.cumsum(0) <= carriers * (size - bounds.least(coupling))).sum())
         turn = torch.empty_like(chosen).scatter(0, chosen, torch.arange(len(chosen))).view(carriers, len(ends))
-        last = int(at[-1])
+        last = int(begins_and_ends[-1])
         turns = turn[:, torch.searchsorted(ends, torch.arange(last), right=True)].flatten()
         units = numbered(order)[:, :last].flatten()[turns.argsort(stable=True)]
-        removed = tuple(taken[:rungs].cumsum(0).tolist())
-        return cls(coupling, units, removed, taken[:rungs] * each, keys[:rungs])
+        removed = tuple(taken[:count].cumsum(0).tolist())
+        return cls(coupling, units, removed, taken[:count] * elements, cost[:count])
 
-    def rungs(self, kept: int) -> int:
-        """How many rungs lead down to a width."""
-        gone = (self.coupling.size - kept) * self.coupling.carriers
-        return self.removed.index(gone) + 1 if gone else 0
+    def steps_to(self, kept: int) -> int:
+        """How many steps lead down to a width."""
+        removed = (self.coupling.size - kept) * self.coupling.carriers
+        return self.removed.index(removed) + 1 if removed else 0
 
-    def removal(self, rungs: int) -> Removal:
-        """What the first `rungs` rungs take."""
-        gone = torch.zeros(self.coupling.carriers, self.coupling.size, dtype=torch.bool)
-        if rungs:
-            gone.view(-1)[self.order[: self.removed[rungs - 1]]] = True
-        return self.coupling.members, gone
+    def keep(self, steps: int) -> Tensor:
+        """BoolTensor [carriers, units], True where a unit is kept after so many steps."""
+        keep = torch.ones(self.coupling.carriers, self.coupling.size, dtype=torch.bool)
+        if steps:
+            keep.view(-1)[self.order[: self.removed[steps - 1]]] = False
+        return keep
 
-    def selection(self, rungs: int) -> Selection:
-        """What stays after the first `rungs` rungs."""
-        return Selection.of(self.coupling, self.removal(rungs)[1].logical_not())
+    def selection(self, steps: int) -> Selection:
+        """What is kept after so many steps."""
+        return Selection.of(self.coupling, self.keep(steps))
 
 
 def numbered(order: Tensor) -> Tensor:
@@ -132,85 +148,119 @@ def numbered(order: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Lockstep:
-    """Ladders climbed together, and the key of each rung; the rung with the least key goes first."""
+    """Orders that take their steps together."""
 
-    ladders: tuple[int, ...]
+    orders: tuple[int, ...]
+    """Their places in a list."""
     keys: Tensor
+    """float64 [steps]: of all locksteps, the step with the least key comes first."""
 
 
-def each_alone(ladders: Sequence[RemovalOrder]) -> list[Lockstep]:
-    return [Lockstep((i,), ladder.cost) for i, ladder in enumerate(ladders)]
+def each_alone(orders: Sequence[RemovalOrder]) -> list[Lockstep]:
+    """Each order by itself, by its cost."""
+    return [Lockstep((i,), order.cost) for i, order in enumerate(orders)]
 
 
-def in_uniform_step(ladders: Sequence[RemovalOrder]) -> list[Lockstep]:
-    groups: dict[tuple[str, int, int, tuple[int, ...]], list[int]] = {}
-    for i, ladder in enumerate(ladders):
-        c = ladder.coupling
-        groups.setdefault((c.kind, c.size, c.carriers, ladder.removed), []).append(i)
-    return [Lockstep(tuple(group), _shares(ladders[group[0]])) for group in groups.values()]
+def in_uniform_step(orders: Sequence[RemovalOrder], dense: Mapping[str, int] | None = None) -> list[Lockstep]:
+    """Couplings of equal kind and sizes in step, all by the share of their units that is removed.
+
+    dense: by name of coupling, its units before any removal, where that is not now.
+    """
+    groups: dict[tuple[str, int, int, int, tuple[int, ...]], list[int]] = {}
+    for i, order in enumerate(orders):
+        c = order.coupling
+        whole = c.size if dense is None else dense[c.name]
+        groups.setdefault((c.kind, whole, c.size, c.carriers, order.removed), []).append(i)
+    return [Lockstep(tuple(group), _shares(orders[group[0]], whole)) for (_, whole, *_), group in groups.items()]
 
 
-def _shares(ladder: RemovalOrder) -> Tensor:
-    """The share of units gone in the middle of each rung: what keeps couplings of different sizes in step."""
-    at = torch.tensor((0, *ladder.removed), dtype=torch.float64)
-    return (at[1:] + at[:-1]) / (2 * ladder.coupling.size * ladder.coupling.carriers)
+def _shares(order: RemovalOrder, dense: int) -> Tensor:
+    """The share of units removed in the middle of each step: what keeps couplings of different sizes in step.
+
+    dense: how many units the coupling had before any removal.
+    """
+    before = (dense - order.coupling.size) * order.coupling.carriers
+    removed = before + torch.tensor((0, *order.removed), dtype=torch.float64)
+    return (removed[1:] + removed[:-1]) / (2 * dense * order.coupling.carriers)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GreedySchedule:
-    """The rungs of all tracks in one order, least key first; a *height* is how many of them are taken.
+    """The steps of all locksteps in one order, least key first; a *height* is how many of them are taken."""
 
-    owner: LongTensor [heights], the track of each rung; estimate: float64 [heights + 1], what is freed at each height
-    where couplings do not overlap.
-    """
-
-    spending: CostModel
-    ladders: Sequence[RemovalOrder]
-    tracks: Sequence[Lockstep]
+    cost_model: CostModel
+    """Counts what is freed."""
+    orders: Sequence[RemovalOrder]
+    """One per coupling."""
+    locksteps: Sequence[Lockstep]
+    """Which of the orders take their steps together; each order is in one of them."""
     owner: Tensor
+    """LongTensor [heights]: the lockstep of each step."""
     estimate: Tensor
+    """float64 [heights + 1]: what is freed at each height where couplings do not overlap."""
 
     @classmethod
-    def of(cls, spending: CostModel, ladders: Sequence[RemovalOrder], tracks: Sequence[Lockstep]) -> GreedySchedule:
-        """Merge the tracks; equal keys stay in the order of the couplings."""
-        order = torch.cat([t.keys for t in tracks]).argsort(stable=True)
-        owner = torch.cat([torch.full_like(t.keys, i, dtype=torch.long) for i, t in enumerate(tracks)])[order]
-        taken = torch.cat([torch.stack([ladders[i].freed for i in t.ladders]).sum(0) for t in tracks])[order]
-        return cls(spending, ladders, tracks, owner, torch.cat([taken.new_zeros(1), taken.cumsum(0)]))
+    def of(cls, cost_model: CostModel, orders: Sequence[RemovalOrder], locksteps: Sequence[Lockstep]) -> GreedySchedule:
+        """Merge the locksteps; equal keys stay in the order of the couplings."""
+        order = torch.cat([s.keys for s in locksteps]).argsort(stable=True)
+        owner = torch.cat([torch.full_like(s.keys, i, dtype=torch.long) for i, s in enumerate(locksteps)])[order]
+        freed = torch.cat([torch.stack([orders[i].freed for i in s.orders]).sum(0) for s in locksteps])[order]
+        return cls(cost_model, orders, locksteps, owner, torch.cat([freed.new_zeros(1), freed.cumsum(0)]))
 
-    def rungs(self, height: int) -> list[int]:
-        """Rungs taken on each ladder."""
-        per_track = self.owner[:height].bincount(minlength=len(self.tracks)).tolist()
-        of_ladder = {i: n for track, n in zip(self.tracks, per_track, strict=True) for i in track.ladders}
-        return [of_ladder[i] for i in range(len(self.ladders))]
+    @property
+    def top(self) -> int:
+        """The height at which every step is taken."""
+        return len(self.owner)
+
+    def steps(self, height: int) -> list[int]:
+        """Steps taken in each order."""
+        per_lockstep = self.owner[:height].bincount(minlength=len(self.locksteps)).tolist()
+        taken = {i: n for lockstep, n in zip(self.locksteps, per_lockstep, strict=True) for i in lockstep.orders}
+        return [taken[i] for i in range(len(self.orders))]
 
     def removed(self, height: int) -> float:
         """What is freed at a height, together."""
-        return removed_at(self.spending, self.ladders, self.rungs(height))
+        return removed_at(self.cost_model, self.orders, self.steps(height))
 
-    def held(self) -> float:
-        """What all the couplings hold, together."""
-        return self.spending.held([x.coupling for x in self.ladders])
+    def nearest(self, target: float, least: int = 0) -> int:
+        """The height that frees what is nearest to a target, the higher of two that are as near; at least `least`."""
+        removed = cache(self.removed)
+        above = max(least, self._first_reaching(removed, target))
+        if above > self.top:
+            return self.top
+        below = max(above - 1, least)
+        return above if removed(above) - target <= target - removed(below) else below
+
+    def _first_reaching(self, removed: Callable[[int], float], target: float) -> int:
+        """The least height that frees a target, `top` + 1 where none does; the estimate saves counting."""
+        guess = int(torch.searchsorted(self.estimate, target))
+        low, high, step = guess - 1, guess, 1
+        while high <= self.top and removed(high) < target:
+            low, high, step = high, high + step, 2 * step
+        while low >= 0 and removed(low) >= target:
+            low, high, step = low - step, low, 2 * step
+        heights = range(self.top + 1)
+        return bisect_left(heights, target, lo=max(low + 1, 0), hi=min(high, self.top + 1), key=removed)
 
 
-def removed_at(spending: CostModel, ladders: Sequence[RemovalOrder], rungs: Sequence[int]) -> float:
-    """What is freed by some rungs of each ladder, together."""
-    taken = {x.coupling.name: (x, n) for x, n in zip(ladders, rungs, strict=True) if n}
+def removed_at(cost_model: CostModel, orders: Sequence[RemovalOrder], steps: Sequence[int]) -> float:
+    """What is freed by some steps of each order, together."""
+    taken = {x.coupling.name: (x, n) for x, n in zip(orders, steps, strict=True) if n}
     kept = {name: x.coupling.size - x.removed[n - 1] // x.coupling.carriers for name, (x, n) in taken.items()}
-    return spending.removed({name: x.removal(n) for name, (x, n) in taken.items()}, kept)
+    return cost_model.removed({name: (x.coupling.members, x.keep(n)) for name, (x, n) in taken.items()}, kept)
 
 
 def in_carried_step(
-    carried: Carried, values: Mapping[str, Tensor], bounds: Bounds, spending: CostModel, *, uniform: bool
+    carried: Carried, scores: Mapping[str, Tensor], bounds: Bounds, cost_model: CostModel, *, uniform: bool
 ) -> tuple[list[RemovalOrder], list[Lockstep]]:
-    """Ladders of what is tied together are climbed in step, and with uniform widths those of all layers.
+    """What is tied together takes its steps together, and with uniform widths so do all layers.
 
     What keeps the same number of units may keep what every one of its couplings may.
     """
-    if not spending.smooth:
+    if not cost_model.smooth:
         raise PlanError("expressible_in='module' cannot spend a budget in latency yet: use 'parameters' or 'flops'")
-    ladders: list[RemovalOrder] = []
-    tracks: dict[tuple[int, ...], list[int]] = {}
+    orders: list[RemovalOrder] = []
+    locksteps: dict[tuple[int, ...], list[int]] = {}
     keys = [(tie.number, tie.base.size) if uniform else (i,) for i, tie in enumerate(carried.ties)]
     together: dict[tuple[int, ...], list[Coupling]] = {}
     for key, tie in zip(keys, carried.ties, strict=True):
@@ -218,23 +268,27 @@ def in_carried_step(
     for key, tie in zip(keys, carried.ties, strict=True):
         size = tie.base.size
         kept = [k for k in bounds.widths(tie.base, together[key]) if carried.fine(tie, k)]
-        track = tracks.setdefault(key, [])
         for c in tie.couplings:
-            track.append(len(ladders))
-            ladders.append(RemovalOrder.of(c, _shared(tie, c, values), [k * (c.size // size) for k in kept], spending))
-    found = [Lockstep(tuple(t), _shares(ladders[t[0]]) if uniform else _together(ladders, t)) for t in tracks.values()]
-    return ladders, found
+            locksteps.setdefault(key, []).append(len(orders))
+            widths = [k * (c.size // size) for k in kept]
+            orders.append(RemovalOrder.of(c, _shared(tie, c, scores), widths, cost_model))
+
+    def keyed(members: Sequence[int]) -> Tensor:
+        first = orders[members[0]]
+        return _shares(first, first.coupling.size) if uniform else _together([orders[i] for i in members])
+
+    return orders, [Lockstep(tuple(members), keyed(members)) for members in locksteps.values()]
 
 
-def _shared(tie: Tie, coupling: Coupling, values: Mapping[str, Tensor]) -> Tensor:
+def _shared(tie: Tie, coupling: Coupling, scores: Mapping[str, Tensor]) -> Tensor:
     """Scores [carriers, units] of a coupling; the mean over all that rotates where that must keep the same pairs."""
     if not tie.same or coupling.symmetry != "rotary":
-        return values[coupling.name]
-    alike = [values[c.name] for c in tie.couplings if c.symmetry == "rotary" and c.size == coupling.size]
+        return scores[coupling.name]
+    alike = [scores[c.name] for c in tie.couplings if c.symmetry == "rotary" and c.size == coupling.size]
     return torch.cat(alike).mean(0).expand(coupling.carriers, -1)
 
 
-def _together(ladders: Sequence[RemovalOrder], members: Sequence[int]) -> Tensor:
-    """Score for each unit of the budget of the rungs of ladders that are climbed in step."""
-    freed = torch.stack([ladders[i].freed for i in members])
-    return (torch.stack([ladders[i].cost for i in members]) * freed).sum(0) / freed.sum(0)
+def _together(orders: Sequence[RemovalOrder]) -> Tensor:
+    """Cost of the steps of several orders that are taken together."""
+    freed = torch.stack([order.freed for order in orders])
+    return (torch.stack([order.cost for order in orders]) * freed).sum(0) / freed.sum(0)

@@ -29,34 +29,60 @@ class PlanOptions(ChoiceOptions, total=False):
     """Options of `plan` beside those in its signature."""
 
     allocation: Literal["global", "ragged", "uniform"] | Curves
-    """How the ratio is spread, "global" by default."""
+    """"global" by default: of all couplings, what scores least for what it frees goes first. "ragged": the same where
+    heads may keep different numbers of units. "uniform": the same share everywhere. `Curves`: measured loss."""
     uniform: bool
-    """True: the same as allocation="uniform", the same share everywhere."""
+    """False by default. True: the same as allocation="uniform"."""
     budget: Literal["parameters", "flops", "latency"] | CostModel
-    """What the ratio is counted in, "parameters" by default."""
+    """"parameters" by default. What the ratio counts: parameters, each once; "flops" of the example call of `detect`;
+    "latency", seconds of its products on this machine, measured once; or a cost model of one's own."""
     expressible_in: Literal["module"] | None
-    """"module": only what `shrink_` can write back into the user's own code."""
+    """None by default. "module": only what `shrink_` can write back into the user's own code, found by trying; with
+    uniform widths the configuration can describe it too."""
     widths: Mapping[str, int] | None
-    """In place of a ratio: units per carrier to keep, by name of a coupling or shell pattern on names."""
+    """None by default. In place of a ratio: units per carrier to keep, by name of a coupling or shell pattern on
+    names; a name counts before a pattern."""
+
+
+class AllPlanOptions(PlanOptions, total=False):
+    """All that `plan` takes by name but couplings, ratio and scores."""
+
+    seed: int
+    """0 by default. What "random" scores are drawn from."""
+    round_to: int | None
+    """1 by default. Kept units are a multiple of this; None: of what the device prefers."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlanSettings:
-    """What a plan is made by; see `plan`. Raises PlanError for what is out of range or of another type."""
+    """What a plan is made by: see `plan`. Raises PlanError for what is out of range or of another type."""
 
     ratio: float = RATIO
+    """Share to remove, above 0 and below 1."""
     scores: Given = "magnitude"
+    """What says which units go first."""
     seed: int = 0
+    """What "random" scores are drawn from."""
     round_to: int | None = 1
+    """Kept units are a multiple of this; None: of what the device prefers."""
     allocation: Literal["global", "ragged", "uniform"] | Curves = "global"
+    """How the ratio is spread."""
     uniform: bool = False
+    """The same as allocation="uniform"."""
     floor: float = 0.05
+    """Least share of its units that a coupling keeps."""
     kinds: str | Sequence[str] | None = None
+    """Only couplings of these kinds; None: all."""
     exclude: str | Sequence[str] = ()
+    """Shell patterns on module paths whose parameters stay whole."""
     limits: Mapping[str, float] | None = None
+    """Largest share that couplings of a kind or under a pattern may lose."""
     widths: Mapping[str, int] | None = None
+    """In place of a ratio: units per carrier to keep."""
     budget: Literal["parameters", "flops", "latency"] | CostModel = "parameters"
+    """What the ratio is counted in."""
     expressible_in: Literal["module"] | None = None
+    """"module": only what `shrink_` can write back."""
 
     def __post_init__(self) -> None:
         _check_ratio(self.ratio)

@@ -10,15 +10,16 @@ from ecospa_fx.coupling.types import Coupling
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tie:
-    """Couplings that keep the same share of their units, a multiple of `step` in the smallest.
-
-    number: equal for ties of other layers that are like it; same: those that rotate keep the same pairs, all of them.
-    """
+    """Couplings that keep the same share of their units."""
 
     couplings: tuple[Coupling, ...]
+    """All that one integer counts."""
     number: int
+    """Equal for ties of other layers that are like it."""
     step: int
+    """What the smallest coupling keeps is a multiple of this."""
     same: bool = False
+    """Whether the couplings that rotate keep the same pairs, all of them."""
 
     @property
     def base(self) -> Coupling:
@@ -28,10 +29,12 @@ class Tie:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Carried:
-    """What can be carried: the ties, and which numbers of units of a tie's base are fine."""
+    """What the code of a module can carry."""
 
     ties: tuple[Tie, ...]
+    """Of all layers."""
     fine: Callable[[Tie, int], bool]
+    """Whether the base of a tie may keep so many units."""
 
     @property
     def couplings(self) -> list[Coupling]:

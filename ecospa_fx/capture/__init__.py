@@ -1,0 +1,1 @@
+"""Capture: from a module to a canonical graph, by `torch.export`."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +14,23 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ecospa_fx.errors import CaptureError
-from ecospa_fx.ir.pytrees import Opened, is_of_user
+from ecospa_fx.ir.pytrees import Arguments, NamedArguments, Opened, Tree, is_of_user
+
+Shapes: TypeAlias = dict[str, Tree]
+"""What ``torch.export`` takes as ``dynamic_shapes``: by argument a tree with {axis: Dim} in place of every tensor."""
 
 
 class Attempt(NamedTuple):
-    """Example arguments, which of their sizes become symbols, and whether the batch is twice the user's."""
+    """One way to export a model."""
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    shapes: dict[str, Any] | None
+    args: Arguments
+    """The example arguments."""
+    kwargs: NamedArguments
+    """The example arguments by name."""
+    shapes: Shapes | None
+    """Which of their sizes become symbols; None for none."""
     doubled: bool = False
+    """Whether the batch is twice the user's."""
 
 
 class TooSlow(Exception):
@@ -44,8 +51,8 @@ class TimeLimit(TorchFunctionMode):
         self._calls, self._begin = 0, time.thread_time()
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+        self, func: Callable[..., object], types: object, args: Arguments = (), kwargs: NamedArguments | None = None
+    ) -> object:
         """Let a call pass. Raises TooSlow where too much time went."""
         self._calls += 1
         spent = time.thread_time() - self._begin
@@ -54,25 +61,23 @@ class TimeLimit(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def attempts(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Attempt]:
+def attempts(model: nn.Module, args: Arguments, kwargs: NamedArguments) -> list[Attempt]:
     """From most to least that becomes a symbol: every axis, every axis with one symbol for the batch, the batch, none.
 
     A size of 1 never becomes a symbol, so a batch of one is doubled for the example. Of images only the batch does:
     symbolic heights and widths make torch prove divisibility window by window, which takes minutes.
     """
     tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim()]
-    found = []
+    result = []
     if tensors and all(t.shape[0] == 1 for t in tensors):
         more, named = pytree.tree_map(_twice, (args, kwargs))
         wide, batches = _kinds_of_shapes(model, more, named)
-        found += [Attempt(more, named, shapes, True) for shapes in (wide or [batches])]
+        result += [Attempt(more, named, shapes, True) for shapes in (wide or [batches])]
     wide, batches = _kinds_of_shapes(model, args, kwargs)
-    return [*found, *(Attempt(args, kwargs, shapes) for shapes in (*wide, batches)), Attempt(args, kwargs, None)]
+    return [*result, *(Attempt(args, kwargs, shapes) for shapes in (*wide, batches)), Attempt(args, kwargs, None)]
 
 
-def _kinds_of_shapes(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def _kinds_of_shapes(model: nn.Module, args: Arguments, kwargs: NamedArguments) -> tuple[list[Shapes], Shapes]:
     """Symbols for every axis, the same with one for all batches if there are several; symbols for the batches alone."""
     tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim()]
     fixed = _image_axes(tensors)
@@ -104,20 +109,24 @@ def takes_one(program: ExportedProgram) -> bool:
     """Whether a program that was made for twice the user's batch of one takes that batch."""
     inputs = set(program.graph_signature.user_inputs)
     values = [n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder" and n.name in inputs]
-    batches: list[Any] = [v.shape[0] for v in values if isinstance(v, Tensor) and v.dim()]
+    batches: list[int | torch.SymInt] = [v.shape[0] for v in values if isinstance(v, Tensor) and v.dim()]
     return not any(isinstance(size, int) or size.node.expr.is_number for size in batches)
 
 
-def _twice(leaf: Any) -> Any:
+def _twice(leaf: object) -> object:
     return torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) and leaf.dim() else leaf
 
 
 def _dynamic_shapes(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fixed: Mapping[int, int], first: Any = Dim.AUTO
-) -> dict[str, Any]:
+    model: nn.Module,
+    args: Arguments,
+    kwargs: NamedArguments,
+    fixed: Mapping[int, int],
+    first: object = Dim.AUTO,
+) -> Shapes:
     """Axes left to torch to decide. fixed: by id of a tensor how many of its last ones are not; first: the first."""
 
-    def axes(leaf: Any) -> Any:
+    def axes(leaf: object) -> object:
         if isinstance(leaf, Opened):
             return [axes(part) for part in leaf.leaves]
         if is_of_user(leaf):  # put together anew, its class might refuse what stands for a tensor
@@ -128,15 +137,15 @@ def _dynamic_shapes(
             return None
         return {axis: Dim.AUTO if axis else first for axis in range(leaf.dim() - fixed.get(id(leaf), 0))}
 
-    def apart(leaf: Any) -> bool:
+    def apart(leaf: object) -> bool:
         return isinstance(leaf, Opened) or is_of_user(leaf)
 
     bound = bound_arguments(model, args, kwargs)
-    found: dict[str, Any] = pytree.tree_map(axes, bound, is_leaf=apart)
-    return found
+    shapes: Shapes = pytree.tree_map(axes, bound, is_leaf=apart)
+    return shapes
 
 
-def bound_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def bound_arguments(model: nn.Module, args: Arguments, kwargs: NamedArguments) -> NamedArguments:
     """The arguments by the names that ``forward`` gives them."""
     try:
         return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)

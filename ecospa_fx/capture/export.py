@@ -1,42 +1,38 @@
-"""From a module to a graph: `torch.export`, sub-graphs inlined, parameters known by name and identity."""
+"""From a module to a graph: torch.export, in both modes, followed by the passes that make graphs alike."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from ecospa_fx.capture.attempts import Attempt, TimeLimit, attempts, bound_arguments, takes_one
-from ecospa_fx.capture.export_view import seen
+from ecospa_fx.capture.export_view import export_view
 from ecospa_fx.capture.failure import failed
 from ecospa_fx.capture.functorch import write_out_transforms
 from ecospa_fx.capture.gradient_modes import gradient_modes_recorded, warn_of_custom_functions
 from ecospa_fx.errors import CaptureError
 from ecospa_fx.ir.build import allow_other_strides, sync_users
-from ecospa_fx.ir.modes import Aligned, align, note_dropout
+from ecospa_fx.ir.modes import Aligned, align, draws, note_dropout
+from ecospa_fx.ir.passes import run_passes
 from ecospa_fx.ir.program import ExportedForm
-from ecospa_fx.ir.pytrees import closed, opened
-from ecospa_fx.ir.tracing import one_at_a_time, quiet, same_chance
-from ecospa_fx.passes.canonicalise.drop_whole_slices import drop_whole_slices
-from ecospa_fx.passes.canonicalise.explicit_shapes import write_out_shapes
-from ecospa_fx.passes.canonicalise.hoist_selections import hoist_selections
-from ecospa_fx.passes.canonicalise.inline_regions import inline_regions
-from ecospa_fx.passes.canonicalise.read_sizes import read_sizes_off_inputs
-from ecospa_fx.passes.canonicalise.refuse_parameter_writes import refuse_parameter_writes
-from ecospa_fx.passes.canonicalise.sink_concatenations import sink_concatenations
-from ecospa_fx.passes.canonicalise.slice_constant_indices import slice_constant_indices
+from ecospa_fx.ir.pytrees import Arguments, NamedArguments, closed, opened
+from ecospa_fx.ir.tracing import one_at_a_time, quiet, random_state_restored
+from ecospa_fx.module_modes import set_mode
+from ecospa_fx.passes.canonicalise import CANONICALISE
 from ecospa_fx.snapshot import untouched
 
 log = logging.getLogger(__name__)
 
 
-def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, *, dynamic: bool) -> ExportedForm:
+def capture(
+    model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object] | None, *, dynamic: bool
+) -> ExportedForm:
     """Export a module, which stays untouched.
 
     dynamic: sizes of the inputs become symbols wherever the model allows it; otherwise the graph holds for the example
@@ -47,24 +43,24 @@ def capture(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | N
 
 
 def captures(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, *, dynamic: bool
+    model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object] | None, *, dynamic: bool
 ) -> Iterator[ExportedForm]:
     """The exports of a module that torch can make, from most to fewest symbolic sizes. Raises CaptureError for none."""
-    parts: tuple[tuple[Any, ...], dict[str, Any]] = opened((tuple(args), dict(kwargs or {})))
+    parts: tuple[Arguments, NamedArguments] = opened((tuple(args), dict(kwargs or {})))
     args, kwargs = parts
     _refuse_quantised(model)
     _refuse_sharded(model)
     bound_arguments(model, args, kwargs)
-    view, failure, made, functions = seen(model, kwargs), None, False, dict[str, None]()
+    view, failure, succeeded, functions = export_view(model, kwargs), None, False, dict[str, None]()
     for attempt in attempts(view, args, kwargs) if dynamic else [Attempt(args, kwargs, None)]:
         result = _attempted(model, view, attempt, functions if dynamic else None)
         if isinstance(result, ExportedForm):
-            if dynamic and not made:
+            if dynamic and not succeeded:
                 warn_of_custom_functions(functions)
-            made = True
+            succeeded = True
             yield result
         failure = result if isinstance(result, Exception) else failure
-    if failure is not None and not made:
+    if failure is not None and not succeeded:
         raise failed(model, failure, *closed((args, kwargs))[0])
 
 
@@ -84,7 +80,7 @@ def _attempted(
         if attempt.doubled and not takes_one(program):
             return None
         program = program if functions is None else _in_both_modes(model, view, program, attempt)
-        return ExportedForm(_normalised(program), model)
+        return ExportedForm(_canonicalised(program), model)
 
 
 def _refuse_sharded(model: nn.Module) -> None:
@@ -105,21 +101,27 @@ def _refuse_quantised(model: nn.Module) -> None:
             )
 
 
-def _normalised(program: ExportedProgram) -> ExportedProgram:
-    """The program with what the exporter wraps unwrapped, and views in the order in which they say most."""
-    module, constants = program.graph_module, _constants(program)
-    sync_users(module.graph)  # the exporter's own passes leave some behind
-    for node, value in constants.items():
-        node.meta["constant"] = value
-    inline_regions(module)
-    refuse_parameter_writes(program)
-    drop_whole_slices(module)
-    write_out_shapes(module)
-    slice_constant_indices(module, constants)
-    read_sizes_off_inputs(module)
-    hoist_selections(module)
-    sink_concatenations(module)
+def _canonicalised(program: ExportedProgram) -> ExportedProgram:
+    """The program, with its graph rewritten in place by the passes of `CANONICALISE`."""
+    sync_users(program.graph)  # the exporter's own passes leave some behind
+    _note_inputs(program)
+    run_passes(program.graph_module, CANONICALISE)
     return program
+
+
+def _note_inputs(program: ExportedProgram) -> None:
+    """Write into ``node.meta`` what the passes ask of inputs: names of parameters, and values of constants.
+
+    Constants are tensors that the model's code holds literally, such as ``torch.tensor([-2])``.
+    """
+    signature = program.graph_signature
+    parameters, constants = signature.inputs_to_parameters, signature.inputs_to_lifted_tensor_constants
+    for node in program.graph.find_nodes(op="placeholder"):
+        if node.name in parameters:
+            node.meta["parameter"] = parameters[node.name]
+        value = program.constants[constants[node.name]] if node.name in constants else None
+        if isinstance(value, Tensor) and not value.is_meta:
+            node.meta["constant"] = value
 
 
 def _export(
@@ -135,15 +137,15 @@ def _export(
     args, kwargs, shapes, _ = attempt
     with (
         quiet(),
-        same_chance(),
+        random_state_restored(),
         untouched(model, view, traced=True),
         _marks_kept((args, kwargs)),
         gradient_modes_recorded(functions if functions is not None else {}),
         nullcontext() if shapes is None else TimeLimit(),
     ):
         if training is not None:
-            for part in (view, *model.modules()):
-                part.training = training
+            view.training = training
+            set_mode(training, model)
         return write_out_transforms(torch.export.export(view, args, kwargs, strict=False, dynamic_shapes=shapes))
 
 
@@ -161,14 +163,17 @@ def _in_both_modes(model: nn.Module, view: nn.Module, program: ExportedProgram, 
             aligned.note(training=model.training)
             allow_other_strides(program.graph)
             return program
+        if aligned is None and fixed is not None and draws(fixed.graph) != draws(program.graph):
+            note_dropout(program.graph)  # no export would make them alike: one draws what the other does not
+            return program
     other = _in_other_mode(model, view, attempt)
     aligned = _aligned(model, program, other)
     if other is None or aligned is None:
         note_dropout(program.graph)
         return program
-    own = aligned.complete or model.training
-    aligned.note(training=model.training or not own)
-    chosen = program if own else other
+    usable = aligned.complete or model.training
+    aligned.note(training=model.training or not usable)
+    chosen = program if usable else other
     allow_other_strides(chosen.graph)
     return chosen
 
@@ -192,16 +197,8 @@ def _in_other_mode(model: nn.Module, view: nn.Module, attempt: Attempt) -> Expor
         return None
 
 
-def _constants(program: ExportedProgram) -> dict[fx.Node, Tensor]:
-    """Placeholders of tensors that the model's code holds literally, such as ``torch.tensor([-2])``."""
-    literal = program.graph_signature.inputs_to_lifted_tensor_constants
-    placeholders = [n for n in program.graph_module.graph.nodes if n.op == "placeholder" and n.name in literal]
-    values = {n: program.constants[literal[n.name]] for n in placeholders}
-    return {n: v for n, v in values.items() if isinstance(v, Tensor) and not v.is_meta}
-
-
 @contextmanager
-def _marks_kept(inputs: Any) -> Iterator[None]:
+def _marks_kept(inputs: object) -> Iterator[None]:
     """Attributes of the example's tensors: an export that fails leaves on them which axes it took for symbols."""
     tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
     before = [dict(t.__dict__) for t in tensors]

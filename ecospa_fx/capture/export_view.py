@@ -1,18 +1,17 @@
-"""The model as the exporter sees it: arguments by name, and objects as containers of what they hold."""
+"""A model as torch.export takes it: arguments by name, and objects such as caches as containers of tensors."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
 from types import MethodType
-from typing import Any
 
 from torch import nn
 
-from ecospa_fx.ir.pytrees import closed, opened, unchanged
+from ecospa_fx.ir.pytrees import Tree, closed, opened, unchanged
 
 
-def seen(model: nn.Module, kwargs: Mapping[str, Any]) -> nn.Module:
+def export_view(model: nn.Module, kwargs: Mapping[str, object]) -> nn.Module:
     """A view of the model, on the same parameters, that takes and returns objects in parts.
 
     Its ``forward`` names what the model's own catches in ``**kwargs``, whose shapes torch.export does not take. Where
@@ -24,18 +23,18 @@ def seen(model: nn.Module, kwargs: Mapping[str, Any]) -> nn.Module:
     # what it sets on itself while it is traced is set on the view, where the exporter finds it
     forward = model.__dict__.get("forward") or MethodType(type(model).forward, view)
     signature = inspect.signature(model.forward)
-    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     caught = [name for name in kwargs if name not in signature.parameters]
-    if caught and len(own) < len(signature.parameters):
+    if caught and len(named) < len(signature.parameters):
         new = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in caught]
-        signature = signature.replace(parameters=[*own, *new])
+        signature = signature.replace(parameters=[*named, *new])
 
-    def parts(*args: Any, **kwargs: Any) -> Any:
-        (args, kwargs), made = closed((args, kwargs))
-        before = [opened(one) for one in made]
-        result = opened(forward(*args, **kwargs), {id(one): i for i, one in enumerate(made)})
-        after = [opened(one) for one in made]
-        if not made:
+    def parts(*args: object, **kwargs: object) -> Tree:
+        (args, kwargs), arguments = closed((args, kwargs))
+        before = [opened(value) for value in arguments]
+        result = opened(forward(*args, **kwargs), {id(value): i for i, value in enumerate(arguments)})
+        after = [opened(value) for value in arguments]
+        if not arguments:
             return result
         return result, [None if unchanged(a, b) else b for a, b in zip(before, after, strict=True)]
 

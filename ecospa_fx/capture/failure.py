@@ -7,7 +7,6 @@ import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
 from torch import nn
@@ -22,7 +21,7 @@ _LIBRARY = sysconfig.get_paths()["stdlib"] + "/"
 _TORCH = str(Path(torch.__file__).parent) + "/"
 
 
-def failed(model: nn.Module, error: Exception, args: Sequence[Any], kwargs: Mapping[str, Any]) -> CaptureError:
+def failed(model: nn.Module, error: Exception, args: Sequence[object], kwargs: Mapping[str, object]) -> CaptureError:
     """The error to raise for one of torch's, which is its cause in short.
 
     Where the model itself does not take the arguments, that is said, by what its own call raises.
@@ -39,7 +38,7 @@ def failed(model: nn.Module, error: Exception, args: Sequence[Any], kwargs: Mapp
     return refusal
 
 
-def _raised_by_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Exception | None:
+def _raised_by_call(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> Exception | None:
     """What the model itself raises for these arguments; nothing remains of the call."""
     try:
         args, kwargs = copied((tuple(args), dict(kwargs)))
@@ -63,14 +62,14 @@ def _where(model: nn.Module, error: Exception) -> str:
     """The innermost line of the user's code, or the module of torch's and the line that called us."""
     lines = _outside(traceback.extract_tb(error.__traceback__))
     if lines:
-        return f" at {_told(lines[-1])}"
+        return f" at {_in_words(lines[-1])}"
     callers = _outside(traceback.extract_stack())
-    called = f" at {_told(callers[-1])}" if callers else ""
+    called = f" at {_in_words(callers[-1])}" if callers else ""
     path = _module(model, error.__traceback__)
     return f", in module {path!r} ({_name(model.get_submodule(path))}),{called}" if path else called
 
 
-def _told(frame: traceback.FrameSummary) -> str:
+def _in_words(frame: traceback.FrameSummary) -> str:
     return f"{frame.filename}:{frame.lineno}: {frame.line}".rstrip(": ")
 
 

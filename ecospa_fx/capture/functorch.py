@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
@@ -28,7 +26,7 @@ def write_out_transforms(program: ExportedProgram) -> ExportedProgram:
     except (RuntimeError, NotImplementedError):
         written = None
     if written is None or _changes_in_place(written):
-        node = _told(inside)
+        node = _first_with_source(inside)
         raise CaptureError(
             f"node {node.name} ({operator_of(node)}) at {source_of(node) or 'an unknown line'} lies inside a transform "
             "of torch.func that torch.export cannot write out: compute it there with ordinary operators"
@@ -36,7 +34,7 @@ def write_out_transforms(program: ExportedProgram) -> ExportedProgram:
     return written
 
 
-def _wrapped(value: Any) -> bool:
+def _wrapped(value: object) -> bool:
     tensors = (t for t in pytree.tree_leaves(value) if isinstance(t, Tensor))
     return any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors)
 
@@ -47,5 +45,5 @@ def _changes_in_place(program: ExportedProgram) -> bool:
     return bool(signature.buffers_to_mutate or signature.user_inputs_to_mutate)
 
 
-def _told(inside: list[fx.Node]) -> fx.Node:
+def _first_with_source(inside: list[fx.Node]) -> fx.Node:
     return next((node for node in inside if source_of(node)), inside[0])

@@ -1,4 +1,4 @@
-"""Where traced code switches gradients: what the exporter does not see of it is told to it.
+"""Switches of gradients that torch.export misses (inference mode, custom functions), recorded while it traces.
 
 It records calls of ``torch.set_grad_enabled``. It knows nothing of inference mode, and it does not see that a function
 with a backward of its own runs without gradients, and ends that.

@@ -29,7 +29,7 @@ from ecospa_fx.errors import EcospaError, PlanError, ScoreError, StorageError
 from ecospa_fx.huggingface import is_causal
 from ecospa_fx.origin import origin, origin_of
 from ecospa_fx.plan import Plan
-from ecospa_fx.progress import watched
+from ecospa_fx.progress import progress_bar
 from ecospa_fx.recipe import SECOND_ORDER
 from ecospa_fx.storage.models import save
 from ecospa_fx.verify import masked_error
@@ -291,7 +291,7 @@ def measure(
         counts.append(sum(p.numel() for p in parameters.values()))
         sizes.append(sum(p.numel() * stored.get(n, p.dtype).itemsize for n, p in parameters.items()))
         flops.append(flops_per_token(model, reader, held_out[:1, :-1]))
-        perplexities.append(text.perplexity(model, reader, watched(held_out, f"perplexity, {name}")))
+        perplexities.append(text.perplexity(model, reader, progress_bar(held_out, f"perplexity, {name}")))
     rows = [
         [label, *(f"{n:,}" for n in pair), f"{pair[1] / max(pair[0], 1):.1%}"]
         for label, pair in (("parameters", counts), ("bytes", sizes), ("FLOPs per token", flops))

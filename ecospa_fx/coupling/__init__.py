@@ -1,0 +1,1 @@
+"""Couplings: dims of parameters that can only be removed together, or why they cannot be."""

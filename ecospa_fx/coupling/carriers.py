@@ -8,38 +8,31 @@ tokens to experts, count as having c.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from ecospa_fx.axes.dims import Axis, DimKind, Dims
+from ecospa_fx.axes.axis import Axis, DimKind
 from ecospa_fx.axes.flow import AxisFlow
 
 
 def carriers_of(flow: AxisFlow, wanted: Iterable[int]) -> dict[int, tuple[int, ...]]:
     """Carriers of each wanted dim, in no particular order."""
-    dims = flow.dims
     result: dict[int, set[int] | None] = dict.fromkeys(wanted)
     routed: dict[int, set[int]] = {}
-    for dim, axis, _ in flow.record.routed:
-        for root in _roots(dims, dim):
-            routed.setdefault(root, set()).update(dims.dims_of(axis))
-    seen: set[tuple[Axis, ...]] = set()
-    for axes in (*(v.axes for v in flow.parameters.values()), *flow.record.tensors):
-        resolved = tuple(dims.resolve(a) for a in axes)
-        if resolved not in seen:
-            seen.add(resolved)
-            _narrow(dims, resolved, routed, result)
+    for route in flow.record.routed:
+        routed.setdefault(route.dim, set()).update(route.axis.dims)
+    for axes in {**dict.fromkeys(v.axes for v in flow.parameters.values()), **flow.record.tensors}:
+        _narrow(flow.origins, axes, routed, result)
     for gather in flow.record.gathers:
-        _narrow(dims, tuple(dims.resolve(a) for a in gather.target), {}, result)
+        _narrow(flow.origins, gather.target, {}, result)
     for dim, other in flow.record.mixed:
-        for a in _roots(dims, dim):
-            found = result.get(a)
-            if found:
-                found.difference_update(_roots(dims, other))
+        candidates = result.get(dim)
+        if candidates:
+            candidates.discard(other)
     outer = _outer(flow)
     return {
-        d: tuple(sorted(c for c in found if d not in (result.get(c) or ()) or outer.get(c, 0) < outer.get(d, 0)))
-        for d, found in result.items()
-        if found
+        d: tuple(sorted(c for c in candidates if d not in (result.get(c) or ()) or outer.get(c, 0) < outer.get(d, 0)))
+        for d, candidates in result.items()
+        if candidates
     }
 
 
@@ -48,35 +41,33 @@ def _outer(flow: AxisFlow) -> dict[int, int]:
     order: dict[int, int] = {}
     for value in flow.parameters.values():
         for axis in value.axes:
-            for piece in flow.dims.resolve(axis).pieces:
-                for dim, _ in piece.dims:
-                    order.setdefault(dim, len(order))
+            for dim in (dim for piece in axis.pieces for dim, _ in piece.dims):
+                order.setdefault(dim, len(order))
     return order
 
 
-def _roots(dims: Dims, dim: int) -> list[int]:
-    return [root for piece in dims.roots(dim) for root, _ in piece.dims]
-
-
 def _narrow(
-    dims: Dims, axes: tuple[Axis, ...], routed: dict[int, set[int]], result: dict[int, set[int] | None]
+    origins: Sequence[DimKind],
+    axes: tuple[Axis, ...],
+    routed: dict[int, set[int]],
+    result: dict[int, set[int] | None],
 ) -> None:
     """Intersect the candidates of every dim of one tensor with the dims that go with it there."""
-    everywhere = [_in_all_pieces(dims, axis, routed) for axis in axes]
+    everywhere = [_in_all_pieces(axis, routed) for axis in axes]
     times = sum((_times(axis) for axis in axes), Counter[int]())
     for i, axis in enumerate(axes):
         others: set[int] = set().union(*(e for j, e in enumerate(everywhere) if j != i))
         for piece in axis.pieces:
             order = [d for d, _ in piece.dims]
-            for at, dim in enumerate(order):
+            for place, dim in enumerate(order):
                 if dim in result:
                     # Only outer dims: units that differ along an inner one would not stay in row-major order.
                     # Along a dim that lies on two other axes, or twice in one, one choice would meet another.
-                    outer = {d for d in order[:at] if order.count(d) == 1}
+                    outer = {d for d in order[:place] if order.count(d) == 1}
                     around = {d for d in others if times[d] < 2}
-                    here = {d for d in {*outer, *around} - {dim} if dims.origins[d] is DimKind.PARAMETER}
-                    known = result[dim]
-                    result[dim] = here if known is None else known & here
+                    here = {d for d in {*outer, *around} - {dim} if origins[d] is DimKind.PARAMETER}
+                    before = result[dim]
+                    result[dim] = here if before is None else before & here
 
 
 def _times(axis: Axis) -> Counter[int]:
@@ -87,11 +78,11 @@ def _times(axis: Axis) -> Counter[int]:
     return result
 
 
-def _in_all_pieces(dims: Dims, axis: Axis, routed: dict[int, set[int]]) -> set[int]:
+def _in_all_pieces(axis: Axis, routed: dict[int, set[int]]) -> set[int]:
     sets = []
     for piece in axis.pieces:
-        own = {d for d, _ in piece.dims}
-        for dim in tuple(own):
-            own |= routed.get(dim, set())
-        sets.append(own)
+        dims = {d for d, _ in piece.dims}
+        for dim in tuple(dims):
+            dims |= routed.get(dim, set())
+        sets.append(dims)
     return set.intersection(*sets) if sets else set()

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import translate
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from torch import nn
 
@@ -35,22 +35,25 @@ class ChoiceOptions(TypedDict, total=False):
     """Which couplings may lose units, and how many at most: options of `plan`, `compress` and `SparseTraining`."""
 
     kinds: str | Sequence[str] | None
-    """Only couplings of these kinds; None: all offered, heads only where what is in them is not."""
+    """None by default: all that are offered, heads only where what is in them is not. Only couplings of these kinds."""
     exclude: str | Sequence[str]
-    """Shell patterns on module paths whose parameters stay whole, see `ecospa_fx.coupling.choice`; () for none. The
+    """() by default. Shell patterns on module paths whose parameters stay whole, see `ecospa_fx.coupling.choice`. The
     ratio counts what may go."""
     limits: Mapping[str, float] | None
-    """Largest share, 0 to 1, that each coupling of a kind or under a pattern may lose; of several the least counts."""
+    """None by default. Largest share, 0 to 1, that each coupling of a kind or under a pattern may lose; of several the
+    least counts."""
     floor: float
-    """Least share of its units that a coupling keeps, 0 to below 1, at least one unit; 0.05."""
+    """0.05 by default. Least share of its units that a coupling keeps, 0 to below 1, and at least one unit."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ModulePaths:
-    """parameters: by first name, all names and the paths of all modules above; known: every path and name there is."""
+    """What patterns on module paths are matched with."""
 
     parameters: Mapping[str, tuple[str, ...]]
-    known: tuple[str, ...]
+    """By first name of a parameter, all its names and the paths of all modules above."""
+    every: tuple[str, ...]
+    """Every path of a module and every name of a parameter."""
 
     @classmethod
     def of(cls, model: nn.Module) -> ModulePaths:
@@ -61,24 +64,24 @@ class ModulePaths:
             parts = name.split(".")
             above[first[id(parameter)]].update({".".join(parts[:n]): None for n in range(1, len(parts) + 1)})
         modules = (path for path, _ in model.named_modules(remove_duplicate=False) if path)
-        known = dict.fromkeys([*modules, *(name for names in above.values() for name in names)])
-        return cls({name: tuple(names) for name, names in above.items()}, tuple(known))
+        every = dict.fromkeys([*modules, *(name for names in above.values() for name in names)])
+        return cls({name: tuple(names) for name, names in above.items()}, tuple(every))
 
     def matched(self, pattern: str) -> frozenset[str] | None:
         """First names of the parameters that a pattern matches; None where it matches nothing of the model."""
         matches = re.compile(translate(pattern)).match
-        if not any(matches(path) for path in self.known):
+        if not any(matches(path) for path in self.every):
             return None
         return frozenset(name for name, paths in self.parameters.items() if any(matches(p) for p in paths))
 
     def near(self, pattern: str) -> str:
         """Paths that a pattern which matches nothing may have meant: deeper ones first, then those spelt alike."""
         deeper = re.compile(translate(f"*.{pattern}")).match
-        found = [path for path in self.known if deeper(path)] or get_close_matches(pattern, self.known, SHOWN, 0.5)
-        last = {path: path.rpartition(".")[2] for path in self.known}
+        near = [path for path in self.every if deeper(path)] or get_close_matches(pattern, self.every, SHOWN, 0.5)
+        last = {path: path.rpartition(".")[2] for path in self.every}
         alike = get_close_matches(pattern.rpartition(".")[2], set(last.values()), SHOWN, 0.6)
-        found = found or [path for name in alike for path in self.known if last[path] == name]
-        return ", ".join(map(repr, found[:SHOWN] or self.known[:SHOWN]))
+        near = near or [path for name in alike for path in self.every if last[path] == name]
+        return ", ".join(map(repr, near[:SHOWN] or self.every[:SHOWN]))
 
 
 def holding(couplings: Iterable[Coupling], parameters: frozenset[str]) -> frozenset[str]:
@@ -102,11 +105,11 @@ def under(couplings: Couplings, option: str, patterns: Sequence[str], refused: R
 
 def texts(option: str, value: object, refused: Refused = PlanError) -> list[str]:
     """A text, or several, as a list. Raises `refused` for anything else, and for an empty text."""
-    entries: list[Any] = [value] if isinstance(value, str) else list(value) if isinstance(value, Iterable) else [value]
-    for entry in entries:
-        if not isinstance(entry, str) or not entry:
-            raise refused(f"{option}={value!r:.60} is no name and no list of names: give texts, like {option}=['…']")
-    return entries
+    entries: list[object] = list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
+    names = [entry for entry in entries if isinstance(entry, str) and entry]
+    if len(names) < len(entries):
+        raise refused(f"{option}={value!r:.60} is no name and no list of names: give texts, like {option}=['…']")
+    return names
 
 
 def listed(names: Iterable[str]) -> str:
@@ -123,23 +126,23 @@ def choosable(
     Raises `refused`, in one sentence, for a kind or a pattern that is not there, and where nothing is left to choose;
     verb: what there is then nothing to do.
     """
-    found = [c for c in couplings.offered if c.size > 1]
-    if not found:
+    offered = [c for c in couplings.offered if c.size > 1]
+    if not offered:
         raise refused(nothing_offered(couplings, verb))
     if kinds is not None:
-        wanted, known = texts("kinds", kinds, refused), sorted({c.kind for c in found})
-        unknown = [kind for kind in wanted if kind not in known]
+        wanted, offered_kinds = texts("kinds", kinds, refused), sorted({c.kind for c in offered})
+        unknown = [kind for kind in wanted if kind not in offered_kinds]
         if unknown:
-            raise refused(f"no offered coupling is of kind {unknown[0]!r}: use some of {listed(known)}")
+            raise refused(f"no offered coupling is of kind {unknown[0]!r}: use some of {listed(offered_kinds)}")
         if not wanted:
-            raise refused(f"kinds={kinds!r} names no kind: use some of {listed(known)}, or leave it out")
-        found = [c for c in found if c.kind in wanted]
+            raise refused(f"kinds={kinds!r} names no kind: use some of {listed(offered_kinds)}, or leave it out")
+        offered = [c for c in offered if c.kind in wanted]
     outside = under(couplings, "exclude", texts("exclude", exclude, refused), refused)
-    left = [c for c in found if c.name not in outside]
+    left = [c for c in offered if c.name not in outside]
     if not left:
         raise refused(
-            f"there is nothing to {verb} because exclude={exclude!r:.200} matches all {len(found)} couplings that are "
-            "offered: leave out less"
+            f"there is nothing to {verb} because exclude={exclude!r:.200} matches all {len(offered)} couplings that "
+            "are offered: leave out less"
         )
     return left
 
@@ -167,11 +170,11 @@ def shares(
     limits: by kind, or by pattern; of several that reach a coupling the least counts. Raises `refused` for what is no
     share, for a key that reaches no kind that is chosen and no module, and for one that could mean either.
     """
-    found: dict[str, float] = {}
+    result: dict[str, float] = {}
     for key, limit in checked_limits(limits, refused).items():
         for name in _reached(couplings, chosen, key, refused):
-            found[name] = min(limit, found.get(name, 1.0))
-    return found
+            result[name] = min(limit, result.get(name, 1.0))
+    return result
 
 
 def checked_limits(limits: object, refused: Refused = PlanError) -> Mapping[str, float]:
@@ -219,23 +222,23 @@ def selected(
     modules: str | Sequence[str] | None, exclude: str | Sequence[str], predicate: Callable[[Coupling], object] | None,
 ) -> list[Coupling]:  # fmt: skip
     """The couplings, refusals included, that meet all conditions; see `Couplings.select`."""
-    found = list(couplings)
+    result = list(couplings)
     if kinds is not None:
-        wanted, known = texts("kinds", kinds), sorted({c.kind for c in found})
+        wanted, present_kinds = texts("kinds", kinds), sorted({c.kind for c in result})
         for kind in wanted:
-            if kind not in known:
-                raise PlanError(f"no coupling is of kind {kind!r}: use some of {listed(known)}")
-        found = [c for c in found if c.kind in wanted]
+            if kind not in present_kinds:
+                raise PlanError(f"no coupling is of kind {kind!r}: use some of {listed(present_kinds)}")
+        result = [c for c in result if c.kind in wanted]
     if names is not None:
         accepted = frozenset().union(*(named(couplings, "names", name) for name in texts("names", names)))
-        found = [c for c in found if c.name in accepted]
+        result = [c for c in result if c.name in accepted]
     if modules is not None:
         inside = under(couplings, "modules", texts("modules", modules))
-        found = [c for c in found if c.name in inside]
+        result = [c for c in result if c.name in inside]
     outside = under(couplings, "exclude", texts("exclude", exclude))
     if predicate is not None and not callable(predicate):
         raise PlanError(f"predicate={predicate!r:.60} cannot be called: give a function of a coupling")
-    return [c for c in found if c.name not in outside and (predicate is None or predicate(c))]
+    return [c for c in result if c.name not in outside and (predicate is None or predicate(c))]
 
 
 def named(couplings: Couplings, option: str, key: object) -> frozenset[str]:
@@ -244,10 +247,10 @@ def named(couplings: Couplings, option: str, key: object) -> frozenset[str]:
     if key in every:
         return frozenset([str(key)])
     matches = re.compile(translate(key)).match if isinstance(key, str) else None
-    found = frozenset(name for name in every if matches is not None and matches(name))
-    if not found:
+    matching = frozenset(name for name in every if matches is not None and matches(name))
+    if not matching:
         raise PlanError(f"{option} names {key!r:.80}, and no coupling is called that: {near_names(couplings, key)}")
-    return found
+    return matching
 
 
 def near_names(couplings: Couplings, key: object) -> str:

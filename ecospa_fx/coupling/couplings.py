@@ -19,14 +19,14 @@ from ecospa_fx.ir.schema import Sizes
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Analysis:
-    """What couplings were detected from: the axes of a graph's tensors, and which dims the couplings are.
-
-    sizes: from a size of the graph, an int or a symbol, to its number in the example.
-    """
+    """What couplings were detected from."""
 
     flow: AxisFlow
+    """The axes of the graph's tensors."""
     located: tuple[LocatedCoupling, ...]
+    """The couplings and their dims."""
     sizes: Sizes
+    """From a size of the graph, an int or a symbol, to its number in the example."""
 
 
 class Couplings(Sequence[Coupling]):
@@ -106,8 +106,8 @@ class Couplings(Sequence[Coupling]):
             >>> [c.size for c in eco.detect(mlp, (torch.randn(2, 8),)).select(kinds="ffn", exclude=["4"])]
             [32]
         """
-        found = selected(self, kinds, names, modules, exclude, predicate)
-        return Couplings(found, self.model, self.analysis, self.example, self.whole or self)
+        couplings = selected(self, kinds, names, modules, exclude, predicate)
+        return Couplings(couplings, self.model, self.analysis, self.example, self.whole or self)
 
     def __str__(self) -> str:
 

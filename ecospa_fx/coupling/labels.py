@@ -25,54 +25,54 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from ecospa_fx.axes.dims import Axis, Dims
-from ecospa_fx.axes.findings import Effect, Product
+from ecospa_fx.axes.axis import Axis
+from ecospa_fx.axes.findings import Action, Effect, Product
 from ecospa_fx.axes.flow import AxisFlow
 
 
 @dataclass(slots=True)
 class _Evidence:
-    """What products say about dims.
-
-    scores: dims that a product which is used as weights sums over; dots: those of any other product; batches: shared by
-    both sides; stays: of one side alone; mixed: of one side of a mixture; opposite: per dim what the other sides hold.
-    """
+    """What products say about dims."""
 
     scores: set[int] = field(default_factory=set)
+    """Dims that a product which is used as weights sums over."""
     dots: set[int] = field(default_factory=set)
+    """Dims that any other product sums over."""
     batches: set[int] = field(default_factory=set)
+    """Dims that both sides share."""
     stays: set[int] = field(default_factory=set)
+    """Dims of one side alone."""
     mixed: set[int] = field(default_factory=set)
+    """Dims of one side of a mixture."""
     opposite: dict[int, set[int]] = field(default_factory=dict)
+    """Per dim what the other sides hold."""
 
 
 class Labels:
     """The kinds of the dims of one graph."""
 
     def __init__(self, flow: AxisFlow) -> None:
-        self._dims = flow.dims
         self._together, self._outer = _together(flow)
         self._evidence = self._products(flow.record.products)
         self.fixed: dict[int, bool] = {}
         """Dims along which no other basis may be chosen, and whether a function is applied to them."""
-        for dim, _, nonlinear in flow.record.fixed:
-            for root in (d for piece in flow.dims.roots(dim) for d, _ in piece.dims):
-                self.fixed[root] = self.fixed.get(root, False) or nonlinear
+        for basis in flow.record.fixed:
+            self.fixed[basis.dim] = self.fixed.get(basis.dim, False) or basis.nonlinear
 
     def kind(self, dim: int, events: Iterable[Effect]) -> str:
         """The label of a dim that these events happen to; see the table above."""
         seen = self._evidence
-        actions = {(e.action, e.detail) for e in events}
+        actions = {event.action for event in events}
         if dim in seen.scores:
             return "qk"
         if self._is_head(dim):
             return "heads"
         if dim in seen.mixed or dim in seen.batches:
             return "vo"
-        if dim in seen.dots and ("contracts", "parameter") not in actions and not self._together.get(dim):
+        if dim in seen.dots and Action.CONTRACTS_PARAMETER not in actions and not self._together.get(dim):
             return "qk"
-        nonlinear = self.fixed.get(dim, False) or any(action == "nonlinear" for action, _ in actions)
-        products = {("multiplied", "activations"), ("contracts", "activations")}
+        nonlinear = self.fixed.get(dim, False) or Action.NONLINEAR in actions
+        products = {Action.MULTIPLIED_ACTIVATIONS, Action.CONTRACTS_ACTIVATIONS}
         return "ffn" if nonlinear or actions & products else "pair"
 
     def _is_head(self, dim: int) -> bool:
@@ -86,9 +86,9 @@ class Labels:
         return bool(self._outer.get(dim, set()) & seen.opposite.get(dim, set()))
 
     def _products(self, products: Sequence[Product]) -> _Evidence:
-        found = _Evidence()
-        contracted = [self._of(p.contracted) for p in products]
-        single = [[self._of(axes) for axes in p.single] for p in products]
+        evidence = _Evidence()
+        contracted = [_dims(p.contracted) for p in products]
+        single = [[_dims(axes) for axes in p.single] for p in products]
         used: dict[int, set[int]] = {}
         for later, product in enumerate(products):
             for source in (s for sources in product.sources for s in sources):
@@ -99,23 +99,24 @@ class Labels:
                 related = self._together.get(dim, set())
                 before = any(dim in side and not contracted[s] & related for s in earlier for side in single[s])
                 after = number in used and not used[number] & related
-                (found.scores if before or after else found.dots).add(dim)
-            found.batches |= self._of(product.shared)
-            self._mixture(found, product, single[number], contracted[number])
-        return found
+                (evidence.scores if before or after else evidence.dots).add(dim)
+            evidence.batches |= _dims(product.shared)
+            self._mixture(evidence, product, single[number], contracted[number])
+        return evidence
 
-    def _mixture(self, found: _Evidence, product: Product, single: Sequence[set[int]], over: set[int]) -> None:
-        for side, own in enumerate(single):
+    def _mixture(self, evidence: _Evidence, product: Product, single: Sequence[set[int]], over: set[int]) -> None:
+        for side, alone in enumerate(single):
             if not any(learnt for i, learnt in enumerate(product.learnt) if i != side):
                 continue
             others = set[int]().union(*(s for i, s in enumerate(single) if i != side))
-            found.stays |= own
-            for dim in own:
-                found.opposite.setdefault(dim, set()).update(others)
-            found.mixed |= {dim for dim in own if not over & self._together.get(dim, set())}
+            evidence.stays |= alone
+            for dim in alone:
+                evidence.opposite.setdefault(dim, set()).update(others)
+            evidence.mixed |= {dim for dim in alone if not over & self._together.get(dim, set())}
 
-    def _of(self, axes: Iterable[Axis]) -> set[int]:
-        return {dim for axis in axes for dim in self._dims.dims_of(axis)}
+
+def _dims(axes: Iterable[Axis]) -> set[int]:
+    return {dim for axis in axes for dim in axis.dims}
 
 
 def _together(flow: AxisFlow) -> tuple[dict[int, set[int]], dict[int, set[int]]]:
@@ -123,12 +124,11 @@ def _together(flow: AxisFlow) -> tuple[dict[int, set[int]], dict[int, set[int]]]
 
     Sides are what a weight produces and what it consumes. Parameters that only scale elementwise say nothing.
     """
-    summed = {(name, d) for name, dim in flow.record.summed for piece in flow.dims.roots(dim) for d, _ in piece.dims}
+    summed = set(flow.record.summed)
     together: dict[int, set[int]] = {}
     outer: dict[int, set[int]] = {}
     for name in flow.parameters.keys() & flow.record.bound:
-        axes = [flow.dims.resolve(axis) for axis in flow.parameters[name].axes]
-        for order in _orders(flow.dims, axes):
+        for order in _orders(flow.parameters[name].axes):
             for i, dim in enumerate(order):
                 alike = [d for d in order if d != dim and ((name, d) in summed) == ((name, dim) in summed)]
                 together.setdefault(dim, set()).update(alike)
@@ -136,10 +136,10 @@ def _together(flow: AxisFlow) -> tuple[dict[int, set[int]], dict[int, set[int]]]
     return together, outer
 
 
-def _orders(dims: Dims, axes: Sequence[Axis]) -> Iterable[list[int]]:
+def _orders(axes: Sequence[Axis]) -> Iterable[list[int]]:
     """The dims of each piece of each axis, outer ones first, with those of all later axes behind them."""
     for i, axis in enumerate(axes):
-        others = [d for later in axes[i + 1 :] for d in dims.dims_of(later)]
+        others = [d for later in axes[i + 1 :] for d in later.dims]
         for piece in axis.pieces:
             inside = [d for d, _ in piece.dims]
             yield inside

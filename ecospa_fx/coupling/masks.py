@@ -18,14 +18,14 @@ def check_mask(coupling: Coupling, keep: object) -> Tensor:
     shape = (coupling.carriers, coupling.size)
     if isinstance(keep, Tensor) and keep.dtype is torch.bool and tuple(keep.shape) == shape and not keep.is_meta:
         return keep
-    kind = f"{_told(keep)}" if isinstance(keep, Tensor) else f"a {type(keep).__name__}"
+    kind = f"{_describe(keep)}" if isinstance(keep, Tensor) else f"a {type(keep).__name__}"
     raise PlanError(
         f"what coupling {coupling.name!r} keeps is {kind}: give a BoolTensor of shape {list(shape)}, True where a unit "
         "stays, or numbers of units to Plan.keeping"
     )
 
 
-def _told(keep: Tensor) -> str:
+def _describe(keep: Tensor) -> str:
     return f"of {keep.dtype} and shape {list(keep.shape)}" + (" on meta" if keep.is_meta else "")
 
 
@@ -37,18 +37,18 @@ def keep_mask(coupling: Coupling, keep: object) -> Tensor:
     PlanError for anything else, and for numbers that repeat or lie outside.
     """
     rows = _rows(coupling, keep)
-    found = torch.zeros(coupling.carriers, coupling.size, dtype=torch.bool)
-    for units, row in zip(found, rows if len(rows) > 1 else rows * coupling.carriers, strict=True):
+    mask = torch.zeros(coupling.carriers, coupling.size, dtype=torch.bool)
+    for units, row in zip(mask, rows if len(rows) > 1 else rows * coupling.carriers, strict=True):
         units |= row
-    return found
+    return mask
 
 
 def _rows(coupling: Coupling, keep: object) -> list[Tensor]:
     """One mask for all carriers, or one for each."""
-    several = isinstance(keep, Tensor) and keep.dim() == 2
+    nested = isinstance(keep, Tensor) and keep.dim() == 2
     if isinstance(keep, Sequence) and not isinstance(keep, str):
-        several = any(isinstance(row, Sequence) or (isinstance(row, Tensor) and row.dim()) for row in keep)
-    if not several:
+        nested = any(isinstance(row, Sequence) or (isinstance(row, Tensor) and row.dim()) for row in keep)
+    if not nested:
         return [_row(coupling, keep)]
     rows: list[object] = list(keep)  # type: ignore[call-overload]  # a tensor of rows, or a sequence
     if len(rows) != coupling.carriers:
@@ -69,7 +69,7 @@ def _row(coupling: Coupling, row: object) -> Tensor:
         return entries.cpu()
     whole = entries.dtype is not torch.bool and not entries.is_floating_point() and not entries.is_complex()
     if entries.dim() != 1 or not whole or entries.is_meta or not len(entries):
-        kind = _told(entries) if isinstance(row, Tensor) else repr(row)[:60]
+        kind = _describe(entries) if isinstance(row, Tensor) else repr(row)[:60]
         raise PlanError(
             f"what coupling {coupling.name!r} keeps is {kind}: give numbers of units, at least one, or a mask of its "
             f"{coupling.size} units"

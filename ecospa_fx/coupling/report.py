@@ -10,11 +10,10 @@ from math import prod
 from textwrap import dedent, indent
 from typing import TYPE_CHECKING, Literal
 
-import torch
 from tabulate import tabulate
 
 from ecospa_fx.coupling.types import Box, Coupling, EvidenceStep, Member, Refusal
-from ecospa_fx.coupling.unit_elements import removed_elements
+from ecospa_fx.coupling.unit_elements import coupled_elements
 
 if TYPE_CHECKING:
     from ecospa_fx.coupling.couplings import Couplings
@@ -45,8 +44,7 @@ def coupling_table(couplings: Couplings) -> str:
 
 def covered_parameters(couplings: Couplings) -> int:
     """Elements that the offered couplings hold, each counted once however many hold it."""
-    whole = ((c.members, torch.ones(c.carriers, c.size, dtype=torch.bool)) for c in couplings.offered)
-    return removed_elements(couplings.shapes, whole)
+    return coupled_elements(couplings.shapes, (c.members for c in couplings.offered))
 
 
 def _totals(couplings: Couplings) -> str:
@@ -71,12 +69,12 @@ class _Row:
     last: Coupling
     count: int = 1
 
-    def joined(self, other: _Row, at: int) -> _Row | None:
-        """Both rows as one, where `other` continues this one in number `at` and agrees in the others."""
+    def joined(self, other: _Row, i: int) -> _Row | None:
+        """Both rows as one, where `other` continues this one in number `i` and agrees in the others."""
         mine, theirs = self.ranges, other.ranges
-        if mine[at][1] + 1 != theirs[at][0] or (*mine[:at], *mine[at + 1 :]) != (*theirs[:at], *theirs[at + 1 :]):
+        if mine[i][1] + 1 != theirs[i][0] or (*mine[:i], *mine[i + 1 :]) != (*theirs[:i], *theirs[i + 1 :]):
             return None
-        ranges = (*mine[:at], (mine[at][0], theirs[at][1]), *mine[at + 1 :])
+        ranges = (*mine[:i], (mine[i][0], theirs[i][1]), *mine[i + 1 :])
         return _Row(self.template, ranges, self.first, other.last, self.count + other.count)
 
 
@@ -98,11 +96,11 @@ def _folded(couplings: Iterable[Coupling]) -> list[_Row]:
 
 def _fold(rows: list[_Row]) -> list[_Row]:
     """Join runs of consecutive numbers, the last number of a name first."""
-    for at in reversed(range(len(rows[0].ranges))):
-        rows.sort(key=lambda row: (row.ranges[:at], row.ranges[at + 1 :], row.ranges[at]))
+    for i in reversed(range(len(rows[0].ranges))):
+        rows.sort(key=lambda row: (row.ranges[:i], row.ranges[i + 1 :], row.ranges[i]))
         folded: list[_Row] = []
         for row in rows:
-            joined = folded[-1].joined(row, at) if folded else None
+            joined = folded[-1].joined(row, i) if folded else None
             if joined is None:
                 folded.append(row)
             else:
@@ -179,8 +177,8 @@ def _indented(text: str, by: int) -> str:
 
 def _positions(member: Member) -> str:
     """The boxes in words: where they start, and the strides between carriers, units and along the width."""
-    told = " and ".join(_box(box) for box in member.boxes)
-    return told if member.carrier_axis is None else f"{told}, in each slice of axis {member.carrier_axis}"
+    boxes = " and ".join(_box(box) for box in member.boxes)
+    return boxes if member.carrier_axis is None else f"{boxes}, in each slice of axis {member.carrier_axis}"
 
 
 def _box(box: Box) -> str:

@@ -19,15 +19,16 @@ Symmetry = Literal["permutation", "rotary", "linear"]
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """Positions ``offset + Σ index · stride`` along one parameter axis.
-
-    carriers, width: (size, stride) pairs, row-major; unit: the stride between neighbouring units.
-    """
+    """Positions ``offset + Σ index · stride`` along one parameter axis."""
 
     offset: int
+    """The first position."""
     carriers: tuple[tuple[int, int], ...]
+    """(size, stride) of the carriers on this axis, outer ones first; () where they lie elsewhere or there are none."""
     unit: int
+    """The stride between neighbouring units."""
     width: tuple[tuple[int, int], ...]
+    """(size, stride) of what each unit holds on this axis, outer ones first."""
 
     def indices(self, carriers: int, units: int) -> Tensor:
         """LongTensor [carriers, units, width] of positions; carriers absent here are broadcast."""
@@ -45,19 +46,22 @@ class Box:
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One parameter axis of a coupling.
-
-    parameter: name in ``model.named_parameters()``; axis: its axis; carrier_axis: None, or the axis that is
-    the carrier itself (packed experts), and then ``indices[c]`` are positions inside slice ``c`` of that axis.
-    """
+    """One parameter axis of a coupling."""
 
     parameter: str
+    """Name in ``model.named_parameters()``."""
     axis: int
+    """The parameter's axis."""
     role: Role
+    """Whether the parameter makes the units, or reads them."""
     carrier_axis: int | None
+    """None, or the axis that is the carrier itself (packed experts): ``indices[c]`` lie in its slice ``c``."""
     boxes: tuple[Box, ...]
+    """Where the units lie along the axis: several boxes where it is a concatenation."""
     carriers: int
+    """How many times the choice may differ."""
     units: int
+    """Units per carrier."""
 
     @property
     def indices(self) -> Tensor:
@@ -67,54 +71,66 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why a dim cannot be removed.
-
-    message: one sentence, reason and remedy; node, operator: what refused it; source: the user's own line; remedy: the
-    part of the message that says what to change, or which option lifts it, or that nothing does.
-    """
+    """Why a dim cannot be removed."""
 
     message: str
+    """Reason and remedy in one sentence."""
     node: str
+    """The node that refused it."""
     operator: str
+    """The operator of that node."""
     source: str = ""
+    """The user's own line, or ""."""
     remedy: str = ""
+    """The part of the message that says what to change, or which option lifts it, or that nothing does."""
 
 
 @dataclass(frozen=True, slots=True)
 class EvidenceStep:
-    """One node on the evidence path of a coupling: what the operator does to the dim there."""
+    """One node on the evidence path of a coupling."""
 
     node: str
+    """The node's name."""
     operator: str
+    """Its operator."""
     action: str
+    """What the operator does to the dim there: values of `ecospa_fx.axes.findings.Action`, "passes" or "produced"."""
     source: str = ""
+    """The user's own line, or ""."""
     module: str = ""
+    """The module that the node belongs to, or ""."""
 
 
 @dataclass(frozen=True, slots=True)
 class Coupling:
-    """A prunable dim, or a refusal (``blocked`` is set).
-
-    size: units per carrier; carriers: how many times the choice may differ (every carrier keeps the same
-    number of units); parameters: elements that go when the whole dim goes; contains: names of the couplings
-    whose elements this one holds as whole blocks (a head holds its head dimensions); inexact: None, or why removing
-    units differs from masking them, which the caller of ``detect`` allowed; resized: None, or which input or output
-    gets narrower, which was allowed too.
-    """
+    """A prunable dim, or a refusal (``blocked`` is set)."""
 
     name: str
+    """Layer and kind, and a number where that is not unique."""
     kind: str
+    """One of "qk", "heads", "vo", "ffn" or "pair"; see `ecospa_fx.coupling.labels`."""
     layer: str
+    """The innermost module that holds all members."""
     size: int
+    """Units per carrier."""
     carriers: int
+    """How many times the choice of units may differ; every carrier keeps the same number."""
     symmetry: Symmetry
+    """Which changes of basis along the dim leave the model's function as it is."""
     members: tuple[Member, ...]
+    """Every parameter axis on which the units lie."""
     parameters: int
+    """Elements that go when the whole dim goes."""
     blocked: Refusal | None = None
+    """Why it cannot lose units, or None where it is offered."""
     inexact: Refusal | None = None
+    """None, or why removing units differs from masking them, which the caller of ``detect`` allowed."""
     resized: Refusal | None = None
+    """None, or which input or output gets narrower, which the caller of ``detect`` allowed."""
     contains: tuple[str, ...] = ()
+    """Names of the couplings whose elements this one holds as whole blocks: a head holds its head dimensions."""
     path: tuple[EvidenceStep, ...] = field(default=(), repr=False)
+    """The nodes between producers and consumers, in graph order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,5 +138,8 @@ class LocatedCoupling:
     """A coupling and the dims behind it, which a rewrite of the same graph needs."""
 
     coupling: Coupling
+    """The coupling."""
     dim: int
+    """Its dim."""
     carriers: tuple[int, ...]
+    """The dims that are its carriers, outer ones first."""

@@ -21,27 +21,27 @@ Shapes = Mapping[str, tuple[int, ...]]
 Factors = dict[tuple[int, ...], Tensor]
 """Of one parameter: (axis,) to BoolTensor [positions], (carrier axis, axis) to BoolTensor [slices, positions]."""
 
-Removal = tuple[Sequence[Member], Tensor]
-"""Members of one coupling and BoolTensor [carriers, units], True where a unit goes."""
+UnitChoice = tuple[Sequence[Member], Tensor]
+"""Members of one coupling and `keep`, BoolTensor [carriers, units], True where a unit is kept."""
 
 
-def keep_factors(shapes: Shapes, removals: Iterable[Removal]) -> dict[str, Factors]:
+def keep_factors(shapes: Shapes, choices: Iterable[UnitChoice]) -> dict[str, Factors]:
     """The factors of every parameter that loses elements; True where positions stay."""
-    found: dict[str, Factors] = {}
-    for members, removed in removals:
-        gone = removed.flatten().nonzero().flatten()
-        if not len(gone):
+    result: dict[str, Factors] = {}
+    for members, keep in choices:
+        removed = keep.flatten().logical_not().nonzero().flatten()
+        if not len(removed):
             continue
         for member in members:
-            shape, positions = shapes[member.parameter], member.indices.flatten(0, 1).index_select(0, gone)
+            shape, positions = shapes[member.parameter], member.indices.flatten(0, 1).index_select(0, removed)
             axes = (member.axis,) if member.carrier_axis is None else (member.carrier_axis, member.axis)
             if member.carrier_axis is not None:
-                positions = positions + (gone // member.units)[:, None] * shape[member.axis]
-            factors = found.setdefault(member.parameter, {})
+                positions = positions + (removed // member.units)[:, None] * shape[member.axis]
+            factors = result.setdefault(member.parameter, {})
             if axes not in factors:
                 factors[axes] = torch.ones([shape[a] for a in axes], dtype=torch.bool)
             factors[axes].view(-1).index_fill_(0, positions.flatten(), False)
-    return found
+    return result
 
 
 def mask(shape: Sequence[int], factors: Factors, device: torch.device | None = None) -> Tensor:
@@ -66,7 +66,13 @@ def kept_elements(shape: Sequence[int], factors: Factors) -> int:
     return count
 
 
-def removed_elements(shapes: Shapes, removals: Iterable[Removal]) -> int:
-    """How many parameter elements go, each counted once however many couplings hold it."""
-    factors = keep_factors(shapes, removals)
+def removed_elements(shapes: Shapes, choices: Iterable[UnitChoice]) -> int:
+    """How many parameter elements are removed, each counted once however many couplings hold it."""
+    factors = keep_factors(shapes, choices)
     return sum(prod(shapes[name]) - kept_elements(shapes[name], of) for name, of in factors.items())
+
+
+def coupled_elements(shapes: Shapes, couplings: Iterable[Sequence[Member]]) -> int:
+    """How many parameter elements couplings hold, each counted once. couplings: the members of each."""
+    nothing = ((members, torch.zeros(members[0].carriers, members[0].units).bool()) for members in couplings)
+    return removed_elements(shapes, nothing)

@@ -1,6 +1,6 @@
-"""Let the smaller model as a whole answer like the dense one: on the calibration data, and without its labels.
+"""Distil the dense model into the smaller one as a whole: on the calibration data, and without its labels.
 
-How far an output is from the dense one is told by the loss itself: see `ecospa_fx.distillation.divergence`. Least
+How far an output is from the dense one is measured by the loss itself: see `ecospa_fx.distillation.divergence`. Least
 squares layer by layer cannot see that the errors of several layers add up; this can.
 """
 
@@ -25,14 +25,14 @@ from ecospa_fx.distillation.divergence import (
 from ecospa_fx.distillation.token_mixing import TokenMixing
 from ecospa_fx.errors import ScoreError, warn_caller
 from ecospa_fx.importance.losses import Batch, Loss, NormalisedLoss, Slopes, leaves_of, slopes_of
-from ecospa_fx.runtime.bfloat16 import quick, quick_products
+from ecospa_fx.runtime.bfloat16 import in_bfloat16, medium_precision
 from ecospa_fx.runtime.interpreter import NodeValues, PartialInterpreter
 
 EPSILON = 3e-7
 """Gradients below this move nothing, where the slope of the loss at the dense model's answers has a length about 1."""
 
-TELLING = 8
-"""On how many batches a loss may tell nothing before it is taken for one that never does."""
+PROBED = 8
+"""On how many batches a loss may have no signal before it is taken for one that never has."""
 
 USUAL_LOSS = 0.04
 """Share of the dense model's answers that is lost, where its loss cannot tell: what a third of the blocks is worth."""
@@ -40,19 +40,23 @@ USUAL_LOSS = 0.04
 
 @dataclass(frozen=True, slots=True)
 class Distill:
-    """``Distill(…).run(dense, small, batches, loss)``.
+    """``Distill(…).run(dense, small, batches, loss)``: Adam on the divergence of the smaller program's output.
 
-    length: batches to learn from in all, each as often as it takes; rate: of what a parameter is as an operator, how
-    much a step may change, times the root of the share of the dense model's answers that is lost, for who lost little
-    has not far to go; from half of the steps on it falls to zero; step: batches per step; mixed, predicted: shares of
-    positions that vary, as `TokenMixing` takes them.
+    The learning rate of a parameter W is r √s ‖W‖: `rate` r, the share s of the dense model's output that is lost, that
+    is D(y, y₀) / D(0, y₀), and the operator norm that a random W of its size has. It is constant for half of the steps
+    and then falls to zero.
     """
 
     length: int = 224
+    """Batches to learn from in all, each as often as it takes."""
     rate: float = 0.125
+    """r in the learning rate."""
     step: int = 1
+    """Batches per step."""
     mixed: float = 0.2
+    """Share of positions that come from other batches, see `TokenMixing`."""
     predicted: float = 0.25
+    """Share of positions that the dense model predicted, see `TokenMixing`."""
     name: str = "distill"
 
     def run(
@@ -61,34 +65,34 @@ class Distill:
         small: PartialInterpreter,
         batches: Sequence[Batch],
         loss: Loss,
-        judges: Sequence[Batch] = (),
+        validation: Sequence[Batch] = (),
         watch: Callable[[Sequence[int]], Iterable[int]] = lambda numbers: numbers,
     ) -> tuple[float, float]:
         """Change the smaller program's parameters that lost elements, and its vectors, such as biases, in place.
 
-        judges: batches by which is judged whether it helped, and how far to go; best such as nothing has been fitted
-        to, and by default those that are learnt from. watch: wraps the numbers of the batches to come, to show
-        progress. Returns the mean divergence over the judges, before and after; where it did not fall, nothing has
-        changed. Nor has anything where the loss differs more from the dense model's by its slopes. Raises ScoreError
-        where the divergence is not finite before, or below zero.
+        validation: batches that decide whether it helped, and how far to go; best such as nothing has been fitted to,
+        and by default those that are learnt from. watch: wraps the numbers of the batches to come, to show progress.
+        Returns the mean divergence over the validation batches, before and after. Where it did not fall, or where the
+        slopes of the loss differ more from the dense model's, nothing has changed. Raises ScoreError where the
+        divergence is not finite before, or below zero.
         """
         leaves, unit = _trained(dense, small), NormalisedLoss(loss, exact=True)
-        if not leaves or not _is_told(dense, small, batches, unit):
+        if not leaves or not _has_signal(dense, small, batches, unit):
             return 0.0, 0.0
         pair = _Pair(dense, small, dense.weights(), small.weights(), leaves, unit)
-        judges = list(judges or batches)
-        before, lost = pair.judged(judges)
+        validation = list(validation or batches)
+        before, lost = pair.validated(validation)
         if not math.isfinite(before.value):
             raise ScoreError("the smaller model's loss is not finite: run it in bfloat16 or float32")
         check_positive(before)
         begun = _copies(leaves)
-        with torch.inference_mode(False), torch.enable_grad(), quick_products():
-            self._descend(pair.quick(), self.rate * math.sqrt(lost), batches, watch)
-        after = pair.settle(begun, judges, before)
+        with torch.inference_mode(False), torch.enable_grad(), medium_precision():
+            self._descend(pair.rounded(), self.rate * math.sqrt(lost), batches, watch)
+        after = pair.settle(begun, validation, before)
         if after < before.value:
             for node, leaf in leaves.items():
-                held = leaf.detach().to(pair.fixed[node].dtype)
-                small.program.replace_parameter(small.program.parameters[node], held)
+                values = leaf.detach().to(pair.small_weights[node].dtype)
+                small.program.replace_parameter(small.program.parameters[node], values)
         return before.value / unit.unit, after / unit.unit
 
     def _descend(
@@ -107,9 +111,9 @@ class Distill:
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1.0, 2 - 2 * i / steps))
         for done, number in enumerate(watch(order), 1):
             batch = mix(batches, number)
-            told = pair.pull(batch)
+            logits = pair.pull(batch)
             if done < last[number]:
-                mix.hear(number, batch, told)
+                mix.observe(number, batch, logits)
             if done % self.step == 0 or done == len(order):
                 optimizer.step()
                 optimizer.zero_grad()
@@ -118,54 +122,56 @@ class Distill:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Pair:
-    """A dense and a smaller program, `given` and `fixed` being their weights, in place of some of which are leaves."""
+    """A dense and a smaller program."""
 
     dense: PartialInterpreter
     small: PartialInterpreter
-    given: NodeValues
-    fixed: NodeValues
+    dense_weights: NodeValues
+    small_weights: NodeValues
     leaves: Mapping[fx.Node, nn.Parameter]
+    """What is trained, in place of some of the smaller one's weights."""
     loss: Loss
 
-    def quick(self) -> _Pair:
-        """The same two with products rounded where that is quicker; what comes of it is judged without."""
+    def rounded(self) -> _Pair:
+        """The same two with products rounded where that is quicker; what comes of it is validated without."""
         names = {self.small.program.parameters[node] for node in self.leaves}
-        return replace(self, dense=quick(self.dense, names), small=quick(self.small, names))
+        return replace(self, dense=in_bfloat16(self.dense, names), small=in_bfloat16(self.small, names))
 
     def divergence(self, batch: Batch) -> Divergence:
         """How far the smaller one's output is from the dense one's."""
         answer, slopes, output = self._outputs(batch)
         return divergence(self.loss, answer, slopes, output, batch)
 
-    def judged(self, batches: Sequence[Batch]) -> tuple[Divergence, float]:
+    def validated(self, batches: Sequence[Batch]) -> tuple[Divergence, float]:
         """The mean divergence, and what share it is, between 0 and 1, of that of an output that is zero everywhere."""
-        own, whole = [], 0.0
+        divergences, whole = [], 0.0
         with torch.no_grad():
             for batch in batches:
                 answer, slopes, output = self._outputs(batch)
-                own.append(divergence(self.loss, answer, slopes, output, batch))
+                divergences.append(divergence(self.loss, answer, slopes, output, batch))
                 whole += divergence_of_zero(self.loss, answer, slopes, batch) / len(batches)
-        share = mean(own).value / whole if whole > 0 else math.nan
-        return mean(own), min(1.0, max(0.0, share)) if math.isfinite(share) else USUAL_LOSS
+        share = mean(divergences).value / whole if whole > 0 else math.nan
+        return mean(divergences), min(1.0, max(0.0, share)) if math.isfinite(share) else USUAL_LOSS
 
     def pull(self, batch: Batch) -> list[Tensor]:
         """Add the divergence's gradient, which at the output is ∇L(y) - ∇L(y₀), to the leaves.
 
-        Returns what the loss sees of the dense one's output.
+        Returns the tensors of the dense one's output that the loss depends on, such as logits.
         """
         # What a graph overwrites may be what a gradient needs.
         with torch.autograd.graph.allow_mutation_on_saved_tensors() if self.small.overwrites else nullcontext():
             answer, slopes, output = self._outputs(batch)
             tensors, gradients = [], []
-            for leaf, own, other in zip(leaves_of(output), slopes_of(self.loss, output, batch), slopes, strict=True):
-                if own is not None and leaf.requires_grad:
+            small_slopes = slopes_of(self.loss, output, batch)
+            for leaf, slope, dense_slope in zip(leaves_of(output), small_slopes, slopes, strict=True):
+                if slope is not None and leaf.requires_grad:
                     tensors.append(leaf)
-                    gradients.append((own if other is None else own - other).to(leaf.dtype))
+                    gradients.append((slope if dense_slope is None else slope - dense_slope).to(leaf.dtype))
             torch.autograd.backward(tensors, gradients)
             return [leaf for leaf, s in zip(leaves_of(answer), slopes, strict=True) if s is not None]
 
-    def settle(self, begun: Mapping[fx.Node, Tensor], judges: Sequence[Batch], before: Divergence) -> float:
-        """Leave the leaves where the judges find it best between `begun` and where they are; returns the cost there."""
+    def settle(self, begun: Mapping[fx.Node, Tensor], validation: Sequence[Batch], before: Divergence) -> float:
+        """Leave the leaves where the cost is least between `begun` and where they are; returns the cost there."""
         learned, negative = _copies(self.leaves), False
 
         def go(way: float) -> None:
@@ -176,11 +182,11 @@ class _Pair:
             nonlocal negative
             go(way)
             with torch.no_grad():
-                there = mean([self.divergence(batch) for batch in judges])
+                there = mean([self.divergence(batch) for batch in validation])
             negative |= there.is_negative
             return there.value if there.is_nearer_than(before) else max(there.value, before.value)
 
-        way, least = _best_way(cost, before.value)
+        way, least = _best_interpolation(cost, before.value)
         go(way)
         if negative and way == 0:
             warn_caller(
@@ -191,30 +197,30 @@ class _Pair:
 
     def _outputs(self, batch: Batch) -> tuple[object, Slopes, object]:
         """The dense one's output, the loss's slopes there, and the smaller one's output."""
-        own = {node: leaf.to(self.fixed[node].dtype) for node, leaf in self.leaves.items()}
-        answer = answer_of(self.dense, self.given, batch)
+        trained = {node: leaf.to(self.small_weights[node].dtype) for node, leaf in self.leaves.items()}
+        answer = answer_of(self.dense, self.dense_weights, batch)
         slopes = slopes_of(self.loss, answer, batch)
-        return answer, slopes, answer_of(self.small, {**self.fixed, **own}, batch)
+        return answer, slopes, answer_of(self.small, {**self.small_weights, **trained}, batch)
 
 
 def _copies(leaves: Mapping[fx.Node, nn.Parameter]) -> dict[fx.Node, Tensor]:
     return {node: leaf.detach().clone() for node, leaf in leaves.items()}
 
 
-def _best_way(cost: Callable[[float], float], start: float) -> tuple[float, float]:
+def _best_interpolation(cost: Callable[[float], float], start: float) -> tuple[float, float]:
     """How far to go from 0, where the cost is `start`, to 1, and the cost there.
 
     The best of both ends, the half, and where the parabola through these three is least. What is learnt from few data
     goes too far by what they have of their own (Wortsman et al., "Robust fine-tuning of zero-shot models", 2022).
     """
-    found = {0.0: start, 0.5: cost(0.5), 1.0: cost(1.0)}
+    costs = {0.0: start, 0.5: cost(0.5), 1.0: cost(1.0)}
     # d(t) = start + (rise - bend) t + bend t²
-    bend, rise = 2 * (start - 2 * found[0.5] + found[1.0]), found[1.0] - start
+    bend, rise = 2 * (start - 2 * costs[0.5] + costs[1.0]), costs[1.0] - start
     if math.isfinite(bend) and bend > 0:
         way = min(1.0, max(0.0, (bend - rise) / (2 * bend)))
-        if way not in found:
-            found[way] = cost(way)
-    finite = {way: value for way, value in found.items() if math.isfinite(value)}
+        if way not in costs:
+            costs[way] = cost(way)
+    finite = {way: value for way, value in costs.items() if math.isfinite(value)}
     return min(finite.items(), key=lambda pair: pair[1])
 
 
@@ -230,10 +236,10 @@ def _step_size(parameter: Tensor) -> float:
     return size * (1 / math.sqrt(rows) + 1 / math.sqrt(columns))
 
 
-def _is_told(dense: PartialInterpreter, small: PartialInterpreter, batches: Sequence[Batch], loss: Loss) -> bool:
-    """Whether the loss tells the two apart; says so where it never can, having the same slopes everywhere."""
+def _has_signal(dense: PartialInterpreter, small: PartialInterpreter, batches: Sequence[Batch], loss: Loss) -> bool:
+    """Whether the loss tells the two programs apart; warns where it never can, having the same slopes everywhere."""
     differ = False
-    for batch in batches[:TELLING]:
+    for batch in batches[:PROBED]:
         answers = [answer_of(e, e.weights(), batch) for e in (dense, small)]
         if not _equal(*(leaves_of(answer) for answer in answers)):
             differ = True

@@ -55,14 +55,14 @@ ROUNDED = 4.0
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """value: D(y, y₀); change: the mean square difference of the slopes; rounding: what of D may be rounding.
-
-    Sums and means over batches are those of all three.
-    """
+    """How far an output is from another; sums and means over batches are those of all three numbers."""
 
     value: float
+    """D(y, y₀)."""
     change: float
+    """The mean square difference of the slopes on the way."""
     rounding: float
+    """What of D may be rounding."""
 
     @property
     def is_negative(self) -> bool:
@@ -125,9 +125,9 @@ def check_convex(loss: Loss, answer: object, batch: Batch) -> None:
     check_positive(divergence(unit, answer, slopes, moved(answer, slopes, NEAR), batch))
 
 
-def check_positive(found: Divergence) -> None:
+def check_positive(distance: Divergence) -> None:
     """Raise ScoreError for a divergence below zero."""
-    if found.is_negative:
+    if distance.is_negative:
         raise ScoreError(
             "the loss does not tell how far an output is from the dense model's, because its divergence is below zero "
             "there, as that of a loss that is to be small far away: pass distillation=0, which needs its slope alone, "

@@ -27,30 +27,33 @@ MOST = 4
 class TokenMixing:
     """``TokenMixing(share, predicted)(batches, number)``: batch `number`, varied.
 
-    About a share `predicted` of its positions is what the model foretold when it was heard last, or else `share` of
-    them are from another batch. Positions are the first two axes, [rows, positions], of whole-number inputs, such as
+    About a share `predicted` of its positions is what the teacher predicted when it was observed last, or else `share`
+    of them are from another batch. Positions are the first two axes, [rows, positions], of whole-number inputs, such as
     token ids, and what further axes hold goes along. Only values between the least and the greatest of a batch come in,
     so that an index stays one. Other inputs, and batches of another structure, are left alone. The same calls in the
     same order give the same batches.
     """
 
     share: float = 0.2
+    """Of positions from another batch."""
     predicted: float = 0.25
+    """Of positions that the teacher predicted, where it does."""
     source: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
-    _foretold: TeacherSamples = field(init=False)
+    """Of the positions that change, and of what the teacher says."""
+    _teacher: TeacherSamples = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_foretold", TeacherSamples(self.source))
+        object.__setattr__(self, "_teacher", TeacherSamples(self.source))
 
-    def hear(self, number: int, batch: Batch, outputs: Sequence[Tensor]) -> None:
-        """What the model whose answers count says to the batch that was given for `number`."""
+    def observe(self, number: int, batch: Batch, outputs: Sequence[Tensor]) -> None:
+        """Take in the teacher's outputs for the batch that was returned for `number`."""
         if self.predicted > 0:
-            self._foretold.hear(number, batch, outputs)
+            self._teacher.observe(number, batch, outputs)
 
     def __call__(self, batches: Sequence[Batch], number: int) -> Batch:
-        told = self._foretold.inputs(number)
-        if told:
-            return self._varied(batches[number], told, self.predicted)
+        predicted = self._teacher.inputs(number)
+        if predicted:
+            return self._varied(batches[number], predicted, self.predicted)
         if self.share == 0 or len(batches) < 2:
             return batches[number]
         other = (number + int(torch.randint(1, len(batches), (), generator=self.source))) % len(batches)
@@ -67,32 +70,32 @@ class TokenMixing:
         result: Batch = pytree.tree_unflatten(mixed, spec)
         return result
 
-    def _mixed(self, own: object, other: object, share: float, drawn: dict[tuple[int, ...], Tensor]) -> object:
+    def _mixed(self, leaf: object, other: object, share: float, drawn: dict[tuple[int, ...], Tensor]) -> object:
         """drawn: by shape, which positions change, so that they are the same ones in all inputs."""
-        if not has_positions(own) or not has_positions(other) or own.shape[2:] != other.shape[2:]:
-            return own
-        shape = tuple(map(min, own.shape[:2], other.shape[:2]))
+        if not has_positions(leaf) or not has_positions(other) or leaf.shape[2:] != other.shape[2:]:
+            return leaf
+        shape = tuple(map(min, leaf.shape[:2], other.shape[:2]))
         if shape not in drawn:
             drawn[shape] = torch.rand(shape, generator=self.source) < share
         part = tuple(map(slice, shape))
-        new, known = other[part].to(own), (own.amin(), own.amax())
-        taken = drawn[shape].to(own.device) & ((new >= known[0]) & (new <= known[1])).reshape(*shape, -1).all(2)
-        result = own.clone()
+        new, bounds = other[part].to(leaf), (leaf.amin(), leaf.amax())
+        taken = drawn[shape].to(leaf.device) & ((new >= bounds[0]) & (new <= bounds[1])).reshape(*shape, -1).all(2)
+        result = leaf.clone()
         result[part][taken] = new[taken]
         return result
 
 
-def filled(batches: Sequence[Batch], share: float) -> list[Batch]:
+def augmented(batches: Sequence[Batch], share: float) -> list[Batch]:
     """The batches, and where they hold few positions, variations of them with a share from other batches.
 
     Up to `ENOUGH` positions in all and `MOST` batches for one.
     """
-    mix, found = TokenMixing(share), list(batches)
-    held = sum(max((leaf.shape[0] * leaf.shape[1] for leaf in _positioned(batch)), default=0) for batch in batches)
-    if share == 0 or held == 0 or len(batches) < 2:
-        return found
-    wanted = min(MOST * len(batches), math.ceil(len(batches) * ENOUGH / held))
-    return found + [mix(batches, number % len(batches)) for number in range(wanted - len(batches))]
+    mix, result = TokenMixing(share), list(batches)
+    positions = sum(max((leaf.shape[0] * leaf.shape[1] for leaf in _positioned(batch)), default=0) for batch in batches)
+    if share == 0 or positions == 0 or len(batches) < 2:
+        return result
+    wanted = min(MOST * len(batches), math.ceil(len(batches) * ENOUGH / positions))
+    return result + [mix(batches, number % len(batches)) for number in range(wanted - len(batches))]
 
 
 def _positioned(batch: Batch) -> list[Tensor]:

@@ -1,1 +1,1 @@
-"""Importance: one score per unit over all members of its coupling at once."""
+"""Importance: what each unit of a coupling is worth, and what the others do to make up for its removal."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from ecospa_fx.importance.linalg import damped, inverse
 
 COMPACT = 0.85
-"""Where this share of the units is left, the ones that are gone leave memory too."""
+"""Where this share of the units is left, the removed ones leave memory too."""
 
 SCALES = 0.25, 4.0
 """Gates of kept units stay within these."""
@@ -24,13 +24,12 @@ SCALES = 0.25, 4.0
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Removal:
-    """The order in which units go.
-
-    order: LongTensor [carriers, units]; cost: [carriers, units], what each one costs when it goes, in that order.
-    """
+    """The order in which units are removed."""
 
     order: Tensor
+    """LongTensor [carriers, units]."""
     cost: Tensor
+    """[carriers, units]: what each one costs when it is removed, in that order."""
 
 
 def remove_all(hessian: Tensor, weight: Tensor, width: int = 1, at_once: int = 1) -> Removal:
@@ -54,7 +53,7 @@ class _State:
     """What is left, and where it was.
 
     inverse: [carriers, n, n]; weight: [carriers, n, out], transposed so that what belongs to a unit lies together;
-    units: LongTensor [carriers, n / width], their numbers; gone: BoolTensor like it.
+    units: LongTensor [carriers, n / width], their numbers; keep: BoolTensor like it, False where a unit was removed.
     """
 
     def __init__(self, inverse: Tensor, weight: Tensor, width: int) -> None:
@@ -62,7 +61,7 @@ class _State:
         carriers, n = inverse.shape[:2]
         self.rows = torch.arange(carriers, device=inverse.device)[:, None]
         self.units = torch.arange(n // width, device=inverse.device).expand(carriers, -1)
-        self.gone = torch.zeros_like(self.units, dtype=torch.bool)
+        self.keep = torch.ones_like(self.units, dtype=torch.bool)
         self.left = n // width
         self.inner = self._inner()
 
@@ -80,9 +79,9 @@ class _State:
             cost, best = self._costs().topk(count, 1, largest=False)
         unit = self.units.gather(1, best)
         self._update(best)
-        self.gone.scatter_(1, best, True)
+        self.keep.scatter_(1, best, False)
         self.left -= count
-        if 0 < self.left < COMPACT * self.gone.shape[1]:
+        if 0 < self.left < COMPACT * self.keep.shape[1]:
             self._compact()
         return unit, cost
 
@@ -90,19 +89,19 @@ class _State:
         if self.width == 1:
             costs = self.inner[..., 0, 0] / self.inverse.diagonal(dim1=1, dim2=2)
         else:
-            units = self.gone.shape[1]
-            blocks = self.inverse.view(len(self.rows), units, self.width, units, self.width)
-            own = blocks.diagonal(dim1=1, dim2=3).movedim(-1, 1)
-            own = torch.where(self.gone[..., None, None], torch.eye(self.width).to(own), own)
-            costs = (inverse(own) * self.inner).sum((2, 3))
-        return costs.masked_fill(self.gone, torch.inf)
+            units = self.keep.shape[1]
+            grid = self.inverse.view(len(self.rows), units, self.width, units, self.width)
+            blocks = grid.diagonal(dim1=1, dim2=3).movedim(-1, 1)  # H⁻¹_JJ: [carriers, units, width, width]
+            blocks = torch.where(self.keep[..., None, None], blocks, torch.eye(self.width).to(blocks))
+            costs = (inverse(blocks) * self.inner).sum((2, 3))
+        return torch.where(self.keep, costs, torch.inf)
 
     def _update(self, best: Tensor) -> None:
         """Spread what the best units did over the rest."""
         columns = (best[..., None] * self.width + torch.arange(self.width, device=best.device)).flatten(1)
         across = self.inverse[self.rows, columns]  # [carriers, columns, n]
-        own = across.gather(2, columns[:, None].expand(-1, columns.shape[1], -1))
-        share = across / own if columns.shape[1] == 1 else inverse(own) @ across
+        block = across.gather(2, columns[:, None].expand(-1, columns.shape[1], -1))
+        share = across / block if columns.shape[1] == 1 else inverse(block) @ across
         taken = self.weight[self.rows, columns]  # [carriers, columns, out]
         if columns.shape[1] == 1:  # rank one: a broadcast product costs less than a matrix product, and norms follow
             met = self.weight @ taken.mT
@@ -120,11 +119,11 @@ class _State:
         self.inverse[self.rows, columns, columns] = 1.0  # what is gone stays regular
 
     def _compact(self) -> None:
-        keep = (~self.gone).nonzero()[:, 1].view(len(self.gone), -1)
-        columns = (keep[..., None] * self.width + torch.arange(self.width, device=keep.device)).flatten(1)
+        kept = self.keep.nonzero()[:, 1].view(len(self.keep), -1)
+        columns = (kept[..., None] * self.width + torch.arange(self.width, device=kept.device)).flatten(1)
         self.weight = self.weight[self.rows, columns]
         self.inverse = self.inverse[self.rows[..., None], columns[:, :, None], columns[:, None]]
-        self.units, self.gone = self.units.gather(1, keep), self.gone.gather(1, keep)
+        self.units, self.keep = self.units.gather(1, kept), self.keep.gather(1, kept)
         self.inner = self._inner()
 
 
@@ -144,16 +143,16 @@ def kept_gates(matrix: Tensor, keep: Tensor) -> Tensor:
     """
     result = torch.zeros(keep.shape, dtype=matrix.dtype, device=matrix.device)
     for row, kept in enumerate(keep):
-        own, gone = kept.nonzero()[:, 0], (~kept).nonzero()[:, 0]
-        pushed = matrix[row][own][:, gone].sum(1)
-        result[row, own] = 1 + inverse(matrix[row][own][:, own]) @ pushed
+        open_gates, closed = kept.nonzero()[:, 0], (~kept).nonzero()[:, 0]
+        pushed = matrix[row][open_gates][:, closed].sum(1)
+        result[row, open_gates] = 1 + inverse(matrix[row][open_gates][:, open_gates]) @ pushed
     return result
 
 
-def gate_roots(matrix: Tensor, gone: Tensor, damping: float) -> Tensor:
+def gate_roots(matrix: Tensor, keep: Tensor, damping: float) -> Tensor:
     """Diagonal matrices [carriers, units, units] by which each of two factors is multiplied for the best gates.
 
-    matrix, damping: of the cost of moving gates; gone: BoolTensor [carriers, units], the units that go.
+    matrix, damping: of the cost of moving gates; keep: BoolTensor [carriers, units], True where a unit is kept.
     """
-    scale = kept_gates(damped(matrix, damping), ~gone.to(matrix.device))
+    scale = kept_gates(damped(matrix, damping), keep.to(matrix.device))
     return torch.diag_embed(scale.clamp(*SCALES).sqrt())

@@ -55,8 +55,8 @@ class Moments:
     def add_up(self, total: Total) -> None:
         """Fold in the rows of all other processes."""
         rows = torch.tensor(self.rows, device=self.total.device)
-        for own in (rows, self.total, self.second):
-            total(own)
+        for tensor in (rows, self.total, self.second):
+            total(tensor)
         self.rows = int(rows)
 
     def covariance(self) -> Tensor:
@@ -90,8 +90,8 @@ class Curvature:
         """Raise ScoreError where something is not finite, or the loss has no slope."""
         if not self.has_slope:
             raise no_slope("second-order scores")
-        for kind, found in (("input", self.inputs), ("gradient", self.outputs)):
-            for site, moments in found.items():
+        for kind, by_site in (("input", self.inputs), ("gradient", self.outputs)):
+            for site, moments in by_site.items():
                 if not moments.second.isfinite().all():
                     raise ScoreError(
                         f"the {kind} of {site.parameter!r} is not finite in the calibration data: "
@@ -181,23 +181,23 @@ class Collector:
         return self.curvature
 
     def _add_up(self, total: Total) -> None:
-        found = self.curvature
-        for moments in (*found.inputs.values(), *found.results.values(), *found.outputs.values()):
+        curvature = self.curvature
+        for moments in (*curvature.inputs.values(), *curvature.results.values(), *curvature.outputs.values()):
             moments.add_up(total)
         for side in (side for sides in self._sides.values() for side in sides):
             total(side)
-        with_slope = next(iter(self.evaluator.program.values.values())).new_full((), int(found.has_slope))
+        with_slope = next(iter(self.evaluator.program.values.values())).new_full((), int(curvature.has_slope))
         total(with_slope)
-        found.has_slope = bool(with_slope)
-        for name, sums in found.others.items():
+        curvature.has_slope = bool(with_slope)
+        for name, sums in curvature.others.items():
             summed = sums.to(next(iter(self._leaves.values())).device)
             total(summed)
-            found.others[name] = summed.cpu()
+            curvature.others[name] = summed.cpu()
 
     def _inputs(self) -> list[Tensor]:
         return [*self._begun, *self._leaves.values()]
 
-    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+    def _forward(self, *args: object, **kwargs: object) -> object:
         evaluator, self._begun = self.evaluator, []
         values: NodeValues = evaluator.start(args, kwargs)
         for node, name in evaluator.program.parameters.items():

@@ -69,9 +69,9 @@ def least_squares(second: Tensor, cross: Tensor, damping: float, square: float) 
 def rotated(tensor: Tensor, axis: int, positions: Tensor, matrix: Tensor) -> Tensor:
     """`tensor` with what lies at `positions` [carriers, units, width] of an axis multiplied by a matrix per carrier."""
     moved = tensor.movedim(axis, 0)
-    at = positions.to(tensor.device)
-    old = moved[at.flatten()].view(*at.shape, -1).to(matrix)
+    places = positions.to(tensor.device)
+    old = moved[places.flatten()].view(*places.shape, -1).to(matrix)
     new = torch.einsum("cuv,cvwn->cuwn", matrix, old)
     result = moved.clone()
-    result[at.flatten()] = new.reshape(at.numel(), *moved.shape[1:]).to(tensor)
+    result[places.flatten()] = new.reshape(places.numel(), *moved.shape[1:]).to(tensor)
     return result.movedim(0, axis).contiguous()

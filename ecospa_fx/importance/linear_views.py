@@ -18,25 +18,23 @@ from ecospa_fx.ir.linears import LinearUse
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Inputs:
-    """The units of a coupling as inputs of linear layers.
-
-    positions: per site LongTensor [carriers, units, width], positions of its input.
-    """
+    """The units of a coupling as inputs of linear layers."""
 
     coupling: Coupling
+    """Whose units these are."""
     positions: Mapping[LinearUse, Tensor]
+    """Per linear layer LongTensor [carriers, units, width], positions of its input."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Gate:
-    """The units of a coupling as rows of linear outputs that a gate would multiply.
-
-    sides: the factors of the product, one where they cannot be told apart; each per site LongTensor [carriers, units,
-    width], positions of its output.
-    """
+    """The units of a coupling as rows of linear outputs that a gate would multiply."""
 
     coupling: Coupling
+    """Whose units these are."""
     sides: tuple[Mapping[LinearUse, Tensor], ...]
+    """The factors of the product, a single one where they cannot be told apart; each per linear layer LongTensor
+    [carriers, units, width], positions of its output."""
 
     @property
     def sites(self) -> list[LinearUse]:
@@ -49,20 +47,23 @@ class Side:
     """Positions [carriers, units, width] along one axis of one parameter."""
 
     member: Member
+    """The parameter and its axis."""
     positions: Tensor
+    """LongTensor [carriers, units, width]."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CouplingViews:
-    """How each coupling is looked at.
-
-    beside: linear layers that consume units of `others`, which scores do not look at.
-    """
+    """How each coupling is looked at: in one of the first three ways."""
 
     inputs: tuple[Inputs, ...]
+    """Couplings whose units are inputs of the matrices that consume them."""
     gates: tuple[Gate, ...]
+    """Couplings whose units are rows of two factors that are multiplied with each other."""
     others: tuple[Coupling, ...]
+    """All other couplings."""
     beside: tuple[Inputs, ...] = ()
+    """Linear layers that consume units of `others`, which scores do not look at."""
 
     @property
     def sites(self) -> list[LinearUse]:
@@ -99,15 +100,15 @@ def _met(sites: Mapping[str, LinearUse], member: Member, *, inside: bool) -> Lin
 
 def _rows(sites: Mapping[str, LinearUse], coupling: Coupling) -> dict[LinearUse, Tensor]:
     """Positions in the outputs of the sites that make the units; empty where something else makes them too."""
-    found: dict[LinearUse, Tensor] = {}
+    rows: dict[LinearUse, Tensor] = {}
     biases = {site.bias for site in sites.values()}
     for member in coupling.members:
         site = _met(sites, member, inside=False)
         if site is not None:
-            found[site] = member.indices
+            rows[site] = member.indices
         elif member.parameter not in biases:
             return {}
-    return found
+    return rows
 
 
 def sides_of(coupling: Coupling) -> tuple[tuple[Side, ...], tuple[Side, ...]] | None:
@@ -128,8 +129,8 @@ def sides_of(coupling: Coupling) -> tuple[tuple[Side, ...], tuple[Side, ...]] | 
 def _factors(sites: Mapping[str, LinearUse], coupling: Coupling) -> tuple[Mapping[LinearUse, Tensor], ...] | None:
     """The outputs of each factor's matrices; None where a factor is not told apart or has none."""
     halves = sides_of(coupling) or ()
-    found = tuple(
+    factors = tuple(
         {site: side.positions for side in half if (site := _met(sites, side.member, inside=False)) is not None}
         for half in halves
     )
-    return found if found and all(found) else None
+    return factors if factors and all(factors) else None

@@ -45,8 +45,8 @@ REMEDY = "give a loss of the data, such as the one that the model was trained wi
 def checked_value(value: object, name: str) -> Tensor:
     """What a loss returned, if it is a finite scalar that has a gradient. name: of the batch, for the ScoreError."""
     if not isinstance(value, Tensor) or value.numel() != 1:
-        told = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
-        raise ScoreError(f"the loss of {name} is not a scalar but of {told}: return its mean or sum")
+        kind = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
+        raise ScoreError(f"the loss of {name} is not a scalar but of {kind}: return its mean or sum")
     if not value.is_floating_point():
         raise ScoreError(f"the loss of {name} is of type {value.dtype}, which has no gradient: return a floating one")
     if not value.requires_grad:
@@ -59,7 +59,7 @@ def checked_value(value: object, name: str) -> Tensor:
     return value
 
 
-def parts_of(output: object) -> tuple[list[Any], Callable[[Sequence[object]], Any]]:
+def parts_of(output: object) -> tuple[list[Any], Callable[[Sequence[object]], object]]:
     """The leaves of an output, those within its objects too, and what makes an output of as many others."""
     leaves, spec = pytree.tree_flatten(opened(output))
     return leaves, lambda others: closed(pytree.tree_unflatten(others, spec))[0]
@@ -94,8 +94,8 @@ def _watched(leaf: object, *, view: bool = False) -> object:
         return leaf
     if view and leaf.requires_grad:
         return leaf.view_as(leaf)
-    held = leaf.clone() if leaf.is_inference() else leaf
-    return held.detach().requires_grad_()
+    own_leaf = leaf.clone() if leaf.is_inference() else leaf
+    return own_leaf.detach().requires_grad_()
 
 
 def _gradients(value: Tensor, seen: Sequence[object], factor: float = 1.0, keep: bool = False) -> Slopes:
@@ -103,8 +103,8 @@ def _gradients(value: Tensor, seen: Sequence[object], factor: float = 1.0, keep:
     if not watched or not value.requires_grad:
         return [None for _ in seen]
     value = value.reshape(())
-    given = torch.full_like(value, factor)
-    gradients = iter(torch.autograd.grad(value, watched, given, retain_graph=keep, allow_unused=True))
+    scale = torch.full_like(value, factor)
+    gradients = iter(torch.autograd.grad(value, watched, scale, retain_graph=keep, allow_unused=True))
     return [next(gradients) if is_floating(leaf) and leaf.requires_grad else None for leaf in seen]
 
 
@@ -139,7 +139,7 @@ class NormalisedLoss:
         """Whether all slopes so far were rounding, and some were there."""
         return self.is_flat and self.factor is not None
 
-    def __call__(self, output: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    def __call__(self, output: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
         if self.factor is None or self.is_flat:
             return self._measured(output, (args, kwargs))
         return _scaled(self._loss(output, args, kwargs), self.factor)
@@ -247,7 +247,7 @@ def moved(output: object, slopes: Slopes, step: float) -> object:
     source = torch.Generator().manual_seed(0)
     for i, (leaf, slope) in enumerate(zip(leaves, slopes, strict=True)):
         if slope is not None:
-            held = leaf.detach()
-            drawn = torch.randn(leaf.shape, generator=source).to(held)
-            leaves[i] = held + step * held.float().square().mean().sqrt().to(held) * drawn
+            values = leaf.detach()
+            drawn = torch.randn(leaf.shape, generator=source).to(values)
+            leaves[i] = values + step * values.float().square().mean().sqrt().to(values) * drawn
     return rebuilt(leaves)

@@ -69,16 +69,17 @@ Weights = Mapping[str, nn.Parameter]
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A named way to score. Exactly one of `from_weights` and `from_batches` is set.
-
-    degree: scores grow with this power of the loss, so that they can be taken in a unit in which nothing underflows; 0
-    takes them of the loss as it is.
-    """
+    """A named way to score. Exactly one of `from_weights` and `from_batches` is set."""
 
     name: str
+    """What users call it by."""
     from_weights: Callable[[Weights, Sequence[Coupling]], UnitScores] | None = None
+    """Scores from weights alone."""
     from_batches: Callable[[Weights, Sequence[Coupling]], Statistic] | None = None
+    """What gathers them over samples."""
     degree: int = 0
+    """Scores grow with this power of the loss, so that they can be taken in a unit in which nothing underflows; 0 takes
+    them of the loss as it is."""
 
 
 _METHODS: dict[str, Method] = {}
@@ -96,10 +97,10 @@ def register(method: Method) -> None:
 def method_named(name: object, *others: str) -> Method:
     """Look a method up; the error lists the known ones, and others that the verb has."""
     if not isinstance(name, str) or name not in _METHODS:
-        known = [*others, *sorted(_METHODS)]
-        near = get_close_matches(name, known, 1, 0.6) if isinstance(name, str) else []
+        names = [*others, *sorted(_METHODS)]
+        near = get_close_matches(name, names, 1, 0.6) if isinstance(name, str) else []
         hint = f"; near it is {near[0]!r}" if near else ""
-        raise ScoreError(f"no scoring method is called {name!r:.60}: use one of {', '.join(known)}{hint}")
+        raise ScoreError(f"no scoring method is called {name!r:.60}: use one of {', '.join(names)}{hint}")
     return _METHODS[name]
 
 
@@ -145,8 +146,11 @@ class GradientRule:
     """finish(mean over samples of per_sample(Σ over a unit of per_element(g·w)))."""
 
     per_element: Callable[[Tensor], Tensor] = _same
+    """Of g·w at each element."""
     per_sample: Callable[[Tensor], Tensor] = _same
+    """Of a unit's sum in one sample."""
     finish: Callable[[Tensor], Tensor] = _same
+    """Of the mean over samples."""
     gate: bool = False
     """Sum over the gate's parameters only, see the module's text; otherwise over all members."""
 

@@ -25,7 +25,7 @@ from ecospa_fx.importance.losses import Batch, Loss, NormalisedLoss, times
 from ecospa_fx.importance.separable import Comparison, Output, closed_again, open_tensors
 from ecospa_fx.runtime.interpreter import PartialInterpreter
 
-Answer = Callable[[Batch], Any]
+Answer = Callable[[Batch], object]
 """What the model returns for some arguments."""
 
 
@@ -38,7 +38,7 @@ class Splitter:
     def __init__(self, answer: Answer, loss: Loss, weights: Iterable[Tensor]) -> None:
         self._answer, self._loss = answer, loss
         self._types = {weight.dtype for weight in weights}
-        self._checked = self._whole = self._told = self._told_empty = False
+        self._checked = self._whole = self._warned = self._warned_empty = False
 
     def split(self, batch: Batch, number: int) -> list[Batch]:
         """The samples of batch `number`, as views of its tensors; the batch itself where it is one or counts as one."""
@@ -55,27 +55,27 @@ class Splitter:
 
     def all_of(self, batches: Iterable[Batch]) -> list[Batch]:
         """The samples of all batches, without those that have no finite loss where others of their batch have one."""
-        found: list[Batch] = []
+        samples: list[Batch] = []
         for number, batch in enumerate(batches):
             parts = self.split(batch, number)
             kept = parts if len(parts) == 1 else [part for part in parts if self._is_finite(part)]
             if len(kept) < len(parts):
                 self.left_out(number)
-            found += kept or [batch]
-        return found
+            samples += kept or [batch]
+        return samples
 
     def left_out(self, number: int) -> None:
         """Say that a sample of batch `number` has no finite loss, though the batch may have."""
-        if not self._told_empty:
+        if not self._warned_empty:
             warn_caller(
                 f"a sample of batch {number} is left out because its own loss is not finite: check that it has labels"
             )
-        self._told_empty = True
+        self._warned_empty = True
 
-    def _warn(self, told: str) -> None:
-        if not self._told:
-            warn_caller(f"{told}: where it holds several, pass each as a batch of its own")
-        self._told = True
+    def _warn(self, reason: str) -> None:
+        if not self._warned:
+            warn_caller(f"{reason}: where it holds several, pass each as a batch of its own")
+        self._warned = True
 
     def _is_finite(self, part: Batch) -> bool:
         with torch.no_grad():
@@ -136,7 +136,7 @@ def joined(samples: Sequence[Batch]) -> Batch | None:
     if any(spec != trees[0][1] for _, spec in trees):
         return None
     leaves = []
-    for column in zip(*(found for found, _ in trees), strict=True):
+    for column in zip(*(flat for flat, _ in trees), strict=True):
         if isinstance(column[0], Tensor) and len({(_shape(leaf), getattr(leaf, "dtype", None)) for leaf in column}) > 1:
             return None
         if _shape(column[0])[:1] == (1,) and isinstance(column[0], Tensor):
@@ -149,7 +149,7 @@ def joined(samples: Sequence[Batch]) -> Batch | None:
     return args, _like(samples[0][1], kwargs)
 
 
-def _is_same(leaf: Any, other: Any) -> bool:
+def _is_same(leaf: object, other: object) -> bool:
     if isinstance(leaf, Tensor) and isinstance(other, Tensor):
         return leaf is other or (leaf.dim() == 0 and leaf.equal(other))
     return leaf is other or (type(leaf) is type(other) and not _shape(leaf) and bool(leaf == other))
@@ -172,8 +172,8 @@ def parts_of(batch: Batch) -> list[Batch] | str:
     pairs, spec = pytree.tree_flatten_with_path(tree, is_leaf=lambda value: _is_listed(value, count))
     for path, leaf in pairs:
         if not _belongs(leaf, count):
-            told = f"{_named(path)} of shape {list(leaf.shape)}"
-            return f"{told} has not the {count} samples of the first tensor along its first axis"
+            described = f"{_named(path)} of shape {list(leaf.shape)}"
+            return f"{described} has not the {count} samples of the first tensor along its first axis"
     leaves = [leaf for _, leaf in pairs]
     parts = (closed_again([_part(leaf, count, place) for leaf in leaves], spec) for place in range(count))
     return [(own_args, _like(kwargs, own_kwargs)) for own_args, own_kwargs in parts]
@@ -188,18 +188,18 @@ def _like(kwargs: Mapping[str, Any], values: dict[str, Any]) -> Mapping[str, Any
     return result
 
 
-def _shape(leaf: Any) -> tuple[int, ...]:
+def _shape(leaf: object) -> tuple[int, ...]:
     """Of an array with at least one axis; of anything else, parameters included, there is none."""
     shape = getattr(leaf, "shape", None)
     return tuple(shape) if isinstance(shape, tuple) and not isinstance(leaf, nn.Parameter) else ()
 
 
-def _belongs(leaf: Any, count: int) -> bool:
+def _belongs(leaf: object, count: int) -> bool:
     shape = _shape(leaf)
     return not shape or shape[0] in (0, 1, count)
 
 
-def _is_listed(value: Any, count: int) -> bool:
+def _is_listed(value: object, count: int) -> bool:
     """Whether a list has an element per sample, and no tensors of all samples."""
     if type(value) is not list or len(value) != count:
         return False

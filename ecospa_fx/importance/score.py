@@ -20,7 +20,8 @@ from ecospa_fx.importance.methods import Method, Statistic, UnitScores, method_n
 from ecospa_fx.importance.samples import Splitter
 from ecospa_fx.importance.scores import Scores
 from ecospa_fx.importance.separable import copied
-from ecospa_fx.progress import watched
+from ecospa_fx.module_modes import modes_restored
+from ecospa_fx.progress import progress_bar
 from ecospa_fx.runtime.guards import leaves_untouched
 from ecospa_fx.wrappers import unwrapped
 
@@ -35,26 +36,54 @@ def score(
     method: str = "gate-fisher",
     progress: bool = False,
 ) -> Scores:
-    """Score every unit of every offered coupling.
+    """Score every unit of every offered coupling: how much the loss depends on it.
 
-    method: "gate-fisher" (recommended), "fisher", "taylor", or "magnitude", which reads no batches; formulas in
-    `ecospa_fx.importance.methods`. batches: (args, kwargs) of calls of the model, tensors [samples, …]. What counts
-    are samples: a batch of several is cut along the first axis of its tensors, scores the same as its samples do in
-    batches of one, and takes as long; model and loss are called with one sample at a time. Where a batch cannot be cut
-    (tensors of other leading sizes, a model or loss that mixes samples, as contrastive losses do) it counts as one
-    sample, and a UserWarning says why. The model runs in eval mode on its own device; frozen parameters are scored
-    too; modes, gradients, hooks and batches are as before afterwards. Memory beyond the forward and backward pass is
-    one number per unit. `progress` shows a bar on stderr: batches done, of how many where `batches` has a length, and
-    the time left.
+    Scores are expectations over samples, not batches: a batch of several samples is cut along the first axis of its
+    tensors, and scores the same as its samples do in batches of one. Where a batch cannot be cut, because its tensors
+    have other leading sizes, or because the model or the loss mixes samples, as contrastive losses do, it counts as one
+    sample and a UserWarning says why.
 
-    Only the slope of the loss counts, in any unit. Raises ScoreError for empty batches, a loss that is not a scalar,
-    does not depend on the coupled parameters or has no slope there, values that are not finite, and weights on
-    ``meta``; where nothing is offered.
+    The model runs in eval mode on its own device. Modes, gradients, hooks and batches are as before afterwards. Frozen
+    parameters are scored too. Memory beyond the forward and the backward pass is one number per unit.
 
-    >>> loss = lambda output, args, kwargs: output.square().mean()
-    >>> scores = score(model, couplings, [((x,), {}) for x in data], loss=loss)  # doctest: +SKIP
-    >>> scores[couplings[0].name].shape == (couplings[0].carriers, couplings[0].size)  # doctest: +SKIP
-    True
+    Args:
+        model: the ``nn.Module`` that the couplings were detected on, with its weights.
+        couplings: `Couplings` that `detect` returned, or a selection of them.
+        batches: iterable of (args, kwargs) pairs of calls of the model, tensors [samples, …]; by default none.
+        loss: function (output, args, kwargs) to a scalar in any unit, as only its slope counts; it is called with one
+            sample at a time. By default None, which only "magnitude" takes.
+        method: "gate-fisher", the default and recommended; "fisher"; "taylor"; or "magnitude", which reads no batches.
+            Formulas are in `ecospa_fx.importance.methods`.
+        progress: True shows a bar on stderr; False by default.
+
+    Returns:
+        `Scores`: by name of coupling a float64 CPU tensor [carriers, units], all in one currency. What has the least
+        score per parameter is removed first.
+
+    Raises:
+        ScoreError: there are no batches or no loss; the loss is no finite scalar, does not depend on the coupled
+            parameters or has no slope there; weights are on ``meta``, not finite or of another model; nothing is
+            offered.
+
+    Examples:
+        >>> import torch, ecospa_fx as eco
+        >>> mlp = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.GELU(), torch.nn.Linear(32, 8))
+        >>> couplings = eco.detect(mlp, (torch.randn(2, 8),))
+        >>> tuple(eco.score(mlp, couplings, method="magnitude")["ffn"].shape)
+        (1, 32)
+
+        By calibration data:
+
+        >>> data = [((torch.randn(4, 8),), {}) for _ in range(8)]
+        >>> scores = eco.score(mlp, couplings, data, loss=lambda output, args, kwargs: output.square().mean())
+        >>> len(eco.plan(couplings, ratio=0.5, scores=scores)["ffn"].keep[0])
+        16
+
+        A language model that returns logits:
+
+        >>> def loss(output, args, kwargs):
+        ...     return cross_entropy(output.logits[:, :-1].flatten(0, 1), args[0][:, 1:].flatten())
+        >>> scores = eco.score(model, couplings, [((ids,), {}) for ids in loader], loss=loss)  # doctest: +SKIP
     """
     check_data(batches, loss, ScoreError, progress)
     model = unwrapped(model)
@@ -68,7 +97,7 @@ def splitter_of(model: nn.Module, loss: Loss | None) -> Splitter | None:
     return Splitter(lambda batch: _called(model, *batch), loss, model.parameters())
 
 
-def _called(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+def _called(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> object:
     """What the model returns; what it writes into are copies."""
     args, kwargs = copied((args, kwargs))
     return model(*args, **kwargs)
@@ -87,9 +116,9 @@ def score_samples(
         raise ScoreError(f"method {method!r} needs a loss: pass loss=, a function (output, args, kwargs) -> scalar")
     statistic, unit, count = _statistic(chosen, weights, couplings), NormalisedLoss(loss), 0
     with _scoring(model, statistic):
-        for count, batch in enumerate(watched(batches, method) if progress else batches, 1):  # read below
-            own = unit if chosen.degree else loss
-            _gather(model, statistic, splitter, arguments(batch, count - 1), own, count - 1)
+        for count, batch in enumerate(progress_bar(batches, method) if progress else batches, 1):  # read below
+            scaled = unit if chosen.degree else loss
+            _gather(model, statistic, splitter, arguments(batch, count - 1), scaled, count - 1)
     if count == 0:
         raise ScoreError(f"there are no batches to score with {method!r}: pass at least one (args, kwargs)")
     return Scores(method, _values(chosen, statistic, unit))
@@ -106,7 +135,7 @@ def _values(method: Method, statistic: Statistic, unit: NormalisedLoss) -> UnitS
 def _gather(model: nn.Module, statistic: Statistic, splitter: Splitter, batch: Batch, loss: Loss, number: int) -> None:
     """Let the statistic see the samples of one batch, but for those that have no finite loss of their own."""
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def forward(*args: object, **kwargs: object) -> object:
         return _called(model, args, kwargs)
 
     samples, count = splitter.split(batch, number), 0
@@ -159,24 +188,22 @@ def _statistic(method: Method, weights: Mapping[str, nn.Parameter], couplings: C
 @contextmanager
 def _scoring(model: nn.Module, statistic: Statistic) -> Iterator[None]:
     """Eval mode, gradients for the statistic's inputs only; everything as before afterwards."""
-    modes = {module: module.training for module in model.modules()}
     needed = {id(tensor) for tensor in statistic.inputs}
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
-        model.eval()
-        for parameter in flags:
-            parameter.requires_grad_(id(parameter) in needed)
-        with torch.inference_mode(False), torch.enable_grad(), statistic.watching():
-            yield
+        with modes_restored(model), torch.inference_mode(False), torch.enable_grad():
+            model.eval()
+            for parameter in flags:
+                parameter.requires_grad_(id(parameter) in needed)
+            with statistic.watching():
+                yield
     finally:
-        for module, training in modes.items():
-            module.training = training
         for parameter, required in flags.items():
             parameter.requires_grad_(required)
 
 
 def one_batch(
-    forward: Callable[..., Any], inputs: Callable[[], Sequence[Tensor]], batch: object, loss: Loss, number: int,
+    forward: Callable[..., object], inputs: Callable[[], Sequence[Tensor]], batch: object, loss: Loss, number: int,
     *, strict: bool = True,
 ) -> bool:  # fmt: skip
     """Differentiate the loss of one batch by `inputs`, asked for after the forward pass; hooks do the rest.

@@ -20,9 +20,9 @@ from ecospa_fx.errors import EcospaError, PlanError, ScoreError
 class Scores:
     """How much each unit matters; allocation removes the least score per parameter first.
 
-    method: the name it was computed by; values: coupling name to float64 CPU tensor [carriers, units]. Scores of
-    different couplings are compared with each other, so they must be in one currency. A mapping to look things up in:
-    ``name in scores``, ``len``, iteration over names, ``items()``. Raises ScoreError for what is no mapping of tensors.
+    Scores of different couplings are compared with each other, so they must be in one currency. A mapping to look
+    things up in: ``name in scores``, ``len``, iteration over names, ``items()``. Raises ScoreError for what is no
+    mapping of tensors.
 
     Example:
         >>> import torch, ecospa_fx as eco
@@ -34,7 +34,9 @@ class Scores:
     """
 
     method: str
+    """The name that they were computed by."""
     values: Mapping[str, Tensor]
+    """Coupling name to tensor [carriers, units], float64 on the CPU as `score` makes it."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, str):

@@ -32,19 +32,22 @@ def unit_scores(
     The score of a unit is what its removal adds once all before it are gone and the rest has made up for them. looks:
     how often costs of a coupling are looked at on the way, by default after every unit.
     """
-    found: dict[str, Tensor] = {}
+    scores: dict[str, Tensor] = {}
     for view in views.inputs:
-        found[view.coupling.name] = sum(
-            (_input_scores(site, at, curvature, weights, damping, looks) for site, at in view.positions.items()),
+        scores[view.coupling.name] = sum(
+            (
+                _input_scores(site, positions, curvature, weights, damping, looks)
+                for site, positions in view.positions.items()
+            ),
             torch.zeros(view.coupling.carriers, view.coupling.size, dtype=torch.float64),
         )
     for gate in views.gates:
         matrix = damped(curvature.gates[gate.coupling.name], damping)
         removal = remove_all(matrix, torch.ones_like(matrix[:, :1]), 1, _at_once(matrix.shape[1], looks))
-        found[gate.coupling.name] = order_scores(removal).cpu() / 2
+        scores[gate.coupling.name] = order_scores(removal).cpu() / 2
     for coupling in views.others:
-        found[coupling.name] = curvature.others[coupling.name] / 2
-    return found
+        scores[coupling.name] = curvature.others[coupling.name] / 2
+    return scores
 
 
 def _at_once(units: int, looks: int | None) -> int:
@@ -57,12 +60,12 @@ def _input_scores(
 ) -> Tensor:  # fmt: skip
     """Carrier by carrier: what is left of a carrier makes up for what goes from it."""
     moments, gradients = curvature.inputs[site], curvature.outputs[site]
-    at = positions.flatten(1).to(moments.second.device)
-    square = moments.second.diagonal()[at].mean(-1)
-    hessian = damped(curvature.second(site)[at[:, :, None], at[:, None, :]], damping, square)
+    flat = positions.flatten(1).to(moments.second.device)
+    square = moments.second.diagonal()[flat].mean(-1)
+    hessian = damped(curvature.second(site)[flat[:, :, None], flat[:, None, :]], damping, square)
     metric = power(gradients.second / max(gradients.rows, 1), 0.5)
     matrix = metric @ site.matrix(weights[site.parameter]).to(metric)
-    weight = matrix[:, at].movedim(1, 0)
+    weight = matrix[:, flat].movedim(1, 0)
     removal = remove_all(hessian, weight, positions.shape[2], _at_once(positions.shape[1], looks))
     return order_scores(removal).cpu() / 2
 

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from ecospa_fx.coupling.types import Coupling
 from ecospa_fx.errors import ScoreError
-from ecospa_fx.importance.compensation import Compensated, Removed
+from ecospa_fx.importance.compensation import Compensated, Keep
 from ecospa_fx.importance.score import Batch, Loss
 from ecospa_fx.runtime.interpreter import NodeValues, PartialInterpreter
 
@@ -36,7 +36,7 @@ LEAST = 0.1
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Curves:
-    """Rise of the loss by coupling: (kept units, rise) from most to fewest kept; whole, it is 0.
+    """Rise of the loss as each coupling loses units, measured at some widths.
 
     Between these widths the rise goes as the scores' prediction does; beyond them nothing is known, and no width is
     chosen. Given to `plan`, all widths are chosen at once so that the sum of the rises is least.
@@ -45,30 +45,34 @@ class Curves:
     """
 
     rises: Mapping[str, tuple[tuple[int, float], ...]]
+    """By coupling (kept units, rise) from most to fewest kept; of the whole coupling the rise is 0."""
     rate: float = 0.0
     """What one unit of the scores' prediction has cost on average."""
 
-    def lost(self, coupling: Coupling, kept: Sequence[int], predicted: Callable[[Sequence[int]], Tensor]) -> Tensor:
+    def rise(self, coupling: Coupling, kept: Sequence[int], predicted: Callable[[Sequence[int]], Tensor]) -> Tensor:
         """float64 [widths]: the rise at any widths. predicted: the scores' prediction at widths, ascending."""
         widths, rises = zip(*((coupling.size, 0.0), *self.rises[coupling.name]), strict=True)
         tiny = TINY * (float(predicted(widths).max()) or 1.0)
-        x, at = (predicted(one) + tiny * (coupling.size - torch.tensor(one)) for one in (widths, kept))
+        x, wanted = (predicted(some) + tiny * (coupling.size - torch.tensor(some)) for some in (widths, kept))
         y = torch.tensor(rises, dtype=torch.float64).maximum(LEAST * self.rate * x).cummax(0).values
-        high = torch.searchsorted(x, at).clamp(min=1)
+        high = torch.searchsorted(x, wanted).clamp(min=1)
         unknown = high == len(x)
         high = high.clamp(max=len(x) - 1)
         low = (high - 1).clamp(min=0)
         slope = (y[high] - y[low]) / (x[high] - x[low]).clamp(min=tiny)
-        return (y[low] + (at - x[low]) * slope).masked_fill(unknown & (at > 0), torch.inf)
+        return (y[low] + (wanted - x[low]) * slope).masked_fill(unknown & (wanted > 0), torch.inf)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Trial:
-    """Weights to try in place of the base's. coupling: whose; parameters: which change; variants: made when needed."""
+    """Weights to try in place of the base's."""
 
     coupling: str
+    """Name of the coupling that loses units."""
     parameters: Collection[str]
+    """Names of those that change."""
     variants: Sequence[Callable[[], ChangedWeights]]
+    """Make the weights when they are needed."""
 
 
 class TrialLosses:
@@ -92,15 +96,15 @@ class TrialLosses:
 
     def losses(self, trials: Sequence[Trial], watch: Watcher = lambda trials: trials) -> dict[str, list[float]]:
         """Mean loss of each variant, by coupling."""
-        found, at = {}, 0
+        losses, done = {}, 0
         with torch.no_grad():
             states = [self.evaluator.start(*batch) for batch in self.batches]
             for trial in watch(sorted(trials, key=self.first)):
                 first = self.first(trial)
-                states = [self._run(state, self.evaluator.order[at:first], {}) for state in states]
-                at, rest = first, self.evaluator.order[first:]
-                found[trial.coupling] = [self._mean(states, rest, variant()) for variant in trial.variants]
-        return found
+                states = [self._run(state, self.evaluator.order[done:first], {}) for state in states]
+                done, rest = first, self.evaluator.order[first:]
+                losses[trial.coupling] = [self._mean(states, rest, variant()) for variant in trial.variants]
+        return losses
 
     def _mean(self, states: Sequence[NodeValues], rest: Sequence[fx.Node], weights: ChangedWeights) -> float:
         total = 0.0
@@ -120,11 +124,11 @@ class TrialLosses:
 
 
 def measured(
-    bench: TrialLosses,
+    trial_losses: TrialLosses,
     weights: Compensated,
     scores: Mapping[str, Tensor],
     widths: Mapping[str, Sequence[int]],
-    base: Removed,
+    base: Keep,
     watch: Watcher = lambda trials: trials,
 ) -> Curves:
     """Curves of all couplings of `widths`, which lists kept units from most to fewest, around a base.
@@ -133,31 +137,31 @@ def measured(
     the others at the base. Raises ScoreError where the loss with whole couplings is not finite.
     """
     trials = [_trial(weights, scores, c, widths[c.name], base) for c in weights.couplings if c.name in widths]
-    found = bench.losses(trials, watch)
+    losses = trial_losses.losses(trials, watch)
     rises: dict[str, tuple[tuple[int, float], ...]] = {}
-    told, predicted = 0.0, 0.0
-    for name, (whole, *others) in found.items():
+    risen, predicted = 0.0, 0.0
+    for name, (whole, *others) in losses.items():
         if not isfinite(whole):
             raise ScoreError(f"the loss is not finite while sensitivities are measured at {name!r}: check the batches")
         pairs = ((kept, max(loss - whole, 0.0)) for kept, loss in zip(widths[name], others, strict=True))
         rises[name] = tuple((kept, rise) for kept, rise in pairs if isfinite(rise))
-        told += sum(rise for _, rise in rises[name])
-        predicted += sum(float(scores[name][least(scores[name], kept)].sum()) for kept, _ in rises[name])
-    return Curves(rises, told / predicted if predicted > 0 else 0.0)
+        risen += sum(rise for _, rise in rises[name])
+        predicted += sum(float(scores[name][~keep_best(scores[name], kept)].sum()) for kept, _ in rises[name])
+    return Curves(rises, risen / predicted if predicted > 0 else 0.0)
 
 
 def _trial(
-    weights: Compensated, scores: Mapping[str, Tensor], coupling: Coupling, widths: Sequence[int], base: Removed
+    weights: Compensated, scores: Mapping[str, Tensor], coupling: Coupling, widths: Sequence[int], base: Keep
 ) -> Trial:
     touched = weights.touched(coupling)
 
     def variant(kept: int) -> Callable[[], ChangedWeights]:
-        return lambda: weights.weights({**base, coupling.name: least(scores[coupling.name], kept)}, touched)
+        return lambda: weights.weights({**base, coupling.name: keep_best(scores[coupling.name], kept)}, touched)
 
     return Trial(coupling.name, touched, [variant(kept) for kept in (coupling.size, *widths)])
 
 
-def least(scores: Tensor, kept: int) -> Tensor:
-    """BoolTensor [carriers, units], True for the units of least score, so that `kept` stay in every carrier."""
+def keep_best(scores: Tensor, kept: int) -> Tensor:
+    """BoolTensor [carriers, units], True for the `kept` units of greatest score in every carrier."""
     order = scores.to("cpu", torch.float64).sort(dim=1, stable=True).indices
-    return torch.zeros(scores.shape, dtype=torch.bool).scatter_(1, order[:, : scores.shape[1] - kept], True)
+    return torch.ones(scores.shape, dtype=torch.bool).scatter_(1, order[:, : scores.shape[1] - kept], False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import inf, isfinite, nan
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -21,19 +21,19 @@ SHARED, UNRELATED = -1, -2
 """In place of the axis of an output along which samples stand: there is none, or shapes say nothing."""
 
 
-def open_tensors(tree: Any) -> Any:
+def open_tensors(tree: object) -> object:
     """The tree with those objects in parts that hold tensors, and all others as they are."""
 
-    def one(leaf: Any) -> Any:
+    def in_parts(leaf: object) -> object:
         if not is_object(leaf) or isinstance(leaf, dict | list | tuple):
             return leaf
         parts = opened(leaf)
         return parts if any(isinstance(value, Tensor) for value in parts.leaves) else leaf
 
-    return pytree.tree_map(one, tree)
+    return pytree.tree_map(in_parts, tree)
 
 
-def closed_again(leaves: Sequence[Any], spec: Any) -> Any:
+def closed_again(leaves: Sequence[object], spec: pytree.TreeSpec) -> Any:
     """What `open_tensors` took apart, from leaves; objects are new ones."""
     return closed(pytree.tree_unflatten(leaves, spec))[0]
 
@@ -41,17 +41,17 @@ def closed_again(leaves: Sequence[Any], spec: Any) -> Any:
 def copied(batch: Batch) -> Batch:
     """The batch with tensors, and objects that hold some, of its own: a call may write into them."""
     leaves, spec = pytree.tree_flatten(open_tensors(batch))
-    known: dict[int, Tensor] = {}
+    copies: dict[int, Tensor] = {}
 
-    def copy(leaf: Any) -> Any:
+    def copy(leaf: object) -> object:
         if not isinstance(leaf, Tensor) or isinstance(leaf, nn.Parameter):
             return leaf
-        if id(leaf) not in known:
-            known[id(leaf)] = leaf.clone()
-        return known[id(leaf)]
+        if id(leaf) not in copies:
+            copies[id(leaf)] = leaf.clone()
+        return copies[id(leaf)]
 
-    made: Batch = closed_again([copy(leaf) for leaf in leaves], spec)
-    return made
+    result: Batch = closed_again([copy(leaf) for leaf in leaves], spec)
+    return result
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,10 +59,12 @@ class Output:
     """What a model returned, leaf by leaf."""
 
     leaves: list[Any]
-    spec: Any
+    """Tensors, and whatever else it holds."""
+    spec: pytree.TreeSpec
+    """How the leaves make up what was returned."""
 
     @classmethod
-    def of(cls, value: Any) -> Output:
+    def of(cls, value: object) -> Output:
         """Take a result apart."""
         return cls(*pytree.tree_flatten(open_tensors(value)))
 
@@ -83,7 +85,7 @@ class Output:
         return float(value.detach()), [by_place.get(i) for i in range(len(watched))]
 
 
-def _watched(leaf: Any) -> Any:
+def _watched(leaf: object) -> Any:
     if not isinstance(leaf, Tensor):
         return leaf
     plain = (leaf.clone() if leaf.is_inference() else leaf).detach()
@@ -138,9 +140,9 @@ class Comparison:
                 return None
         return "its loss is not made of the losses of its samples"
 
-    def _part(self, leaf: Any, axis: int, place: int, instead: Any) -> Any:
+    def _part(self, leaf: object, axis: int, place: int, instead: object) -> Any:
         """What belongs to one sample."""
-        if axis < 0 or leaf is None:
+        if axis < 0 or not isinstance(leaf, Tensor):
             return instead
         size = leaf.shape[axis] // self._count
         return leaf.narrow(axis, place * size, size)
@@ -157,7 +159,7 @@ class Comparison:
 
     def _agree(self, ours: Slopes, theirs: Slopes, axes: Sequence[int]) -> bool:
         """Whether the batch's gradients at a sample's outputs are those of its own loss, up to a factor."""
-        both, own, other = 0.0, 0.0, 0.0
+        product, square, square_alone = 0.0, 0.0, 0.0
         for mine, alone, axis in zip(ours, theirs, axes, strict=True):
             here = _square(mine) if mine is not None else 0.0
             if axis == UNRELATED and here > 0:
@@ -165,17 +167,17 @@ class Comparison:
             if axis < 0:
                 self._inside = self._inside or here > 0
                 continue
-            own += here
-            other += _square(alone) if alone is not None else 0.0
-            both += _product(mine, alone) if mine is not None and alone is not None else 0.0
-        least = max(own, self._steepness)
-        if not isfinite(other):
-            return own <= 1e-9 * least  # a sample without labels
-        factor = max(0.0, both / other) if other > 0 else 0.0
-        return own - 2 * factor * both + factor**2 * other <= MIXED**2 * least
+            square += here
+            square_alone += _square(alone) if alone is not None else 0.0
+            product += _product(mine, alone) if mine is not None and alone is not None else 0.0
+        least = max(square, self._steepness)
+        if not isfinite(square_alone):
+            return square <= 1e-9 * least  # a sample without labels
+        factor = max(0.0, product / square_alone) if square_alone > 0 else 0.0
+        return square - 2 * factor * product + factor**2 * square_alone <= MIXED**2 * least
 
 
-def _axis_of_samples(whole: Any, single: Any, count: int) -> int:
+def _axis_of_samples(whole: object, single: object, count: int) -> int:
     """The one axis that is `count` times as long for a batch as for one sample."""
     if not isinstance(whole, Tensor) or not isinstance(single, Tensor):
         return SHARED
@@ -187,7 +189,7 @@ def _axis_of_samples(whole: Any, single: Any, count: int) -> int:
     return axes[0] if len(axes) == 1 and whole.shape[axes[0]] == count * single.shape[axes[0]] else UNRELATED
 
 
-def _is_floating(leaf: Any) -> bool:
+def _is_floating(leaf: object) -> TypeGuard[Tensor]:
     return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 

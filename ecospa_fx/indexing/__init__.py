@@ -1,0 +1,1 @@
+"""Indexing: which element of which tensor stands at each position, as expressions in the position."""

@@ -1,4 +1,4 @@
-"""What goes along an axis."""
+"""Symbolic elements of tensors: operators along an axis (tril, triu, cumsum, diff)."""
 
 from __future__ import annotations
 

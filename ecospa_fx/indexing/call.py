@@ -1,4 +1,4 @@
-"""What a rule of elements sees: a call with its arguments by name; where it does not know, it returns None."""
+"""The call of an operator as a rule for symbolic elements sees it; a rule that does not know returns None."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from torch import Tensor, fx
 from ecospa_fx.indexing.values import ElementValue, IndexedRead, Piecewise, as_number, combined, constant, position
 from ecospa_fx.ir.schema import named_arguments
 
-Known = dict[fx.Node, ElementValue]
+Computed = dict[fx.Node, ElementValue]
 ElementRule = Callable[["ElementCall"], ElementValue | None]
-NodeRule = Callable[[fx.Node, Known], ElementValue | None]
-RULES: dict[Any, NodeRule] = {}
+NodeRule = Callable[[fx.Node, Computed], ElementValue | None]
+RULES: dict[object, NodeRule] = {}
 
 
 class ElementCall:
     """A call as a rule sees it: arguments by name, defaults included."""
 
-    def __init__(self, node: fx.Node, known: Known) -> None:
-        self.node, self.known = node, known
+    def __init__(self, node: fx.Node, computed: Computed) -> None:
+        self.node, self.computed = node, computed
         self.arguments = named_arguments(node, defaults=True)
         self.shape = shape_of(node)
         self.dtype: torch.dtype = node.meta["val"].dtype
 
     def __getitem__(self, name: str) -> Any:
         """An argument; sizes as numbers or symbols, tensors as nodes."""
-        given = self.arguments.get(name)
-        return _scalar(given)
+        argument = self.arguments.get(name)
+        return _scalar(argument)
 
     def rank(self, name: str = "self") -> int:
         """How many axes a tensor argument has."""
@@ -42,15 +42,15 @@ class ElementCall:
 
     def value(self, name: str = "self") -> ElementValue:
         """What the elements of a tensor argument are, in their own positions."""
-        given = self[name]
-        return self.known[given] if isinstance(given, fx.Node) else constant(given)
+        argument = self[name]
+        return self.computed[argument] if isinstance(argument, fx.Node) else constant(argument)
 
     def aligned(self, name: str) -> Piecewise | None:
         """What the elements of an argument are, in the positions of the result; None for those of other tensors."""
-        given, value = self[name], self.value(name)
+        argument, value = self[name], self.value(name)
         if not isinstance(value, Piecewise):
             return None
-        shape = shape_of(given) if isinstance(given, fx.Node) else ()
+        shape = shape_of(argument) if isinstance(argument, fx.Node) else ()
         offset, places = len(self.shape) - len(shape), {}
         for axis, size in enumerate(shape):
             if same(size, self.shape[axis + offset]):
@@ -61,40 +61,41 @@ class ElementCall:
                 return None
         return value.at(places)
 
-    def pointwise(self, function: Callable[..., Any], *names: str) -> Piecewise | None:
+    def pointwise(self, function: Callable[..., object], *names: str) -> Piecewise | None:
         """A function of numbers, position by position."""
         values = [self.aligned(name) for name in names]
         return None if any(v is None for v in values) else combined(function, *(v for v in values if v is not None))
 
-    def moved(self, places: Sequence[Any]) -> ElementValue:
+    def moved(self, places: Sequence[object]) -> ElementValue:
         """The elements of ``self`` at other positions: one expression for each of its axes."""
         return self.value().at({position(axis): sympy.sympify(place) for axis, place in enumerate(places)})
 
 
-def _scalar(given: Any) -> Any:
-    if isinstance(given, fx.Node) and not isinstance(given.meta.get("val"), Tensor):
-        return given.meta["val"]
-    return given
+def _scalar(argument: object) -> Any:
+    if isinstance(argument, fx.Node) and not isinstance(argument.meta.get("val"), Tensor):
+        return argument.meta["val"]
+    return argument
 
 
-def same(a: Any, b: Any) -> bool:
+def same(a: object, b: object) -> bool:
     """Whether two sizes are equal, whatever the symbols stand for."""
     return bool(sympy.expand(as_number(a) - as_number(b)) == 0)
 
 
-def element_rule(*operators: Any) -> Callable[[ElementRule], ElementRule]:
+def element_rule(*operators: object) -> Callable[[ElementRule], ElementRule]:
     """Register a rule for operators."""
 
     def register(rule: ElementRule) -> ElementRule:
         for operator in operators:
-            RULES[operator] = lambda node, known: rule(ElementCall(node, known))
+            RULES[operator] = lambda node, computed: rule(ElementCall(node, computed))
         return rule
 
     return register
 
 
-def shape_of(node: Any) -> tuple[Any, ...]:
+def shape_of(node: object) -> tuple[Any, ...]:
     """The sizes of a node's tensor."""
+    assert isinstance(node, fx.Node)  # whatever an operator takes as a tensor
     return tuple(node.meta["val"].shape)
 
 

@@ -1,4 +1,4 @@
-"""Tensors made of nothing."""
+"""Symbolic elements of tensors: operators that make them (arange, full, zeros, ones)."""
 
 from __future__ import annotations
 

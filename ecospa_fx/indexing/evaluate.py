@@ -1,4 +1,4 @@
-"""What the elements of a tensor are, as expressions in their own positions.
+"""Symbolic elements: every element of a tensor as an expression of its own position.
 
 ``arange(n)[:, None] >= arange(n)`` is, at row i0 and column i1, the condition ``i0 - i1 >= 0``, however it is spelt.
 `Elements` finds such expressions for everything that is computed from sizes and constants alone, for all sizes at
@@ -61,27 +61,27 @@ class Elements(Mapping[fx.Node, ElementValue]):
 
     def _value(self, node: fx.Node) -> ElementValue:
         rule = RULES.get(node.target) if node.op == "call_function" else None
-        found: ElementValue | None
+        value: ElementValue | None
         if rule is None:
-            found = _stored(node)
+            value = _stored(node)
         else:
             key = self._key(node)
             if key not in self._computed:
                 self._computed[key] = self._bounded(rule, node)
-            found = self._computed[key]
-        if isinstance(found, Piecewise) and self._written and not bases(node).isdisjoint(self._written):
-            found = None
-        return found if found is not None else itself(node)
+            value = self._computed[key]
+        if isinstance(value, Piecewise) and self._written and not bases(node).isdisjoint(self._written):
+            value = None
+        return value if value is not None else itself(node)
 
     def _bounded(self, rule: NodeRule, node: fx.Node) -> ElementValue | None:
         try:
-            found = rule(node, self._known)
-            if isinstance(found, IndexedRead):
-                small_enough(found.places)
+            value = rule(node, self._known)
+            if isinstance(value, IndexedRead):
+                small_enough(value.places)
         except TooLarge:
             log.debug("node %s (%s) stays as it is: its elements take too long an expression", node, node.target)
             return None
-        return found
+        return value
 
     def _key(self, node: fx.Node) -> str:
         """Equal where nodes compute the same from the same values, as the masks of all layers often do."""
@@ -115,7 +115,7 @@ def _is_tensor(node: fx.Node) -> bool:
 
 def _stored(node: fx.Node) -> Piecewise | None:
     """A literal of the model's code that is one number, such as ``torch.tensor(-1e9)``."""
-    held = node.meta.get("constant")
-    if not isinstance(held, Tensor) or held.numel() != 1 or held.is_complex():
+    value = node.meta.get("constant")
+    if not isinstance(value, Tensor) or value.numel() != 1 or value.is_complex():
         return None
-    return constant(held.item())
+    return constant(value.item())

@@ -1,23 +1,22 @@
-"""Functions of elements at the same position."""
+"""Symbolic elements of tensors: pointwise operators (comparisons, logic, arithmetic)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import sympy
 import torch
 
 from ecospa_fx.indexing.call import ElementCall, ElementRule, element_rule
-from ecospa_fx.indexing.values import ElementValue, Piecewise, at_least_zero, negated
+from ecospa_fx.indexing.values import Condition, ElementValue, Number, Piecewise, at_least_zero, negated
 
 aten = torch.ops.aten
 
 
-def _compare(function: Callable[[Any], Any]) -> ElementRule:
+def _compare(function: Callable[[Number], Condition | None]) -> ElementRule:
     """A comparison from what it says of the difference of its operands."""
 
-    def decide(a: Any, b: Any) -> Any:
+    def decide(a: Number, b: Number) -> Condition | None:
         if a == b:
             return function(sympy.Integer(0))
         gap = sympy.expand(a - b)
@@ -26,13 +25,13 @@ def _compare(function: Callable[[Any], Any]) -> ElementRule:
     return lambda call: call.pointwise(decide, "self", "other")
 
 
-def _least(gap: Any, strict: bool) -> Any:
+def _least(gap: Number, strict: bool) -> Condition:
     if gap.is_number:
         return sympy.true if (gap > 0 if strict else gap >= 0) else sympy.false
     return at_least_zero(gap - 1 if strict else gap)
 
 
-def _equal(gap: Any) -> Any:
+def _equal(gap: Number) -> Condition:
     if gap.is_number:
         return sympy.true if gap == 0 else sympy.false
     return sympy.And(at_least_zero(gap), at_least_zero(-gap))

@@ -1,4 +1,4 @@
-"""Expressions for the elements of tensors: numbers by condition, and elements of other tensors."""
+"""Expressions for the elements of a tensor: numbers by condition (piecewise), and elements of other tensors."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import product
 from math import prod
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import sympy
 import torch
 from sympy.logic.boolalg import Boolean
 from torch import fx
 
-Number: TypeAlias = Any
-"""A sympy expression."""
-Condition: TypeAlias = Any
-"""A sympy truth value."""
+Number: TypeAlias = sympy.Expr
+"""A number, as an expression of positions and sizes."""
+Condition: TypeAlias = sympy.Basic
+"""A truth value, as an expression of positions and sizes."""
 TRUE, FALSE = sympy.true, sympy.false
 LARGEST = 512
 """How many parts an expression may have: masks of many regions need more, and no flag says what they hide."""
@@ -38,11 +38,12 @@ def position(axis: int) -> sympy.Symbol:
 
 @dataclass(frozen=True, slots=True)
 class Piecewise:
-    """Numbers by condition: exactly one condition holds at each position. A truth value is 1 or 0."""
+    """Numbers by condition. A truth value is 1 or 0."""
 
     cases: tuple[tuple[Condition, Number], ...]
+    """Conditions and numbers; exactly one condition holds at each position."""
 
-    def at(self, places: Mapping[Any, Any]) -> Piecewise:
+    def at(self, places: Mapping[object, object]) -> Piecewise:
         """The same, with positions replaced."""
         return merged((c.xreplace(dict(places)), n.xreplace(dict(places))) for c, n in self.cases)
 
@@ -62,9 +63,11 @@ class IndexedRead:
     """One element of the tensor that another node computes."""
 
     source: fx.Node
+    """The other node."""
     places: tuple[Number, ...]
+    """The position along each axis of its tensor, from the positions in the reader's."""
 
-    def at(self, places: Mapping[Any, Any]) -> IndexedRead:
+    def at(self, places: Mapping[object, object]) -> IndexedRead:
         """The same, with positions replaced."""
         return IndexedRead(self.source, tuple(sympy.sympify(p).xreplace(dict(places)) for p in self.places))
 
@@ -73,11 +76,11 @@ ElementValue = Piecewise | IndexedRead
 
 
 @lru_cache(maxsize=1 << 16)
-def _parts(expression: Any) -> int:
+def _parts(expression: sympy.Basic) -> int:
     return 1 + sum(_parts(part) for part in expression.args)
 
 
-def small_enough(expressions: Iterable[Any]) -> None:
+def small_enough(expressions: Iterable[object]) -> None:
     """Raises TooLarge where expressions have more than LARGEST parts together."""
     size = 0
     for expression in expressions:
@@ -86,24 +89,24 @@ def small_enough(expressions: Iterable[Any]) -> None:
             raise TooLarge
 
 
-def merged(cases: Any) -> Piecewise:
+def merged(cases: Iterable[tuple[Condition, Number]]) -> Piecewise:
     """Cases without the impossible ones; equal numbers under one condition. Raises TooLarge for too many."""
-    found: dict[Number, Condition] = {}
+    conditions: dict[Number, Condition] = {}
     for condition, number in cases:
         if condition is not FALSE and condition != FALSE:
-            found[number] = sympy.Or(found.get(number, FALSE), condition)
-            small_enough(found.values())
-    if len(found) == 1:
-        return Piecewise(((TRUE, next(iter(found))),))
-    return Piecewise(tuple((c, n) for n, c in found.items()))
+            conditions[number] = sympy.Or(conditions.get(number, FALSE), condition)
+            small_enough(conditions.values())
+    if len(conditions) == 1:
+        return Piecewise(((TRUE, next(iter(conditions))),))
+    return Piecewise(tuple((c, n) for n, c in conditions.items()))
 
 
-def constant(number: Any) -> Piecewise:
+def constant(number: object) -> Piecewise:
     """The same number everywhere."""
     return Piecewise(((TRUE, as_number(number)),))
 
 
-def as_number(value: Any) -> Number:
+def as_number(value: object) -> Number:
     """A Python or symbolic number as an expression."""
     if isinstance(value, torch.SymInt):
         return value.node.expr
@@ -117,7 +120,7 @@ def truth(condition: Condition) -> Piecewise:
     return merged([(condition, sympy.Integer(1)), (negated(condition), sympy.Integer(0))])
 
 
-def combined(function: Callable[..., Any], *values: Piecewise) -> Piecewise | None:
+def combined(function: Callable[..., object], *values: Piecewise) -> Piecewise | None:
     """A function of numbers case by case; it returns a number, a condition, or None where it does not know."""
     cases: list[tuple[Condition, Number]] = []
     if prod(len(v.cases) for v in values) > COMBINATIONS:
@@ -134,7 +137,7 @@ def combined(function: Callable[..., Any], *values: Piecewise) -> Piecewise | No
     return merged(cases)
 
 
-def is_condition(value: Any) -> bool:
+def is_condition(value: object) -> bool:
     """Whether an expression is true or false; a symbol, which could be either, counts as a number here."""
     return isinstance(value, Boolean) and not isinstance(value, sympy.Symbol)
 
@@ -177,30 +180,30 @@ def negated(condition: Condition) -> Condition:
     return sympy.Not(condition)
 
 
-def settled(condition: Condition, shape: Sequence[Any]) -> Condition:
+def settled(condition: Condition, shape: Sequence[object]) -> Condition:
     """A condition without the comparisons that hold, or fail, at every position of a tensor of this shape."""
-    known = {}
+    constants = {}
     for atom in condition.atoms(sympy.Ge):
         gap = sympy.expand(atom.lhs - atom.rhs)
         if lowest(gap, shape):
-            known[atom] = TRUE
+            constants[atom] = TRUE
         elif lowest(-gap - 1, shape):
-            known[atom] = FALSE
-    condition = condition.xreplace(known) if known else condition
+            constants[atom] = FALSE
+    condition = condition.xreplace(constants) if constants else condition
     if not isinstance(condition, sympy.And):
         return condition
     parts = [c for c in condition.args if not any(_implies(other, c, shape) for other in condition.args)]
     return sympy.And(*parts)
 
 
-def _implies(one: Condition, other: Condition, shape: Sequence[Any]) -> bool:
+def _implies(first: Condition, other: Condition, shape: Sequence[object]) -> bool:
     """Whether a comparison makes a different one superfluous."""
-    if one == other or not (isinstance(one, sympy.Ge) and isinstance(other, sympy.Ge)):
+    if first == other or not (isinstance(first, sympy.Ge) and isinstance(other, sympy.Ge)):
         return False
-    return lowest((other.lhs - other.rhs) - (one.lhs - one.rhs), shape)
+    return lowest((other.lhs - other.rhs) - (first.lhs - first.rhs), shape)
 
 
-def lowest(number: Number, shape: Sequence[Any]) -> bool:
+def lowest(number: Number, shape: Sequence[object]) -> bool:
     """Whether a number is never negative at any position of a tensor of this shape, for all sizes from 1."""
     number = sympy.expand(number)
     for axis, size in enumerate(shape):

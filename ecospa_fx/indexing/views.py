@@ -1,18 +1,20 @@
-"""The same elements at other positions."""
+"""Symbolic elements of tensors: operators that move elements (views, expand, slices, indices)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
-from typing import Any
+from typing import TypeAlias
 
 import sympy
 import torch
 
 from ecospa_fx.indexing.call import ElementCall, element_rule, same, shape_of
-from ecospa_fx.indexing.values import ElementValue, Piecewise, as_number, lowest, position
+from ecospa_fx.indexing.values import ElementValue, Number, Piecewise, as_number, lowest, position
 
 aten = torch.ops.aten
+_Sized: TypeAlias = tuple[int, Number]
+"""An axis and its size."""
 
 
 @element_rule(aten.alias.default, aten.clone.default, aten.contiguous.default, aten.lift_fresh_copy.default)
@@ -98,9 +100,9 @@ def repeat_interleave(call: ElementCall) -> ElementValue | None:
     return call.moved([sympy.floor(position(a) / times) if a == axis else position(a) for a in range(call.rank())])
 
 
-def regrouped(inside: Sequence[Any], outside: Sequence[Any]) -> list[Any] | None:
+def regrouped(inside: Sequence[object], outside: Sequence[object]) -> list[Number] | None:
     """The position along each axis before a reshape, from those after it; None where sizes do not tell."""
-    places: list[Any] = [0] * len(inside)
+    places: list[Number] = [0] * len(inside)
     before = [(axis, as_number(s)) for axis, s in enumerate(inside) if not same(s, 1)]
     after = [(axis, as_number(s)) for axis, s in enumerate(outside) if not same(s, 1)]
     while before or after:
@@ -109,7 +111,7 @@ def regrouped(inside: Sequence[Any], outside: Sequence[Any]) -> list[Any] | None
             return None
         rows, columns = group
         before, after = before[len(rows) :], after[len(columns) :]
-        flat = reduce(lambda total, one: total * one[1] + position(one[0]), columns, sympy.Integer(0))
+        flat = reduce(lambda total, column: total * column[1] + position(column[0]), columns, sympy.Integer(0))
         for axis, size in reversed(rows[1:]):
             places[axis] = sympy.Mod(flat, size)
             flat = sympy.floor(flat / size)
@@ -117,7 +119,7 @@ def regrouped(inside: Sequence[Any], outside: Sequence[Any]) -> list[Any] | None
     return places
 
 
-def _group(before: list[Any], after: list[Any]) -> tuple[list[Any], list[Any]] | None:
+def _group(before: list[_Sized], after: list[_Sized]) -> tuple[list[_Sized], list[_Sized]] | None:
     """The shortest runs at the beginning of both whose sizes have the same product."""
     rows, columns = 1, 1
     while rows <= len(before) and columns <= len(after):
@@ -136,15 +138,15 @@ def _group(before: list[Any], after: list[Any]) -> tuple[list[Any], list[Any]] |
 @element_rule(aten.index.Tensor)
 def index(call: ElementCall) -> ElementValue | None:
     """Positions that are computed, where none of them counts from the right."""
-    given = [(axis, n) for axis, n in enumerate(call["indices"]) if n is not None]
-    if any(n.meta["val"].dtype is torch.bool for _, n in given):
+    indexed = [(axis, n) for axis, n in enumerate(call["indices"]) if n is not None]
+    if any(n.meta["val"].dtype is torch.bool for _, n in indexed):
         return None
-    ranks = [len(shape_of(n)) for _, n in given]
-    adjacent = [a for a, _ in given] == list(range(given[0][0], given[0][0] + len(given)))
-    first, wide = (given[0][0] if adjacent else 0), max(ranks)
-    places: dict[int, Any] = {}
-    for (axis, node), rank in zip(given, ranks, strict=True):
-        value = call.known[node]
+    ranks = [len(shape_of(n)) for _, n in indexed]
+    adjacent = [a for a, _ in indexed] == list(range(indexed[0][0], indexed[0][0] + len(indexed)))
+    first, wide = (indexed[0][0] if adjacent else 0), max(ranks)
+    places: dict[int, Number] = {}
+    for (axis, node), rank in zip(indexed, ranks, strict=True):
+        value = call.computed[node]
         number = value.single if isinstance(value, Piecewise) else None
         if number is None or not lowest(number, shape_of(node)):
             return None

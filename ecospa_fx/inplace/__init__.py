@@ -1,1 +1,1 @@
-"""A plan written back into the user's own module, and into the configuration that builds it."""
+"""In place: a plan written back into the user's own module, and into the configuration that builds it."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -22,6 +21,7 @@ from ecospa_fx.inplace.serialise import integers_to_json
 from ecospa_fx.inplace.stale_configuration import warn_of_stale
 from ecospa_fx.inplace.trial import IntegerEdits, apply_edit, edited
 from ecospa_fx.inplace.unread_integers import infer_integers
+from ecospa_fx.module_modes import modes_restored, set_mode
 from ecospa_fx.origin import ATTRIBUTE, origin, remember
 from ecospa_fx.plan import Plan, check_plan
 from ecospa_fx.rewrite import smaller
@@ -40,21 +40,47 @@ USER_MODEL_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 def shrink_(model: Model, plan: Plan, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Model:
     """Make a model smaller in place: its parameters, and the integers and tables of its modules that must follow.
 
-    args, kwargs: example inputs. Classes, methods, hooks, modes and Parameter objects stay, so that generation with
-    caches, adapters, trainers and saving go on working; gradients are cut along, and an optimizer must be made anew.
-    Which attributes follow is found by trying and proven on a copy, in float64 where the model runs in it: the edited
-    module equals the masked one and the rewritten graph for the example, for other sizes and with its flags the other
-    way round. Where all layers got equal widths and the model's configuration can say so, the configuration follows,
-    and a model built from it with these weights is equal too; where it cannot, a warning names its fields. A model in
-    torch.compile is edited inside it. Returns the model.
-    Raises PlanError, and leaves the model exactly as it was, where that cannot be proven.
+    Classes, methods, hooks, modes and Parameter objects stay, so that generation with caches, adapters, trainers and
+    saving go on working. Gradients are cut along; an optimizer must be made anew. A model inside of ``torch.compile``
+    is edited inside it.
 
-    Example:
+    Which attributes follow is found by trying, and proven on a copy, in float64 where the model runs in it: the edited
+    module equals the masked one and the rewritten graph, for the example, for other sizes and with its flags the other
+    way round. Where all layers got equal widths and the model's configuration can say so, the configuration follows,
+    and a model built from it with these weights is equal too. Where it cannot, a warning names its fields.
+
+    Args:
+        model: the ``nn.Module`` that the plan was made for; it is changed.
+        plan: a `Plan` in which all carriers of a coupling keep the same number of units. The option
+            expressible_in="module" of the verb `plan` makes one that can be written back.
+        args: tuple of positional example inputs, by default ().
+        kwargs: mapping of example inputs by name, by default none.
+
+    Returns:
+        The same model.
+
+    Raises:
+        PlanError: the plan was made for another model, or it cannot be proven that the edited module is right. The
+            model is then exactly as it was.
+        CaptureError: the model cannot be traced with these inputs.
+
+    Examples:
         >>> import torch, ecospa_fx as eco
         >>> mlp = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.GELU(), torch.nn.Linear(32, 8))
         >>> x = torch.randn(2, 8)
         >>> eco.shrink_(mlp, eco.plan(eco.detect(mlp, (x,)), ratio=0.5, scores="magnitude"), (x,))[0]
         Linear(in_features=8, out_features=16, bias=True)
+
+        Again, to a quarter of the first width:
+
+        >>> plan = eco.plan(eco.detect(mlp, (x,)), scores="magnitude", widths={"ffn": 8})
+        >>> eco.shrink_(mlp, plan, (x,))[2]
+        Linear(in_features=8, out_features=8, bias=True)
+
+        A model of transformers, with widths that its configuration can say:
+
+        >>> plan = eco.plan(couplings, 0.3, scores, expressible_in="module", allocation="uniform")  # doctest: +SKIP
+        >>> eco.shrink_(model, plan, (ids,)).save_pretrained(folder)  # doctest: +SKIP
     """
     check_call(model, args, kwargs, PlanError)
     check_plan(plan)
@@ -165,7 +191,8 @@ def _write(
 ) -> None:
     """Edit the user's module and run it; whatever happens before it has run, it is as it was."""
     edits = Edits()
-    with _evaluating(model):
+    with modes_restored(model):
+        set_mode(False, model)
         want = None
         if not plan.allow:
             with masked(model, plan), untouched(model):
@@ -194,16 +221,3 @@ def _buffers(model: nn.Module, plan: Plan, check: EquivalenceCheck) -> dict[str,
     example = check.calls[0]
     small, dense = smaller(model, plan, example.args, example.kwargs), dict(model.named_buffers())
     return {n: t for n, t in small.named_buffers() if n in dense and t.shape != dense[n].shape}
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode inside, and in its own mode outside."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -1,0 +1,1 @@
+"""Intermediate representation: graphs of operators with parameters by name, and how to change them."""

@@ -7,7 +7,7 @@ of the example values tell, and those of parameters and buffers that lie in one 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import cache
 from operator import getitem
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from ecospa_fx.ir.schema import is_operator, named_arguments, schema_of
+from ecospa_fx.ir.schema import is_operator, named_arguments
 
 
 def shares(node: fx.Node) -> list[fx.Node]:
@@ -31,10 +31,11 @@ def shares(node: fx.Node) -> list[fx.Node]:
 
 def written_by(node: fx.Node) -> list[fx.Node]:
     """The arguments that a call writes into, lists of tensors and arguments by name among them."""
-    result = [
-        value for argument, value in _given(node) if argument.alias_info is not None and argument.alias_info.is_write
-    ]
-    return list(dict.fromkeys(_nodes(result)))
+    writes = _aliases(node.target)[0] if is_operator(node) else {}
+    if not any(writes.values()):
+        return []
+    named = named_arguments(node)
+    return list(dict.fromkeys(_nodes([named[name] for name, is_write in writes.items() if is_write and name in named])))
 
 
 def bases(node: fx.Node) -> set[fx.Node]:
@@ -47,13 +48,13 @@ def bases(node: fx.Node) -> set[fx.Node]:
             result.add(current)
         waiting += [source for source in sources if source not in seen]
         seen.update(sources)
-    return _one_of_several(node, result)
+    return _of_chosen_result(node, result)
 
 
 def written_to(node: fx.Node) -> bool:
     """Whether anything is written in place into the memory that a node's result may share with others."""
     first = bases(node)
-    first |= {other for base in first for other in _beside(base)}
+    first |= {other for base in first for other in _sharing_memory(base)}
     seen, waiting = set(first), list(first)
     while waiting:
         for user in waiting.pop().users:
@@ -82,15 +83,22 @@ def written(graph: fx.Graph) -> set[fx.Node]:
 # -- what a call says of itself ----------------------------------------------------------------------------------
 
 
-def _given(node: fx.Node) -> Iterator[tuple[Any, Any]]:
-    """The arguments of an operator's schema with what a call gives for each."""
-    if not is_operator(node):
-        return
-    named = named_arguments(node)
-    yield from ((argument, named[argument.name]) for argument in schema_of(node).arguments if argument.name in named)
+@cache
+def _aliases(target: Any) -> tuple[dict[str, bool], dict[str, bool], bool]:
+    """What an operator's schema says of its arguments.
+
+    Which may be written into, by name, of those that have a letter; which of these the results may be part of; and
+    whether it has a mode in which it returns its input.
+    """
+    schema = target._schema
+    returned = [r.alias_info for r in schema.returns if r.alias_info is not None]
+    marked = {a.name: a.alias_info for a in schema.arguments if a.alias_info is not None}
+    writes = {name: info.is_write for name, info in marked.items()}
+    shown = {name: any(_overlap(info, other) for other in returned) for name, info in marked.items()}
+    return writes, shown, any(a.name == "train" for a in schema.arguments)
 
 
-def _nodes(values: Any) -> list[fx.Node]:
+def _nodes(values: object) -> list[fx.Node]:
     return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, fx.Node)]
 
 
@@ -98,10 +106,12 @@ def _views(node: fx.Node) -> set[fx.Node]:
     """The arguments that the schema says the results are views of, or that they are where there is nothing to do."""
     if not is_operator(node):
         return set()
-    returned = [r.alias_info for r in schema_of(node).returns if r.alias_info is not None]
-    marked = [(a.alias_info, value) for a, value in _given(node) if a.alias_info is not None]
-    result = [value for info, value in marked if any(_overlap(info, other) for other in returned)]
-    if any(argument.name == "train" for argument, _ in _given(node)):  # returns its input in the other mode
+    _, shown, has_mode = _aliases(node.target)
+    if not (shown or has_mode):
+        return set()
+    named = named_arguments(node)
+    result = [named[name] for name, is_part in shown.items() if is_part and name in named]
+    if "train" in named:  # returns its input in the other mode
         result += node.all_input_nodes[:1]
     return set(_nodes(result))
 
@@ -127,7 +137,7 @@ def _storages(node: fx.Node) -> set[int]:
     return result
 
 
-def _one_of_several(node: fx.Node, result: set[fx.Node]) -> set[fx.Node]:
+def _of_chosen_result(node: fx.Node, result: set[fx.Node]) -> set[fx.Node]:
     """Of the bases of what was one of several results those whose memory it has."""
     storages = _storages(node)
     certain = {base for base in result if not storages.isdisjoint(_storages(base))}
@@ -137,10 +147,10 @@ def _one_of_several(node: fx.Node, result: set[fx.Node]) -> set[fx.Node]:
 def _all_bases(node: fx.Node) -> set[fx.Node]:
     """The bases, and parameters and buffers that lie in the same memory."""
     result = bases(node)
-    return result | {other for base in result for other in _beside(base)}
+    return result | {other for base in result for other in _sharing_memory(base)}
 
 
-def _beside(node: fx.Node) -> list[fx.Node]:
+def _sharing_memory(node: fx.Node) -> list[fx.Node]:
     """Other stored tensors and inputs in the memory of one."""
     storages = _storages(node) if node.op in ("placeholder", "get_attr") else set()
     stored = (n for op in ("placeholder", "get_attr") for n in node.graph.find_nodes(op=op)) if storages else ()

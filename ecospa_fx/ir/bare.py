@@ -9,16 +9,18 @@ _HEAP = 1 << 9
 """The flag of classes that Python code has made (Py_TPFLAGS_HEAPTYPE)."""
 
 
-def bare(kind: type, items: Any = None) -> Any:
+def bare(kind: type, items: object = None) -> object:
     """An object of a class whose own code has not run. items: what a tuple or a frozen set holds."""
-    known = () if items is None else (items,)
+    arguments = () if items is None else (items,)
+    native: Any = _native(kind)
     try:
-        return _native(kind).__new__(kind, *known)
+        instance: object = native.__new__(kind, *arguments)
     except TypeError:  # a class written in C, which only its own constructor can make
-        return kind.__new__(kind, *known)
+        instance = kind.__new__(kind, *arguments)
+    return instance
 
 
-def contents(value: Any) -> Any:
+def contents(value: object) -> dict[object, object] | list[object] | None:
     """The items of an instance of a class derived from a container, as a dict or a list; None for any other."""
     native: Any = _native(type(value))
     if isinstance(value, dict):
@@ -28,23 +30,23 @@ def contents(value: Any) -> Any:
     return None
 
 
-def refill(made: Any, items: Any) -> None:
+def refill(instance: object, items: Any) -> None:
     """Give an instance of a class derived from a container other items; one that is fixed keeps its own."""
-    native: Any = _native(type(made))
-    if isinstance(made, (tuple, frozenset)):
+    native: Any = _native(type(instance))
+    if isinstance(instance, (tuple, frozenset)):
         return
-    native.clear(made)
-    if isinstance(made, dict):
+    native.clear(instance)
+    if isinstance(instance, dict):
         for key, value in items.items():
-            native.__setitem__(made, key, value)
-    elif isinstance(made, set):
-        native.update(made, items)
+            native.__setitem__(instance, key, value)
+    elif isinstance(instance, set):
+        native.update(instance, items)
     else:
-        native.extend(made, items)
+        native.extend(instance, items)
 
 
 def _native(kind: type) -> type:
     """The first class in the order of inheritance that is not written in Python."""
     if issubclass(kind, deque):
         return deque  # which newer versions of Python make as if it were written in Python
-    return next(one for one in kind.__mro__ if not one.__flags__ & _HEAP)
+    return next(base for base in kind.__mro__ if not base.__flags__ & _HEAP)

@@ -8,16 +8,17 @@ import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
+
+from ecospa_fx.ir.schema import Args, Kwargs
 
 _INHERITED = ("nn_module_stack", "stack_trace", "torch_fn", "source_fn_stack", "custom")
 
 
-def insert(
-    graph: fx.Graph, target: Any, args: tuple[Any, ...], like: fx.Node, kwargs: dict[str, Any] | None = None
-) -> fx.Node:
+def insert(graph: fx.Graph, target: fx.node.Target, args: Args, like: fx.Node, kwargs: Kwargs | None = None) -> fx.Node:
     """A call at the graph's insertion point that belongs where `like` belongs, with its value propagated."""
-    node = inherit(graph.call_function(target, args, kwargs or {}), like)
+    node = inherit(graph.create_node("call_function", target, args, kwargs or {}), like)
     node.meta["val"] = evaluate(node)
     return node
 
@@ -42,20 +43,20 @@ def evaluate(node: fx.Node) -> Any:
 
 def _value(node: fx.Node) -> Any:
     """The value of a node; graphs that higher-order operators call are their own."""
-    held = node.graph.owning_module if node.op == "get_attr" and "val" not in node.meta else None
-    return node.meta["val"] if held is None else held.get_submodule(str(node.target))
+    owner = node.graph.owning_module if node.op == "get_attr" and "val" not in node.meta else None
+    return node.meta["val"] if owner is None else owner.get_submodule(str(node.target))
 
 
-def fake_mode(graph: fx.Graph) -> Any:
+def fake_mode(graph: fx.Graph) -> FakeTensorMode | None:
     """The mode that the example values of a graph live in; None for real ones."""
     first = next((n.meta["val"] for n in graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)), None)
     return detect_fake_mode([first]) if first is not None else None
 
 
-def layout(value: Any) -> Any:
+def layout(value: object) -> object:
     """Sizes and strides as text: comparing symbols would tie them."""
     if isinstance(value, list | tuple):
-        return [layout(one) for one in value]
+        return [layout(item) for item in value]
     return str((tuple(value.shape), value.stride())) if isinstance(value, torch.Tensor) else str(value)
 
 
@@ -85,6 +86,6 @@ def _is_known(node: fx.Node) -> bool:
 
 
 def _read(node: fx.Node) -> set[fx.Node]:
-    found: list[fx.Node] = []
-    fx.node.map_arg((node.args, node.kwargs), found.append)
-    return set(found)
+    nodes: list[fx.Node] = []
+    fx.node.map_arg((node.args, node.kwargs), nodes.append)
+    return set(nodes)

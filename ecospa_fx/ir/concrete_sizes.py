@@ -1,16 +1,20 @@
-"""Numbers in place of the sizes that a graph keeps open."""
+"""Concrete numbers in place of symbolic sizes, so chosen that no two sizes agree by accident."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TypeAlias
 
 import sympy
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
-from ecospa_fx.ir.schema import Sizes
+from ecospa_fx.ir.schema import Size, Sizes
+
+Numbers: TypeAlias = Mapping[sympy.Symbol, int]
+"""Numbers in place of symbols."""
 
 
 def concrete_sizes(graph: fx.Graph) -> Sizes:
@@ -20,24 +24,24 @@ def concrete_sizes(graph: fx.Graph) -> Sizes:
     the example's is taken if there is one; a size that the data decides counts as a large prime.
     """
     numbers = _Numbers(list(_computed_sizes(graph)))
-    known: dict[Any, int] = {}
+    sizes: dict[sympy.Expr, int] = {}
 
-    def size(value: Any) -> int:
+    def size(value: Size) -> int:
         if isinstance(value, int):
             return value
         expression = value.node.expr
-        if expression not in known:
+        if expression not in sizes:
             symbols = sorted(expression.free_symbols, key=str)
             chosen = {symbol: numbers.of(symbol, value.node.shape_env) for symbol in symbols}
-            known[expression] = int(expression.subs(chosen))
-        return known[expression]
+            sizes[expression] = int(expression.subs(chosen))
+        return sizes[expression]
 
     return size
 
 
 def _computed_sizes(graph: fx.Graph) -> Iterator[sympy.Expr]:
     """The different sizes in a graph that are computed from symbols by more than sums and products."""
-    seen: set[Any] = set()
+    seen: set[sympy.Expr | None] = set()
     for node in graph.nodes:
         for leaf in pytree.tree_leaves(node.meta.get("val")):
             for size in leaf.shape if isinstance(leaf, Tensor) else (leaf,):
@@ -54,16 +58,16 @@ class _Numbers:
 
     def __init__(self, computed: Sequence[sympy.Expr]) -> None:
         self.computed = computed
-        self.known: dict[Any, int] = {}
+        self.known: dict[sympy.Expr, int] = {}
         self.unknown = 0
 
-    def of(self, symbol: Any, environment: Any) -> int:
+    def of(self, symbol: sympy.Symbol, environment: ShapeEnv) -> int:
         """The number of a symbol, always the same."""
         if symbol not in self.known:
             self.known[symbol] = self._choose(symbol, environment)
         return self.known[symbol]
 
-    def _choose(self, symbol: Any, environment: Any) -> int:
+    def _choose(self, symbol: sympy.Symbol, environment: ShapeEnv) -> int:
         named = "backed_var_to_val" if hasattr(environment, "backed_var_to_val") else "var_to_val"
         hint = getattr(environment, named).get(symbol)
         if hint is None:
@@ -82,19 +86,19 @@ class _Numbers:
         return int(hint)
 
 
-def _holds(guard: Any, numbers: Mapping[Any, int]) -> bool:
+def _holds(guard: sympy.Basic, numbers: Numbers) -> bool:
     """Whether a requirement may be met: not where it is false, or where something in it is divided by zero."""
     value = _value(guard, numbers)
     return value is not None and value != False  # noqa: E712 (sympy's)
 
 
-def _is_size(expression: Any, numbers: Mapping[Any, int]) -> bool:
+def _is_size(expression: sympy.Expr, numbers: Numbers) -> bool:
     """Whether a size can be computed, as far as its symbols have numbers."""
     value = _value(expression, numbers)
     return value is not None and (not value.is_number or (bool(value.is_integer) and value >= 0))
 
 
-def _value(expression: Any, numbers: Mapping[Any, int]) -> Any:
+def _value(expression: sympy.Basic, numbers: Numbers) -> sympy.Basic | None:
     """An expression with numbers in place of symbols; None where it has no value."""
     try:
         value = expression.subs(numbers)
@@ -105,10 +109,10 @@ def _value(expression: Any, numbers: Mapping[Any, int]) -> Any:
 
 def _prime(index: int) -> int:
     """Primes far from any width, one per unknown size."""
-    candidate, found = 1_000_003, -1
+    candidate, count = 1_000_003, -1
     while True:
         if all(candidate % d for d in range(3, 1001, 2)):
-            found += 1
-            if found == index:
+            count += 1
+            if count == index:
                 return candidate
         candidate += 2

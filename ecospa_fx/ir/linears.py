@@ -27,17 +27,18 @@ _TRANSPOSING = (aten.t.default, aten.numpy_T.default, aten.transpose.int, aten.p
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LinearUse:
-    """One use of a matrix.
-
-    node: the product; input: its activation [..., in]; parameter: the matrix, [out, in] where `rows` is True and
-    [in, out] otherwise; bias: the parameter [out] that is added in the same operation, or None.
-    """
+    """One use of a matrix."""
 
     node: fx.Node
+    """The product."""
     input: fx.Node
+    """Its activation, [..., in]."""
     parameter: str
+    """The name of the matrix."""
     rows: bool
+    """Whether the matrix is [out, in], not [in, out]."""
     bias: str | None
+    """The name of the parameter [out] that is added in the same operation, or None."""
 
     @property
     def in_axis(self) -> int:
@@ -50,27 +51,27 @@ class LinearUse:
 
 
 def linear_uses(program: Program) -> list[LinearUse]:
-    """The sites of a graph in its order; only of parameters that nothing else reads."""
-    found = [site for node in program.graph.nodes if (site := _site(program, node)) is not None]
+    """The products by matrices in a graph, in its order; only by matrices that nothing else reads."""
+    products = [use for node in program.graph.nodes if (use := _linear_use(program, node)) is not None]
     uses = Counter(program.parameters[n] for n in program.parameters for _ in n.users)
-    return [site for site in found if uses[site.parameter] == 1 and (site.bias is None or uses[site.bias] == 1)]
+    return [use for use in products if uses[use.parameter] == 1 and (use.bias is None or uses[use.bias] == 1)]
 
 
-def _site(program: Program, node: fx.Node) -> LinearUse | None:
+def _linear_use(program: Program, node: fx.Node) -> LinearUse | None:
     if node.op != "call_function" or node.target not in _PRODUCTS or not node.users:
         return None
     activation, matrix, addend, transposed = _PRODUCTS[node.target]
-    given = named_arguments(node)
-    if node.target is aten.addmm.default and (given.get("beta", 1), given.get("alpha", 1)) != (1, 1):
+    arguments = named_arguments(node)
+    if node.target is aten.addmm.default and (arguments.get("beta", 1), arguments.get("alpha", 1)) != (1, 1):
         return None
-    source, flipped = _stored(given[matrix])
+    source, flipped = _stored(arguments[matrix])
     if source not in program.parameters or len(program.shapes[program.parameters[source]]) != 2:
         return None
-    bias = given.get(addend) if addend else None
+    bias = arguments.get(addend) if addend else None
     if bias is not None and (bias not in program.parameters or len(program.shapes[program.parameters[bias]]) != 1):
         return None
     name = program.parameters[bias] if bias is not None else None
-    return LinearUse(node, given[activation], program.parameters[source], transposed != flipped, name)
+    return LinearUse(node, arguments[activation], program.parameters[source], transposed != flipped, name)
 
 
 def _stored(node: fx.Node) -> tuple[fx.Node, bool]:

@@ -7,20 +7,20 @@ call ends in "@1". Cutting works where the calls nest like brackets: the nodes o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import fx
 
 KEY = "nn_module_stack"
-Stack = dict[str, Any]
+Stack = dict[str, tuple[str, object]]
+"""By key the path and the class of every module that a node lies in, from the root down."""
 
 
-def arrange_stacks(graph: fx.Graph, known: set[str]) -> None:
+def arrange_stacks(graph: fx.Graph, paths: set[str]) -> None:
     """Make the modules of all nodes complete, their calls nested, and the calls that are left numbered from 0.
 
-    known: paths of the modules that exist.
+    paths: paths of the modules that exist.
     """
-    _complete(graph, known)
+    _complete(graph, paths)
     _nest([node for node in graph.nodes if node.meta.get(KEY)])
     _renumber(graph)
 
@@ -44,7 +44,7 @@ def _part(stack: Stack, count: int) -> Stack:
     return dict(list(stack.items())[:count])
 
 
-def _complete(graph: fx.Graph, known: set[str]) -> None:
+def _complete(graph: fx.Graph, paths: set[str]) -> None:
     """Give every node the modules from the root down; traced graph modules come without the outer ones.
 
     Sizes of the inputs come with a module that does not exist; they are the root's.
@@ -54,7 +54,7 @@ def _complete(graph: fx.Graph, known: set[str]) -> None:
         if not stack or next(iter(stack.values()))[0] == "":
             continue
         path, kind = next(reversed(stack.values()))
-        if path.partition("@")[0] not in known:
+        if path.partition("@")[0] not in paths:
             path, kind = "", "torch.nn.modules.module.Module"
         parts = path.split(".")
         outer = {
@@ -81,8 +81,8 @@ def _renumber(graph: fx.Graph) -> None:
     for node in graph.nodes:
         for key in node.meta.get(KEY) or ():
             name = key.partition("@")[0]
-            known = calls.setdefault(name, {})
-            known.setdefault(key, f"{name}@{len(known)}" if known else name)
+            numbered = calls.setdefault(name, {})
+            numbered.setdefault(key, f"{name}@{len(numbered)}" if numbered else name)
     for node in graph.nodes:
         if stack := node.meta.get(KEY):
             node.meta[KEY] = {calls[key.partition("@")[0]][key]: entry for key, entry in stack.items()}

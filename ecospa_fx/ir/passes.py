@@ -1,10 +1,10 @@
-"""The contract of a pass, and what runs them."""
+"""The contract of a graph pass, and the driver that runs passes and checks the graph after each of them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
@@ -15,11 +15,14 @@ from ecospa_fx.ir.tracing import one_at_a_time
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PassResult:
-    """What a pass returns: the graph module, how many nodes changed, and what was left alone and why."""
+    """What a pass returns."""
 
     graph_module: fx.GraphModule
+    """The graph module that it was given, rewritten in place."""
     changes: int
+    """How many nodes changed; 0 only where the graph is as it was."""
     reasons: tuple[str, ...] = ()
+    """What was left alone, and why: one sentence each."""
 
     @property
     def modified(self) -> bool:
@@ -31,10 +34,8 @@ class PassResult:
 class Pass(Protocol):
     """A frozen dataclass whose fields are its options."""
 
-    @property
-    def name(self) -> str:
-        """In kebab case, as people type it."""
-        ...
+    name: ClassVar[str]
+    """The name of its file in kebab case, as messages say it."""
 
     def run(self, graph_module: fx.GraphModule) -> PassResult:
         """Rewrite a graph of ``torch.ops`` calls with example values in ``node.meta["val"]``, in place."""
@@ -43,47 +44,64 @@ class Pass(Protocol):
 
 def check_passes(passes: object) -> None:
     """Raise PassError for what is no sequence of passes."""
-    several = isinstance(passes, Sequence) and not isinstance(passes, str)
-    if not several or not all(isinstance(p, Pass) and not isinstance(p, type) for p in passes):  # type: ignore[attr-defined]
+    is_sequence = isinstance(passes, Sequence) and not isinstance(passes, str)
+    if not is_sequence or not all(isinstance(p, Pass) and not isinstance(p, type) for p in passes):  # type: ignore[attr-defined]
         raise PassError(f"passes={passes!r:.60} are no passes: give some of ecospa_fx.passes, or () for none")
 
 
 @one_at_a_time()
 def run_passes(graph_module: fx.GraphModule, passes: Sequence[Pass]) -> PassResult:
-    """Run passes one after the other, in place, and check the graph after each.
+    """Run passes one after the other, in place, and check the graph after each that changed it.
 
     Afterwards the graph is well formed, every node has its example value, and the outputs have the shapes and types
-    that they had. Raises PassError with the pass, the node and the passes before it where that is not so.
+    that they had. Raises PassError with the pass, the node and the passes before it where that is not so; what a pass
+    itself refuses is raised as it is.
     """
-    changes, before = 0, _outputs(graph_module)
+    changes, outputs, bare = 0, _outputs(graph_module.graph), set(_without_values(graph_module.graph))
     reasons: list[str] = []
-    for at, one in enumerate(passes):
-        done = ", ".join(p.name for p in passes[:at])
-        told = f"pass {one.name}" + (f" (after {done})" if done else "")
+    for index, current in enumerate(passes):
+        earlier = ", ".join(p.name for p in passes[:index])
+        described = f"pass {current.name}" + (f" (after {earlier})" if earlier else "")
         try:
-            result = one.run(graph_module)
-            graph_module.graph.lint()
+            result = current.run(graph_module)
+            if result.modified:
+                graph_module.graph.lint()
         except RuntimeError as error:
-            raise PassError(f"{told} left a graph that is not well formed: {error}") from error
+            raise PassError(f"{described} left a graph that is not well formed: {error}") from error
         if result.modified:
-            graph_module.recompile()
-        _check(graph_module, before, told)
+            _check(graph_module.graph, outputs, bare, described)
         changes += result.changes
         reasons += result.reasons
+    if changes:
+        graph_module.recompile()
     return PassResult(graph_module, changes, tuple(reasons))
 
 
-def _check(graph_module: fx.GraphModule, before: list[Any], told: str) -> None:
-    for node in graph_module.graph.nodes:
-        if node.op == "call_function" and node.users and "val" not in node.meta:
-            raise PassError(f"{told} left node {node.name} without an example value")
-    after = _outputs(graph_module)
+def _check(graph: fx.Graph, before: list[str], bare: set[fx.Node], described: str) -> None:
+    for node in _without_values(graph):
+        if node not in bare:
+            raise PassError(f"{described} left node {node.name} without an example value")
+    after = _outputs(graph)
     if after != before:
-        raise PassError(f"{told} changed the outputs from {before} to {after}")
+        raise PassError(f"{described} changed the outputs from {_listed(before)} to {_listed(after)}")
 
 
-def _outputs(graph_module: fx.GraphModule) -> list[Any]:
+def _without_values(graph: fx.Graph) -> list[fx.Node]:
+    """Calls whose results are read, and have no example."""
+    return [n for n in graph.nodes if n.op == "call_function" and n.users and "val" not in n.meta]
+
+
+def _outputs(graph: fx.Graph) -> list[str]:
     """Shape and type of every output."""
-    output = next(n for n in reversed(graph_module.graph.nodes) if n.op == "output")
-    values = [n.meta.get("val") if isinstance(n, fx.Node) else n for n in pytree.tree_leaves(output.args)]
-    return [(tuple(str(s) for s in v.shape), v.dtype) if isinstance(v, Tensor) else type(v).__name__ for v in values]
+    leaves = pytree.tree_leaves(graph.output_node().args)
+    return [_described(leaf.meta.get("val") if isinstance(leaf, fx.Node) else leaf) for leaf in leaves]
+
+
+def _described(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{value.dtype} [{', '.join(str(size) for size in value.shape)}]"
+
+
+def _listed(outputs: list[str]) -> str:
+    return f"({', '.join(outputs)})"

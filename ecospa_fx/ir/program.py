@@ -26,27 +26,29 @@ from ecospa_fx.ir.slices import TensorSlice
 
 
 class Program(ABC):
-    """A graph whose parameters can be replaced.
-
-    parameters: node to the first name of the parameter, so that tied parameters are one; shapes: by that name; state:
-    buffers that the graph writes into, by node; inputs: nodes that the caller gives; narrowed, cut_buffers: how inputs
-    and outputs, and buffers by name, were cut.
-    """
+    """A graph whose parameters can be replaced."""
 
     graph: fx.Graph
     parameters: Mapping[fx.Node, str]
+    """By node the first name of the parameter, so that tied parameters are one."""
     shapes: Mapping[str, tuple[int, ...]]
+    """Shapes of the parameters by that name."""
     sizes: Sizes
+    """Numbers in place of sizes that are symbols."""
     state: Mapping[fx.Node, str]
+    """By node the names of buffers that the graph writes into."""
     inputs: Collection[fx.Node]
+    """The nodes that the caller gives."""
     narrowed: dict[fx.Node, TensorSlice]
+    """How inputs and outputs were cut."""
     cut_buffers: dict[str, TensorSlice]
+    """How buffers were cut, by name."""
 
     def narrow_input(self, node: fx.Node, cut: TensorSlice, sizes: Sequence[int | None]) -> None:
         """Let an input be narrower. sizes: per axis, None where it stays as it is."""
         old = node.meta["val"]
         self.narrowed[node] = cut
-        shape = [own if new is None else new for own, new in zip(old.shape, sizes, strict=True)]
+        shape = [size if new is None else new for size, new in zip(old.shape, sizes, strict=True)]
         with detect_fake_mode([old]) or nullcontext():
             node.meta["val"] = torch.empty(shape, dtype=old.dtype, device=old.device)
 
@@ -88,8 +90,8 @@ class ExportedForm(Program):
         self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         self.values: dict[str, nn.Parameter] = dict(model.named_parameters())
         self.buffers: dict[str, Tensor] = {}
-        held = exported.graph_signature.inputs_to_buffers
-        self.stored = {placeholders[node]: target for node, target in held.items()}
+        buffers = exported.graph_signature.inputs_to_buffers
+        self.stored = {placeholders[node]: target for node, target in buffers.items()}
         changed = written(self.graph)
         self.state = {node: name for node, name in self.stored.items() if node in changed}
         specs = exported.graph_signature.input_specs
@@ -116,13 +118,13 @@ class ExportedForm(Program):
         return twin
 
     def buffer(self, name: str) -> Tensor:
-        held = self.exported.state_dict if name in self.exported.state_dict else self.exported.constants
-        found: Tensor = held[name]
-        return found
+        tensors = self.exported.state_dict if name in self.exported.state_dict else self.exported.constants
+        value: Tensor = tensors[name]
+        return value
 
     def replace_buffer(self, node: fx.Node, name: str, tensor: Tensor) -> None:
-        held = self.exported.state_dict if name in self.exported.state_dict else self.exported.constants
-        held[name] = tensor
+        tensors = self.exported.state_dict if name in self.exported.state_dict else self.exported.constants
+        tensors[name] = tensor
         node.meta["val"] = _fake_like(node.meta["val"], tensor)
 
     def tensor(self, name: str) -> Tensor:
@@ -130,8 +132,8 @@ class ExportedForm(Program):
 
     def replace_parameter(self, name: str, tensor: Tensor) -> None:
         self.values[name] = nn.Parameter(tensor, requires_grad=self.values[name].requires_grad)
-        for node, own in self.parameters.items():
-            if own == name:
+        for node, stored in self.parameters.items():
+            if stored == name:
                 node.meta["val"] = _fake_like(node.meta["val"], tensor)
 
     def add_buffer(self, module: str, tensor: Tensor) -> fx.Node:
@@ -153,8 +155,8 @@ class ExportedForm(Program):
 
 
 def _any_fake(graph: fx.Graph) -> Tensor:
-    found: Tensor = next(n.meta["val"] for n in graph.nodes if isinstance(n.meta.get("val"), Tensor))
-    return found
+    example: Tensor = next(n.meta["val"] for n in graph.nodes if isinstance(n.meta.get("val"), Tensor))
+    return example
 
 
 def _fake_like(value: Tensor, tensor: Tensor) -> Tensor:
@@ -182,11 +184,11 @@ class AttributeForm(Program):
                     "trace it with torch.export, or use ecospa_fx.shrink"
                 )
             if node.op == "get_attr":
-                held = _attribute(module, str(node.target))
-                node.meta.setdefault("val", held)
-                if isinstance(held, nn.Parameter):
-                    self.parameters[node] = first[id(held)]
-                elif isinstance(held, Tensor):
+                value = _attribute(module, str(node.target))
+                node.meta.setdefault("val", value)
+                if isinstance(value, nn.Parameter):
+                    self.parameters[node] = first[id(value)]
+                elif isinstance(value, Tensor):
                     stored[node] = str(node.target)
             elif node.op == "call_function" and "val" not in node.meta:
                 raise CaptureError(f"node {node.name} has no example value in meta['val']: trace it with torch.export")
@@ -211,11 +213,11 @@ class AttributeForm(Program):
         old = self.module.get_parameter(name)
         new = nn.Parameter(tensor, requires_grad=old.requires_grad)
         for owner in self.module.modules():
-            for attribute, held in list(owner._parameters.items()):
-                if held is old:
+            for attribute, value in list(owner._parameters.items()):
+                if value is old:
                     owner._parameters[attribute] = new
-        for node, own in self.parameters.items():
-            if own == name:
+        for node, stored in self.parameters.items():
+            if stored == name:
                 node.meta["val"] = _fake_like(_any_fake(self.graph), new)
 
     def add_buffer(self, module: str, tensor: Tensor) -> fx.Node:
@@ -228,7 +230,7 @@ class AttributeForm(Program):
 
 
 def _attribute(module: nn.Module, path: str) -> Any:
-    held: Any = module
+    value: Any = module
     for part in path.split("."):
-        held = getattr(held, part)
-    return held
+        value = getattr(value, part)
+    return value

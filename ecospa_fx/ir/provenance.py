@@ -22,10 +22,10 @@ def source_of(node: fx.Node) -> str:
     """The user's own line: "file:line: code", from the graph's metadata."""
     trace = node.meta.get("stack_trace") or ""
     lines = [line.strip() for line in trace.strip().splitlines()]
-    for at in range(len(lines) - 1, -1, -1):
-        if lines[at].startswith("File ") and not lines[at].startswith('File "<'):  # code that a tracer made up
-            place = lines[at].split(", in ")[0].removeprefix("File ").replace('"', "").replace(", line ", ":")
-            code = lines[at + 1] if at + 1 < len(lines) else ""
+    for index in range(len(lines) - 1, -1, -1):
+        if lines[index].startswith("File ") and not lines[index].startswith('File "<'):  # code that a tracer made up
+            place = lines[index].split(", in ")[0].removeprefix("File ").replace('"', "").replace(", line ", ":")
+            code = lines[index + 1] if index + 1 < len(lines) else ""
             return f"{place}: {code}".rstrip(": ")
     return ""
 

@@ -1,4 +1,4 @@
-"""Objects among arguments and results, such as caches: taken apart into the tensors that they hold, and put together.
+"""Objects among arguments and results, such as caches: taken apart into their tensors, and put together again.
 
 The exporter knows tensors, numbers and containers of them. Of anything else it gets the tensors in the attributes,
 however deep; what remains, the skeleton, is part of how the arguments are structured.
@@ -7,18 +7,27 @@ however deep; what remains, the skeleton, is part of how the arguments are struc
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ecospa_fx.ir.bare import bare, contents, refill
+
+Tree: TypeAlias = Any
+"""Arguments, results, or parts of them: containers, objects, tensors and numbers of the user, nested in any way."""
+Arguments: TypeAlias = tuple[Any, ...]
+"""Positional arguments of a call of the user's model."""
+NamedArguments: TypeAlias = dict[str, Any]
+"""Keyword arguments of a call of the user's model."""
+
+Key = TypeVar("Key")
 
 _PLAIN = (int, float, complex, bool, str, bytes, type(None))
 _CLOSED = (type, nn.Module, Enum, ModuleType, FunctionType, MethodType, BuiltinFunctionType, partial)
@@ -30,44 +39,58 @@ class Slot:
     """The place of a tensor, or of a size that is a symbol."""
 
     index: int
+    """Which of the leaves stands there."""
 
 
 @dataclass(frozen=True, slots=True)
 class Again:
-    """An object that the skeleton has already, by its number."""
+    """An object that stands in the skeleton already."""
 
     number: int
+    """Which of the shells it is, counted in the order in which they are met."""
 
 
 @dataclass(frozen=True, slots=True)
 class Argument:
-    """The very object that an argument was, by its number."""
+    """The very object that an argument was."""
 
     number: int
+    """Which of the objects among the arguments it is."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shell:
-    """An object without its tensors. items: what it holds as the container that its class derives from, if any."""
+    """An object without its tensors."""
 
     kind: type
-    attributes: Mapping[str, Any]
-    items: Any = None
+    """Its class."""
+    attributes: Mapping[str, object]
+    """Its attributes by name, with places in place of tensors."""
+    items: object = None
+    """What it holds as the container that its class derives from; None where it derives from none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Branch:
     """A container inside an object that the exporter knows how to put together."""
 
-    spec: Any
-    parts: list[Any]
+    spec: pytree.TreeSpec
+    """How the exporter puts it together."""
+    parts: list[object]
+    """What it is put together from, with places in place of tensors."""
 
 
 @dataclass(frozen=True, slots=True)
 class Skeleton:
     """What remains of an object. Two are equal where the same tensors are in the same places, between equal numbers."""
 
-    root: Any
+    root: Shell | Again | Argument
+    """The object itself; all others hang from it."""
+
+    @property
+    def class_name(self) -> str:
+        """The name of the object's class."""
+        return self.root.kind.__name__ if isinstance(self.root, Shell) else "object"
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Skeleton) and difference(self, other) is None
@@ -80,26 +103,28 @@ class Skeleton:
 class Opened:
     """An object in parts: a container to the exporter."""
 
-    leaves: list[Any]
+    leaves: list[object]
+    """Its tensors, and sizes that are symbols."""
     skeleton: Skeleton
+    """What remains of it."""
 
 
-def _flattened(one: Opened) -> tuple[list[Any], Skeleton]:
-    return one.leaves, one.skeleton
+def _flattened(parts: Opened) -> tuple[list[object], Skeleton]:
+    return parts.leaves, parts.skeleton
 
 
-def _keyed(one: Opened) -> tuple[list[tuple[Any, Any]], Skeleton]:
-    return [(pytree.SequenceKey(i), leaf) for i, leaf in enumerate(one.leaves)], one.skeleton
+def _keyed(parts: Opened) -> tuple[list[tuple[pytree.KeyEntry, object]], Skeleton]:
+    return [(pytree.SequenceKey(i), leaf) for i, leaf in enumerate(parts.leaves)], parts.skeleton
 
 
-def _unflattened(leaves: Any, skeleton: Any) -> Opened:
+def _unflattened(leaves: Iterable[object], skeleton: Any) -> Opened:
     return Opened(list(leaves), skeleton)
 
 
 pytree.register_pytree_node(Opened, _flattened, _unflattened, flatten_with_keys_fn=_keyed)
 
 
-def is_object(value: Any) -> bool:
+def is_object(value: object) -> bool:
     """Whether something that is no container to the exporter holds its parts in attributes, or as items of its own."""
     kind = type(value)
     if isinstance(value, (Tensor, *_PLAIN, *_CLOSED)) or kind.__module__ in {"builtins", "torch"}:
@@ -110,26 +135,26 @@ def is_object(value: Any) -> bool:
     return kind.__module__.partition(".")[0] not in sys.stdlib_module_names and bool(_attributes(value))
 
 
-def opened(tree: Any, arguments: Mapping[int, int] | None = None) -> Any:
+def opened(tree: Tree, arguments: Mapping[int, int] | None = None) -> Tree:
     """The tree with every object in parts. arguments: number by identity of those that are only referred to."""
-    known = arguments or {}
+    numbers = arguments or {}
 
-    def one(leaf: Any) -> Any:
-        if id(leaf) in known:
-            return Opened([], Skeleton(Argument(known[id(leaf)])))
-        return _open(leaf, known) if is_object(leaf) or _is_delicate(leaf) else leaf
+    def open_leaf(leaf: object) -> object:
+        if id(leaf) in numbers:
+            return Opened([], Skeleton(Argument(numbers[id(leaf)])))
+        return _open(leaf, numbers) if is_object(leaf) or _is_delicate(leaf) else leaf
 
-    return pytree.tree_map(one, tree, is_leaf=_is_delicate)
+    return pytree.tree_map(open_leaf, tree, is_leaf=_is_delicate)
 
 
-def is_of_user(value: Any) -> bool:
+def is_of_user(value: object) -> bool:
     """Whether something is a container whose class was made known to the exporter by code outside torch."""
     kind = type(value)
-    known = kind in pytree.SUPPORTED_NODES and kind is not Opened
-    return known and kind.__module__.partition(".")[0] not in {"torch", *sys.stdlib_module_names}
+    registered = kind in pytree.SUPPORTED_NODES and kind is not Opened
+    return registered and kind.__module__.partition(".")[0] not in {"torch", *sys.stdlib_module_names}
 
 
-def _is_delicate(value: Any) -> bool:
+def _is_delicate(value: object) -> bool:
     """Whether a container is better treated as an object: it holds objects, or its class refuses what it holds."""
     if not is_of_user(value):
         return False
@@ -143,46 +168,48 @@ def _is_delicate(value: Any) -> bool:
     return False
 
 
-def closed(tree: Any, arguments: Sequence[Any] = (), given: Sequence[Any] | None = None) -> tuple[Any, list[Any]]:
+def closed(
+    tree: Tree, arguments: Sequence[object] = (), instead: Sequence[object] | None = None
+) -> tuple[Tree, list[object]]:
     """The tree with new objects out of their parts, and these in order.
 
-    arguments: what `Argument` refers to; given: objects, in order, to put there instead of new ones.
+    arguments: what `Argument` refers to; instead: objects, in order, to put there instead of new ones.
     """
-    made: list[Any] = []
+    closed_objects: list[object] = []
 
-    def one(leaf: Any) -> Any:
+    def close_leaf(leaf: object) -> object:
         if not isinstance(leaf, Opened):
             return leaf
         root = leaf.skeleton.root
-        if given is not None:
-            made.append(given[len(made)])
+        if instead is not None:
+            closed_objects.append(instead[len(closed_objects)])
         else:
-            made.append(arguments[root.number] if isinstance(root, Argument) else _close(leaf, arguments))
-        return made[-1]
+            closed_objects.append(arguments[root.number] if isinstance(root, Argument) else _close(leaf, arguments))
+        return closed_objects[-1]
 
-    return pytree.tree_map(one, tree, is_leaf=_is_opened), made
+    return pytree.tree_map(close_leaf, tree, is_leaf=_is_opened), closed_objects
 
 
-def containers(tree: Any) -> list[Opened]:
+def containers(tree: Tree) -> list[Opened]:
     """The objects in parts in a tree, in order."""
     return [leaf for leaf in pytree.tree_leaves(tree, is_leaf=_is_opened) if _is_opened(leaf)]
 
 
-def _is_opened(value: Any) -> bool:
+def _is_opened(value: object) -> bool:
     return isinstance(value, Opened)
 
 
-def objects(tree: Any) -> list[Any]:
+def objects(tree: Tree) -> list[object]:
     """The objects in a tree, in order."""
     leaves = pytree.tree_leaves(tree, is_leaf=_is_delicate)
     return [leaf for leaf in leaves if is_object(leaf) or _is_delicate(leaf)]
 
 
-def put_together(spec: Any, leaves: Sequence[Any]) -> Any:
+def put_together(spec: pytree.TreeSpec, leaves: Sequence[object]) -> Tree:
     """A tree of lists and of objects in parts, in the structure of `spec`: nothing of the user's is made for it."""
     remaining = iter(leaves)
 
-    def build(spec: Any) -> Any:
+    def build(spec: pytree.TreeSpec) -> object:
         if spec.is_leaf():
             return next(remaining)
         children = [build(child) for child in spec.children()]
@@ -191,13 +218,13 @@ def put_together(spec: Any, leaves: Sequence[Any]) -> Any:
     return build(spec)
 
 
-def skeletons(spec: Any) -> list[Skeleton]:
+def skeletons(spec: pytree.TreeSpec) -> list[Skeleton]:
     """The skeletons in the structure of a tree that was opened, in order."""
-    found = [spec.context] if spec.type is Opened else []
-    return [*found, *(one for child in spec.children() for one in skeletons(child))]
+    first = [spec.context] if spec.type is Opened else []
+    return [*first, *(skeleton for child in spec.children() for skeleton in skeletons(child))]
 
 
-def copied(tree: Any) -> Any:
+def copied(tree: Tree) -> Tree:
     """The tree with objects of its own and copies of all tensors: what a call changes in place stays in the copy."""
     parts = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, opened(tree))
     return closed(parts)[0]
@@ -209,11 +236,11 @@ def unchanged(before: Opened, after: Opened) -> bool:
     return same and before.skeleton == after.skeleton
 
 
-def _is(a: Any, b: Any) -> bool:
+def _is(a: object, b: object) -> bool:
     return a is b
 
 
-def update(target: Any, state: Opened) -> None:
+def update(target: object, state: Opened) -> None:
     """Give an object the attributes that its parts say."""
     _close(state, into=target)
 
@@ -223,18 +250,19 @@ def update(target: Any, state: Opened) -> None:
 
 @dataclass(slots=True)
 class _Opening:
-    """What is known while an object is taken apart.
-
-    arguments: number by identity of the objects that are only referred to; held: keeps identities valid.
-    """
+    """What is known while an object is taken apart."""
 
     arguments: Mapping[int, int]
-    leaves: list[Any] = field(default_factory=list)
+    """Number by identity of the objects that are only referred to."""
+    leaves: list[object] = field(default_factory=list)
     slots: dict[int, int] = field(default_factory=dict)
+    """Which leaf a tensor is, by identity."""
     shells: dict[int, int] = field(default_factory=dict)
-    held: list[Any] = field(default_factory=list)
+    """Which shell an object has, by identity."""
+    alive: list[object] = field(default_factory=list)
+    """Keeps identities valid."""
 
-    def part(self, value: Any) -> Any:
+    def part(self, value: Tree) -> object:
         if isinstance(value, (Tensor, *_SYMBOLS)):
             if id(value) not in self.slots:
                 self.slots[id(value)] = len(self.leaves)
@@ -249,32 +277,32 @@ class _Opening:
         children, spec = pytree.tree_flatten(value, is_leaf=lambda inner: inner is not value)
         if not spec.is_leaf() and not _is_delicate(value):
             return Branch(spec, [self.part(child) for child in children])
-        return self._shell(value) if not spec.is_leaf() or is_object(value) else value
+        return self.shell(value) if not spec.is_leaf() or is_object(value) else value
 
-    def _shell(self, value: Any) -> Shell | Again | Argument:
+    def shell(self, value: object) -> Shell | Again | Argument:
         if id(value) in self.arguments:
             return Argument(self.arguments[id(value)])
         if id(value) in self.shells:
             return Again(self.shells[id(value)])
         self.shells[id(value)] = len(self.shells)
-        self.held.append(value)
+        self.alive.append(value)
         attributes = {name: self.part(v) for name, v in _attributes(value).items()}
         return Shell(type(value), attributes, self.part(contents(value)))
 
 
-def _open(value: Any, arguments: Mapping[int, int]) -> Opened:
+def _open(value: object, arguments: Mapping[int, int]) -> Opened:
     opening = _Opening(arguments)
-    root = opening._shell(value)
+    root = opening.shell(value)
     return Opened(opening.leaves, Skeleton(root))
 
 
-def _attributes(value: Any) -> dict[str, Any]:
+def _attributes(value: object) -> dict[str, object]:
     slots = [_mangled(kind, n) for kind in type(value).__mro__ for n in _names(kind.__dict__.get("__slots__", ()))]
-    found = {n: getattr(value, n) for n in slots if n not in {"__dict__", "__weakref__"} and hasattr(value, n)}
-    return {**found, **getattr(value, "__dict__", {})}
+    in_slots = {n: getattr(value, n) for n in slots if n not in {"__dict__", "__weakref__"} and hasattr(value, n)}
+    return {**in_slots, **getattr(value, "__dict__", {})}
 
 
-def _names(slots: Any) -> Iterator[str]:
+def _names(slots: str | Iterable[str]) -> Iterator[str]:
     yield from (slots,) if isinstance(slots, str) else slots
 
 
@@ -283,13 +311,13 @@ def _mangled(kind: type, name: str) -> str:
     return f"_{kind.__name__.lstrip('_')}{name}" if private else name
 
 
-def _close(one: Opened, arguments: Sequence[Any] = (), *, into: Any = None) -> Any:
+def _close(parts: Opened, arguments: Sequence[object] = (), *, into: object = None) -> object:
     """The object of some parts: a new one, or `into` with their attributes. arguments: what `Argument` refers to."""
-    shells: list[Any] = []
+    shells: list[object] = []
 
-    def part(value: Any) -> Any:
+    def part(value: Tree) -> object:
         if isinstance(value, Slot):
-            return one.leaves[value.index]
+            return parts.leaves[value.index]
         if isinstance(value, Again):
             return shells[value.number]
         if isinstance(value, Argument):
@@ -302,64 +330,66 @@ def _close(one: Opened, arguments: Sequence[Any] = (), *, into: Any = None) -> A
             return pytree.tree_unflatten([part(v) for v in value.parts], value.spec)
         return shell(value) if isinstance(value, Shell) else value
 
-    def shell(value: Shell) -> Any:
+    def shell(value: Shell) -> object:
         number = len(shells)
         shells.append(into if into is not None and not number else None)
         if shells[number] is None:
             shells[number] = bare(value.kind, part(value.items) if issubclass(value.kind, (tuple, frozenset)) else None)
-        made = shells[number]
+        instance = shells[number]
         for name, inner in value.attributes.items():
-            _set(made, name, part(inner))
+            _set(instance, name, part(inner))
         if value.items is not None:
-            refill(made, part(value.items))
-        return made
+            refill(instance, part(value.items))
+        return instance
 
-    return part(one.skeleton.root)
+    return part(parts.skeleton.root)
 
 
-def _set(made: Any, name: str, value: Any) -> None:
+def _set(target: object, name: str, value: object) -> None:
     """Give an object an attribute, past whatever its class does when one is set."""
-    if isinstance(getattr(type(made), name, None), property):
-        made.__dict__[name] = value
+    if isinstance(getattr(type(target), name, None), property):
+        target.__dict__[name] = value
     else:
-        object.__setattr__(made, name, value)
+        object.__setattr__(target, name, value)
 
 
 # -- comparing ---------------------------------------------------------------------------------------------------
 
 
-def difference(found: Skeleton, wanted: Skeleton) -> str | None:
+def difference(actual: Skeleton, expected: Skeleton) -> str | None:
     """Where two skeletons differ, as ".layers[0].length is 3 instead of 2"; None where they do not."""
-    return _difference(found.root, wanted.root, "")
+    return _difference(actual.root, expected.root, "")
 
 
-def _difference(found: Any, wanted: Any, path: str) -> str | None:
-    if isinstance(found, Shell) and isinstance(wanted, Shell) and found.kind is wanted.kind:
-        inner = _between(found.attributes, wanted.attributes, path, lambda key: f".{key}")
-        return _difference(found.items, wanted.items, path) if inner is None else inner
-    if isinstance(found, Branch) and isinstance(wanted, Branch) and found.spec == wanted.spec:
-        return _difference(found.parts, wanted.parts, path)
-    if type(found) is type(wanted) and isinstance(found, list | tuple):
-        return _between(dict(enumerate(found)), dict(enumerate(wanted)), path, lambda key: f"[{key}]")
-    if type(found) is type(wanted) is dict:
-        return _between(found, wanted, path, lambda key: f"[{key!r}]")
+def _difference(actual: object, expected: object, path: str) -> str | None:
+    if isinstance(actual, Shell) and isinstance(expected, Shell) and actual.kind is expected.kind:
+        inner = _between(actual.attributes, expected.attributes, path, lambda key: f".{key}")
+        return _difference(actual.items, expected.items, path) if inner is None else inner
+    if isinstance(actual, Branch) and isinstance(expected, Branch) and actual.spec == expected.spec:
+        return _difference(actual.parts, expected.parts, path)
+    if isinstance(actual, list | tuple) and isinstance(expected, list | tuple) and type(actual) is type(expected):
+        return _between(dict(enumerate(actual)), dict(enumerate(expected)), path, lambda key: f"[{key}]")
+    if isinstance(actual, dict) and isinstance(expected, dict) and type(actual) is type(expected) is dict:
+        return _between(actual, expected, path, lambda key: f"[{key!r}]")
     plain = (*_PLAIN, Slot, Again, Argument, Branch)
-    if type(found) is type(wanted) and (found == wanted or not isinstance(found, plain)):
+    if type(actual) is type(expected) and (actual == expected or not isinstance(actual, plain)):
         return None
-    return f"{path} is {_told(found)} instead of {_told(wanted)}".strip()
+    return f"{path} is {_in_words(actual)} instead of {_in_words(expected)}".strip()
 
 
-def _between(found: Mapping[Any, Any], wanted: Mapping[Any, Any], path: str, told: Callable[[Any], str]) -> str | None:
-    for key in {**wanted, **found}:
-        if key not in found or key not in wanted:
-            return f"{path}{told(key)} is there in one of them only"
-        inner = _difference(found[key], wanted[key], path + told(key))
+def _between(
+    actual: Mapping[Key, object], expected: Mapping[Key, object], path: str, step: Callable[[Key], str]
+) -> str | None:
+    for key in {**expected, **actual}:
+        if key not in actual or key not in expected:
+            return f"{path}{step(key)} is there in one of them only"
+        inner = _difference(actual[key], expected[key], path + step(key))
         if inner is not None:
             return inner
     return None
 
 
-def _told(value: Any) -> str:
+def _in_words(value: object) -> str:
     if isinstance(value, Slot):
         return "a tensor"
     if isinstance(value, Branch):

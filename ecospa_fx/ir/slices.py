@@ -12,16 +12,28 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AxisSlice:
-    """One axis reduced to some positions.
-
-    size: positions that it had; other: None, or an axis along which the choice differs; positions: LongTensor of those
-    that stay, [positions] or a view that broadcasts over the other axes.
-    """
+    """One axis reduced to some positions."""
 
     axis: int
+    """Which axis."""
     size: int
+    """How many positions it had."""
     other: int | None
+    """An axis along which the choice differs, or None."""
     positions: Tensor
+    """LongTensor of the positions that stay, [positions] or a view that broadcasts over the other axes."""
+
+    @classmethod
+    def along(cls, axis: int, size: int, other: int, rows: Tensor, rank: int) -> AxisSlice:
+        """A choice that differs along another axis. rows: LongTensor [positions of `other`, kept]; rank: of tensors."""
+        view = [1] * rank
+        view[other], view[axis] = rows.shape
+        return cls(axis, size, other, (rows if other < axis else rows.T).reshape(view))
+
+    @property
+    def count(self) -> int:
+        """How many positions stay."""
+        return self.positions.shape[0 if self.other is None else self.axis]
 
     def of(self, tensor: Tensor) -> Tensor:
         """The tensor with this axis reduced."""

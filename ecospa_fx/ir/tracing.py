@@ -1,4 +1,4 @@
-"""What is the whole process's while a model is traced: one trace at a time, and silence for its thread alone."""
+"""What surrounds a trace: one at a time in a process, and silence in its own thread alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TextIO, cast
 from weakref import WeakKeyDictionary
 
@@ -21,11 +21,12 @@ from ecospa_fx.snapshot import others_run
 _own = threading.RLock()
 
 
-def _lock() -> Any:
+def _lock() -> AbstractContextManager[object]:
     """The lock under which torch compiles, so that neither waits for the other; our own where there is none."""
     with _own:  # what torch loads when something is traced first does not bear being loaded by two threads at once
         try:
-            return importlib.import_module("torch._dynamo.convert_frame").compile_lock
+            lock: AbstractContextManager[object] = importlib.import_module("torch._dynamo.convert_frame").compile_lock
+            return lock
         except (ImportError, AttributeError):
             return _own
 
@@ -40,11 +41,11 @@ def one_at_a_time() -> Iterator[None]:
         yield
 
 
-_models: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+_models: WeakKeyDictionary[nn.Module, AbstractContextManager[object]] = WeakKeyDictionary()
 
 
 @contextmanager
-def alone_with(model: nn.Module) -> Iterator[None]:
+def model_locked(model: nn.Module) -> Iterator[None]:
     """Other threads that look at the same model wait: while it is traced, its weights have no content."""
     with _own:
         lock = _models.setdefault(model, threading.RLock())
@@ -97,7 +98,7 @@ class _Muted:
         """Write what other threads do."""
         return len(text) if threading.get_ident() in _silent else self._stream.write(text)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self._stream, name)
 
 
@@ -130,7 +131,7 @@ def _unmute() -> None:
 
 
 @contextmanager
-def same_chance() -> Iterator[None]:
+def random_state_restored() -> Iterator[None]:
     """Random numbers go on outside as if none had been drawn inside: those of Python, NumPy and torch on the CPU.
 
     Not where other threads are running, which may draw from the same sources.

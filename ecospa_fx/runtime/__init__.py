@@ -1,0 +1,1 @@
+"""Runtime: running a graph node by node, and turning it back into a tree of modules."""

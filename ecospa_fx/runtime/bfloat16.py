@@ -23,16 +23,16 @@ FEW_ROWS = 64
 """Up to so many rows, rounding the matrix takes what the quicker product saves."""
 
 
-def quick(evaluator: PartialInterpreter, parameters: Collection[str]) -> PartialInterpreter:
+def in_bfloat16(evaluator: PartialInterpreter, parameters: Collection[str]) -> PartialInterpreter:
     """The same evaluator, in which products by these float32 matrices are rounded, if that is quicker.
 
     Returns it unchanged where nothing is to be gained, or where the caller has chosen a precision per device.
     """
     if not (_multiplies_bfloat16() and may_choose_precision()):
         return evaluator
-    program, found = evaluator.program, copy(evaluator)
+    program, rounding = evaluator.program, copy(evaluator)
     by_name = {name: node for node, name in program.parameters.items()}
-    found.instead = {
+    rounding.instead = {
         site.node: _product(site, by_name)
         for site in linear_uses(program)
         if site.parameter in parameters
@@ -40,15 +40,15 @@ def quick(evaluator: PartialInterpreter, parameters: Collection[str]) -> Partial
         # Behind a transposition the matrix itself may not be kept for so long.
         and by_name[site.parameter] in site.node.all_input_nodes
     }
-    return found
+    return rounding
 
 
 @cache
 def _multiplies_bfloat16() -> bool:
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]  # torch has no types here
         return False
-    told = torch.cpu.get_capabilities()
-    return bool(told.get("avx512_bf16") or told.get("amx_bf16"))
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def may_choose_precision() -> bool:
@@ -61,7 +61,7 @@ def may_choose_precision() -> bool:
 
 
 @contextmanager
-def quick_products() -> Iterator[None]:
+def medium_precision() -> Iterator[None]:
     """Products in the precision that PyTorch calls "medium" inside, and every setting as it was outside.
 
     Nothing changes where the caller has chosen a precision per device.
@@ -89,32 +89,33 @@ def _own_settings() -> dict[tuple[str, str], str]:
     """What was set in each place itself, "none" for nothing; no places in versions of PyTorch that have none."""
     if _setting is None or _set_setting is None:
         return {}
-    found = {}
+    settings = {}
     try:
         for place in _PLACES:
-            found[place] = _setting(*place)
-            if place[1] == "all" and found[place] != "none":
+            settings[place] = _setting(*place)
+            if place[1] == "all" and settings[place] != "none":
                 _set_setting(*place, "none")  # so that the next ones show their own
     finally:
-        for place, value in found.items():
+        for place, value in settings.items():
             if place[1] == "all" and value != "none":
                 _set_setting(*place, value)
-    return found
+    return settings
 
 
 def _is_slow(matrix: Tensor) -> bool:
     return matrix.device.type == "cpu" and matrix.dtype == torch.float32
 
 
-def _product(site: LinearUse, by_name: dict[str, fx.Node]) -> Callable[[NodeValues], Any]:
+def _product(site: LinearUse, by_name: dict[str, fx.Node]) -> Callable[[NodeValues], Tensor]:
     matrix, bias = by_name[site.parameter], by_name[site.bias] if site.bias is not None else None
 
-    def compute(values: NodeValues) -> Any:
+    def compute(values: NodeValues) -> Tensor:
         x, weight = values[site.input], site.matrix(values[matrix])
         added = values[bias] if bias is not None else None
         if x.shape[:-1].numel() <= FEW_ROWS:
             return linear(x, weight, added)
-        return _Rounded.apply(x, weight, added)  # type: ignore[no-untyped-call]
+        rounded: Tensor = _Rounded.apply(x, weight, added)  # type: ignore[no-untyped-call]
+        return rounded
 
     return compute
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import fx
@@ -17,7 +17,7 @@ def follow_device(graph: fx.Graph, device: torch.device, of: str = "") -> None:
     of: the attribute of that module which is moved in its place.
     """
 
-    def names(value: Any) -> bool:
+    def names(value: object) -> bool:
         return isinstance(value, torch.device) and value.type == device.type and value.index in (None, device.index)
 
     naming = [node for node in graph.nodes if node.op == "call_function" and any(map(names, _leaves(node)))]
@@ -32,13 +32,12 @@ def follow_device(graph: fx.Graph, device: torch.device, of: str = "") -> None:
         )
 
 
-def _leaves(node: fx.Node) -> list[Any]:
-    found: list[Any] = []
-    fx.node.map_aggregate((node.args, node.kwargs), found.append)
-    return found
+def _leaves(node: fx.Node) -> list[object]:
+    leaves: list[object] = []
+    fx.node.map_aggregate((node.args, node.kwargs), leaves.append)
+    return leaves
 
 
-def moved(device: torch.device, fn: Any) -> torch.device:
+def moved(device: torch.device, fn: Callable[[torch.Tensor], torch.Tensor]) -> torch.device:
     """Where a function of tensors, as `nn.Module._apply` takes it, puts what is on a device."""
-    result: torch.Tensor = fn(torch.empty(0, device=device))
-    return result.device
+    return fn(torch.empty(0, device=device)).device

@@ -1,4 +1,4 @@
-"""What every public verb does that leaves a model as it was."""
+"""The decorator of public verbs that leave a model as it was."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
-from ecospa_fx.ir.tracing import alone_with, same_chance
+from ecospa_fx.ir.tracing import model_locked, random_state_restored
 from ecospa_fx.runtime.lift_parameters import check_model
 from ecospa_fx.snapshot import untouched
 
@@ -29,7 +29,7 @@ def leaves_untouched(*, calls: bool) -> Callable[[Callable[Arguments, Result]], 
             if not (args or "model" in kwargs):
                 return verb(*args, **kwargs)  # which says what is missing
             check_model(model)
-            with alone_with(model), same_chance(), untouched(model) if calls else nullcontext():
+            with model_locked(model), random_state_restored(), untouched(model) if calls else nullcontext():
                 return verb(*args, **kwargs)
 
         return looking

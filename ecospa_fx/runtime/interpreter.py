@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from ecospa_fx.errors import InputError
 from ecospa_fx.ir.modes import evaluation_arguments
 from ecospa_fx.ir.program import ExportedForm
-from ecospa_fx.ir.pytrees import copied
+from ecospa_fx.ir.pytrees import Tree, copied
 from ecospa_fx.ir.schema import is_operator, schema_of
 from ecospa_fx.runtime.signature import call_adapter
 
@@ -29,7 +29,9 @@ class PartialInterpreter:
     model, args, kwargs: what the program was captured from.
     """
 
-    def __init__(self, program: ExportedForm, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    def __init__(
+        self, program: ExportedForm, model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]
+    ) -> None:
         self.program = program
         nodes = list(program.graph.nodes)
         self.order = [node for node in nodes if node.op == "call_function"]
@@ -38,7 +40,7 @@ class PartialInterpreter:
         self._calling = call_adapter(program, model, args, kwargs)
         self.overwrites = any(_overwrites(node) for node in self.order)
         """Whether some node changes a value that another one has computed."""
-        self.instead: Mapping[fx.Node, Callable[[NodeValues], Any]] = {}
+        self.instead: Mapping[fx.Node, Callable[[NodeValues], object]] = {}
         """What is computed in place of a node's operator, from the values that the node reads."""
         self._arguments = {node: evaluation_arguments(node) for node in self.order}
         self._last: dict[fx.Node, int] = {}
@@ -50,15 +52,15 @@ class PartialInterpreter:
             self._last[read] = len(self.order)
         self._place = {node: place for place, node in enumerate(self.order)}
 
-    def start(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> NodeValues:
+    def start(self, args: Sequence[object], kwargs: Mapping[str, object]) -> NodeValues:
         """The values that a call of the dense model begins with, but for the parameters: arguments and buffers.
 
         All that the graph may write into is copied, so that a call can be repeated.
         Raises InputError where the graph does not hold for these arguments.
         """
-        given = copied((tuple(args), dict(kwargs)))
+        arguments = copied((tuple(args), dict(kwargs)))
         try:
-            leaves = self._calling.flat(*given)
+            leaves = self._calling.flat(*arguments)
         except TypeError as error:
             raise InputError(f"the call of a batch is not that of the example: {error}") from error
         values: NodeValues = dict(zip(self.program.inputs, leaves, strict=True))
@@ -67,8 +69,8 @@ class PartialInterpreter:
             if node.op != "placeholder" or node in values or node in program.parameters:
                 continue
             if node in program.stored:
-                held = program.buffer(program.stored[node])
-                values[node] = held.clone() if node in program.state else held
+                buffer = program.buffer(program.stored[node])
+                values[node] = buffer.clone() if node in program.state else buffer
             elif node.name in lifted:
                 values[node] = program.exported.constants[lifted[node.name]]
             else:
@@ -83,8 +85,8 @@ class PartialInterpreter:
         """A constant that a pass has added."""
         exported = self.program.exported
         (spec,) = (s for s in exported.graph_signature.input_specs if getattr(s.arg, "name", None) == node.name)
-        found: Tensor = exported.constants[str(spec.target)]
-        return found
+        constant: Tensor = exported.constants[str(spec.target)]
+        return constant
 
     def run(self, nodes: Iterable[fx.Node], values: NodeValues) -> None:
         """Compute nodes, given in the order of the graph, into `values`; what nothing reads any more is dropped."""
@@ -95,36 +97,36 @@ class PartialInterpreter:
                 if self._last.get(read, -1) <= place:
                     values.pop(read, None)
 
-    def _computed(self, node: fx.Node, values: NodeValues) -> Any:
+    def _computed(self, node: fx.Node, values: NodeValues) -> object:
         if node in self.instead:
             return self.instead[node](values)
         args, kwargs = fx.node.map_arg(self._arguments[node], values.__getitem__)
         target: Any = node.target
         return target(*args, **kwargs)
 
-    def answer(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def answer(self, args: Sequence[object], kwargs: Mapping[str, object]) -> Tree:
         """What the module returns for these arguments, which stay as they are."""
         values = {**self.start(args, kwargs), **self.weights()}
         self.run(self.order, values)
         return self.returned(values, args, kwargs)
 
-    def returned(self, values: NodeValues, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def returned(self, values: NodeValues, args: Sequence[object], kwargs: Mapping[str, object]) -> Tree:
         """What the module returns for these arguments, which stay as they are, once all nodes have run."""
         leaves: Any = fx.node.map_arg(self.output.args[0], values.__getitem__)
-        given = copied((tuple(args), dict(kwargs)))
+        arguments = copied((tuple(args), dict(kwargs)))
         if self.overwrites and self._calling.stateful:  # objects among the arguments come back as the graph left them
-            for node, leaf in zip(self.program.inputs, self._calling.flat(*given), strict=True):
+            for node, leaf in zip(self.program.inputs, self._calling.flat(*arguments), strict=True):
                 if isinstance(leaf, Tensor):
                     leaf.detach().copy_(values[node])
-        return self._calling.returned(list(leaves), *given)
+        return self._calling.returned(list(leaves), *arguments)
 
 
 def _overwrites(node: fx.Node) -> bool:
     return is_operator(node) and schema_of(node).is_mutable
 
 
-def detached(value: Any) -> Any:
+def detached(value: object) -> Any:
     """A value without its history; sizes and other constants as they are."""
     if isinstance(value, list | tuple):
-        return type(value)(detached(one) for one in value)
+        return type(value)(detached(item) for item in value)
     return value.detach() if isinstance(value, torch.Tensor) else value

@@ -21,42 +21,44 @@ import torch
 from torch import Tensor, fx, nn
 
 from ecospa_fx.ir.modes import follow_notes
+from ecospa_fx.ir.pytrees import Tree
 from ecospa_fx.runtime.devices import ATTRIBUTE, follow_device, moved
 from ecospa_fx.runtime.repeated_calls import FIRST_CALL
 
 _NUMBERS = count()
 
-_USUAL: dict[str, Any] = dict(fx.Graph().python_code("self").globals)
+_USUAL: dict[str, object] = dict(fx.Graph().python_code("self").globals)
 """What generated code may name. Functions that name no more live in this scope, because whoever calls a compiled
 layer waits until every scope that its functions live in has been checked."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Code:
-    """Source text of one function, and what its global names mean."""
+    """A function as its source text."""
 
     source: str
-    names: Mapping[str, Any]
+    """The text, as ``fx.Graph.python_code`` writes it."""
+    names: Mapping[str, object]
+    """What its global names mean."""
 
-    def function(self) -> Callable[..., Any]:
+    def function(self) -> Callable[..., Tree]:
         """The function, with its source where tracebacks and the compiler look for it."""
         file = f"<graph layer {next(_NUMBERS)}>"
         linecache.cache[file] = (len(self.source), None, self.source.splitlines(keepends=True), file)
         usual = all(name in _USUAL and _is(value, _USUAL[name]) for name, value in self.names.items())
-        made: dict[str, Any] = {}
-        exec(compile(self.source, file, "exec"), _USUAL if usual else dict(self.names), made)
-        found: Callable[..., Any] = made["forward"]
-        return found
+        namespace: dict[str, Callable[..., Tree]] = {}
+        exec(compile(self.source, file, "exec"), _USUAL if usual else dict(self.names), namespace)
+        return namespace["forward"]
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[object, ...]:
         """Modules among the names are pickled by name."""
         plain = {n: _Named(v.__name__) if isinstance(v, ModuleType) else v for n, v in self.names.items()}
         return _code, (self.source, plain)
 
 
-def _is(one: Any, other: Any) -> bool:
+def _is(value: object, other: object) -> bool:
     """Whether a name means the same; numbers that were pickled are objects of their own."""
-    return one is other or (type(one) is type(other) is float and repr(one) == repr(other))
+    return value is other or (type(value) is type(other) is float and repr(value) == repr(other))
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +66,9 @@ class _Named:
     module: str
 
 
-def _code(source: str, names: Mapping[str, Any]) -> Code:
-    found = {n: importlib.import_module(v.module) if isinstance(v, _Named) else v for n, v in names.items()}
-    return Code(source, found)
+def _code(source: str, names: Mapping[str, object]) -> Code:
+    meanings = {n: importlib.import_module(v.module) if isinstance(v, _Named) else v for n, v in names.items()}
+    return Code(source, meanings)
 
 
 class Constants(nn.Module):
@@ -99,11 +101,11 @@ class GraphLayer(Constants):
         self._graph_device = moved(self._graph_device, fn)
         return self
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
         """Pickled as its source, because its class exists in this process only."""
         return _unpickled, (type(self).__bases__[0], type(self).__name__, self._graph_code), self.__dict__
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> GraphLayer:
+    def __deepcopy__(self, memo: dict[int, object]) -> GraphLayer:
         """A copy of the same class, which runs the very same code."""
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
@@ -117,8 +119,8 @@ class GraphLayer(Constants):
 
 
 def _unpickled(base: type[GraphLayer], name: str, code: Code) -> GraphLayer:
-    made = base._graph_running(name, code)
-    return made.__new__(made)
+    kind = base._graph_running(name, code)
+    return kind.__new__(kind)
 
 
 def own_copy(function: FunctionType) -> FunctionType:
@@ -138,28 +140,28 @@ class Layers:
 
     def convert(self, module: nn.Module, path: str = "", base: type[GraphLayer] = GraphLayer) -> nn.Module:
         """The module and all within it as layers: the same parameters, buffers and names."""
-        known = self.made.get(id(module))
-        if known is not None or isinstance(module, fx.GraphModule):
-            return known if known is not None else module
+        converted = self.made.get(id(module))
+        if converted is not None or isinstance(module, fx.GraphModule):
+            return converted if converted is not None else module
         prefix = f"{path}." if path else ""
         inside = {n: self.convert(m, prefix + n) for n, m in module._modules.items() if m is not None}
         # further calls of one module, which are no children: see `share_repeated`
         beside = {n: self.convert(m, prefix + n) for n, m in module.__dict__.items() if _is_beside(n, m)}
         graph = module.__dict__.get("graph")
         if isinstance(graph, fx.Graph) and any(n.op == "output" for n in graph.nodes):
-            made: nn.Module = self._class(module, graph, {**inside, **beside}, base)()
-            made.__dict__[ATTRIBUTE] = self.device
+            layer: nn.Module = self._class(module, graph, {**inside, **beside}, base)()
+            layer.__dict__[ATTRIBUTE] = self.device
         else:
-            made = self._container(path, inside, any(_is_constant(held) for held in module.__dict__.values()))
-        made._parameters, made._buffers, made._modules = module._parameters, module._buffers, dict(inside)
-        made.__dict__.update(beside)
-        made._non_persistent_buffers_set = module._non_persistent_buffers_set
-        made.__dict__.update({n: held for n, held in module.__dict__.items() if _is_constant(held)})
+            layer = self._container(path, inside, any(_is_constant(value) for value in module.__dict__.values()))
+        layer._parameters, layer._buffers, layer._modules = module._parameters, module._buffers, dict(inside)
+        layer.__dict__.update(beside)
+        layer._non_persistent_buffers_set = module._non_persistent_buffers_set
+        layer.__dict__.update({n: value for n, value in module.__dict__.items() if _is_constant(value)})
         for node in graph.nodes if isinstance(graph, fx.Graph) else ():
             if node.op == "get_attr" and str(node.target) in module.__dict__:  # constants that are no tensors
-                made.__dict__[str(node.target)] = module.__dict__[str(node.target)]
-        self.made[id(module)] = made
-        return made
+                layer.__dict__[str(node.target)] = module.__dict__[str(node.target)]
+        self.made[id(module)] = layer
+        return layer
 
     def _class(
         self, module: nn.Module, graph: fx.Graph, inside: Mapping[str, nn.Module], base: type[GraphLayer]
@@ -168,8 +170,10 @@ class Layers:
         follow_notes(renamed, of)
         follow_device(renamed, self.device, of)
         code = renamed.python_code("self")
-        held = {**module._parameters, **module._buffers}
-        shapes = tuple((n, tuple(t.shape), t.dtype, t.requires_grad) for n, t in held.items() if isinstance(t, Tensor))
+        tensors = {**module._parameters, **module._buffers}
+        shapes = tuple(
+            (n, tuple(t.shape), t.dtype, t.requires_grad) for n, t in tensors.items() if isinstance(t, Tensor)
+        )
         parts = [(n, getattr(m, "_graph_key", type(m).__name__)) for n, m in inside.items()]
         key = sha256(repr((base.__name__, code.src, shapes, parts)).encode()).hexdigest()
         if key not in self.classes:
@@ -192,25 +196,25 @@ class Layers:
         return Constants() if constants else nn.Module()
 
 
-def _is_beside(name: str, held: Any) -> bool:
-    return isinstance(held, nn.Module) and ("@" in name or name == FIRST_CALL)
+def _is_beside(name: str, value: object) -> bool:
+    return isinstance(value, nn.Module) and ("@" in name or name == FIRST_CALL)
 
 
-def _is_constant(held: Any) -> bool:
+def _is_constant(value: object) -> bool:
     """Whether an attribute is a tensor, or an object of a class that torch's operators know."""
-    return isinstance(held, (Tensor, torch.ScriptObject))
+    return isinstance(value, (Tensor, torch.ScriptObject))
 
 
 def _renamed(graph: fx.Graph) -> fx.Graph:
     """The same graph with names that depend on nothing outside it, so that equal layers have equal code."""
     fresh = fx.Graph()
-    known: dict[fx.Node, fx.Node] = {}
+    copies: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), copies.__getitem__)
         if node.op == "placeholder":
-            known[node] = fresh.placeholder(f"input_{len(known) + 1}")
+            copies[node] = fresh.placeholder(f"input_{len(copies) + 1}")
         else:
             name = f"from_{node.target}" if node.op == "call_module" else None  # a module may well be called self
-            known[node] = fresh.create_node(node.op, node.target, args, kwargs, name)
-        known[node].meta = dict(node.meta)
+            copies[node] = fresh.create_node(node.op, node.target, args, kwargs, name)
+        copies[node].meta = dict(node.meta)
     return fresh

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +12,13 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from ecospa_fx.errors import CaptureError, EcospaError
+from ecospa_fx.ir.pytrees import Arguments, NamedArguments, Tree
 from ecospa_fx.wrappers import unwrapped
 
 
-def owned(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None
-) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+def lift_parameters(
+    model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object] | None
+) -> tuple[nn.Module, Arguments, NamedArguments]:
     """(model, args, kwargs) where no argument is a Parameter: a module that holds them, and the other arguments.
 
     The module has everything that `model` has; what were arguments are parameters by their names, those in containers
@@ -29,11 +29,11 @@ def owned(
     check_call(model, args, kwargs)
     model = unwrapped(model)
     args, kwargs = _numbered(tuple(args), dict(kwargs or {}))
-    given: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}  # type: ignore[dict-item]
-    lifted = {place: value for place, value in given.items() if _holds_parameters(value)}
+    arguments: dict[int | str, object] = {**dict(enumerate(args)), **kwargs}  # type: ignore[dict-item]
+    lifted = {place: value for place, value in arguments.items() if _holds_parameters(value)}
     if not lifted:
         return model, args, kwargs
-    holder = Owned(model, lifted)
+    holder = LiftedParameters(model, lifted)
     rest = [value for i, value in enumerate(args) if i not in lifted]
     return holder, tuple(rest), {name: value for name, value in kwargs.items() if name not in lifted}
 
@@ -55,34 +55,34 @@ def check_call(model: object, args: object, kwargs: object, refused: type[Ecospa
         raise refused(f"kwargs must be a mapping of arguments by name, not {kwargs!r:.60}: write {{'mask': mask}}")
 
 
-def _numbered(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _numbered(args: Arguments, kwargs: NamedArguments) -> tuple[Arguments, NamedArguments]:
     """With the example's number for every size that a tracer gave a symbol: asking that tracer would tell it."""
 
-    def number(value: Any) -> Any:
+    def number(value: object) -> object:
         return value.node.hint if isinstance(value, torch.SymInt) else value
 
-    found: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(number, (args, kwargs))
-    return found
+    numbered: tuple[Arguments, NamedArguments] = pytree.tree_map(number, (args, kwargs))
+    return numbered
 
 
-def _holds_parameters(value: Any) -> bool:
+def _holds_parameters(value: object) -> bool:
     tensors = [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]
-    found = [t for t in tensors if isinstance(t, nn.Parameter)]
-    if found and len(found) < len(tensors):
+    parameters = [t for t in tensors if isinstance(t, nn.Parameter)]
+    if parameters and len(parameters) < len(tensors):
         raise CaptureError(
             "an argument holds Parameters beside other tensors, so that it is unclear which call the smaller model "
             "takes: pass Parameters as arguments of their own"
         )
-    return bool(found)
+    return bool(parameters)
 
 
-class Owned(nn.Module):
+class LiftedParameters(nn.Module):
     """A module with parameters that another one takes as arguments."""
 
-    def __init__(self, model: nn.Module, lifted: Mapping[int | str, Any]) -> None:
+    def __init__(self, model: nn.Module, lifted: Mapping[int | str, object]) -> None:
         super().__init__()
-        for own, its in ((self._parameters, model._parameters), (self._buffers, model._buffers)):
-            own.update(its)  # type: ignore[arg-type]
+        for target, source in ((self._parameters, model._parameters), (self._buffers, model._buffers)):
+            target.update(source)  # type: ignore[arg-type]
         self._modules.update(model._modules)
         self.training = model.training
         signature = inspect.signature(model.forward)
@@ -95,25 +95,27 @@ class Owned(nn.Module):
             name = place if isinstance(place, str) else names[min(place, *rest or [place])]
             spread = isinstance(place, int) and signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL
             leaves, structure = pytree.tree_flatten_with_path(value)
-            paths = [".".join([name, *([str(place)] if spread else []), *map(_told, way)]) for way, _ in leaves]
+            paths = [".".join([name, *([str(place)] if spread else []), *map(_key_name, way)]) for way, _ in leaves]
             trees[place] = (
                 [self._hold(*entry) for entry in zip(paths, (leaf for _, leaf in leaves), strict=True)],
                 structure,
             )
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
+        def forward(*args: object, **kwargs: object) -> Tree:
             # by name, because the exporter puts other tensors in their places
-            held = {p: pytree.tree_unflatten([find() for find in own], spec) for p, (own, spec) in trees.items()}
-            rest, count = iter(args), len(args) + sum(isinstance(place, int) for place in held)
-            everything = [held[i] if i in held else next(rest) for i in range(count)]
-            return model.forward(*everything, **kwargs, **{n: v for n, v in held.items() if isinstance(n, str)})
+            values = {
+                p: pytree.tree_unflatten([find() for find in finders], spec) for p, (finders, spec) in trees.items()
+            }
+            rest, count = iter(args), len(args) + sum(isinstance(place, int) for place in values)
+            everything = [values[i] if i in values else next(rest) for i in range(count)]
+            return model.forward(*everything, **kwargs, **{n: v for n, v in values.items() if isinstance(n, str)})
 
-        gone = {name for i, name in enumerate(names) if i in lifted or name in lifted}
-        kept = [p for name, p in signature.parameters.items() if name not in gone or p.kind is p.VAR_POSITIONAL]
+        bound = {name for i, name in enumerate(names) if i in lifted or name in lifted}
+        kept = [p for name, p in signature.parameters.items() if name not in bound or p.kind is p.VAR_POSITIONAL]
         forward.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]
         self.__dict__["forward"] = forward
 
-    def _hold(self, path: str, value: Any) -> Callable[[], Any]:
+    def _hold(self, path: str, value: object) -> Callable[[], object]:
         """Register a leaf of an argument. Returns what finds it again."""
         if not isinstance(value, nn.Parameter):
             return lambda: value
@@ -127,5 +129,5 @@ class Owned(nn.Module):
         return partial(self.get_parameter, path)
 
 
-def _told(key: Any) -> str:
+def _key_name(key: object) -> str:
     return str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key))))

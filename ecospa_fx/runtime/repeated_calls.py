@@ -47,7 +47,7 @@ def _called(module: Any) -> list[Any]:
     return [module.get_submodule(str(node.target)) for node in module.graph.nodes if node.op == "call_module"]
 
 
-def _has_graph(module: Any) -> bool:
+def _has_graph(module: object) -> bool:
     return isinstance(getattr(module, "graph", None), fx.Graph)
 
 
@@ -81,8 +81,8 @@ def _read_from(repeated: nn.Module, first: nn.Module) -> None:
 
 def _reads(module: nn.Module, graph: fx.Graph) -> Iterator[fx.Node]:
     """Nodes that read a parameter or a buffer, here or in a module below."""
-    held = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-    held |= {name for name, _ in module.named_buffers(remove_duplicate=False)}
+    names = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    names |= {name for name, _ in module.named_buffers(remove_duplicate=False)}
     for node in graph.nodes:
-        if node.op == "get_attr" and str(node.target) in held:
+        if node.op == "get_attr" and str(node.target) in names:
             yield node

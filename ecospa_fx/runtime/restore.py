@@ -1,4 +1,4 @@
-"""From a graph back to a tree of modules with the names that the user knows."""
+"""From a graph back to a module, with the submodules and parameter names of the original."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from torch import nn
 
 from ecospa_fx.ir.module_stacks import arrange_stacks
 from ecospa_fx.ir.program import ExportedForm
+from ecospa_fx.ir.pytrees import Tree
 from ecospa_fx.ir.tracing import one_at_a_time, quiet
+from ecospa_fx.module_modes import copy_modes
 from ecospa_fx.runtime.layer import Code, GraphLayer, Layers, own_copy
 from ecospa_fx.runtime.repeated_calls import calls_compared_in_depth, share_repeated
 from ecospa_fx.runtime.signature import CallAdapter, call_adapter
@@ -20,7 +22,7 @@ from ecospa_fx.runtime.signature import CallAdapter, call_adapter
 
 @one_at_a_time()
 def restore(
-    program: ExportedForm, model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    program: ExportedForm, model: nn.Module, args: Sequence[object] = (), kwargs: Mapping[str, object] | None = None
 ) -> nn.Module:
     """The program as a module with the hierarchy, parameter names and mode of `model`.
 
@@ -46,7 +48,9 @@ def restore(
         if attribute in owner._parameters:
             owner._parameters[attribute] = program.values[name]
     share_repeated(module)
-    return _with_modes(_rooted(program, module, model, args, dict(kwargs or {})), model)
+    root = _rooted(program, module, model, args, dict(kwargs or {}))
+    copy_modes(dict(model.named_modules(remove_duplicate=False)), root)
+    return root
 
 
 class GraphModel(GraphLayer):
@@ -66,12 +70,12 @@ class GraphModel(GraphLayer):
         return type(name, (cls,), methods)
 
 
-def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+def _forward(self: Any, *args: object, **kwargs: object) -> Tree:
     return self._graph_calling.call(self._graph_run, args, kwargs)
 
 
 def _rooted(
-    program: ExportedForm, module: Any, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+    program: ExportedForm, module: nn.Module, model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]
 ) -> nn.Module:
     """An unflattened module as layers that run their own code.
 
@@ -79,20 +83,11 @@ def _rooted(
     """
     root: Any = Layers(model).convert(module, base=GraphModel)
     root._graph_calling = call_adapter(program, model, args, kwargs)
-    told = inspect.signature(model.forward)
+    signature = inspect.signature(model.forward)
     itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
     # trainers and exporters look for the names of the arguments there
-    type(root).forward.__signature__ = told.replace(parameters=[itself, *told.parameters.values()])
+    type(root).forward.__signature__ = signature.replace(parameters=[itself, *signature.parameters.values()])
     return cast(nn.Module, root)
-
-
-def _with_modes(module: nn.Module, model: nn.Module) -> nn.Module:
-    """Every part in the mode of the part that it came from."""
-    module.train(model.training)
-    modes = {path: part.training for path, part in model.named_modules(remove_duplicate=False)}
-    for path, part in module.named_modules(remove_duplicate=False):
-        part.training = modes.get(path.partition("@")[0], part.training)
-    return module
 
 
 def _stand_in(value: nn.Parameter) -> nn.Parameter:

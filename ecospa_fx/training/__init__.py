@@ -1,1 +1,1 @@
-"""Sparse training: a model that gets physically smaller while it is being trained."""
+"""Training: a model that gets physically smaller while it is being trained."""

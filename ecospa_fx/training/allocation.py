@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from functools import cache
 from math import ceil, floor
 
 import torch
 from torch import Tensor
 
 from ecospa_fx.budget.cost import Parameters
-from ecospa_fx.budget.removal_order import GreedySchedule, Lockstep, RemovalOrder, least_units, numbered
+from ecospa_fx.budget.removal_order import (
+    GreedySchedule,
+    Lockstep,
+    RemovalOrder,
+    in_uniform_step,
+    least_units,
+    multiples_below,
+)
 from ecospa_fx.coupling.types import Coupling
 from ecospa_fx.coupling.unit_elements import Shapes
 
@@ -30,18 +35,18 @@ def bounds(
     return least, max(least, floor(min(now, high * uniform * size + 1e-9)))
 
 
-def uniform_share(couplings: Sequence[Coupling], limits: Mapping[str, float], gone: float) -> float:
-    """The share that stays where every coupling loses the same, up to its limit, and all together lose `gone`.
+def uniform_share(couplings: Sequence[Coupling], limits: Mapping[str, float], removed: float) -> float:
+    """The share that stays where every coupling loses the same, up to its limit, and a share `removed` goes in all.
 
     limits: by name, the largest share that may go, where there is one.
     """
-    whole, low, high = sum(c.parameters for c in couplings), gone, 1.0
+    whole, low, high = sum(c.parameters for c in couplings), removed, 1.0
     if not limits:
-        return 1 - gone
+        return 1 - removed
     for _ in range(50):  # halvings, to the last bit of a float
         middle = (low + high) / 2
         lost = sum(c.parameters * min(middle, limits.get(c.name, 1.0)) for c in couplings)
-        low, high = (low, middle) if lost >= gone * whole else (middle, high)
+        low, high = (low, middle) if lost >= removed * whole else (middle, high)
     return 1 - high
 
 
@@ -61,59 +66,35 @@ def allocate(
     couplings the least score per parameter goes first; with `dense`, their units before any shrink, the same share of
     each. Units above a coupling's bounds go whatever the goal.
     """
-    steps = round_to or {}
-    ladders = [_ladder(c, scores[c.name], limits[c.name], steps.get(c.name, 1)) for c in couplings]
-    tracks = _uniform(ladders, dense) if dense is not None else _global(ladders, limits)
-    if not ladders or not any(len(t.keys) for t in tracks):
+    multiples, cost_model = round_to or {}, Parameters(shapes)
+    orders = [
+        RemovalOrder.of(c, scores[c.name], _widths(c, limits[c.name], multiples.get(c.name, 1)), cost_model)
+        for c in couplings
+    ]
+    locksteps = in_uniform_step(orders, dense) if dense is not None else _global(orders, limits)
+    if not any(len(lockstep.keys) for lockstep in locksteps):
         return {c.name: torch.ones(c.carriers, c.size, dtype=torch.bool) for c in couplings}
-    climb = GreedySchedule.of(Parameters(shapes), ladders, tracks)
-    forced = sum(int((t.keys == -torch.inf).sum()) for t in tracks)
-    rungs = climb.rungs(_height(climb, goal, forced))
-    return {x.coupling.name: ~x.removal(n)[1] for x, n in zip(ladders, rungs, strict=True)}
+    schedule = GreedySchedule.of(cost_model, orders, locksteps)
+    forced = sum(int((lockstep.keys == -torch.inf).sum()) for lockstep in locksteps)
+    steps = schedule.steps(schedule.nearest(float(goal), forced))
+    return {order.coupling.name: order.keep(n) for order, n in zip(orders, steps, strict=True)}
 
 
-def _ladder(coupling: Coupling, values: Tensor, limits: WidthBounds, round_to: int) -> RemovalOrder:
+def _widths(coupling: Coupling, limits: WidthBounds, multiple: int) -> list[int]:
+    """Numbers of units that may be kept, short of all, from most to fewest."""
     least, most = limits
-    ranked, order = values.to("cpu", torch.float64).sort(dim=1, stable=True)
-    size = coupling.size
-    kept = [k for k in range((size - 1) // round_to * round_to, least - 1, -round_to) if k <= most]
-    at = torch.tensor([0, *(size - k for k in kept)])
-    total = torch.cat([torch.zeros(1, dtype=torch.float64), ranked.sum(0).cumsum(0)])[at]
-    elements = at.diff() * (coupling.parameters / size)
-    removed = tuple((at[1:] * coupling.carriers).tolist())
-    return RemovalOrder(coupling, numbered(order).T.flatten(), removed, elements, total.diff() / elements)
+    return [k for k in multiples_below(coupling.size, least, multiple) if k <= most]
 
 
-def _global(ladders: Sequence[RemovalOrder], limits: Mapping[str, WidthBounds]) -> list[Lockstep]:
-    """One track per ladder, by cost, ascending even where rounding made the first rung the dearest."""
-    tracks = []
-    for i, ladder in enumerate(ladders):
-        keys = ladder.cost.cummax(0).values if len(ladder.cost) else ladder.cost
-        if len(keys) and limits[ladder.coupling.name][1] < ladder.coupling.size:
+def _global(orders: Sequence[RemovalOrder], limits: Mapping[str, WidthBounds]) -> list[Lockstep]:
+    """Each order by itself, by cost, ascending even where rounding made the first step the dearest.
+
+    What has more units than its bounds allow takes its first step before all others.
+    """
+    locksteps = []
+    for i, order in enumerate(orders):
+        keys = order.cost.cummax(0).values if len(order.cost) else order.cost
+        if len(keys) and limits[order.coupling.name][1] < order.coupling.size:
             keys = torch.cat([torch.full((1,), -torch.inf, dtype=keys.dtype), keys[1:]])
-        tracks.append(Lockstep((i,), keys))
-    return tracks
-
-
-def _uniform(ladders: Sequence[RemovalOrder], dense: Mapping[str, int]) -> list[Lockstep]:
-    """Couplings of equal kind and sizes in step, by the share of their units that is gone."""
-    groups: dict[tuple[str, int, int, int, tuple[int, ...]], list[int]] = {}
-    for i, ladder in enumerate(ladders):
-        c = ladder.coupling
-        groups.setdefault((c.kind, dense[c.name], c.size, c.carriers, ladder.removed), []).append(i)
-    tracks = []
-    for (_, whole, size, _, _), group in groups.items():
-        first = ladders[group[0]]
-        gone = whole - size + torch.tensor((0, *first.removed), dtype=torch.float64) / first.coupling.carriers
-        tracks.append(Lockstep(tuple(group), (gone[1:] + gone[:-1]) / (2 * whole)))
-    return tracks
-
-
-def _height(climb: GreedySchedule, goal: int, forced: int) -> int:
-    """How many rungs remove what is nearest to the goal, at least the forced ones."""
-    last, removed = len(climb.owner), cache(climb.removed)
-    above = bisect_left(range(last + 1), float(goal), lo=forced, key=removed)
-    if above > last:
-        return last
-    below = max(above - 1, forced)
-    return above if removed(above) - goal <= goal - removed(below) else below
+        locksteps.append(Lockstep((i,), keys))
+    return locksteps

@@ -26,6 +26,7 @@ from ecospa_fx.errors import CaptureError, PlanError
 from ecospa_fx.ir.passes import run_passes
 from ecospa_fx.ir.program import ExportedForm
 from ecospa_fx.ir.slices import TensorSlice, take_more
+from ecospa_fx.module_modes import copy_modes, modes_restored
 from ecospa_fx.passes import TRAINING_CLEANUP
 from ecospa_fx.passes.shrink.shrink_couplings import shrink_program
 from ecospa_fx.plan import Plan
@@ -38,7 +39,7 @@ from ecospa_fx.training.module_tree import (
     add_eval_mode,
     adopt_graphs,
     by_path,
-    copy_modes,
+    modules_by_path,
     record_paths,
     share_tensors,
     tensors_by_path,
@@ -75,7 +76,7 @@ class ShrinkableGraph:
         self._trial = make_plan(self.couplings.select(predicate=lambda c: c.name in names), 0.5, "random")
         self._exported, self._cut = [self._captured(training)], dict[str, TensorSlice]()
         self.module = self._restored(_cleaned(self._program(self._exported[0])))
-        copy_modes(model, self.module)
+        copy_modes(modules_by_path(model), self.module)
         if self._eval_difference() > self._rounding:
             self._add_eval()
 
@@ -124,7 +125,7 @@ class ShrinkableGraph:
         """A new tree of a rewritten graph, whose parameters have the new shapes and no memory."""
         (program,) = programs
         tree = self._restored(program, dict(program.values))
-        copy_modes(self.module, tree)
+        copy_modes(modules_by_path(self.module), tree)
         share_tensors(self.module, tree, "_buffers")
         self._cut_buffers(tree, program)
         self._cut = dict(program.cut_buffers)
@@ -160,15 +161,13 @@ class ShrinkableGraph:
         """How far the graph, traced in training mode, is from the model in eval mode."""
         if any(p.is_meta for p in self.parameters.values()):
             return 0.0
-        modes = [(m, m.training) for tree in (self._model, self.module) for m in tree.modules()]
         # What is traced in training mode writes statistics.
         statistics = [(b, b.clone()) for b in self.module.buffers() if not b.is_meta]
         try:
-            trees = self._model.eval(), self.module.eval()
-            return masked_error(*trees, Plan((), tuple(self.shapes.items())), self._args, self._kwargs)
+            with modes_restored(self._model, self.module):
+                trees = self._model.eval(), self.module.eval()
+                return masked_error(*trees, Plan((), tuple(self.shapes.items())), self._args, self._kwargs)
         finally:
-            for module, training in modes:
-                module.training = training
             for buffer, before in statistics:
                 buffer.copy_(before)
 
@@ -207,17 +206,13 @@ class ShrinkableGraph:
 
     @contextmanager
     def _mode(self, training: bool) -> Iterator[None]:
-        modes = {module: module.training for module in self._model.modules()}
-        whole = self._model.training
-        self._model.train(training)
-        for module in modes if training and whole else ():
-            if isinstance(module, _NormBase) and not modes[module]:  # the user froze its statistics
+        frozen = [m for m in self._model.modules() if isinstance(m, _NormBase) and not m.training]
+        with modes_restored(self._model):
+            freezes = training and self._model.training
+            self._model.train(training)
+            for module in frozen if freezes else ():  # the user froze its statistics
                 module.eval()
-        try:
             yield
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
 
     def _program(self, old: ExportedProgram) -> ExportedForm:
         """A copy of a captured program, whose parameters are dense and hold no memory."""

@@ -58,13 +58,14 @@ def tensors_by_path(tree: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers of a tree whose paths were recorded, by name; of another module, as it calls them."""
     return {
         f"{path}.{name}" if path else name: tensor
-        for path, module in _modules(tree).items()
+        for path, module in modules_by_path(tree).items()
         for name, tensor in (*module._parameters.items(), *module._buffers.items())
         if tensor is not None
     }
 
 
-def _modules(tree: nn.Module) -> dict[str, nn.Module]:
+def modules_by_path(tree: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a tree that was `named`, or of a copy; of another module, as it calls them."""
     return by_path(tree) if _PATH in tree.__dict__ else dict(tree.named_modules())
 
 
@@ -82,16 +83,6 @@ def share_tensors(tree: nn.Module, other: nn.Module, *kinds: str) -> None:
 
 KEPT = "kept_positions_"
 """How names of buffers begin that came with a rewritten graph."""
-
-
-def copy_modes(model: nn.Module, tree: nn.Module) -> None:
-    """Give every module of a tree the mode of its namesake, or of the nearest one above."""
-    modes = {path: module.training for path, module in _modules(model).items()}
-    for path, module in tree.named_modules():
-        known = path
-        while known not in modes:
-            known = known.rpartition(".")[0]
-        module.training = modes[known]
 
 
 def adopt_graphs(fresh: nn.Module, tree: nn.Module, buffers: Mapping[str, Tensor]) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ecospa_fx.coupling.types import Box, Coupling, Member
-from ecospa_fx.coupling.unit_elements import Factors, removed_elements
+from ecospa_fx.coupling.unit_elements import Factors, coupled_elements
 from ecospa_fx.errors import TrainingError
 
 Keep = Mapping[str, Tensor]
@@ -51,9 +51,8 @@ def narrowed(
     for coupling in couplings:
         kept = keep[coupling.name]
         members = tuple(_member(m, kept, factors.get(m.parameter, {})) for m in coupling.members)
-        whole = torch.ones(coupling.carriers, members[0].units, dtype=torch.bool)
-        held = removed_elements(shapes, [(members, whole)])
-        found.append(replace(coupling, size=members[0].units, members=members, parameters=held))
+        parameters = coupled_elements(shapes, [members])
+        found.append(replace(coupling, size=members[0].units, members=members, parameters=parameters))
     return found
 
 

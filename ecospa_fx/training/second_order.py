@@ -12,7 +12,7 @@ and all turn and judge by the same ones. Where parameters are sharded, each proc
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -22,14 +22,14 @@ from torch import Tensor
 
 from ecospa_fx.coupling.types import Coupling
 from ecospa_fx.errors import EcospaError, TrainingError
-from ecospa_fx.importance.compensation import Compensated, Removed
+from ecospa_fx.importance.compensation import Keep
 from ecospa_fx.importance.curvature import Collector, Curvature
-from ecospa_fx.importance.linear_views import CouplingViews, views_of
+from ecospa_fx.importance.linear_views import CouplingViews
 from ecospa_fx.importance.samples import samples_of
 from ecospa_fx.importance.score import Batch, Loss
-from ecospa_fx.importance.second_order import unit_scores, without_traffic
-from ecospa_fx.ir.linears import LinearUse, linear_uses
-from ecospa_fx.passes.lossy.change_basis import ChangeBasis, balanced, turn_factors, turn_values
+from ecospa_fx.ir.linears import LinearUse
+from ecospa_fx.passes.lossy.change_basis import ChangeBasis, balanced
+from ecospa_fx.passes.lossy.measurement import Measurement, measure
 from ecospa_fx.runtime.interpreter import PartialInterpreter
 from ecospa_fx.training.distributed import add_up, fail_together, of_first
 from ecospa_fx.training.settings import SECOND_ORDER
@@ -54,17 +54,18 @@ class SecondOrder:
     damping: float = 0.01
     _samples: list[Batch] = field(default_factory=list, init=False)
 
-    def measured(self, evaluator: PartialInterpreter, couplings: Sequence[Coupling], held: TrackedModel) -> Measured:
-        """Of couplings as they are now. held: who turns when a basis changes.
+    def measured(
+        self, evaluator: PartialInterpreter, couplings: Sequence[Coupling], model: TrackedModel
+    ) -> Measurement:
+        """Of couplings as they are now. model: turns when a basis changes.
 
         A coupling stays in its basis where an optimizer keeps what cannot be turned.
         """
-
         program = evaluator.program
         self._read(evaluator)
 
-        def made(change: ChangeBasis) -> ChangeBasis:
-            reason = held.turnable(side.member.parameter for side in (*change.first, *change.second))
+        def turn(change: ChangeBasis) -> ChangeBasis:
+            reason = model.turnable(side.member.parameter for side in (*change.first, *change.second))
             if reason is not None:
                 log.warning("linear couplings stay in their bases because %s, and how that turns is not known", reason)
                 eye = torch.eye(change.basis.shape[1]).to(change.basis)
@@ -72,17 +73,23 @@ class SecondOrder:
             change = balanced(change, program)
             change = replace(change, basis=of_first(change.basis, self.group))
             change.run(program)
-            held.turn((change.first, change.second), change.basis)
+            model.turn((change.first, change.second), change.basis)
             return change
 
-        views = views_of(couplings, linear_uses(program))
-        if not self.solves:
-            views = replace(views, beside=())
-        turn_factors(views, lambda sites: self._curvature(evaluator, CouplingViews((), (), ()), sites), program, made)
-        curvature = self._curvature(evaluator, views)
-        turn_values(views, curvature, program, made)
-        values = {name: tensor.detach() for name, tensor in program.values.items()}
-        return Measured(couplings, values, views, curvature, self.damping, self.group)
+        return measure(program, couplings, partial(self._curvature, evaluator), solves=self.solves, apply=turn)
+
+    def scores(self, measurement: Measurement) -> dict[str, Tensor]:
+        """Per coupling [carriers, units]; zero throughout where the batches never reach it."""
+        result = measurement.scores(self.damping, LOOKS)
+        for name in measurement.unreached:
+            result[name].zero_()
+        return result
+
+    def changes(self, measurement: Measurement, keep: Keep) -> dict[str, Tensor]:
+        """What to add to parameters, by name, so that kept units make up for the others: see `Compensated`."""
+        compensated = dict(measurement.compensated().compensated(keep))
+        values = measurement.values
+        return {name: of_first(value - values[name], self.group) for name, value in compensated.items()}
 
     def _read(self, evaluator: PartialInterpreter) -> None:
         """Take the batches apart into samples, once: what a shrink removes does not change which there are."""
@@ -94,7 +101,7 @@ class SecondOrder:
         fail_together(error, next(iter(evaluator.program.values.values())).device, self.group)
 
     def _curvature(
-        self, evaluator: PartialInterpreter, views: CouplingViews, results: Sequence[LinearUse] = ()
+        self, evaluator: PartialInterpreter, views: CouplingViews, results: Sequence[LinearUse]
     ) -> Curvature:
         collector, error = Collector(evaluator, views, results), None
         try:
@@ -104,30 +111,6 @@ class SecondOrder:
         device = next(iter(evaluator.program.values.values())).device
         fail_together(error, device, self.group)
         return collector.result(partial(add_up, group=self.group))
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Measured:
-    """What batches said of couplings, in the bases that these have now. values: parameters by name, none in parts."""
-
-    couplings: Sequence[Coupling]
-    values: Mapping[str, Tensor]
-    views: CouplingViews
-    curvature: Curvature
-    damping: float
-    group: Any
-
-    def scores(self) -> dict[str, Tensor]:
-        """Per coupling [carriers, units]; zero throughout where the batches never reach it."""
-        found = unit_scores(self.views, self.curvature, self.values, self.damping, LOOKS)
-        for name in without_traffic(self.views, self.curvature):
-            found[name].zero_()
-        return found
-
-    def making_up(self, gone: Removed) -> dict[str, Tensor]:
-        """What to add to parameters, by name, for the rest to make up for units that go: see `Compensated`."""
-        made = dict(Compensated(self.couplings, self.values, self.views, self.curvature).made_up(gone))
-        return {name: of_first(value - self.values[name], self.group) for name, value in made.items()}
 
 
 def second_order(batches: Sequence[Batch], loss: Loss | None, group: Any, *, solves: bool) -> SecondOrder:

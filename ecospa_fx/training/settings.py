@@ -17,7 +17,7 @@ from ecospa_fx.coupling.choice import ChoiceOptions, checked_limits, choosable, 
 from ecospa_fx.coupling.couplings import Couplings, check_couplings
 from ecospa_fx.coupling.detection import check_allow
 from ecospa_fx.coupling.types import Coupling
-from ecospa_fx.coupling.unit_elements import removed_elements
+from ecospa_fx.coupling.unit_elements import coupled_elements, removed_elements
 from ecospa_fx.errors import TrainingError
 from ecospa_fx.importance.methods import gate_members
 from ecospa_fx.importance.score import Batch, Loss
@@ -36,20 +36,36 @@ SECOND_ORDER = "second-order"
 
 
 class TrainingOptions(ChoiceOptions, total=False):
-    """Options of `SparseTraining` beside those in its signature; each is described at its field in `Settings`."""
+    """Options of `SparseTraining` beside those in its signature."""
 
     total_steps: int | None
+    """None by default. Length of the run in steps, for the default schedule and to check a given one."""
     allocation: Literal["global", "uniform"]
+    """"global" by default, by score per parameter over all couplings; "uniform": the same share of each."""
     band: tuple[float, float] | None
+    """(0.6, 1.6) by default. Least and most that a coupling keeps, as multiples of what uniform allocation keeps; None:
+    no bounds."""
     round_to: int | None
+    """None by default. Kept units are a multiple of this; None: of what the device prefers in half precision, which
+    autocast makes of float32."""
     couplings: Couplings | None
+    """None by default: all. Only these, a selection of what `detect` found on this model."""
     allow: str | Iterable[str]
+    """() by default. What else may be offered, "renormalise" or "cache": see `detect`."""
     window: int
+    """50 by default. Steps before each shrink whose gradients are scored, and the memory of their moving average."""
     compensate: bool | None
+    """None by default: where scores are second-order. True: at each shrink, let kept units make up for removed ones, by
+    what second-order scores measured or else by least squares on `batches`, layer by layer."""
     batches: Iterable[Batch] | None
+    """None by default. Calibration data as in `score`, for second-order scores, for compensation, and for a schedule
+    that shrinks at the start. Of several processes each gives its own part."""
     loss: Loss | None
+    """None by default. Function (output, args, kwargs) to a scalar, for these."""
     wrap: Callable[[nn.Module], nn.Module] | None
+    """None by default. What to put around the model, after every shrink anew, such as ``DistributedDataParallel``."""
     group: ProcessGroup | None
+    """None by default: all. The processes that train together; each holds all parameters during a shrink."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,15 +206,13 @@ def check_reach(
     couplings: Sequence[Coupling], settings: Settings, target: float, limits: Mapping[str, float], form: ShrinkableGraph
 ) -> None:
     """Raise TrainingError where floors and limits, by name of coupling, keep more than the target leaves."""
-    gone, steps = [], settings.multiples(couplings, form.parameters)
+    choices, steps = [], settings.multiples(couplings, form.parameters)
     uniform = uniform_share(couplings, limits, target)
     for c in couplings:
         least, _ = bounds(c.size, c.size, uniform, settings.shares, steps[c.name], limits.get(c.name, 1.0))
-        units = torch.zeros(c.carriers, c.size, dtype=torch.bool)
-        units[:, least:] = True
-        gone.append((c.members, units))
-    whole = [(members, torch.ones_like(units)) for members, units in gone]
-    most = removed_elements(form.shapes, gone) / removed_elements(form.shapes, whole)
+        keep = torch.arange(c.size).expand(c.carriers, -1) < least
+        choices.append((c.members, keep))
+    most = removed_elements(form.shapes, choices) / coupled_elements(form.shapes, (c.members for c in couplings))
     if most < target * 0.98:
         rounding = settings.round_to or f"None, which is {max(steps.values())} here,"
         limited = f", limits={dict(settings.limits)}" if settings.limits else ""

@@ -19,11 +19,12 @@ from ecospa_fx.checks import check_options
 from ecospa_fx.coupling.choice import shares
 from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.coupling.types import Coupling
-from ecospa_fx.coupling.unit_elements import Factors, removed_elements
+from ecospa_fx.coupling.unit_elements import Factors, coupled_elements
 from ecospa_fx.errors import TrainingError
 from ecospa_fx.importance.score import score
 from ecospa_fx.importance.scores import Scores, given_scores
 from ecospa_fx.origin import origin
+from ecospa_fx.passes.lossy.measurement import Measurement
 from ecospa_fx.plan import Plan, Selection
 from ecospa_fx.training import history
 from ecospa_fx.training.allocation import allocate, bounds, uniform_share
@@ -35,7 +36,7 @@ from ecospa_fx.training.moving_scores import MovingScores
 from ecospa_fx.training.optimizer_surgery import optimizer_bytes
 from ecospa_fx.training.remaining_couplings import narrowed
 from ecospa_fx.training.schedule import AtStart, Schedule, check_schedule, default_schedule
-from ecospa_fx.training.second_order import Measured, SecondOrder, second_order
+from ecospa_fx.training.second_order import SecondOrder, second_order
 from ecospa_fx.training.settings import (
     SECOND_ORDER,
     Settings,
@@ -56,30 +57,58 @@ log = logging.getLogger(__name__)
 
 
 class SparseTraining:
-    """Makes a model physically smaller, again and again, while it is being trained.
+    """Makes a model physically smaller, again and again, while the user's own loop trains it.
 
-    model: is taken over: `self.model` computes the same with the same Parameter objects, and takes its place in the
-    loop; the module itself no longer works after the first shrink. args, kwargs: example inputs. optimizer: one, or
-    several, holding parameters of the model; may follow later with `attach`. target: the share of the couplings'
-    parameters to have removed by the end. schedule: when; by default late in `total_steps`, see `default_schedule`.
-    scores: "second-order", measured at each shrink on a few batches (`batches`, `loss`), by what units cost once others
-    have made up for them, in bases of linear couplings (V with O, Q with K) that suit removal: see
-    `ecospa_fx.training.second_order`, and `ecospa_fx.training.optimizer_basis` for the optimizer's states. Or
-    "gate-fisher", "fisher" or "taylor", taken from the gradients of training, where a step counts as one sample, for
-    their sum is all that is there; of `batches` every sample counts, as in `score`. By default the first where batches
-    and a loss are given, "gate-fisher" elsewhere. Tensors [carriers, units] by name of coupling are taken where the
-    schedule shrinks at the start. state: to resume from, as for `load_state_dict`; of a schedule that shrinks at the
-    start it must be given here. options: see `Settings`.
+    The module that is passed is taken over: `SparseTraining.model` computes the same with the same Parameter objects,
+    and takes its place in the loop. The module itself no longer works after the first shrink. At each shrink the
+    optimizers' states, gradients and followed copies are cut along.
 
-    Raises TrainingError where nothing is offered, for an optimizer of another model, a schedule that outlasts training,
-    a target that floors put out of reach, parameters that another model holds too; and what `detect` raises.
+    Args:
+        model: the ``nn.Module`` to train, whose parameters no other module holds.
+        args: tuple of positional example inputs, by default ().
+        kwargs: mapping of example inputs by name, by default none.
+        optimizer: one optimizer or several that hold parameters of the model; by default None, to follow with `attach`.
+        target: share of the couplings' parameters that is removed by the end, above 0 and below 1; 0.5 by default.
+        schedule: when it shrinks and by how much, such as ``eco.Cubic(start, end, every)`` in steps. By default late
+            in ``total_steps``, see `ecospa_fx.training.schedule.default_schedule`.
+        scores: what decides which units are removed. "second-order", the default where batches and a loss are given,
+            is measured on these at each shrink, in bases of linear couplings (V with O, Q with K) that suit removal:
+            see `ecospa_fx.training.second_order`. "gate-fisher", the default elsewhere, "fisher" and "taylor" are taken
+            from the gradients of training, where a step counts as one sample. `Scores`, or tensors [carriers, units] by
+            name of coupling, are taken where the schedule shrinks at the start.
+        state: what `state_dict` returned, to resume from; by default None. A schedule that shrinks at the start needs
+            it here, others take it with `load_state_dict` too.
+        **options: see `ecospa_fx.training.settings.TrainingOptions`.
 
-    >>> sparse = SparseTraining(model, (ids,), optimizer=optimizer, target=0.5, total_steps=10_000)  # doctest: +SKIP
-    >>> for batch in loader:  # doctest: +SKIP
-    ...     loss_of(sparse.model, batch).backward()
-    ...     sparse.step()
-    ...     optimizer.step()
-    ...     optimizer.zero_grad()
+    Raises:
+        TrainingError: nothing can be removed; the optimizer is of another model; the schedule outlasts training; the
+            target is out of reach; another model holds a parameter too; second-order scores have no data.
+        OptionError: an option is unknown.
+        CaptureError: the model cannot be traced.
+
+    Examples:
+        >>> import torch, ecospa_fx as eco
+        >>> mlp = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.GELU(), torch.nn.Linear(32, 8))
+        >>> x, optimizer = torch.randn(2, 8), torch.optim.AdamW(mlp.parameters())
+        >>> sparse = eco.SparseTraining(mlp, (x,), optimizer=optimizer, target=0.5, schedule=eco.OneShot(3))
+        >>> for _ in range(4):
+        ...     sparse.model(x).square().mean().backward()
+        ...     sparse.step()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        >>> tuple(sparse.model.get_parameter("0.weight").shape)
+        (16, 8)
+
+        With calibration data, what is kept makes up for what is removed at each shrink:
+
+        >>> sparse = eco.SparseTraining(
+        ...     model, (ids,), optimizer=optimizer, total_steps=10_000, batches=batches, loss=loss
+        ... )  # doctest: +SKIP
+
+        Resumed, before the states of model and optimizer are loaded:
+
+        >>> sparse.load_state_dict(torch.load("sparse.pt"))  # doctest: +SKIP
+        >>> sparse.model.load_state_dict(torch.load("model.pt"))  # doctest: +SKIP
     """
 
     def __init__(
@@ -98,14 +127,7 @@ class SparseTraining:
         check_options("SparseTraining", options, TrainingOptions, SparseTraining)
         check_arguments(model, args, kwargs, target, state)
         self._settings, self._target, optimizers = Settings(**options), target, optimizers_of(optimizer)
-        self._user_scores = scores if isinstance(scores, Scores | Mapping) else None
-        method = self._settings.method(scores)
-        self._measures = method == SECOND_ORDER
-        self._schedule = schedule or default_schedule(self._settings.total_steps, self._measures)
-        check_schedule(self._schedule, self._settings.total_steps, own_scores=method is None)
-        self._steps = frozenset(self._schedule.steps)
-        gathered = method if method is not None and not self._measures else "gate-fisher"
-        self._running = MovingScores(gathered, self._settings.window)
+        method = self._configure(schedule, scores)
         model = unwrapped(model, resizing=TrainingError)
         owners = other_owners(model)
         choose = partial(choose_couplings, settings=self._settings, method=method, model=model)
@@ -122,6 +144,18 @@ class SparseTraining:
         self._batches = calibration_batches(self._settings.batches)
         self._origin = origin(model, self.plan, args, kwargs)
         self._begin(optimizers, state)
+
+    def _configure(self, schedule: Schedule | None, scores: object) -> str | None:
+        """Set when to shrink and by which scores. Returns the method's name, None for the user's own scores."""
+        self._user_scores = scores if isinstance(scores, Scores | Mapping) else None
+        method = self._settings.method(scores)
+        self._measures = method == SECOND_ORDER
+        self._schedule = schedule or default_schedule(self._settings.total_steps, self._measures)
+        check_schedule(self._schedule, self._settings.total_steps, own_scores=method is None)
+        self._steps = frozenset(self._schedule.steps)
+        gathered = "gate-fisher" if method is None or self._measures else method
+        self._running = MovingScores(gathered, self._settings.window)
+        return method
 
     def _begin(self, optimizers: Sequence[Optimizer], state: Mapping[str, Any] | None) -> None:
         self._second_order, self._compensation = self._measuring(), self._compensating()
@@ -257,17 +291,20 @@ class SparseTraining:
     def _decided(
         self, scores: Mapping[str, Tensor], share: float
     ) -> tuple[dict[str, Tensor], Mapping[str, Tensor] | None]:
-        """The units to keep, the same in all processes, and the compensation to add to parameters, if it is known."""
-        measured = self._measured()
-        keep = self._units(scores if measured is None else measured.scores(), share)
+        """The units to keep, the same in all processes, and the compensation to add to parameters, if known."""
+        second, measurement = self._second_order, self._measured()
+        if second is not None and measurement is not None:
+            scores = second.scores(measurement)
+        keep = self._units(scores, share)
         check_same(keep, self._running.flat().device, self._settings.group)
         # Where a norm runs over what is kept, its inputs before the shrink are not those after it.
-        if measured is None or self._compensation is None or any(c.inexact for c in self._now):
+        exact = not any(c.inexact for c in self._now)
+        if second is None or measurement is None or self._compensation is None or not exact:
             return keep, None
-        gone = {c.name: ~keep[c.name][self._keep[c.name]].view(c.carriers, c.size) for c in self._now}
-        return keep, measured.making_up(gone)
+        left = {c.name: keep[c.name][self._keep[c.name]].view(c.carriers, c.size) for c in self._now}
+        return keep, second.changes(measurement, left)
 
-    def _measured(self) -> Measured | None:
+    def _measured(self) -> Measurement | None:
         """What second-order scores need of the units that are there. Linear couplings have been turned then."""
         if self._second_order is None:
             return None
@@ -378,7 +415,7 @@ class SparseTraining:
 
 def _held(shapes: Mapping[str, tuple[int, ...]], couplings: Sequence[Coupling]) -> int:
     """Elements that couplings hold, each counted once."""
-    return removed_elements(shapes, [(c.members, torch.ones(c.carriers, c.size, dtype=torch.bool)) for c in couplings])
+    return coupled_elements(shapes, (c.members for c in couplings))
 
 
 def _compiled() -> int:

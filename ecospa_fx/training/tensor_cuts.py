@@ -7,7 +7,7 @@ keeps beside it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,34 +15,23 @@ from torch import Tensor
 
 from ecospa_fx.coupling.unit_elements import Factors
 from ecospa_fx.errors import TrainingError
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class AxisCut:
-    """Positions kept along one axis.
-
-    carrier: None and positions [kept], or the axis along which the choice differs and positions [slices, kept].
-    """
-
-    axis: int
-    carrier: int | None
-    positions: Tensor
+from ecospa_fx.ir.slices import AxisSlice, TensorSlice, take
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TensorCut:
     """What stays of one parameter and of everything shaped like it.
 
-    before, after: its shape; axes: what is taken, those whose choice differs along another axis last.
+    before, after: its shape; slices: what is taken, those whose choice differs along another axis last.
     """
 
     before: tuple[int, ...]
     after: tuple[int, ...]
-    axes: tuple[AxisCut, ...]
+    slices: TensorSlice
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """The kept part of a tensor of shape `before`, contiguous, in memory of its own."""
-        return self._taken(tensor, self.axes).contiguous()
+        return take(tensor, self.slices).contiguous()
 
     def beside(self, tensor: Tensor) -> Tensor | None:
         """The kept part of what an optimizer stores beside the parameter, or None where that cannot be told.
@@ -60,26 +49,13 @@ class TensorCut:
         if present is None:
             return None
         lost = [a for a in range(len(self.before)) if a not in present]
-        if any(c.carrier in lost and c.axis in present for c in self.axes):
+        if any(one.other in lost and one.axis in present for one in self.slices):
             return None
         full = tensor.reshape([n if a in present else 1 for a, n in enumerate(self.before)])
-        taken = self._taken(full, [c for c in self.axes if c.axis in present])
+        taken = take(full, tuple(one for one in self.slices if one.axis in present))
         if tensor.dim() < len(self.before):
             taken = taken.reshape([n for a, n in enumerate(taken.shape) if a in present])
         return taken.contiguous()
-
-    @staticmethod
-    def _taken(tensor: Tensor, axes: Sequence[AxisCut]) -> Tensor:
-        for cut in axes:
-            positions = cut.positions.to(tensor.device)
-            if cut.carrier is None:
-                tensor = tensor.index_select(cut.axis, positions)
-                continue
-            view = [1] * tensor.dim()
-            view[cut.carrier], view[cut.axis] = positions.shape
-            ordered = positions if cut.carrier < cut.axis else positions.T
-            tensor = torch.take_along_dim(tensor, ordered.reshape(view), cut.axis)
-        return tensor
 
 
 def _matching(shape: tuple[int, ...], whole: tuple[int, ...]) -> set[int] | None:
@@ -112,14 +88,14 @@ def _cut(name: str, shape: tuple[int, ...], before: Factors, after: Factors) -> 
         carrier = new.carriers.get(axis)
         if carrier is None:
             kept, there = new.masks[axis][0], old.masks[axis][0]
-            plain.append(AxisCut(axis, None, kept[there].nonzero().flatten()))
+            plain.append(AxisSlice(axis, old.shape[axis], None, kept[there].nonzero().flatten()))
         else:
             places = new.masks[carrier][0]
             there = old.masks[axis].expand(shape[carrier], -1)[places]
             kept = new.masks[axis][places]
             rows = [k[t].nonzero().flatten() for k, t in zip(kept, there, strict=True)]
-            carried.append(AxisCut(axis, carrier, torch.stack(rows)))
-    cut = [c for c in (*plain, *carried) if c.positions.shape[-1] < old.size(c.axis)]
+            carried.append(AxisSlice.along(axis, old.shape[axis], carrier, torch.stack(rows), len(shape)))
+    cut = [one for one in (*plain, *carried) if one.count < one.size]
     return TensorCut(old.shape, new.shape, tuple(cut))
 
 
@@ -147,7 +123,3 @@ class _Grid:
             rows = mask[masks[carriers[axis]][0]] if axis in carriers else mask
             sizes.append(int(rows[0].sum()))
         return cls(tuple(sizes), tuple(masks), carriers)
-
-    def size(self, axis: int) -> int:
-        """Positions kept along an axis."""
-        return self.shape[axis]

@@ -6,26 +6,36 @@ the exporter leaves the slices out. Without them the two graphs are alike.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import fx
+
+from ecospa_fx.ir.passes import PassResult
+from ecospa_fx.ir.schema import input_node, named_arguments
 
 aten = torch.ops.aten
 _END = 2**62
 
 
-def drop_whole_slices(module: fx.GraphModule) -> bool:
-    """Rewrite the graph in place. Returns whether there was any."""
-    whole = [n for n in module.graph.nodes if n.op == "call_function" and n.target is aten.slice.Tensor and _whole(n)]
-    for node in whole:
-        source: Any = node.args[0]
-        node.replace_all_uses_with(source)
-        module.graph.erase_node(node)
-    return bool(whole)
+@dataclass(frozen=True, slots=True)
+class DropWholeSlices:
+    """``x[:]`` becomes ``x``, also where the sizes are symbols. Exact to the bit."""
+
+    name: ClassVar[str] = "drop-whole-slices"
+
+    def run(self, graph_module: fx.GraphModule) -> PassResult:
+        """Rewrite the graph in place."""
+        graph = graph_module.graph
+        whole = [n for n in graph.nodes if n.op == "call_function" and n.target is aten.slice.Tensor and _is_whole(n)]
+        for node in whole:
+            node.replace_all_uses_with(input_node(node))
+            graph.erase_node(node)
+        return PassResult(graph_module, len(whole))
 
 
-def _whole(node: fx.Node) -> bool:
-    arguments: Any = [*node.args[1:], None, None, None, None][:4]
-    _, start, stop, step = arguments
+def _is_whole(node: fx.Node) -> bool:
+    arguments = named_arguments(node, defaults=True)
+    start, stop, step = (arguments[name] for name in ("start", "end", "step"))
     return start in (None, 0) and step in (None, 1) and (stop is None or (isinstance(stop, int) and stop >= _END))

@@ -8,9 +8,10 @@ the flat axis is sliced in steps. Purely a rewrite of views; no number changes.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -18,6 +19,8 @@ from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from ecospa_fx.ir.alias import written_to
 from ecospa_fx.ir.build import insert
+from ecospa_fx.ir.passes import PassResult
+from ecospa_fx.ir.schema import Args, Size, input_node, named_arguments
 
 aten = torch.ops.aten
 VIEWS = {aten.view.default, aten.reshape.default, aten.unflatten.int, aten._unsafe_view.default}
@@ -28,18 +31,22 @@ _END = 2**63 - 1
 STEPS = {aten.transpose.int, aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim} | COPIES
 
 
-def hoist_selections(module: fx.GraphModule) -> bool:
-    """Rewrite the graph in place. Returns whether anything moved."""
-    graph, changed = module.graph, False
-    for node in list(graph.nodes):
-        if node.op == "call_function" and node.target in _SELECTIONS:
-            chain = _chain(node)
-            if chain is not None and not written_to(chain.source):
-                changed |= _hoist(graph, node, chain)
-    changed |= graph.eliminate_dead_code(lambda n: n.is_impure() or n.op != "call_function" or not _movable(n))
-    if changed:
-        graph.lint()
-    return changed
+@dataclass(frozen=True, slots=True)
+class HoistSelections:
+    """``x.view(b, t, 3, d).select(2, i)`` becomes a slice of `x`, viewed. Exact to the bit."""
+
+    name: ClassVar[str] = "hoist-selections"
+
+    def run(self, graph_module: fx.GraphModule) -> PassResult:
+        """Rewrite the graph in place; what is written to in place stays as it is."""
+        graph, changes = graph_module.graph, 0
+        for node in list(graph.nodes):
+            if node.op == "call_function" and node.target in _SELECTIONS:
+                chain = _chain(node)
+                if chain is not None and not written_to(chain.source):
+                    changes += _hoist(graph, node, chain)
+        changes += graph.eliminate_dead_code(lambda n: n.is_impure() or n.op != "call_function" or not _movable(n))
+        return PassResult(graph_module, changes)
 
 
 def _movable(node: fx.Node) -> bool:
@@ -48,26 +55,27 @@ def _movable(node: fx.Node) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Chain:
-    """source → view → steps → selection.
-
-    parts: the sizes that the view gives to axis `inner` of the source, from axis `axis` of its own on; at: which of
-    them is selected from; position: where that axis is when it is selected from; steps: the moves in between, in order,
-    each with where the axis is after it.
-    """
+    """source → view → steps → selection."""
 
     view: fx.Node
     source: fx.Node
     inner: int
+    """The axis of the source that the view splits."""
     axis: int
+    """The first axis of the view that it becomes."""
     parts: tuple[int, ...]
-    at: int
+    """The sizes that the view gives to it."""
+    part: int
+    """Which of these is selected from."""
     position: int
+    """Where that axis is when it is selected from."""
     steps: tuple[tuple[fx.Node, int], ...]
+    """The moves between view and selection, in order, each with where the axis is after it."""
 
     @property
     def innermost(self) -> bool:
         """Whether positions of the selected axis are neighbours in the source."""
-        return prod(self.parts[self.at + 1 :]) == 1
+        return prod(self.parts[self.part + 1 :]) == 1
 
 
 def _chain(node: fx.Node) -> _Chain | None:
@@ -91,32 +99,30 @@ def _chain(node: fx.Node) -> _Chain | None:
 
 
 def _dim_of(node: fx.Node) -> int:
-    index = 2 if node.target in _CUTS else 1
-    found: Any = node.args[index] if len(node.args) > index else node.kwargs.get("dim", 0)
-    return int(found)
+    return int(named_arguments(node, defaults=True)["dim"])
 
 
 def axis_before(step: fx.Node, position: int) -> int | None:
     """Where the axis at `position` after a step was before it; None where the step made it."""
-    arguments: Any = step.args
-    rank, inside = int(step.meta["val"].dim()), int(arguments[0].meta["val"].dim())
+    arguments = named_arguments(step)
+    rank, inside = int(step.meta["val"].dim()), int(input_node(step).meta["val"].dim())
     if step.target in COPIES:
         return position
     if step.target is aten.permute.default:
-        return int(arguments[1][position]) % rank
+        return int(arguments["dims"][position]) % rank
     if step.target is aten.transpose.int:
-        a, b = (int(d) % rank for d in arguments[1:3])
+        a, b = (int(arguments[name]) % rank for name in ("dim0", "dim1"))
         return {a: b, b: a}.get(position, position)
     if step.target is aten.unsqueeze.default:
-        new = int(arguments[1]) % rank
+        new = int(arguments["dim"]) % rank
         return None if position == new else position - (position > new)
-    gone = int(arguments[1]) % inside
-    return position + (position >= gone and inside > rank)
+    removed = int(arguments["dim"]) % inside
+    return position + (position >= removed and inside > rank)
 
 
 def _untouched(view: fx.Node, position: int) -> int | None:
     """Where an axis of a view's output is in its input, if the view only regroups the axes before and after it."""
-    source: Any = view.args[0]
+    source = input_node(view)
     if view.target is aten.unflatten.int or not isinstance(source.meta.get("val"), Tensor):
         return None
     inside, outside = source.meta["val"].shape, view.meta["val"].shape
@@ -137,66 +143,66 @@ def _split_of(view: fx.Node, position: int, last: int, steps: tuple[tuple[fx.Nod
         for first in range(position + 1) if is_concrete_int(size) else ():
             parts = _run(outside[first:], int(size))
             if first <= position < first + len(parts) and _same(prod(inside[:inner]), prod(outside[:first])):
-                at = position - first
-                if len(parts) < 2 or parts[at] == 1:
+                part = position - first
+                if len(parts) < 2 or parts[part] == 1:
                     return None
-                return _Chain(view, source, inner, first, parts, at, last, steps)
+                return _Chain(view, source, inner, first, parts, part, last, steps)
     return None
 
 
-def _run(sizes: Any, whole: int) -> tuple[int, ...]:
+def _run(sizes: Iterable[Size], whole: int) -> tuple[int, ...]:
     """The leading sizes whose product is `whole`, or none; sizes of 1 after them are left out."""
-    product, found = 1, []
+    product, parts = 1, []
     for size in sizes:
         if not is_concrete_int(size) or product == whole:
             break
         product *= int(size)
-        found.append(int(size))
-    return tuple(found) if product == whole else ()
+        parts.append(int(size))
+    return tuple(parts) if product == whole else ()
 
 
-def _same(a: Any, b: Any) -> bool:
+def _same(a: object, b: object) -> bool:
     return bool(a == b) if isinstance(a, int) and isinstance(b, int) else str(a) == str(b)
 
 
 def _hoist(graph: fx.Graph, node: fx.Node, chain: _Chain) -> bool:
     """Replace the uses of one selection."""
-    arguments: Any = node.args
-    size = chain.parts[chain.at]
+    arguments = named_arguments(node, defaults=True)
+    size = chain.parts[chain.part]
     if chain.innermost and not _apart(node, chain):
         return False
     if node.target is aten.select.int:
-        index = int(arguments[2]) % size
+        index = int(arguments["index"]) % size
         node.replace_all_uses_with(_part(graph, node, chain, (index, index + 1), drop=True))
         return True
     if node.target is aten.slice.Tensor:
-        start, stop, step = slice(*[*arguments, None, None, None][2:5]).indices(size)
+        start, stop, step = slice(*(arguments[name] for name in ("start", "end", "step"))).indices(size)
         if step != 1 or stop <= start or (start, stop) == (0, size):
             return False
         node.replace_all_uses_with(_part(graph, node, chain, (start, stop), drop=False))
         return True
-    at, drop = 0, node.target is aten.unbind.int
+    begin, drop = 0, node.target is aten.unbind.int
     for i, value in enumerate(node.meta["val"]):
         length = 1 if drop else int(value.shape[chain.position])
         for user in [u for u in node.users if u.args[1] == i]:
-            user.replace_all_uses_with(_part(graph, user, chain, (at, at + length), drop=drop))
-        at += length
+            user.replace_all_uses_with(_part(graph, user, chain, (begin, begin + length), drop=drop))
+        begin += length
     return True
 
 
 def _apart(node: fx.Node, chain: _Chain) -> bool:
     """Whether every position of the selected axis is selected by itself, from this view or from others like it."""
     like = [n for n in chain.source.users if n.target is chain.view.target and n.args == chain.view.args]
-    source: Any = node.args[0]
+    source = input_node(node)
     users = [user for n in dict.fromkeys([source, *like]) for user in n.users]
     singles = sum(user.target is aten.select.int for user in users)
-    return node.target is aten.unbind.int or (node.target is aten.select.int and singles >= chain.parts[chain.at])
+    return node.target is aten.unbind.int or (node.target is aten.select.int and singles >= chain.parts[chain.part])
 
 
 def _part(graph: fx.Graph, node: fx.Node, chain: _Chain, span: tuple[int, int], drop: bool) -> fx.Node:
     """Positions of the selected axis, cut out of the flat axis, then moved as the whole was."""
-    left, right = chain.parts[: chain.at], chain.parts[chain.at + 1 :]
-    inner, (start, stop), end, size = prod(right), span, chain.axis + len(chain.parts), chain.parts[chain.at]
+    left, right = chain.parts[: chain.part], chain.parts[chain.part + 1 :]
+    inner, (start, stop), end, size = prod(right), span, chain.axis + len(chain.parts), chain.parts[chain.part]
     with graph.inserting_before(node):
         shape = _sizes(graph, chain, node)
         before, after = shape[: chain.axis], shape[end:]
@@ -219,7 +225,7 @@ def _part(graph: fx.Graph, node: fx.Node, chain: _Chain, span: tuple[int, int], 
     return result
 
 
-def _arguments(step: fx.Node, place: int, size: int) -> tuple[Any, ...]:
+def _arguments(step: fx.Node, place: int, size: int) -> Args:
     """What a step does to the part: a view has another size where the selected axis is."""
     if step.target not in VIEWS:
         return step.args[1:]
@@ -227,15 +233,15 @@ def _arguments(step: fx.Node, place: int, size: int) -> tuple[Any, ...]:
     return ([size if i == place and n != -1 else n for i, n in enumerate(shape)],)
 
 
-def _sizes(graph: fx.Graph, chain: _Chain, like: fx.Node) -> list[Any]:
+def _sizes(graph: fx.Graph, chain: _Chain, like: fx.Node) -> list[int | fx.Node]:
     """Sizes of the view's output as arguments: numbers where they are known, else as the view has them."""
     outside, grown = chain.view.meta["val"].shape, len(chain.parts) - 1
     written: Any = chain.view.args[1] if chain.view.target is not aten.unflatten.int else None
-    found: list[Any] = []
+    sizes: list[int | fx.Node] = []
     for i, size in enumerate(outside):
         if is_concrete_int(size) or written is not None:
-            found.append(int(size) if is_concrete_int(size) else written[i])
+            sizes.append(int(size) if is_concrete_int(size) else written[i])
             continue
         axis = i if i < chain.axis else i - grown
-        found.append(insert(graph, aten.sym_size.int, (chain.source, axis), like=like))
-    return found
+        sizes.append(insert(graph, aten.sym_size.int, (chain.source, axis), like=like))
+    return sizes

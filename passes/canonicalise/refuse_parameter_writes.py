@@ -6,15 +6,17 @@ for "once only", say. So such code is refused, but for what changes nothing.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import fx
-from torch.export import ExportedProgram
 
 from ecospa_fx.errors import CaptureError
-from ecospa_fx.ir.alias import writers as written_into
+from ecospa_fx.ir.alias import writers
+from ecospa_fx.ir.passes import PassResult
 from ecospa_fx.ir.provenance import source_of
+from ecospa_fx.ir.schema import input_node
 
 _NEUTRAL = {
     torch.ops.aten.mul_.Tensor: 1, torch.ops.aten.mul_.Scalar: 1, torch.ops.aten.div_.Tensor: 1,
@@ -24,21 +26,37 @@ _NEUTRAL = {
 """By which number an operator leaves its first argument as it is."""
 
 
-def refuse_parameter_writes(program: ExportedProgram) -> None:
-    """Take writes out that change nothing. Raises CaptureError for others into parameters, with the user's line."""
-    graph, parameters = program.graph_module.graph, program.graph_signature.inputs_to_parameters
-    for base, writers in written_into(graph).items():
-        for node in writers if base.name in parameters else ():
-            if _changes_nothing(node):
-                unwritten: Any = node.args[0]
-                node.replace_all_uses_with(unwritten)
-                graph.erase_node(node)
-                continue
-            name, place = parameters[base.name], source_of(node)
-            raise CaptureError(
-                f"parameter {name!r} is written into while the model computes{f' at {place}' if place else ''}, and "
-                "a graph would do that at every call: let it be done before, by a call of the model if it is done once"
-            )
+@dataclass(frozen=True, slots=True)
+class RefuseParameterWrites:
+    """Takes writes into parameters out that change nothing, and refuses others.
+
+    Parameters are the inputs that have their names in ``node.meta["parameter"]``. Raises CaptureError with the user's
+    line. Exact to the bit.
+    """
+
+    name: ClassVar[str] = "refuse-parameter-writes"
+
+    def run(self, graph_module: fx.GraphModule) -> PassResult:
+        """Rewrite the graph in place."""
+        graph = graph_module.graph
+        writes: dict[fx.Node, fx.Node] = {}
+        for base, nodes in writers(graph).items():
+            if "parameter" in base.meta:
+                writes = {**dict.fromkeys(nodes, base), **writes}
+        for node, parameter in writes.items():
+            if not _changes_nothing(node):
+                raise _refusal(parameter.meta["parameter"], node)
+            node.replace_all_uses_with(input_node(node))
+            graph.erase_node(node)
+        return PassResult(graph_module, len(writes))
+
+
+def _refusal(name: str, node: fx.Node) -> CaptureError:
+    place = source_of(node)
+    return CaptureError(
+        f"parameter {name!r} is written into while the model computes{f' at {place}' if place else ''}, and "
+        "a graph would do that at every call: let it be done before, by a call of the model if it is done once"
+    )
 
 
 def _changes_nothing(node: fx.Node) -> bool:

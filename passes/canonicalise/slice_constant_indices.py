@@ -5,52 +5,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from ecospa_fx.ir.build import insert
+from ecospa_fx.ir.passes import PassResult
+from ecospa_fx.ir.schema import input_node, named_arguments
 
 aten = torch.ops.aten
 _COPIES = {aten.lift_fresh_copy.default, aten.clone.default, aten.detach.default, aten.detach_.default}
 
 
-def slice_constant_indices(module: fx.GraphModule, constants: Mapping[fx.Node, Tensor]) -> bool:
-    """Rewrite the graph in place. constants: nodes whose values are known and never written to."""
-    graph, changed = module.graph, False
-    for node in [n for n in graph.nodes if n.op == "call_function" and n.target is aten.index.Tensor]:
-        found = _run(node, constants)
-        if found is None:
-            continue
-        axis, start, stop = found
-        with graph.inserting_before(node):
-            part = insert(graph, aten.slice.Tensor, (node.args[0], axis, start, stop), like=node)
-        node.replace_all_uses_with(part)
-        graph.erase_node(node)
-        changed = True
-    return changed
+@dataclass(frozen=True, slots=True)
+class SliceConstantIndices:
+    """``x[:, [2, 3]]`` becomes ``x[:, 2:4]``. Exact to the bit.
+
+    The values of constants stand in ``node.meta["constant"]``.
+    """
+
+    name: ClassVar[str] = "slice-constant-indices"
+
+    def run(self, graph_module: fx.GraphModule) -> PassResult:
+        """Rewrite the graph in place."""
+        graph, changes = graph_module.graph, 0
+        for node in [n for n in graph.nodes if n.op == "call_function" and n.target is aten.index.Tensor]:
+            span = _span(node)
+            if span is None:
+                continue
+            with graph.inserting_before(node):
+                part = insert(graph, aten.slice.Tensor, (node.args[0], *span), like=node)
+            node.replace_all_uses_with(part)
+            graph.erase_node(node)
+            changes += 1
+        return PassResult(graph_module, changes)
 
 
-def _run(node: fx.Node, constants: Mapping[fx.Node, Tensor]) -> tuple[int, int, int] | None:
+def _span(node: fx.Node) -> tuple[int, int, int] | None:
     """Axis, start and stop where the only index is a constant run of neighbouring positions."""
-    source: Any = node.args[0]
-    indices: Any = node.args[1]
-    given = [i for i, entry in enumerate(indices) if entry is not None]
-    if len(given) != 1:
+    source = input_node(node)
+    indices = named_arguments(node)["indices"]
+    axes = [i for i, entry in enumerate(indices) if entry is not None]
+    if len(axes) != 1:
         return None
-    values, size = _values(indices[given[0]], constants), source.meta["val"].shape[given[0]]
+    values, size = _values(indices[axes[0]]), source.meta["val"].shape[axes[0]]
     if values is None or values.dim() != 1 or not is_concrete_int(size) or values.dtype is torch.bool:
         return None
     positions = [int(v) % int(size) for v in values]
     if not positions or positions != list(range(positions[0], positions[0] + len(positions))):
         return None
-    return given[0], positions[0], positions[-1] + 1
+    return axes[0], positions[0], positions[-1] + 1
 
 
-def _values(node: Any, constants: Mapping[fx.Node, Tensor]) -> Tensor | None:
+def _values(node: fx.node.Argument) -> Tensor | None:
+    """The values of a constant, also behind copies of it; None for anything else."""
     while isinstance(node, fx.Node) and node.op == "call_function" and node.target in _COPIES:
         node = node.args[0]
-    return constants.get(node)
+    values = node.meta.get("constant") if isinstance(node, fx.Node) else None
+    return values if isinstance(values, Tensor) else None

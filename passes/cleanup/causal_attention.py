@@ -8,7 +8,7 @@ anything else, stay.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import sympy
 import torch
@@ -30,7 +30,7 @@ class CausalAttention:
     Exact up to the order of summation within attention.
     """
 
-    name: str = "causal-attention"
+    name: ClassVar[str] = "causal-attention"
 
     def run(self, graph_module: fx.GraphModule) -> PassResult:
         """Rewrite the graph in place."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import sqrt
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -29,7 +29,7 @@ class EqualWidths:
     On the CPU only: kernels of GPUs take different widths. Exact up to the order of summation within attention.
     """
 
-    name: str = "equal-widths"
+    name: ClassVar[str] = "equal-widths"
 
     def run(self, graph_module: fx.GraphModule) -> PassResult:
         """Rewrite the graph in place."""
@@ -63,6 +63,6 @@ def _widen(node: fx.Node) -> None:
         node.replace_all_uses_with(cut, delete_user_cb=lambda user: user is not cut)
 
 
-def _filled(graph: fx.Graph, node: Any, width: int, user: fx.Node) -> Any:
+def _filled(graph: fx.Graph, node: object, width: int, user: fx.Node) -> Any:
     missing = width - shape_of(node)[-1]
     return insert(graph, aten.constant_pad_nd.default, (node, [0, missing]), user) if missing else node

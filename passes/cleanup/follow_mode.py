@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import fx
 
@@ -18,7 +19,7 @@ class FollowMode:
     Exact to the bit in the mode of the export.
     """
 
-    name: str = "follow-mode"
+    name: ClassVar[str] = "follow-mode"
 
     def run(self, graph_module: fx.GraphModule) -> PassResult:
         """Rewrite the graph in place."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import sympy
 import torch
@@ -33,7 +33,7 @@ class GroupedAttention:
     Exact up to the order of summation within attention.
     """
 
-    name: str = "grouped-attention"
+    name: ClassVar[str] = "grouped-attention"
 
     def run(self, graph_module: fx.GraphModule) -> PassResult:
         """Rewrite the graph in place."""
@@ -72,8 +72,8 @@ def _refusal(node: fx.Node, sources: Sequence[fx.Node], changing: Sequence[fx.No
 
 
 def _candidate(node: fx.Node) -> bool:
-    given = named_arguments(node)
-    return not given.get("enable_gqa") and all(len(shape_of(n)) == 4 for n in node.args[:3])
+    arguments = named_arguments(node)
+    return not arguments.get("enable_gqa") and all(len(shape_of(n)) == 4 for n in node.args[:3])
 
 
 def _unrepeated(repeated: Any, user: fx.Node, values: Mapping[fx.Node, ElementValue]) -> Any:
@@ -83,11 +83,11 @@ def _unrepeated(repeated: Any, user: fx.Node, values: Mapping[fx.Node, ElementVa
         node = node.args[0]
         if node not in values:
             return None
-        found = shape_of(node)
-        if len(found) != 4 or not all(isinstance(s, int) for s in (found[1], shape[1])) or found[1] >= shape[1]:
+        sizes = shape_of(node)
+        if len(sizes) != 4 or not all(isinstance(s, int) for s in (sizes[1], shape[1])) or sizes[1] >= shape[1]:
             continue
-        if shape[1] % found[1] or [str(s) for s in found[2:]] != [str(s) for s in shape[2:]]:
+        if shape[1] % sizes[1] or [str(s) for s in sizes[2:]] != [str(s) for s in shape[2:]]:
             continue
-        group = sympy.floor(position(1) / (shape[1] // found[1]))
+        group = sympy.floor(position(1) / (shape[1] // sizes[1]))
         return node if values[node].at({position(1): group}) == values[repeated] else None
     return None

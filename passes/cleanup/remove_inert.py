@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -26,12 +27,14 @@ class RemoveInert:
     """Removes what has no effect on any number.
 
     Sizes, types and devices are those of the example values, so a graph that is moved to another type afterwards
-    computes in that type throughout. Exact to the bit. casts: whether casts to the type at hand go; under autocast,
-    which chooses types while the graph runs, they have an effect.
+    computes in that type throughout. Exact to the bit.
     """
 
+    name: ClassVar[str] = "remove-inert"
+
     casts: bool = True
-    name: str = "remove-inert"
+    """Whether casts to the type at hand go; under autocast, which chooses types while the graph runs, they have an
+    effect."""
 
     def run(self, graph_module: fx.GraphModule) -> PassResult:
         """Rewrite the graph in place."""
@@ -65,10 +68,10 @@ def _alike(node: fx.Node, source: fx.Node) -> bool:
     a, b = node.meta.get("val"), source.meta.get("val")
     if not isinstance(a, Tensor) or not isinstance(b, Tensor) or (a.dtype, a.device) != (b.dtype, b.device):
         return False
-    return _told(a) == _told(b)
+    return _sizes_and_strides(a) == _sizes_and_strides(b)
 
 
-def _told(tensor: Tensor) -> list[str]:
+def _sizes_and_strides(tensor: Tensor) -> list[str]:
     return [str(s) for s in (*tensor.shape, "|", *tensor.stride())]
 
 

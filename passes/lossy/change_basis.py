@@ -26,11 +26,14 @@ FLOOR = 1e-6
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ChangeBasis:
-    """Multiply one side of a linear coupling by B [carriers, units, units] and the other by its inverse transposed."""
+    """Multiply one side of a linear coupling by a matrix B per carrier and the other by its inverse transposed."""
 
     first: tuple[Side, ...]
+    """What is multiplied by B."""
     second: tuple[Side, ...]
+    """What is multiplied by B⁻ᵀ."""
     basis: Tensor
+    """B [carriers, units, units]."""
     name: str = "change-basis"
 
     def run(self, program: Program) -> None:
@@ -52,10 +55,10 @@ def value_basis(view: Inputs, site: LinearUse, curvature: Curvature, weight: Ten
     moments, gradients = curvature.inputs[site], curvature.outputs[site]
     second = curvature.second(site)
     metric = gradients.second / max(gradients.rows, 1)
-    at = view.positions[site].to(second.device)
-    columns = site.matrix(weight).to(metric)[:, at]  # [out, carriers, units, width]
+    positions = view.positions[site].to(second.device)
+    columns = site.matrix(weight).to(metric)[:, positions]  # [out, carriers, units, width]
     pulled = torch.einsum("ocuw,op,pcvw->cuv", columns, metric, columns)
-    first, whole = (_averaged(s, at) / max(moments.rows, 1) for s in (second, moments.second))
+    first, whole = (_averaged(s, positions) / max(moments.rows, 1) for s in (second, moments.second))
     return _joint(_or_identity(first, whole), pulled)[0]
 
 
@@ -66,14 +69,14 @@ def factor_basis(site: LinearUse, positions: Tensor, curvature: Curvature) -> tu
     the loss's gradient at it, which holds what the factor is multiplied with, as far as it matters.
     """
     values, gradients = curvature.results[site], curvature.outputs[site]
-    at = positions.to(values.second.device)
-    first, second = (_averaged(m.second, at) / max(m.rows, 1) for m in (values, gradients))
+    places = positions.to(values.second.device)
+    first, second = (_averaged(m.second, places) / max(m.rows, 1) for m in (values, gradients))
     return _joint(_or_identity(first, first), second)
 
 
-def _averaged(second: Tensor, at: Tensor) -> Tensor:
+def _averaged(second: Tensor, positions: Tensor) -> Tensor:
     """[carriers, units, units] from [n, n], the mean over the width of positions."""
-    blocks = second[at[:, :, None, :], at[:, None, :, :]]
+    blocks = second[positions[:, :, None, :], positions[:, None, :, :]]
     return blocks.mean(-1)
 
 
@@ -101,8 +104,8 @@ def balanced(change: ChangeBasis, program: Program) -> ChangeBasis:
     for sides, matrix in ((change.first, change.basis), (change.second, inverse)):
         total = torch.zeros(matrix.shape[:2], dtype=matrix.dtype, device=matrix.device)
         for side in sides:
-            held = program.tensor(side.member.parameter).detach().to(matrix)
-            rows = rotated(held, side.member.axis, side.positions, matrix).movedim(side.member.axis, 0)
+            before = program.tensor(side.member.parameter).detach().to(matrix)
+            rows = rotated(before, side.member.axis, side.positions, matrix).movedim(side.member.axis, 0)
             total += rows[side.positions.to(rows.device)].flatten(2).square().sum(2)
         norms.append(total)
     alive = (norms[0] > 0) & (norms[1] > 0)
@@ -132,16 +135,16 @@ def turn_factors(
     for gate, first, second in todo:
         assert curvature is not None
         sites = {site.parameter: site for site in gate.sites}
-        found = []
-        for one, other in ((first, second), (second, first)):
-            (side,) = (s for s in one if s.member.parameter in sites)
-            basis, told = factor_basis(sites[side.member.parameter], side.positions, curvature)
-            found.append((float(told.sum()), ChangeBasis(one, other, basis)))
-        _made(min(found, key=lambda pair: pair[0])[1], program, apply)
+        choices = []
+        for near, far in ((first, second), (second, first)):
+            (side,) = (s for s in near if s.member.parameter in sites)
+            basis, weights = factor_basis(sites[side.member.parameter], side.positions, curvature)
+            choices.append((float(weights.sum()), ChangeBasis(near, far, basis)))
+        _applied(min(choices, key=lambda pair: pair[0])[1], program, apply)
     return len(todo)
 
 
-def _made(change: ChangeBasis, program: Program, apply: Apply | None) -> ChangeBasis:
+def _applied(change: ChangeBasis, program: Program, apply: Apply | None) -> ChangeBasis:
     if apply is not None:
         return apply(change)
     change.run(program)
@@ -164,11 +167,11 @@ def turn_values(views: CouplingViews, curvature: Curvature, program: Program, ap
         sides = sides_of(view.coupling) if view.coupling.symmetry == "linear" else None
         if sides is None or len(view.positions) != 1 or len(sides[1]) != 1:
             continue
-        ((site, at),) = view.positions.items()
+        ((site, positions),) = view.positions.items()
         wanted = ChangeBasis(*sides, value_basis(view, site, curvature, program.tensor(site.parameter).detach()))
-        basis = _made(wanted, program, apply).basis
+        basis = _applied(wanted, program, apply).basis
         moments = curvature.inputs[site]
-        moments.second = rotated(rotated(moments.second, 0, at, basis), 1, at, basis)
-        moments.total = rotated(moments.total, 0, at, basis)
+        moments.second = rotated(rotated(moments.second, 0, positions, basis), 1, positions, basis)
+        moments.total = rotated(moments.total, 0, positions, basis)
         count += 1
     return count

@@ -23,9 +23,10 @@ from ecospa_fx.runtime.interpreter import NodeValues, PartialInterpreter, detach
 
 @dataclass(frozen=True, slots=True)
 class Reconstruct:
-    """``Reconstruct(damping).run(dense, small, batches)``; damping: in means of the diagonal."""
+    """``Reconstruct(damping).run(dense, small, batches)``."""
 
     damping: float = 0.1
+    """Of least squares, in means of the diagonal."""
     name: str = "reconstruct"
 
     def run(
@@ -56,19 +57,21 @@ class Stage:
     """A matrix that lost inputs, in both programs."""
 
     site: LinearUse
+    """In the dense program."""
     twin: fx.Node
+    """Its node in the smaller program."""
 
 
 def stages_of(dense: PartialInterpreter, small: PartialInterpreter) -> list[Stage]:
     """The sites that lost inputs and still have all their outputs, in the order of the graph."""
     by_name = {node.name: node for node in small.order}
-    found = []
+    stages = []
     for site in linear_uses(dense.program):
         before, after = (e.program.tensor(site.parameter).shape for e in (dense, small))
         lost, kept = before[site.in_axis] != after[site.in_axis], before[1 - site.in_axis] == after[1 - site.in_axis]
         if lost and kept and site.node.name in by_name:
-            found.append(Stage(site, by_name[site.node.name]))
-    return found
+            stages.append(Stage(site, by_name[site.node.name]))
+    return stages
 
 
 class _Segment:
@@ -99,30 +102,31 @@ class _Segment:
             _forget(values, fixed)
         targets = [values[self.site.node] for values, _ in states]
         self._solve(states, targets, damping)
-        for values, own in states:
+        for values, small_values in states:
             with torch.no_grad():
-                own.update(self.weights)
-                self.small.run(self.small_nodes[-1:], own)
-            _forget(own, self.weights)
-            values[self.site.node] = own[self.twin].clone() if self.dense.overwrites else own[self.twin]
+                small_values.update(self.weights)
+                self.small.run(self.small_nodes[-1:], small_values)
+            _forget(small_values, self.weights)
+            output = small_values[self.twin]
+            values[self.site.node] = output.clone() if self.dense.overwrites else output
 
-    def _input(self, own: NodeValues) -> Tensor:
+    def _input(self, values: NodeValues) -> Tensor:
         """Go on to right before the site; its inputs [rows, n]."""
-        own.update(self.weights)
-        self.small.run(self.small_nodes[:-1], own)
-        _forget(own, self.weights)
-        found: Tensor = own[self._twin_input()]
-        return found.flatten(0, -2).float()
+        values.update(self.weights)
+        self.small.run(self.small_nodes[:-1], values)
+        _forget(values, self.weights)
+        rows: Tensor = values[self._twin_input()]
+        return rows.flatten(0, -2).float()
 
     def _solve(self, states: list[tuple[NodeValues, NodeValues]], targets: list[Tensor], damping: float) -> None:
         """W ← W + R (A + λ)⁻¹, A = Σ x xᵀ, R = Σ (y - W x - b) xᵀ, both centred if there is a bias."""
-        weight = self.site.matrix(self._held(self.site.parameter))
-        bias = self._held(self.site.bias) if self.site.bias is not None else None
+        weight = self.site.matrix(self._tensor(self.site.parameter))
+        bias = self._tensor(self.site.bias) if self.site.bias is not None else None
         moments = Moments(weight.shape[1], weight.device)
         sums, cross = moments.total.new_zeros(len(weight)), moments.total.new_zeros(weight.shape)
         with torch.no_grad():
-            for (_, own), target in zip(states, targets, strict=True):
-                rows = self._input(own)
+            for (_, small_values), target in zip(states, targets, strict=True):
+                rows = self._input(small_values)
                 residual = target.flatten(0, -2).float() - nn.functional.linear(rows, weight.float(), _float(bias))
                 moments.add(rows)
                 sums += residual.sum(0)
@@ -148,15 +152,15 @@ class _Segment:
     def _twin_input(self) -> fx.Node:
         """The activation of the smaller program's site: its argument where the dense one has the input."""
         flat = list(self.site.node.all_input_nodes)
-        found: fx.Node = list(self.twin.all_input_nodes)[flat.index(self.site.input)]
-        return found
+        node: fx.Node = list(self.twin.all_input_nodes)[flat.index(self.site.input)]
+        return node
 
-    def _held(self, name: str | None) -> Tensor:
+    def _tensor(self, name: str | None) -> Tensor:
         return self.small.program.tensor(str(name)).detach()
 
     def _set(self, name: str, values: Tensor) -> None:
-        held = self._held(name)
-        self.small.program.replace_parameter(name, values.to(held.dtype).contiguous())
+        before = self._tensor(name)
+        self.small.program.replace_parameter(name, values.to(before.dtype).contiguous())
         self.weights = self.small.weights()
 
 

@@ -1,0 +1,1 @@
+"""The pass that removes what a plan removes, and what it needs."""

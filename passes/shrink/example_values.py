@@ -6,7 +6,7 @@ axes are symbols, and which, stays as it was. Where that is not so, the operator
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,9 +15,8 @@ from torch._guards import detect_fake_mode
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from ecospa_fx.ir.build import evaluate
-
-Size = Any
-"""A number or a symbol."""
+from ecospa_fx.ir.pytrees import Tree
+from ecospa_fx.ir.schema import Size, Sizes
 
 
 class NotNumbers(Exception):
@@ -30,22 +29,22 @@ class ExampleValues:
     sizes: the number that stands for a size.
     """
 
-    def __init__(self, sizes: Callable[[Any], int]) -> None:
+    def __init__(self, sizes: Sizes) -> None:
         self.sizes = sizes
-        self._values: dict[fx.Node, Any] = {}
+        self._values: dict[fx.Node, Tree] = {}
 
     def renew(self, node: fx.Node) -> None:
         """Give a node the example value that follows from its inputs. Raises what its operator raises."""
         self._values.pop(node, None)
         try:
-            found = self._computed(node)
-            node.meta["val"] = self._with_symbols(node.meta.get("val"), found)
+            value = self._computed(node)
+            node.meta["val"] = self._with_symbols(node.meta.get("val"), value)
         except NotNumbers:
             node.meta["val"] = evaluate(node)
         else:
-            self._values[node] = found
+            self._values[node] = value
 
-    def _computed(self, node: fx.Node) -> Any:
+    def _computed(self, node: fx.Node) -> Tree:
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), self._of)
         kwargs = dict(kwargs)
         function: Any = node.target
@@ -57,16 +56,16 @@ class ExampleValues:
         except Exception as error:  # whatever it is, evaluating with symbols raises it again, or does not
             raise NotNumbers from error
 
-    def _of(self, node: fx.Node) -> Any:
+    def _of(self, node: fx.Node) -> Tree:
         if node not in self._values:
             if "val" not in node.meta:
                 raise NotNumbers
             self._values[node] = self._in_numbers(node.meta["val"])
         return self._values[node]
 
-    def _in_numbers(self, value: Any) -> Any:
+    def _in_numbers(self, value: object) -> Tree:
         if isinstance(value, list | tuple):
-            return type(value)(self._in_numbers(one) for one in value)
+            return type(value)(self._in_numbers(item) for item in value)
         if isinstance(value, Tensor):
             if detect_fake_mode([value]) is None or value.layout is not torch.strided:
                 raise NotNumbers
@@ -78,7 +77,7 @@ class ExampleValues:
             return value
         raise NotNumbers
 
-    def _with_symbols(self, before: Any, after: Any) -> Any:
+    def _with_symbols(self, before: object, after: object) -> Tree:
         """A value in numbers with the symbols that the value before the change had in the same places."""
         if isinstance(after, list | tuple):
             if not isinstance(before, list | tuple) or len(before) != len(after):
@@ -108,7 +107,7 @@ class ExampleValues:
         numbers = [[self.sizes(s) for s in sizes] for sizes in (before.shape, before.stride())]
         if numbers == [list(after.shape), list(after.stride())]:
             return list(before.stride())
-        found: list[Size] = [0] * len(shape)
+        strides: list[Size] = [0] * len(shape)
         inside: Size = 1
         for axis in sorted(range(len(shape)), key=lambda i: (after.stride(i), after.shape[i], -i)):
             stride, number = after.stride(axis), self.sizes(inside)
@@ -118,13 +117,13 @@ class ExampleValues:
                 if stride % number or not is_concrete_int(before.stride(axis)):
                     raise NotNumbers
                 inside = inside * (stride // number)
-            found[axis] = inside
+            strides[axis] = inside
             inside = inside * shape[axis]
-        return found
+        return strides
 
 
-def _without_memory(value: Any) -> Any:
+def _without_memory(value: object) -> Tree:
     """A value on the meta device: operators that make tensors of nothing put them elsewhere."""
     if isinstance(value, list | tuple):
-        return type(value)(_without_memory(one) for one in value)
+        return type(value)(_without_memory(item) for item in value)
     return value.to("meta") if isinstance(value, Tensor) and not value.is_meta else value

@@ -14,6 +14,7 @@ from ecospa_fx.ir.build import evaluate, inherit, layout
 from ecospa_fx.ir.linears import LinearUse, linear_uses
 from ecospa_fx.ir.program import Program
 from ecospa_fx.ir.provenance import module_of
+from ecospa_fx.ir.schema import Args
 from ecospa_fx.plan import Plan
 
 aten = torch.ops.aten
@@ -32,7 +33,7 @@ def store_ragged(program: Program, plan: Plan) -> int:
     for name in [n for n in left if n in sites]:
         _narrow_product(edits, sites[name], left)
     for name, axes in left.items():
-        for node in [n for n, own in program.parameters.items() if own == name]:
+        for node in [n for n, first in program.parameters.items() if first == name]:
             edits.fill_parameter(node, axes)
     stale = set()
     for name, axes in real_of.items():
@@ -41,7 +42,7 @@ def store_ragged(program: Program, plan: Plan) -> int:
             for axis, real in axes.items():
                 values = values.index_select(axis, real.nonzero().flatten().to(values.device))
             program.replace_parameter(name, values)
-        stale |= {n for n, own in program.parameters.items() if own == name}
+        stale |= {n for n, first in program.parameters.items() if first == name}
     _refresh(program.graph, stale)
     program.graph.lint()
     return len(real_of)
@@ -49,15 +50,15 @@ def store_ragged(program: Program, plan: Plan) -> int:
 
 def _real_positions(plan: Plan) -> dict[str, dict[int, Tensor]]:
     """By parameter and axis BoolTensor over the positions that ``plan.even()`` leaves: True where the plan does too."""
-    wide, found = plan.even().factors(), dict[str, dict[int, Tensor]]()
+    wide, result = plan.even().factors(), dict[str, dict[int, Tensor]]()
     for name, factors in plan.factors().items():
         for axes, kept in factors.items():
             before = wide.get(name, {}).get(axes, torch.ones_like(kept))
             if not kept.equal(before):
                 if len(axes) > 1:
                     raise PlanError(f"parameter {name!r} cannot hold different numbers of units in its slices")
-                found.setdefault(name, {})[axes[0]] = kept[before]
-    return found
+                result.setdefault(name, {})[axes[0]] = kept[before]
+    return result
 
 
 def _narrow_product(edits: _Edits, site: LinearUse, left: dict[str, dict[int, Tensor]]) -> None:
@@ -107,7 +108,7 @@ class _Edits:
         node.replace_all_uses_with(filled, delete_user_cb=lambda user: user is not padded)
         return filled
 
-    def _call(self, target: Callable[..., Any], args: tuple[Any, ...], like: fx.Node) -> fx.Node:
+    def _call(self, target: Callable[..., Any], args: Args, like: fx.Node) -> fx.Node:
         return inherit(self.program.graph.call_function(target, args), like)
 
 

@@ -6,10 +6,10 @@ Exact: the result equals the graph with every parameter multiplied by its mask.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import gcd
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -26,7 +26,7 @@ from ecospa_fx.ir.build import evaluate, inherit, layout
 from ecospa_fx.ir.passes import PassResult
 from ecospa_fx.ir.program import AttributeForm, Program
 from ecospa_fx.ir.provenance import module_of
-from ecospa_fx.ir.schema import is_operator, named_arguments, operator_name, tensor_arguments, with_arguments
+from ecospa_fx.ir.schema import Args, is_operator, named_arguments, operator_name, tensor_arguments, with_arguments
 from ecospa_fx.ir.slices import take
 from ecospa_fx.ir.tracing import one_at_a_time
 from ecospa_fx.passes.shrink.example_values import ExampleValues
@@ -45,8 +45,10 @@ class ShrinkCouplings:
     Raises PlanError where the plan was made for another model.
     """
 
+    name: ClassVar[str] = "shrink-couplings"
+
     plan: Plan
-    name: str = "shrink-couplings"
+    """What to remove; made for this graph."""
 
     def run(self, graph_module: fx.GraphModule) -> PassResult:
         """Shrink a graph module in place."""
@@ -62,7 +64,7 @@ def shrink_program(program: Program, plan: Plan) -> int:
     if plan.ragged:
         return shrink_program(program, plan.even()) + store_ragged(program, plan)
     walked = analyse(program, plan.allow)
-    kept = Narrowing(walked.dims, _choices(plan, find_couplings(walked, program.shapes), walked))
+    kept = Narrowing(walked.sizes, _choices(plan, find_couplings(walked, program.shapes), walked))
     if not kept.choices:
         return 0
     cut = _cut_parameters(program, walked, kept)
@@ -84,34 +86,34 @@ def shrink_program(program: Program, plan: Plan) -> int:
 # -- plan to choices ---------------------------------------------------------------------------------------------
 
 
-def _key(members: Sequence[Member]) -> frozenset[Any]:
+def _key(members: Sequence[Member]) -> frozenset[tuple[object, ...]]:
     return frozenset((m.parameter, m.axis, m.carrier_axis, m.carriers, m.units, frozenset(m.boxes)) for m in members)
 
 
-def _choices(plan: Plan, found: Sequence[LocatedCoupling], walked: AxisFlow) -> dict[int, DimSelection]:
+def _choices(plan: Plan, couplings: Sequence[LocatedCoupling], walked: AxisFlow) -> dict[int, DimSelection]:
     """Per dim what a plan keeps; couplings are recognised by their members."""
-    known = {_key(f.coupling.members): f for f in found}
+    by_members = {_key(f.coupling.members): f for f in couplings}
     choices = {}
     for selection in plan:
-        entry = known.get(_key(selection.members))
+        entry = by_members.get(_key(selection.members))
         if entry is None or entry.coupling.blocked is not None:
             raise PlanError(
-                f"coupling {selection.name!r} of the plan cannot be shrunk in this graph: {_why(selection, found)}; "
-                "detect and plan again on this model and these inputs"
+                f"coupling {selection.name!r} of the plan cannot be shrunk in this graph: "
+                f"{_why(selection, couplings)}; detect and plan again on this model and these inputs"
             )
-        sizes = [walked.dims.sizes[c] for c in entry.carriers]
-        choices[entry.dim] = DimSelection(entry.carriers, (~selection.removed).view(*sizes, selection.size))
+        sizes = [walked.sizes[c] for c in entry.carriers]
+        choices[entry.dim] = DimSelection(entry.carriers, selection.mask.view(*sizes, selection.size))
     return choices
 
 
-def _why(selection: Selection, found: Sequence[LocatedCoupling]) -> str:
+def _why(selection: Selection, couplings: Sequence[LocatedCoupling]) -> str:
     """Why a graph does not offer what a plan selected: what blocks a dim of this size in the same places."""
 
     def places(members: Sequence[Member]) -> tuple[int, set[tuple[str, int]]]:
         return members[0].units, {(m.parameter, m.axis) for m in members}
 
     wanted = places(selection.members)
-    refusals = (c.blocked.message for c in (f.coupling for f in found) if c.blocked and places(c.members) == wanted)
+    refusals = (c.blocked.message for c in (f.coupling for f in couplings) if c.blocked and places(c.members) == wanted)
     return next(refusals, "it is not there")
 
 
@@ -133,9 +135,9 @@ def _cut_state(program: Program, walked: AxisFlow, kept: Narrowing) -> set[fx.No
     cut = set()
     for node, name in program.state.items():
         value = walked.values.get(node)
-        if any(kept.changed(axis) for one in several(value) for axis in one.axes):
-            (one,) = several(value)
-            program.cut_buffers[name] = slice_of(kept, one.axes)
+        if any(kept.changed(axis) for part in several(value) for axis in part.axes):
+            (part,) = several(value)
+            program.cut_buffers[name] = slice_of(kept, part.axes)
             program.replace_buffer(node, name, take(program.buffer(name), program.cut_buffers[name]))
             cut.add(node)
     return cut
@@ -145,10 +147,10 @@ def _narrow_inputs(program: Program, walked: AxisFlow, kept: Narrowing) -> set[f
     """Inputs that the caller allowed to get narrower."""
     cut = set()
     for node in program.inputs:
-        for one in several(walked.values.get(node)):
-            if any(kept.changed(axis) for axis in one.axes):
-                sizes = [kept.count(axis) if kept.changed(axis) else None for axis in one.axes]
-                program.narrow_input(node, slice_of(kept, one.axes), sizes)
+        for value in several(walked.values.get(node)):
+            if any(kept.changed(axis) for axis in value.axes):
+                sizes = [kept.count(axis) if kept.changed(axis) else None for axis in value.axes]
+                program.narrow_input(node, slice_of(kept, value.axes), sizes)
                 cut.add(node)
     return cut
 
@@ -156,9 +158,9 @@ def _narrow_inputs(program: Program, walked: AxisFlow, kept: Narrowing) -> set[f
 def _note_outputs(program: Program, walked: AxisFlow, kept: Narrowing) -> None:
     """How outputs get narrower, for whoever compares them with the dense ones."""
     for node in (source for end in program.graph.find_nodes(op="output") for source in end.all_input_nodes):
-        for one in several(walked.values.get(node)):
-            if any(kept.changed(axis) for axis in one.axes):
-                program.narrowed[node] = slice_of(kept, one.axes)
+        for value in several(walked.values.get(node)):
+            if any(kept.changed(axis) for axis in value.axes):
+                program.narrowed[node] = slice_of(kept, value.axes)
 
 
 # -- stored operands ---------------------------------------------------------------------------------------------
@@ -169,17 +171,17 @@ class _Gathers:
 
     def __init__(self, program: Program, kept: Narrowing) -> None:
         self.program, self.kept = program, kept
-        self.made: dict[Any, fx.Node] = {}
+        self.made: dict[tuple[object, ...], fx.Node] = {}
         self.current: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
         """What a user reads in place of an operand so far."""
         self.done: set[tuple[fx.Node, fx.Node, int]] = set()
-        self.constants: dict[Any, fx.Node] = {}
+        self.constants: dict[tuple[object, ...], fx.Node] = {}
 
     def insert(self, gather: Gather) -> int:
         """Reduce one operand before its user; 0 where nothing of it goes."""
         if not self.kept.changed(gather.target[gather.target_axis]):
             return 0
-        operand, user, axis = gather.operand.node, gather.user, gather.operand_axis
+        operand, user, axis = gather.source, gather.user, gather.operand_axis
         if (user, operand, axis) in self.done:
             return 0
         self.done.add((user, operand, axis))
@@ -202,16 +204,16 @@ class _Gathers:
 
     def _present(self, gather: Gather) -> Tensor:
         """Which positions the operand still has: repeats of something stored may be cut where they are made."""
-        own = self.kept.mask(gather.operand.axes, gather.operand_axis)
-        if not bool((own == own[:1]).all()):
+        rows = self.kept.mask(gather.operand.axes, gather.operand_axis)
+        if not bool((rows == rows[:1]).all()):
             raise PlanError(f"node {gather.user.name} reads a stored tensor whose repeats differ along another axis")
-        return own[0]
+        return rows[0]
 
     def _reduce(self, gather: Gather, source: fx.Node, mask: Tensor, places: int | None, lead: int) -> fx.Node:
         rank, axis, user = len(gather.operand.axes), gather.operand_axis, gather.user
         if places is None:
             return self._select(source, axis, mask[0], gather)
-        if not is_concrete_int(gather.operand.node.meta["val"].shape[axis]):
+        if not is_concrete_int(gather.source.meta["val"].shape[axis]):
             raise PlanError(f"node {user.name} reads a symbolic axis whose kept positions differ along another one")
         positions = mask.nonzero()[:, 1].reshape(len(mask), -1)
         other = places - lead
@@ -237,7 +239,7 @@ class _Gathers:
 
     def _select(self, source: fx.Node, axis: int, mask: Tensor, gather: Gather) -> fx.Node:
         """One choice for all: a slice where it is contiguous. A leading symbolic size stays outside the choice."""
-        size, user = gather.operand.node.meta["val"].shape[axis], gather.user
+        size, user = gather.source.meta["val"].shape[axis], gather.user
         if not is_concrete_int(size):
             return self._select_inside(source, axis, mask, gather)
         kept = mask.nonzero().flatten()
@@ -247,9 +249,9 @@ class _Gathers:
         return self._call(aten.index_select.default, (source, axis, self._constant(kept, user)), user)
 
     def _select_inside(self, source: fx.Node, axis: int, mask: Tensor, gather: Gather) -> fx.Node:
-        target = self.kept.dims.resolve(gather.target[gather.target_axis])
+        target = gather.target[gather.target_axis]
         cut = [p for p in target.pieces for d, s in p.dims if d in self.kept.choices]
-        inner = max((self.kept.dims.sizes[d] * s for p in cut for d, s in p.dims if d in self.kept.choices), default=0)
+        inner = max((self.kept.sizes[d] * s for p in cut for d, s in p.dims if d in self.kept.choices), default=0)
         if len(target.pieces) != 1 or inner == 0 or mask.numel() % inner:
             raise PlanError(f"node {gather.user.name} combines a cut axis with a symbolic one in several parts")
         rows = mask.view(-1, inner)
@@ -265,7 +267,7 @@ class _Gathers:
             self.constants[key] = self.program.add_buffer(module_of(user), tensor.contiguous())
         return self.constants[key]
 
-    def _call(self, target: Any, args: tuple[Any, ...], user: fx.Node) -> fx.Node:
+    def _call(self, target: Callable[..., object], args: Args, user: fx.Node) -> fx.Node:
         return inherit(self.program.graph.call_function(target, args), user)
 
 
@@ -312,7 +314,7 @@ def _edited(program: Program, node: fx.Node, resize: Resize) -> int:
     return 1
 
 
-def _stored(program: Program, node: fx.Node, argument: Any) -> Any:
+def _stored(program: Program, node: fx.Node, argument: object) -> Any:
     """An argument as a graph holds it: tensors are buffers."""
     if not isinstance(argument, Tensor):
         return argument
@@ -327,9 +329,9 @@ def _propagate(program: Program, walked: AxisFlow, kept: Narrowing, stale: set[f
     """New example values for every node that a change reaches, checked against what the axes predict."""
     examples = ExampleValues(program.sizes)
     for node in program.graph.nodes:
-        known = walked.values.get(node)
+        axes_of = walked.values.get(node)
         touched = "val" not in node.meta or any(n in stale for n in node.all_input_nodes)
-        touched = touched or any(kept.changed(axis) for v in several(known) for axis in v.axes)
+        touched = touched or any(kept.changed(axis) for v in several(axes_of) for axis in v.axes)
         if node.op != "call_function" or not touched:
             continue
         before = layout(node.meta.get("val"))
@@ -358,8 +360,8 @@ def _free_of_strides(program: Program, node: fx.Node) -> None:
 
 
 def _check(program: Program, walked: AxisFlow, kept: Narrowing, node: fx.Node) -> None:
-    found = node.meta["val"]
-    tensors = [t for t in (found if isinstance(found, list | tuple) else [found]) if isinstance(t, Tensor)]
+    example = node.meta["val"]
+    tensors = [t for t in (example if isinstance(example, list | tuple) else [example]) if isinstance(t, Tensor)]
     for tensor, value in zip(tensors, several(walked.values.get(node)), strict=False):
         shape = [program.sizes(s) for s in tensor.shape]
         want = [kept.count(axis) if kept.changed(axis) else size for axis, size in zip(value.axes, shape, strict=True)]

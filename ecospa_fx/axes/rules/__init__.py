@@ -1,0 +1,1 @@
+"""The rules of operators, one file per family."""

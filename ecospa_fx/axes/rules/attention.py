@@ -20,7 +20,7 @@ def attention(call: Call) -> Value:
         key, value = (_spread(call, query, v) for v in (key, value))
     rank = max(len(v.axes) for v in (query, key, value))
     rows = [f"batch{i}" for i in range(rank - 2)]
-    labels = [[*rows[rank - len(v.axes) :], *own] for v, own in ((query, "tk"), (key, "sk"), (value, "sv"))]
+    labels = [[*rows[rank - len(v.axes) :], *last] for v, last in ((query, "tk"), (key, "sk"), (value, "sv"))]
     scores = call.contraction([query, key], labels[:2], [*rows, "t", "s"])
     mask = call.get("attn_mask")
     shape = [query.axes[-2].size, key.axes[-2].size]
@@ -51,15 +51,17 @@ def flexible_attention(call: Call) -> list[Value]:
 
 def _spread(call: Call, query: Value, value: Value) -> Value:
     """Keys or values with their heads repeated to those of the query."""
-    heads, own = query.axes[-3], value.axes[-3]
-    if heads.size == own.size:
+    heads, groups = query.axes[-3], value.axes[-3]
+    if heads.size == groups.size:
         return value
     try:
-        outer, inner = call.dims.split(heads, (own.size, heads.size // own.size))
+        outer, inner = call.dims.split(heads, (groups.size, heads.size // groups.size))
     except Misaligned as reason:
         call.block(heads, f"its heads are not grouped evenly ({reason})", WHOLE)
-        outer, inner = call.dims.split(call.dims.fresh(heads.size, DimKind.STORED), (own.size, heads.size // own.size))
-    call.tie(outer, own)
+        outer, inner = call.dims.split(
+            call.dims.fresh(heads.size, DimKind.STORED), (groups.size, heads.size // groups.size)
+        )
+    call.tie(outer, groups)
     axes = list(value.axes)
     axes[-3] = call.dims.merge([outer, inner])
     zero = list(value.zero)

@@ -43,9 +43,9 @@ def _product(call: Call, a: Value, b: Value) -> Value:
     right = ["k", "n"] if len(b.axes) > 1 else ["k"]
     count = max(len(a.axes) - 2, len(b.axes) - 2, 0)
     rows = _batch(count)
-    own = [rows[count - max(len(v.axes) - 2, 0) :] for v in (a, b)]
+    batches = [rows[count - max(len(v.axes) - 2, 0) :] for v in (a, b)]
     out = [*rows, *(["m"] if len(a.axes) > 1 else []), *(["n"] if len(b.axes) > 1 else [])]
-    return call.contraction([a, b], [[*own[0], *left], [*own[1], *right]], out)
+    return call.contraction([a, b], [[*batches[0], *left], [*batches[1], *right]], out)
 
 
 @axis_rule("aten.addmm", "aten.baddbmm", "aten.addmv", "aten.addbmm", linear=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from re import search
-from typing import Any
 
 from ecospa_fx.axes.call import Call, Value
 from ecospa_fx.axes.dims import DimKind, Misaligned
@@ -25,12 +25,12 @@ def convolution(call: Call) -> Value:
     batched = len(value.axes) == space + 2
     places, fresh = [], call.fresh()
     for i in range(space):
-        own, passes = len(value.axes) - space + i, _apart(call, weight, i)
+        axis, passes = len(value.axes) - space + i, _apart(call, weight, i)
         if not passes:
-            call.mixes(value, own, f"{call.operator} mixes neighbours along it")
+            call.mixes(value, axis, f"{call.operator} mixes neighbours along it")
         call.block(weight.axes[2 + i], f"it is the window of {call.operator}")
         call.record.windows += call.dims.dims_of(weight.axes[2 + i]) if weight.weights else ()
-        places.append((value.axes[own], value.zero[own]) if passes else (fresh[i - space], False))
+        places.append((value.axes[axis], value.zero[axis]) if passes else (fresh[i - space], False))
     product = _channels(call, value, weight, groups, turned)
     out, zero, bias = product.axes[0], product.zero[0], call.get("bias")
     if isinstance(bias, Value):
@@ -46,10 +46,11 @@ def convolution(call: Call) -> Value:
 def _apart(call: Call, weight: Value, place: int) -> bool:
     """Whether positions along an axis of places do not meet: a window of one, in steps of one, without padding."""
 
-    def setting(name: str, default: int) -> Any:
-        found = call.get(name, default)
-        several = isinstance(found, list | tuple) and len(found) > 1
-        return found[place] if several else found[0] if isinstance(found, list | tuple) and found else found
+    def setting(name: str, default: int) -> object:
+        option: int | str | Sequence[int] = call.get(name, default)
+        if isinstance(option, int | str) or not option:
+            return option
+        return option[place] if len(option) > 1 else option[0]
 
     window, step, edge = weight.axes[2 + place].size, setting("stride", 1), setting("padding", 0)
     return window == step == 1 and edge in (0, "valid", "same") and setting("output_padding", 0) == 0
@@ -57,22 +58,22 @@ def _apart(call: Call, weight: Value, place: int) -> bool:
 
 def _channels(call: Call, value: Value, weight: Value, groups: int, turned: bool) -> Value:
     """Contract the input's channels group by group; the axis of channels that come out."""
-    at = len(value.axes) - len(weight.axes) + 1
-    inside, own = value.axes[at], weight.axes[:2]
-    rows = Value((own[0], own[1]), weight.zero[:2], weight.weights)
+    channel = len(value.axes) - len(weight.axes) + 1
+    inside, sides = value.axes[channel], weight.axes[:2]
+    rows = Value(sides, weight.zero[:2], weight.weights)
     if groups == 1:
-        source = replace(value, axes=(inside,), zero=(value.zero[at],), node=None)
+        source = replace(value, axes=(inside,), zero=(value.zero[channel],), node=None)
         labels = ["in", "out"] if turned else ["out", "in"]
         return call.contraction([source, rows], [["in"], labels], ["out"])
     try:
         split = call.dims.split(inside, (groups, inside.size // groups))
-        lead = call.dims.split(own[0], (groups, own[0].size // groups))
+        lead = call.dims.split(sides[0], (groups, sides[0].size // groups))
     except Misaligned as reason:
-        for axis in (inside, *own):
+        for axis in (inside, *sides):
             call.block(axis, f"its groups cut across it ({reason})", WHOLE)
-        return Value((call.dims.fresh(call.outputs[0][at], DimKind.STORED),), (False,))
-    source = replace(value, axes=tuple(split), zero=(value.zero[at],) * 2, node=None)
-    parts = replace(rows, axes=(*lead, own[1]), zero=(weight.zero[0], weight.zero[0], weight.zero[1]))
+        return Value((call.dims.fresh(call.outputs[0][channel], DimKind.STORED),), (False,))
+    source = replace(value, axes=tuple(split), zero=(value.zero[channel],) * 2, node=None)
+    parts = replace(rows, axes=(*lead, sides[1]), zero=(weight.zero[0], weight.zero[0], weight.zero[1]))
     labels = ["group", "in", "out"] if turned else ["group", "out", "in"]
     result = call.contraction([source, parts], [["group", "in"], labels], ["group", "out"])
     return Value((call.dims.merge(result.axes),), (call.all_zero([(result, 0), (result, 1)]),), (), call.node)
@@ -87,9 +88,9 @@ def resize_convolution(resize: Resize) -> None:
         return
     turned = resize.node_is(*(f"aten.{n}" for n in _TRANSPOSED)) or bool(resize.raw("transposed"))
     channels = (resize.output if turned else resize.inputs[0]).axes[-(len(weight.axes) - 1)]
-    own = weight.axes[1]
-    if resize.kept.changed(channels) or resize.kept.changed(own):
-        resize.set("groups", resize.size_of(channels) // resize.size_of(own))
+    per_group = weight.axes[1]
+    if resize.kept.changed(channels) or resize.kept.changed(per_group):
+        resize.set("groups", resize.size_of(channels) // resize.size_of(per_group))
 
 
 @axis_rule("aten.max_pool1d", "aten.max_pool2d", "aten.max_pool3d", "aten.avg_pool1d", "aten.avg_pool2d",
@@ -108,8 +109,8 @@ def resize_convolution(resize: Resize) -> None:
 def resample(call: Call) -> Value | list[Value]:
     """Batch and channels pass; places mix."""
     (value,) = call.values
-    found = search(r"([123])d", call.operator)
-    space = int(found[1]) if found else len(value.axes) - 2
+    rank = search(r"([123])d", call.operator)
+    space = int(rank[1]) if rank else len(value.axes) - 2
     channel = len(value.axes) - space - 1
     for i in range(channel + 1, len(value.axes)):
         call.mixes(value, i, f"{call.operator} mixes neighbours along it")
@@ -159,10 +160,10 @@ def pixel_shuffle(call: Call) -> Value:
     value, r, message = call["self"], int(call["upscale_factor"]), f"{call.operator} moves channels into places"
     *rows, wide, height, width = value.shape
     parts = call.reshaped(value, [*rows, wide // (r * r), r, r, height, width])
-    at = len(rows)
-    for i in (at + 1, at + 2):
+    first = len(rows)
+    for i in (first + 1, first + 2):
         call.mixes(parts, i, message)
-    turned = call.ordered(parts, [*range(at + 1), at + 3, at + 1, at + 4, at + 2])
+    turned = call.ordered(parts, [*range(first + 1), first + 3, first + 1, first + 4, first + 2])
     return call.reshaped(turned, call.outputs[0])
 
 
@@ -171,11 +172,11 @@ def pixel_unshuffle(call: Call) -> Value:
     """[…, channels, height · r, width · r] to […, channels · r · r, height, width]."""
     value, r, message = call["self"], int(call["downscale_factor"]), f"{call.operator} moves places into channels"
     *rows, high, wide = value.shape
-    at = len(rows)
-    for i in (at, at + 1):
+    first = len(rows)
+    for i in (first, first + 1):
         call.mixes(value, i, message)
     parts = call.reshaped(value, [*rows, high // r, r, wide // r, r])
-    turned = call.ordered(parts, [*range(at), at + 1, at + 3, at, at + 2])
+    turned = call.ordered(parts, [*range(first), first + 1, first + 3, first, first + 2])
     return call.reshaped(turned, call.outputs[0])
 
 

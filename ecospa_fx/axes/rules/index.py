@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from ecospa_fx.axes.call import UNIT, Call, Value
 from ecospa_fx.axes.dims import Axis, DimKind
+from ecospa_fx.axes.findings import Order, Sorting
 from ecospa_fx.axes.products import picked_from
 from ecospa_fx.axes.reasons import WHERE
 from ecospa_fx.axes.registry import axis_rule
@@ -21,7 +21,7 @@ def _chosen(call: Call, value: Value, index: int) -> None:
     call.block(value.axes[index], f"{call.operator} chooses its positions by computed indices")
 
 
-def _counted(call: Call, *operands: Any) -> None:
+def _counted(call: Call, *operands: object) -> None:
     """Every position of these operands says where something goes or comes from: none may be missing."""
     for axis in (a for v in operands if isinstance(v, Value) for a in v.axes):
         call.block(axis, f"{call.operator} finds positions by it")
@@ -56,22 +56,22 @@ def index(call: Call) -> Value:
     """Advanced indexing: the indexed axes give way to the broadcast shape of the indices."""
     value, indices = call["self"], call["indices"]
     where = [i for i, entry in enumerate(indices) if entry is not None]
-    given = [indices[i] for i in where]
+    chosen = [indices[i] for i in where]
     if any(call.is_mask(indices[i]) for i in where):
         return _masked(call, value, where)
     for i in where:
         _chosen(call, value, i)
-    middle = [call.pointwise(given, "lost", _broadcast(given))] if given else []
+    middle = [call.pointwise(chosen, "lost", _broadcast(chosen))] if chosen else []
     rows = list(middle[0].axes) if middle else []
     together = where == list(range(where[0], where[-1] + 1)) if where else False
-    at = where[0] if together else 0
+    first = where[0] if together else 0
     rest = [i for i in range(len(value.axes)) if i not in where]
-    before, after = [i for i in rest if i < at], [i for i in rest if i >= at]
+    before, after = [i for i in rest if i < first], [i for i in rest if i >= first]
     axes = [*(value.axes[i] for i in before), *rows, *(value.axes[i] for i in after)]
     zero = [*(value.zero[i] for i in before), *(False for _ in rows), *(value.zero[i] for i in after)]
     result = call.value(axes, zero)
-    if len(given) == 1:
-        _routes(call, result, given[0], value.axes[where[0]], len(before))
+    if len(chosen) == 1:
+        _routes(call, result, chosen[0], value.axes[where[0]], len(before))
     return replace(result, descent=picked_from(call, value, [value.axes[i] for i in rest]))
 
 
@@ -80,13 +80,14 @@ def _masked(call: Call, value: Value, where: Sequence[int]) -> Value:
     if len(where) > 1:
         return call.block_all(f"{call.operator} chooses its positions by masks", WHERE)[0]
     mask = call["indices"][where[0]]
-    at, count = where[0], len(mask.axes)
-    for i in range(at, at + count):
+    first, count = where[0], len(mask.axes)
+    for i in range(first, first + count):
         _chosen(call, value, i)
     _counted(call, mask)
-    fresh = call.fresh()[at]
+    fresh = call.fresh()[first]
     return call.value(
-        [*value.axes[:at], fresh, *value.axes[at + count :]], [*value.zero[:at], False, *value.zero[at + count :]]
+        [*value.axes[:first], fresh, *value.axes[first + count :]],
+        [*value.zero[:first], False, *value.zero[first + count :]],
     )
 
 
@@ -96,10 +97,10 @@ def _broadcast(values: Sequence[Value]) -> list[int]:
     return [broadcast_size(sizes) for sizes in zip(*shapes, strict=True)]
 
 
-def _routes(call: Call, result: Value, indices: Value, source: Axis, at: int = 0) -> None:
+def _routes(call: Call, result: Value, indices: Value, source: Axis, axis: int = 0) -> None:
     """Where a single axis of indices picks positions of a parameter's axis, the rows belong to those positions."""
     if call.dims.cuttable(source) and len(indices.axes) == 1:
-        call.routed(result.axes[at], source, indices)
+        call.routed(result.axes[axis], source, indices)
 
 
 @axis_rule("aten.gather", "aten.take_along_dim")
@@ -120,9 +121,9 @@ def gather(call: Call) -> Value:
         elif broadcasts:
             axes.append(value.axes[i] if chosen.axes[i].size == 1 else chosen.axes[i])
         else:
-            for one in (value, chosen):
+            for operand in (value, chosen):
                 call.block(
-                    one.axes[i], f"{call.operator} reads a part of it", "slice it to the size of the index first"
+                    operand.axes[i], f"{call.operator} reads a part of it", "slice it to the size of the index first"
                 )
             axes.append(chosen.axes[i])
     target = [value.axes[i] if i == axis else a for i, a in enumerate(axes)]
@@ -172,11 +173,11 @@ def index_put(call: Call) -> Value:
     together = where == list(range(where[0], where[-1] + 1)) if where else False
     rest = [i for i in range(len(value.axes)) if i not in where]
     axes, flags, target = list(value.axes), [False] * len(value.axes), list(new.axes)
-    given = [indices[i] for i in where if isinstance(indices[i], Value)]
-    masked = any(call.is_mask(v) for v in given)
-    rows: list[int | None] = [None] * (1 if masked else len(_broadcast(given)) if given else 0)
-    at = where[0] if together else 0
-    layout = [*(i for i in rest if i < at), *rows, *(i for i in rest if i >= at)]
+    chosen = [indices[i] for i in where if isinstance(indices[i], Value)]
+    masked = any(call.is_mask(v) for v in chosen)
+    rows: list[int | None] = [None] * (1 if masked else len(_broadcast(chosen)) if chosen else 0)
+    first = where[0] if together else 0
+    layout = [*(i for i in rest if i < first), *rows, *(i for i in rest if i >= first)]
     for offset, place in enumerate(reversed(layout)):
         j = len(new.axes) - 1 - offset
         if j < 0 or new.axes[j].size == 1:
@@ -225,9 +226,9 @@ def slice_scatter(call: Call) -> Value:
     if part and any(call.dims.cuttable(v.axes[axis]) for v in (value, new)):
         return _overwritten(call, value, new, axis)
     axes, flags = [], []
-    for i, own in enumerate(value.axes):
-        along = own.size > 1 and not (part and i == axis)
-        axes.append(call.align([(value, i), (new, i)]) if along else call.dims.fresh(own.size, DimKind.STORED))
+    for i, old in enumerate(value.axes):
+        along = old.size > 1 and not (part and i == axis)
+        axes.append(call.align([(value, i), (new, i)]) if along else call.dims.fresh(old.size, DimKind.STORED))
         flags.append(along and all(v.zero[i] and call.follows(v.axes[i], axes[i]) for v in (value, new)))
     if part:
         call.block(value.axes[axis], f"{call.operator} overwrites a part of it", _JOIN)
@@ -278,8 +279,9 @@ def counts(call: Call) -> Value:
     (result,) = call.block_all(f"{call.operator} counts its elements")
     bins = int(call.get("bins", 100))
     whole = call.operator == "aten.bincount" or (call.get("min", 0), call.get("max", 0)) == (0, bins - 1)
-    if whole and value.tag is not None and value.tag[0] == "sorted" and call.get("weights") is None:
-        return replace(result, tag=("counts", value.tag[1]))
+    ordered = value.sorting is not None and value.sorting.order is Order.SORTED
+    if whole and ordered and value.sorting is not None and call.get("weights") is None:
+        return replace(result, sorting=Sorting(Order.COUNTS, value.sorting.node))
     return result
 
 

@@ -42,8 +42,8 @@ def select(call: Call) -> Value:
     """One position; the axis disappears."""
     value = call["self"]
     axis = call.axis_of(value)
-    at = int(call["index"]) % max(value.axes[axis].size, 1)
-    part = call.sliced(value, axis, at, at + 1)
+    position = int(call["index"]) % max(value.axes[axis].size, 1)
+    part = call.sliced(value, axis, position, position + 1)
     order = [i for i in range(len(value.axes)) if i != axis]
     return call.ordered(part, order)
 
@@ -54,7 +54,10 @@ def unbind(call: Call) -> list[Value]:
     value = call["self"]
     axis = call.axis_of(value)
     order = [i for i in range(len(value.axes)) if i != axis]
-    return [call.ordered(call.sliced(value, axis, at, at + 1), order) for at in range(value.axes[axis].size)]
+    return [
+        call.ordered(call.sliced(value, axis, position, position + 1), order)
+        for position in range(value.axes[axis].size)
+    ]
 
 
 @axis_rule("aten.split", "aten.chunk", "aten.split_with_sizes", "aten.tensor_split", "aten.unsafe_split",
@@ -64,10 +67,10 @@ def split(call: Call) -> list[Value]:
     """Consecutive parts of an axis."""
     value = call["self"]
     axis = min(1, len(value.axes) - 1) if call.operator == "aten.hsplit" else call.axis_of(value)
-    parts, at = [], 0
+    parts, start = [], 0
     for shape in call.outputs:
-        parts.append(call.sliced(value, axis, at, at + shape[axis]))
-        at += shape[axis]
+        parts.append(call.sliced(value, axis, start, start + shape[axis]))
+        start += shape[axis]
     return parts
 
 
@@ -260,9 +263,9 @@ def roll(call: Call) -> Value:
     for shift, dim in zip(call["shifts"], dims, strict=True):
         i = int(dim) % len(value.axes)
         size = value.axes[i].size
-        at = -int(shift) % max(size, 1)
-        if at and call.dims.cuttable(value.axes[i]):
-            parts = [call.sliced(value, i, *part).axes[i] for part in ((at, size), (0, at))]
+        cut = -int(shift) % max(size, 1)
+        if cut and call.dims.cuttable(value.axes[i]):
+            parts = [call.sliced(value, i, *part).axes[i] for part in ((cut, size), (0, cut))]
             value = replace(value, axes=(*value.axes[:i], call.dims.concat(parts), *value.axes[i + 1 :]))
     return call.value(value.axes, value.zero)
 

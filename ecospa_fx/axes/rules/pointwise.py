@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ecospa_fx.axes.call import Call, Value
+from ecospa_fx.axes.findings import Action
 from ecospa_fx.axes.reasons import FINITE
 from ecospa_fx.axes.registry import axis_rule
 
@@ -38,7 +39,7 @@ def _first(call: Call) -> Value:
 @axis_rule(*_names(_SAME), linear=True)
 def same(call: Call) -> Value:
     """The same numbers, perhaps of another type."""
-    return replace(call.passes(_first(call)), tag=_first(call).tag)
+    return replace(call.passes(_first(call)), sorting=_first(call).sorting)
 
 
 @axis_rule(*_names(_COPIES), linear=True)
@@ -50,14 +51,14 @@ def copies(call: Call) -> Value:
 @axis_rule(*_names(_KEEP_ZERO))
 def keeps_zero(call: Call) -> Value:
     """A nonlinear function with f(0) = 0."""
-    call.note(_first(call).axes, "nonlinear")
+    call.note(_first(call).axes, Action.NONLINEAR)
     return call.passes(_first(call))
 
 
 @axis_rule(*_names(_LOSE_ZERO))
 def loses_zero(call: Call) -> Value:
     """A nonlinear function with f(0) ≠ 0, finite."""
-    call.note(_first(call).axes, "nonlinear")
+    call.note(_first(call).axes, Action.NONLINEAR)
     return call.passes(_first(call), zero="lost")
 
 
@@ -66,7 +67,7 @@ def infinite_at_zero(call: Call) -> Value:
     """A function that is infinite where removed elements are 0: the masked model itself would overflow."""
     value = _first(call)
     _refuse_zero(call, value)
-    call.note(value.axes, "nonlinear")
+    call.note(value.axes, Action.NONLINEAR)
     return call.passes(value, zero="lost")
 
 
@@ -109,8 +110,8 @@ def div(call: Call) -> Value:
     result = call.pointwise([numerator, divisor], "lost", scales=True)
     pad = [False] * (len(result.axes) - len(numerator.zero))
     flags = [*pad, *numerator.zero]
-    own = [*[None] * len(pad), *numerator.axes]
-    kept = [z and a is not None and call.follows(a, b) for z, a, b in zip(flags, own, result.axes, strict=True)]
+    axes = [*[None] * len(pad), *numerator.axes]
+    kept = [z and a is not None and call.follows(a, b) for z, a, b in zip(flags, axes, result.axes, strict=True)]
     return call.value(result.axes, kept)
 
 
@@ -118,7 +119,7 @@ def div(call: Call) -> Value:
 def power(call: Call) -> Value:
     """0 stays 0 under a positive exponent; a negative one is infinite there."""
     base, exponent = call["self"], call["exponent"]
-    call.note([axis for v in call.values for axis in v.axes], "nonlinear")
+    call.note([axis for v in call.values for axis in v.axes], Action.NONLINEAR)
     if isinstance(exponent, Value):
         if isinstance(base, Value):
             _refuse_zero(call, base)
@@ -143,8 +144,8 @@ def _zero_if(call: Call, result: Value, operands: list[Value], possible: bool = 
     """`result` with the flags of an operation that is 0 where all `operands` are."""
     flags = []
     for position, axis in enumerate(result.axes):
-        at = [(v, position - len(result.axes) + len(v.axes)) for v in operands]
-        here = [(v, i) for v, i in at if i >= 0 and v.axes[i].size == axis.size and call.follows(v.axes[i], axis)]
+        aligned = [(v, position - len(result.axes) + len(v.axes)) for v in operands]
+        here = [(v, i) for v, i in aligned if i >= 0 and v.axes[i].size == axis.size and call.follows(v.axes[i], axis)]
         flags.append(possible and len(here) == len(operands) and all(v.zero[i] for v, i in here))
     return call.value(result.axes, flags)
 
@@ -152,7 +153,7 @@ def _zero_if(call: Call, result: Value, operands: list[Value], possible: bool = 
 @axis_rule(*_names("maximum minimum fmax fmin __or__ logical_or bitwise_or"))
 def extremum(call: Call) -> Value:
     """0 where both operands are."""
-    call.note([axis for v in call.values for axis in v.axes], "nonlinear")
+    call.note([axis for v in call.values for axis in v.axes], Action.NONLINEAR)
     return call.pointwise(call.values, "all" if len(call.values) == 2 else "lost")
 
 
@@ -160,7 +161,7 @@ def extremum(call: Call) -> Value:
            "aten.xlogy")  # fmt: skip
 def comparison(call: Call) -> Value:
     """A function of two operands about whose zeros nothing is claimed."""
-    call.note([axis for v in call.values for axis in v.axes], "nonlinear")
+    call.note([axis for v in call.values for axis in v.axes], Action.NONLINEAR)
     return call.pointwise(call.values, "all" if call.operator == "aten.complex" else "lost")
 
 
@@ -171,7 +172,7 @@ def clamp(call: Call) -> Value:
     if call.operator.startswith("aten.hardtanh"):
         low, high = call.get("min_val", -1), call.get("max_val", 1)
     bounds = isinstance(low, Value) or isinstance(high, Value)
-    call.note(call.values[0].axes, "nonlinear")
+    call.note(call.values[0].axes, Action.NONLINEAR)
     if bounds:
         return call.pointwise(call.values, "lost")
     inside = (low is None or low <= 0) and (high is None or high >= 0)
@@ -209,7 +210,7 @@ def copy(call: Call) -> Value:
 def prelu(call: Call) -> Value:
     """A slope per channel (axis 1), or one for all."""
     value, weight = call["self"], call["weight"]
-    call.note(value.axes, "nonlinear")
+    call.note(value.axes, Action.NONLINEAR)
     if len(weight.axes) != 1 or len(value.axes) < 2:
         return _zero_if(call, call.pointwise([value, weight], "lost"), [value])
     if weight.axes[0].size == 1:
@@ -228,7 +229,7 @@ def glu(call: Call) -> Value:
     axis = call.get("dim", -1) % len(value.axes)
     half = value.axes[axis].size // 2
     parts = [call.sliced(value, axis, 0, half), call.sliced(value, axis, half, 2 * half)]
-    call.note(value.axes, "nonlinear")
+    call.note(value.axes, Action.NONLINEAR)
     return call.pointwise(parts, "any")
 
 

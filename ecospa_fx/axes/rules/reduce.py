@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from ecospa_fx.axes.call import UNIT, Call, Value
 from ecospa_fx.axes.dims import DimKind
+from ecospa_fx.axes.findings import Action, Order, Sorting
 from ecospa_fx.axes.products import note_sum
 from ecospa_fx.axes.reasons import EVAL
 from ecospa_fx.axes.registry import axis_rule
@@ -85,8 +86,8 @@ def along(call: Call) -> Value | list[Value]:
         call.mixes(value, i, f"{call.operator} runs along it: without an element the others change")
     axes = [call.dims.fresh(a.size, DimKind.STORED) if i in _over(call, value) else a for i, a in enumerate(value.axes)]
     result = call.value(axes, [keeps_zero and z and i not in _over(call, value) for i, z in enumerate(value.zero)])
-    if call.operator == "aten.cumsum" and value.tag is not None and value.tag[0] == "counts":
-        result = replace(result, tag=("ends", value.tag[1]))
+    if call.operator == "aten.cumsum" and value.sorting is not None and value.sorting.order is Order.COUNTS:
+        result = replace(result, sorting=Sorting(Order.ENDS, value.sorting.node))
     return [result] * len(call.outputs) if len(call.outputs) > 1 else result
 
 
@@ -95,7 +96,7 @@ def renorm(call: Call) -> Value:
     """Each slice along one axis is scaled by its own norm, which removed elements must not count in."""
     value = call["self"]
     axis = call["dim"] % len(value.axes)
-    call.note(value.axes, "nonlinear")
+    call.note(value.axes, Action.NONLINEAR)
     for i in (j for j in range(len(value.axes)) if j != axis and not value.zero[j]):
         call.mixes(value, i, "aten.renorm takes norms over it although removed elements are not zero there")
     return call.passes(value)
@@ -112,7 +113,7 @@ def orders(call: Call) -> Value | list[Value]:
     if value.axes:
         call.mixes(value, axis, f"{call.operator} orders its elements")
     if call.operator == "aten.sort" and len(value.axes) == 1 and not call.get("descending", False):
-        outputs[0] = replace(outputs[0], tag=("sorted", call.node))
+        outputs[0] = replace(outputs[0], sorting=Sorting(Order.SORTED, call.node))
     return outputs if len(outputs) > 1 else outputs[0]
 
 
@@ -168,12 +169,12 @@ def batch_norm(call: Call) -> Value | list[Value]:
         call.block(channel, f"{call.operator} would update its running statistics in a copy", EVAL)
     learnt = [v for v in operands if v.weights]
     zero = len(learnt) == 2 and all(v.zero[0] for v in learnt)
-    call.note(channel, "nonlinear")
+    call.note(channel, Action.NONLINEAR)
     result = call.value([value.axes[0], channel, *value.axes[2:]], [False, zero, *[False] * len(value.axes[2:])])
     for i in (j for j in range(len(value.axes)) if j != 1):
         call.block(value.axes[i], f"{call.operator} uses statistics over it")
-    own = (channel.size,)
-    rest = [call.value([channel]) if call.outputs[i] == own else call.stored(i) for i in range(1, len(call.outputs))]
+    alike = (channel.size,)
+    rest = [call.value([channel]) if call.outputs[i] == alike else call.stored(i) for i in range(1, len(call.outputs))]
     return [result, *rest] if rest else result
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from ecospa_fx.axes.call import Call, Value
 from ecospa_fx.axes.dims import DimKind
+from ecospa_fx.axes.findings import Action
 from ecospa_fx.axes.reasons import PARAMETER
 from ecospa_fx.axes.registry import axis_rule
 from ecospa_fx.axes.resize import Resize, resize_rule
@@ -68,7 +69,7 @@ def view_as_complex(call: Call) -> Value:
     """The last axis, of size 2, becomes one complex number: its two positions go together."""
     value = call["self"]
     call.mixes(value, len(value.axes) - 1, "its elements become parts of complex numbers")
-    call.note(value.axes[:-1], "paired")
+    call.note(value.axes[:-1], Action.PAIRED)
     result = call.value(value.axes[:-1], value.zero[:-1])
     return replace(result, weights=value.weights)
 

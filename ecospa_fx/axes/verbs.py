@@ -1,0 +1,157 @@
+"""The verbs by which a rule says what happens to dims at its node: noted, blocked, mixed, tied, gathered."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import fx
+
+from ecospa_fx.axes.dims import Axis, DimKind, Dims, Misaligned
+from ecospa_fx.axes.findings import (
+    Action,
+    Blocker,
+    Effect,
+    Findings,
+    FixedBasis,
+    Gather,
+    Order,
+    Route,
+    RouteKey,
+    Value,
+)  # fmt: skip
+from ecospa_fx.axes.reasons import NOTHING, PARAMETER, RENORMALISE, WHOLE, Reason
+
+
+class Verbs:
+    """What may be said about dims at one node."""
+
+    def __init__(self, node: fx.Node, dims: Dims, record: Findings) -> None:
+        self.node = node
+        """The node that is spoken of."""
+        self.dims = dims
+        """The dims of the graph."""
+        self.record = record
+        """Where everything is written down."""
+
+    def note(self, axes: Axis | Iterable[Axis], action: Action) -> None:
+        """Record what happens here to the dims of some axes. Raises ValueError for a text that is no `Action`."""
+        for axis in [axes] if isinstance(axes, Axis) else axes:
+            for dim in self.dims.dims_of(axis):
+                if self.dims.origins[dim] is not DimKind.STORED:
+                    self.record.events.append(Effect(dim, self.node, Action(action)))
+
+    def fixes(self, axes: Iterable[Axis], nonlinear: bool = False) -> None:
+        """No other basis may be chosen along some axes: something is added here, or a function applied."""
+        dims = (dim for axis in axes for dim in self._movable(axis))
+        self.record.fixed += [FixedBasis(dim, self.node, nonlinear) for dim in dims]
+
+    def block(self, axis: Axis, why: str, remedy: str = NOTHING) -> None:
+        """The dims of an axis cannot be removed because of this node; remedy: what the reader may do about it."""
+        for dim in self._movable(axis):
+            self._block_dim(dim, why, remedy)
+
+    def mixes(self, value: Value, index: int, why: str, remedy: str = NOTHING) -> None:
+        """Positions along one axis influence one another: its dims are blocked, and carry no other dim."""
+        self.block(value.axes[index], why, remedy)
+        others = [d for i, a in enumerate(value.axes) if i != index for d in self._movable(a)]
+        for dim in self._movable(value.axes[index]):
+            self.record.mixed += [(other, dim) for other in others]
+
+    def normalises(self, value: Value, index: int, why: str) -> bool:
+        """Positions along one axis are divided by a statistic of all: blocked, unless the caller allowed otherwise.
+
+        Allowed, the statistic runs over what is kept, and the dims are marked inexact. Returns whether it is allowed.
+        """
+        if "renormalise" not in self.record.allow:
+            self.mixes(value, index, why, RENORMALISE)
+            return False
+        others = [d for i, a in enumerate(value.axes) if i != index for d in self._movable(a)]
+        for dim in self._movable(value.axes[index]):
+            self.record.inexact.append(Blocker(dim, self.node, Reason(why, remedy=""), self.node))
+            self.record.mixed += [(other, dim) for other in others]
+        return True
+
+    def _movable(self, axis: Axis) -> list[int]:
+        return [d for d in self.dims.dims_of(axis) if self.dims.origins[d] is not DimKind.STORED]
+
+    def routed(self, rows: Axis, source: Axis, by: Value) -> None:
+        """Each position of `rows` belongs to the position of `source` that `by` says: it carries what that carries.
+
+        Sorted numbers and the ends of their runs say the same.
+        """
+        runs = by.sorting is not None and by.sorting.order is not Order.COUNTS
+        key: RouteKey = ("runs", by.sorting.node) if by.sorting is not None and runs else ("node", by.node)
+        self.record.routed += [Route(dim, source, key) for dim in self.dims.dims_of(rows)]
+
+    def is_mask(self, value: Value) -> bool:
+        """Whether a tensor argument holds booleans."""
+        return str(getattr(value.node and value.node.meta.get("val"), "dtype", "")) == "torch.bool"
+
+    def tie(self, a: Axis, b: Axis) -> bool:
+        """Make two axes the same index set; False (and a block) where a gather would be needed or none exists."""
+        try:
+            meetings = self.dims.unify(a, b)
+        except Misaligned as reason:
+            for axis in (a, b):
+                self.block(axis, f"its positions are combined out of line ({reason})", WHOLE)
+            return False
+        for meeting in meetings:
+            self._block_dim(meeting.dim, "it meets a stored tensor or a model input here", PARAMETER)
+        return not meetings
+
+    def _block_dim(self, dim: int, why: str, remedy: str) -> None:
+        self.record.blocks.append(Blocker(dim, self.node, Reason(why, remedy), self.node))
+
+    def align(self, operands: Sequence[tuple[Value, int]], product: bool = False) -> Axis:
+        """Tie one axis of several operands, pointwise. Stored operands stay apart, see `gathered`.
+
+        product: whether they are multiplied; otherwise what is stored or alike along it adds something of its own.
+        """
+        ranked = sorted((v.axes[i] for v, i in operands), key=self._rank)
+        first = ranked[0]
+        if not product and self._rank(ranked[-1]) and not self._rank(first):
+            self.fixes([first])
+        for axis in ranked[1:]:
+            try:
+                meetings = self.dims.unify(first, axis)
+            except Misaligned as reason:
+                for misaligned in (first, axis):
+                    self.block(misaligned, f"its positions are combined out of line ({reason})", WHOLE)
+                return self.dims.fresh(first.size, DimKind.STORED)
+            for meeting in meetings:
+                if meeting.stored_first:
+                    self._block_dim(meeting.dim, "it meets a stored tensor inside a merged axis", PARAMETER)
+        return first
+
+    def _rank(self, axis: Axis) -> int:
+        rank = {DimKind.PARAMETER: 0, DimKind.BLANK: 1, DimKind.STORED: 2}
+        return min((rank[self.dims.origins[d]] for d in self.dims.dims_of(axis)), default=3)
+
+    def follows(self, axis: Axis, target: Axis) -> bool:
+        """Whether an axis is cut together with the target, so that no gather is needed."""
+        mine, other = self.dims.resolve(axis), self.dims.resolve(target)
+        return mine == other or not self._lacking(mine, other)
+
+    def _lacking(self, axis: Axis, target: Axis) -> list[int]:
+        """Parameters' dims of the target in whose place a resolved axis has another one."""
+        present = {(piece.offset, stride, dim) for piece in axis.pieces for dim, stride in piece.dims}
+        wanted = [(piece.offset, stride, dim) for piece in target.pieces for dim, stride in piece.dims]
+        return [e[2] for e in wanted if e not in present and self.dims.origins[e[2]] is DimKind.PARAMETER]
+
+    def gathered(self, operands: Iterable[Value], target: Sequence[Axis], joins: bool = False) -> None:
+        """Record the gathers that operands, right-aligned with the target, need.
+
+        joins: whether the elements of the operands themselves go into the result.
+        """
+        for value in operands:
+            for index, axis in enumerate(value.axes):
+                place = index + len(target) - len(value.axes)
+                if place >= 0 and 1 < axis.size == target[place].size and not self.follows(axis, target[place]):
+                    self._gather(value, index, target, place, joins)
+
+    def _gather(self, value: Value, index: int, target: Sequence[Axis], place: int, joins: bool = False) -> None:
+        if value.node is None or value.node is self.node:
+            remedy = "write the fused operator out in its steps"
+            self.block(target[place], "it meets something stored inside a fused operator", remedy)
+            return
+        self.record.gathers.append(Gather(self.node, value, index, tuple(target), place, joins))

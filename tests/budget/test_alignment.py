@@ -1,0 +1,154 @@
+"""Widths that a device likes: multiples of its bytes, whatever a unit is."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import replace
+from functools import cache
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import nn
+
+import ecospa_fx as eco
+from ecospa_fx.budget import alignment
+from ecospa_fx.budget.alignment import preferred_multiple
+from ecospa_fx.coupling.couplings import Couplings
+from ecospa_fx.coupling.types import Box, Coupling, Member
+from ecospa_fx.errors import PlanError, TrainingError
+from ecospa_fx.plan import Plan
+from tests.support.hugging import tiny
+
+
+@pytest.fixture(autouse=True)
+def likes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This machine's CPU likes what a GPU does."""
+    monkeypatch.setitem(alignment.ROW_BYTES, "cpu", 16)
+
+
+def model(dtype: torch.dtype, **options: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """A LLaMA with heads of 32, two query heads for each pair of keys and values."""
+    made, kwargs = tiny("llama", head_dim=32, **options)
+    return made.to(dtype), kwargs
+
+
+@cache
+def detected(dtype: torch.dtype) -> tuple[nn.Module, dict[str, Any], Couplings]:
+    """The model with what is found in it. No test changes it."""
+    made, kwargs = model(dtype)
+    return made, kwargs, eco.detect(made, (), kwargs)
+
+
+def steps(plan: Plan) -> dict[str, set[int]]:
+    """By kind, what the kept numbers of couplings that lost anything are multiples of, up to 8."""
+    found: dict[str, set[int]] = defaultdict(set)
+    for s in plan:
+        if s.kept < s.size:
+            found[s.kind].add(next(step for step in (8, 4, 2, 1) if s.kept % step == 0))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dtype", "step"), [(torch.bfloat16, 8), (torch.float32, 4), (torch.float64, 2)], ids=["2", "4", "8 bytes"]
+)
+@pytest.mark.parametrize("uniform", [True, False])
+def test_units_of_every_width_make_whole_vectors(dtype: torch.dtype, step: int, uniform: bool) -> None:
+    made, kwargs, couplings = detected(dtype)
+    parameters = dict(made.named_parameters())
+    wanted = {"ffn": step, "vo": step, "qk": max(step // 2, 1), "heads": 1}  # one of qk is a rotary pair
+    assert {c.kind: preferred_multiple(c, parameters) for c in couplings.offered} == wanted
+    plan = eco.plan(couplings, 0.4, round_to=None, uniform=uniform, scores="magnitude")
+    assert plan.removed_parameters
+    assert all(s.kept == s.size or s.kept % wanted[s.kind] == 0 for s in plan)
+    small = eco.shrink(made, plan, (), kwargs)
+    for name, parameter in small.named_parameters():
+        assert all(size % step == 0 for size in parameter.shape if size not in made.get_parameter(name).shape)
+
+
+def test_a_number_of_ones_own_is_kept_to_and_plans_are_as_before() -> None:
+    _, _, couplings = detected(torch.bfloat16)
+    assert eco.plan(couplings, 0.4, scores="magnitude") == eco.plan(couplings, 0.4, round_to=1, scores="magnitude")
+    assert 1 in steps(eco.plan(couplings, 0.4, scores="magnitude"))["ffn"]
+    assert steps(eco.plan(couplings, 0.4, round_to=2, kinds=["qk"], floor=0, scores="magnitude"))["qk"] <= {2, 4, 8}
+
+
+def test_a_device_that_likes_any_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, _, couplings = detected(torch.bfloat16)
+    monkeypatch.delitem(alignment.ROW_BYTES, "cpu")
+    assert eco.plan(couplings, 0.4, round_to=None, scores="magnitude") == eco.plan(couplings, 0.4, scores="magnitude")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("allocation", ["global", "uniform"])
+def test_training_keeps_widths_that_the_device_likes(allocation: Literal["global", "uniform"]) -> None:
+    made, kwargs = model(torch.float32, num_hidden_layers=1)
+    optimizer = torch.optim.SGD(made.parameters(), lr=1e-3)
+    sparse = eco.SparseTraining(
+        made, (), kwargs, optimizer=optimizer, target=0.45, schedule=eco.Constant(every=1, part=0.5), window=1,
+        allocation=allocation,
+    )  # fmt: skip
+    halved = dict(
+        model(torch.bfloat16, num_hidden_layers=1)[0].named_parameters()
+    )  # such are the products under autocast
+    wanted = {c.name: preferred_multiple(c, halved) for c in sparse.couplings.offered}
+    for _ in range(2):
+        torch.autograd.backward(sparse.model(**kwargs).logits.square().mean())
+        sparse.step()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert sparse.removed > 0.3
+    assert all(s.kept == s.size or s.kept % wanted[s.name] == 0 for s in sparse.plan)
+
+
+def test_training_says_what_the_device_likes_where_that_leaves_nothing_to_remove() -> None:
+    mlp = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
+    optimizer = torch.optim.SGD(mlp.parameters(), lr=1e-3)
+    with pytest.raises(TrainingError, match=r"round_to=None, which is 8 here, leave at most 0.000 to remove"):
+        eco.SparseTraining(mlp, (torch.randn(4, 8),), optimizer=optimizer, target=0.5, total_steps=10)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "gate-fisher", "second-order"])
+def test_compress_keeps_widths_that_the_device_likes(method: str) -> None:
+    torch.manual_seed(0)
+    mlp = nn.Sequential(nn.Linear(8, 61), nn.GELU(), nn.Linear(61, 8))
+    data: list[Any] = [((torch.randn(4, 8),), {}) for _ in range(8)]
+
+    def kept(**options: Any) -> int:
+        recipe: dict[str, Any] = {"distillation": 0} if method == "second-order" else {}
+        wanted: dict[str, Any] = {"batches": data, "loss": lambda y, args, kwargs: y.square().mean()}
+        small = eco.compress(mlp, data[0][0], ratio=0.3, method=method, **wanted, **recipe, **options)
+        return small.get_parameter("0.weight").shape[0]
+
+    assert (kept(), kept(round_to=1), kept(round_to=16)) == (44, 43, 48)
+
+
+def test_what_has_fewer_units_stays_whole_and_the_refusal_says_why() -> None:
+    mlp = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)).bfloat16()
+    couplings = eco.detect(mlp, (torch.randn(2, 8, dtype=torch.bfloat16),))
+    with pytest.raises(PlanError, match=r"round_to=None leave at most 0.0000 .*: ask for less, or lower them"):
+        eco.plan(couplings, 0.5, round_to=None, scores="magnitude")
+    assert eco.plan(couplings, 0.5, round_to=1, scores="magnitude").selections[0].kept == 4
+
+
+@pytest.mark.slow
+def test_couplings_in_step_are_aligned_each() -> None:
+    made, kwargs = tiny("gpt2", n_embd=64, n_head=2)
+    couplings = eco.detect(made.bfloat16(), (), kwargs)
+    plan = eco.plan(couplings, 0.3, round_to=None, expressible_in="module", scores="magnitude")
+    assert plan.removed_parameters
+    assert all(s.kept % 8 == 0 for s in plan if s.kind in ("qk", "vo"))
+
+
+def test_carriers_count_by_themselves_and_parts_of_an_axis_too() -> None:
+    held = {"w": torch.zeros(96, 8, dtype=torch.float16)}
+
+    def coupling(*boxes: Box, carriers: int, units: int) -> Coupling:
+        made = eco.detect(nn.Sequential(nn.Linear(8, 32), nn.Linear(32, 8)), (torch.randn(2, 8),)).offered[0]
+        return replace(made, size=units, members=(Member("w", 0, "producer", None, boxes, carriers, units),))
+
+    assert preferred_multiple(coupling(Box(0, ((4, 24),), 1, ((1, 1),)), carriers=4, units=24), held) == 8
+    halves = Box(0, (), 1, ((1, 1),)), Box(48, (), 1, ((1, 1),))  # gate and up in one weight
+    assert preferred_multiple(coupling(*halves, carriers=1, units=48), held) == 8
+    assert preferred_multiple(coupling(Box(0, (), 1, ((6, 16),)), carriers=1, units=16), held) == 4

@@ -1,0 +1,89 @@
+"""What depends on the mode is read off an export of the example sizes, and off a second full one where need be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ecospa_fx as eco
+from ecospa_fx.capture import export as capturing
+from ecospa_fx.plan import Plan
+
+NOTHING = Plan((), ())
+
+
+class Regrouped(nn.Module):
+    """Sizes, whole slices and a dropout that is always there."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = torch.arange(x.shape[0])[: x.shape[0], None]
+        x = x.reshape(x.shape[0] * 2, -1)[:, :].view(-1, x.shape[1]) + rows
+        return nn.functional.dropout(x, 0.5, self.training) * (0.5 if self.training else 2.0)
+
+
+class Shifted(nn.Module):
+    """A whole number that depends on the mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sin() * (3 if self.training else 2)
+
+
+class LeftOut(nn.Module):
+    """A dropout that evaluation leaves out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x.sin(), 0.5) if self.training else x.sin()
+
+
+@pytest.mark.parametrize(("model", "exports"), [(Regrouped(), 2), (Shifted(), 3), (LeftOut(), 3)])
+def test_both_modes_are_right_at_other_sizes(model: nn.Module, exports: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    export = capturing._export
+
+    def counted(model: nn.Module, view: nn.Module, attempt: Any, **options: Any) -> Any:
+        made.append(attempt.shapes)
+        return export(model, view, attempt, **options)
+
+    monkeypatch.setattr(capturing, "_export", counted)
+    small = eco.shrink(model.eval(), NOTHING, (torch.ones(3, 4),))
+    assert len(made) == exports
+    assert made[1] is None
+    other = torch.linspace(-1, 1, 20).view(5, 4)
+    assert torch.equal(small(other), model(other))
+    torch.manual_seed(0)
+    want = model.train()(other)
+    torch.manual_seed(0)
+    assert torch.equal(small.train()(other), want)
+    assert not torch.equal(want, model.eval()(other))
+
+
+class Skipped(nn.Module):
+    """Samples that training leaves out, by numbers that it draws, as stochastic depth does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            x = x * x.new_empty(x.shape[0], 1).bernoulli_(0.5)
+        return nn.functional.dropout(x.sin(), 0.5, self.training)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_modes_that_draw_other_numbers_are_not_exported_again(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    exported: list[Any] = []
+    export = capturing._export
+
+    def counted(model: nn.Module, view: nn.Module, attempt: Any, **options: Any) -> Any:
+        exported.append(attempt.shapes)
+        return export(model, view, attempt, **options)
+
+    monkeypatch.setattr(capturing, "_export", counted)
+    model, x = Skipped().train(training), torch.linspace(-1, 1, 20).view(5, 4)
+    small = eco.shrink(model, NOTHING, (torch.ones(3, 4),))
+    assert len(exported) == 2
+    assert exported[1] is None
+    torch.manual_seed(0)
+    want = model(x)
+    torch.manual_seed(0)
+    assert torch.equal(small(x), want)
