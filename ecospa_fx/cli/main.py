@@ -111,7 +111,7 @@ class TimedSteps:
         self.seconds: dict[str, float] = {}
 
     def __call__(
-        self, step: str, function: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
+        self, step: str, function: Callable[Arguments, Result], /, *args: Arguments.args, **kwargs: Arguments.kwargs
     ) -> Result:
         print(f"{step} …", file=sys.stderr)
         begin = time.perf_counter()

@@ -183,11 +183,11 @@ def example_inputs(model: PretrainedModel) -> dict[str, object]:
     return inputs
 
 
-def _generates(model: Any) -> bool:
+def _generates(model: PretrainedModel) -> bool:
     return bool(getattr(model, "can_generate", bool)())
 
 
-def _ids(model: Any) -> Tensor:
+def _ids(model: PretrainedModel) -> Tensor:
     """Token ids [2, 16], all different where the vocabulary allows it, none of the first ones, which are special."""
     size = int(getattr(model.config.get_text_config(), "vocab_size", None) or 2)
     first = min(4, size - 1)
@@ -195,7 +195,7 @@ def _ids(model: Any) -> Tensor:
     return ids.view(BATCH, LENGTH).to(model.device)
 
 
-def _pixels(model: Any) -> Tensor:
+def _pixels(model: PretrainedModel) -> Tensor:
     config = getattr(model.config, "vision_config", model.config)
     size = getattr(config, "image_size", 224)
     height, width = size if isinstance(size, tuple | list) else (size, size)
@@ -204,9 +204,9 @@ def _pixels(model: Any) -> Tensor:
     return _floats(model, shape if frames is None else [BATCH, frames, *shape[1:]])
 
 
-def _features(model: Any) -> Tensor:
+def _features(model: PretrainedModel) -> Tensor:
     """Log-mel features: [2, bins, frames] where a convolution reads them (Whisper), else [2, frames, bins]."""
-    config = getattr(model.config, "audio_config", model.config)
+    config: PretrainedConfig = getattr(model.config, "audio_config", model.config)
     if hasattr(config, "max_source_positions") and hasattr(config, "num_mel_bins"):
         return _floats(model, [BATCH, config.num_mel_bins, 2 * config.max_source_positions])
     names = ("feature_projection_input_dim", "input_feat_per_channel", "num_mel_bins", "feature_size")
@@ -214,7 +214,7 @@ def _features(model: Any) -> Tensor:
     return _floats(model, [BATCH, 8 * LENGTH, bins])
 
 
-def _samples(model: Any) -> Tensor:
+def _samples(model: PretrainedModel) -> Tensor:
     """A raw waveform [2, samples], or a spectrogram [2, frames, bins] for models of patches."""
     config = model.config
     if hasattr(config, "num_mel_bins") and hasattr(config, "max_length"):
@@ -222,18 +222,18 @@ def _samples(model: Any) -> Tensor:
     return _floats(model, [BATCH, FRAMES])
 
 
-def _embeddings(model: Any) -> Tensor:
+def _embeddings(model: PretrainedModel) -> Tensor:
     return _floats(model, [BATCH, LENGTH, model.config.get_text_config().hidden_size])
 
 
-def _floats(model: Any, shape: list[int]) -> Tensor:
+def _floats(model: PretrainedModel, shape: list[int]) -> Tensor:
     """Reproducible noise of the model's own type."""
     if model.device.type == "meta":
         return torch.empty(shape, dtype=model.dtype, device="meta")
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(model.device, model.dtype)
 
 
-_MAKERS: dict[str, Callable[[Any], Tensor]] = {
+_MAKERS: dict[str, Callable[[PretrainedModel], Tensor]] = {
     "input_ids": _ids,
     "pixel_values": _pixels,
     "pixel_values_videos": _pixels,

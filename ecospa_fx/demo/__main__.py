@@ -7,13 +7,14 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from tabulate import tabulate
 from torch import Tensor, nn
 
 import ecospa_fx as eco
 from ecospa_fx import demo
+from ecospa_fx.compression import CompressOptions
 from ecospa_fx.origin import origin_of
 from ecospa_fx.plan import Plan
 from ecospa_fx.recipe import SECOND_ORDER
@@ -23,6 +24,7 @@ WINDOW = 512
 VALID_WINDOWS = 64
 TOLERANCE = 1e-9
 
+Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
@@ -32,7 +34,9 @@ class StepTimer:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
-    def __call__(self, step: str, function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
+    def __call__(
+        self, step: str, function: Callable[Arguments, Result], /, *args: Arguments.args, **kwargs: Arguments.kwargs
+    ) -> Result:
         begin = time.perf_counter()
         result = function(*args, **kwargs)
         self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - begin
@@ -90,15 +94,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     couplings = watch("detect", eco.detect, model, (example,), {})
     sys.stdout.write(f"{couplings}\n\n")
     batches: list[tuple[tuple[Tensor], dict[str, Any]]] = [((piece[None],), {}) for piece in pieces]
-    options = {
-        "ratio": arguments.ratio,
-        "loss": demo.next_byte_loss,
-        "method": arguments.method,
-        "couplings": couplings,
-    }
+    options: CompressOptions = {}
     if arguments.method != SECOND_ORDER:
         options["steps"] = 1 if arguments.method == "magnitude" else arguments.passes
-    small = watch("compress", eco.compress, model, (example,), batches=batches, **options)
+    small = watch(
+        "compress",
+        eco.compress,
+        model,
+        (example,),
+        ratio=arguments.ratio,
+        batches=batches,
+        loss=demo.next_byte_loss,
+        method=arguments.method,
+        couplings=couplings,
+        **options,
+    )
     plan = origin_of(small).plan
     sys.stdout.write(f"{plan}\n\n")
     perplexities = [watch("perplexity", demo.perplexity, m, held_out) for m in (model, small)]

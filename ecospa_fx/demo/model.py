@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from importlib.resources import as_file, files
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -158,7 +157,7 @@ def windows(text: str, length: int, count: int) -> Tensor:
     return torch.stack([ids[i * stride : i * stride + length + 1] for i in range(count)])
 
 
-def next_byte_loss(output: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+def next_byte_loss(output: Tensor, args: Sequence[Tensor], kwargs: Mapping[str, object]) -> Tensor:
     """Mean cross-entropy in nats of logits [B, T, 256] against the input's own next bytes, for `eco.score`."""
     return F.cross_entropy(output[:, :-1].flatten(0, 1), args[0][:, 1:].flatten())
 

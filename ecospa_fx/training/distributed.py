@@ -53,10 +53,10 @@ def all_agree(flag: bool, device: torch.device, group: ProcessGroup | None = Non
 
 def fail_together(error: EcospaError | None, device: torch.device, group: ProcessGroup | None = None) -> None:
     """Raise what went wrong in this process; TrainingError where it did in another one, which would be waited for."""
-    fine = all_agree(error is None, device, group)
+    succeeded = all_agree(error is None, device, group)
     if error is not None:
         raise error
-    if not fine:
+    if not succeeded:
         raise TrainingError(
             "another process could not measure its batches, and nothing was removed: its error says which and why"
         )
