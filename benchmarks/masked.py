@@ -35,7 +35,7 @@ from ecospa_fx.training.moving_scores import MovingScores
 from ecospa_fx.training.optimizer_basis import transform_states
 from ecospa_fx.training.remaining_couplings import narrowed
 from ecospa_fx.training.second_order import UPDATES
-from ecospa_fx.training.settings import Settings, chosen
+from ecospa_fx.training.settings import Settings, choose_couplings
 from ecospa_fx.training.tensor_cuts import cuts_between
 
 Compensation = Literal["none", "solve", "full"]
