@@ -26,6 +26,25 @@ def heads(h: Tensor) -> Tensor:
     return h.view(h.shape[0], 3, 2, 4).transpose(1, 2)
 
 
+PADDINGS = {
+    "reflection_pad1d": [1, 2],
+    "reflection_pad2d": [1, 2, 0, 0],
+    "replication_pad1d": [1, 2],
+    "replication_pad2d": [1, 2, 0, 0],
+}
+"""Operators that pad with the tensor's own elements, and by how much."""
+
+
+def padded(name: str) -> Callable[[Tensor], Tensor]:
+    """What calls one of these by itself."""
+
+    def call(h: Tensor) -> Tensor:
+        result: Tensor = getattr(torch.ops.aten, name)(h.relu(), PADDINGS[name])
+        return result
+
+    return call
+
+
 CASES = [
     sandwich("aten.view", lambda h: h.view(-1, 3, 2, 4).sin().view(-1, 3, 8), "ffn 2, ffn 4×2"),
     sandwich("aten.reshape", lambda h: h.relu().reshape(-1, 8).reshape(-1, 3, 8)),
@@ -93,6 +112,7 @@ CASES = [
     sandwich("aten.pad", lambda h: F.pad(h.relu(), (0, 0, 1, 1)), label="time"),
     sandwich("aten.pad", lambda h: F.pad(h.relu(), (1, 2)), label="channels"),
     sandwich("aten.pad", lambda h: F.pad(h.relu(), (1, 2), mode="reflect"), "", "padded otherwise", label="reflect"),
+    *[sandwich(f"aten.{name}", padded(name), "", "padded otherwise") for name in PADDINGS],
     sandwich("aten.pad", lambda h: F.pad(h, (0, 0, 1, 1), value=1.0).sum(-1, keepdim=True), "", "summed over although",
              label="with-1"),
     sandwich("aten.tril", lambda h: h.relu().tril(), "", "by position"),

@@ -299,7 +299,8 @@ def flip(call: Call) -> Value:
 def pad(call: Call) -> Value:
     """Positions that belong to nothing before and after an axis."""
     value = call["self"]
-    constant = call.operator == "aten.constant_pad_nd" or call.get("mode", "constant") == "constant"
+    modes = {"aten.constant_pad_nd": "constant", "aten.pad": call.get("mode", "constant")}
+    constant = modes.get(call.operator) == "constant"  # the other operators reflect or replicate
     axes, flags = list(value.axes), list(value.zero)
     amounts = call.get("pad") or call["padding"]
     for k in range(len(amounts) // 2):
