@@ -16,7 +16,7 @@ from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.importance.compensation import Compensated
 from ecospa_fx.importance.score import Batch, Loss
 from ecospa_fx.importance.scores import Scores
-from ecospa_fx.importance.sensitivity import Trial, TrialLosses, Watcher, measured
+from ecospa_fx.importance.sensitivity import Trial, TrialLosses, Watcher, measured_curves
 from ecospa_fx.plan import Plan
 from ecospa_fx.planning import plan as make_plan
 from ecospa_fx.runtime.interpreter import PartialInterpreter
@@ -53,7 +53,7 @@ class Sensitivity:
             base = {s.name: s.mask for s in last}
             trials = self._trials(last)
             widths = {s.name: around(s.size, s.size - s.kept, ratio) for s in last}
-            curves = measured(trials, self.weights, scores.values, widths, base, self.watch)
+            curves = measured_curves(trials, self.weights, scores.values, widths, base, self.watch)
             by_curves: AllPlanOptions = {**planning, "allocation": curves}
             plan = make_plan(couplings, ratio, scores, **by_curves)
             if plan == last:

@@ -123,7 +123,7 @@ class TrialLosses:
         return {node: value for node, value in values.items() if node not in self._weights}
 
 
-def measured(
+def measured_curves(
     trial_losses: TrialLosses,
     weights: Compensated,
     scores: Mapping[str, Tensor],

@@ -21,7 +21,7 @@ from ecospa_fx.importance.compensation import Compensated
 from ecospa_fx.importance.curvature import Collector
 from ecospa_fx.importance.linear_views import views_of
 from ecospa_fx.importance.scores import Scores
-from ecospa_fx.importance.sensitivity import Curves, Trial, TrialLosses, keep_best, measured
+from ecospa_fx.importance.sensitivity import Curves, Trial, TrialLosses, keep_best, measured_curves
 from ecospa_fx.ir.linears import linear_uses
 from ecospa_fx.origin import origin_of
 from ecospa_fx.plan import Selection
@@ -73,7 +73,7 @@ def test_a_measured_rise_is_that_of_the_masked_model(prepared: Prepared) -> None
     keep, weights = {s.name: s.mask for s in base}, prepared.masks()
     names = {name for c in prepared.chosen for name in weights.touched(c)}
     bench = TrialLosses(prepared.evaluator, DATA, loss, weights.weights(keep, names))
-    curves = measured(bench, weights, prepared.scores, {c.name: [c.size // 2] for c in prepared.chosen}, keep)
+    curves = measured_curves(bench, weights, prepared.scores, {c.name: [c.size // 2] for c in prepared.chosen}, keep)
     for c in prepared.chosen:
         ((kept, rise),) = curves.rises[c.name]
         found = []
@@ -211,5 +211,5 @@ def test_a_loss_that_is_not_finite_is_refused(prepared: Prepared) -> None:
     bench = TrialLosses(prepared.evaluator, DATA, lambda output, args, kwargs: output.sum() * torch.nan, {})
     name = prepared.chosen[0].name
     with pytest.raises(ScoreError, match=r"^the loss is not finite while sensitivities are measured at '\S+': check"):
-        measured(bench, prepared.masks(), prepared.scores, {name: [1]}, {})
+        measured_curves(bench, prepared.masks(), prepared.scores, {name: [1]}, {})
     assert isinstance(prepared.couplings, Couplings)
