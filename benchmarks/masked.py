@@ -32,7 +32,7 @@ from ecospa_fx.plan import Plan, Selection
 from ecospa_fx.runtime.interpreter import PartialInterpreter
 from ecospa_fx.training.allocation import allocate, bounds
 from ecospa_fx.training.moving_scores import MovingScores
-from ecospa_fx.training.optimizer_basis import transform_states
+from ecospa_fx.training.optimizer_basis import change_basis_of_states
 from ecospa_fx.training.remaining_couplings import narrowed
 from ecospa_fx.training.second_order import UPDATES
 from ecospa_fx.training.settings import Settings, choose_couplings
@@ -183,7 +183,7 @@ class MaskedTraining:
             for group, matrix in ((change.first, inverse), (change.second, change.basis)):
                 for side in group:
                     weight = self.parameters[side.member.parameter]
-                    transform_states([self.optimizer], weight, side.member.axis, side.positions, matrix)
+                    change_basis_of_states([self.optimizer], weight, side.member.axis, side.positions, matrix)
             name = next(c.name for c in self.couplings if change.first[0].member in c.members)
             before = self.keep[name]
             keep[name] = (torch.arange(before.shape[1]) < before[0].sum()).expand_as(before).clone()

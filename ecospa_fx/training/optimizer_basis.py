@@ -35,10 +35,13 @@ def unsupported_state(optimizers: Sequence[Optimizer], tensor: Tensor) -> str | 
 
 
 @torch.no_grad()
-def transform_states(
+def change_basis_of_states(
     optimizers: Sequence[Optimizer], tensor: Tensor, axis: int, positions: Tensor, matrix: Tensor
 ) -> None:
-    """Turn a parameter's gradient and states in place. matrix: [carriers, units, units], B⁻ᵀ for weights B W."""
+    """Change the basis of a parameter's gradient and states in place.
+
+    matrix: [carriers, units, units], B⁻ᵀ for weights B W.
+    """
 
     if tensor.grad is not None:
         assign(tensor.grad, rotated(full_tensor(tensor.grad), axis, positions, matrix))

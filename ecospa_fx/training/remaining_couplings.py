@@ -47,13 +47,13 @@ def narrowed(
     couplings: Sequence[Coupling], keep: Keep, factors: Mapping[str, Factors], shapes: Mapping[str, tuple[int, ...]]
 ) -> list[Coupling]:
     """The couplings as they are now. factors: of the plan that has been applied; shapes: of the parameters now."""
-    found = []
+    result = []
     for coupling in couplings:
         kept = keep[coupling.name]
         members = tuple(_member(m, kept, factors.get(m.parameter, {})) for m in coupling.members)
         parameters = coupled_elements(shapes, [members])
-        found.append(replace(coupling, size=members[0].units, members=members, parameters=parameters))
-    return found
+        result.append(replace(coupling, size=members[0].units, members=members, parameters=parameters))
+    return result
 
 
 def _member(member: Member, keep: Tensor, factors: Factors) -> Member:

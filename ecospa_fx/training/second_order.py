@@ -68,7 +68,7 @@ class SecondOrder:
         self._read(evaluator)
 
         def turn(change: ChangeBasis) -> ChangeBasis:
-            reason = model.turnable(side.member.parameter for side in (*change.first, *change.second))
+            reason = model.basis_refusal(side.member.parameter for side in (*change.first, *change.second))
             if reason is not None:
                 log.warning("linear couplings stay in their bases because %s, and how that turns is not known", reason)
                 eye = torch.eye(change.basis.shape[1]).to(change.basis)
@@ -76,7 +76,7 @@ class SecondOrder:
             change = balanced(change, program)
             change = replace(change, basis=of_first(change.basis, self.group))
             change.run(program)
-            model.turn((change.first, change.second), change.basis)
+            model.change_basis((change.first, change.second), change.basis)
             return change
 
         return measure(program, couplings, partial(self._curvature, evaluator), solves=self.solves, apply=turn)

@@ -134,7 +134,7 @@ class SparseTraining:
         self._form = ShrinkableGraph(model, args, dict(kwargs or {}), self._settings.allow, choose)
         self._chosen = self._now = self._form.chosen
         check_unshared(self._chosen, owners)
-        self._held = _held(self._form.shapes, self._chosen)
+        self._dense_elements = _coupled_elements(self._form.shapes, self._chosen)
         self._keep = {c.name: torch.ones(c.carriers, c.size, dtype=torch.bool) for c in self._chosen}
         self._factors: Mapping[str, Factors] = {}
         self._step, self._pending, self._warned, self.history = 0, False, False, list[history.Shrink]()
@@ -189,7 +189,7 @@ class SparseTraining:
     @property
     def removed(self) -> float:
         """The share of the couplings' dense parameters that is gone."""
-        return 1 - _held(self._form.sizes, self._now) / self._held
+        return 1 - _coupled_elements(self._form.sizes, self._now) / self._dense_elements
 
     @property
     def finished(self) -> bool:
@@ -325,7 +325,7 @@ class SparseTraining:
         for name in [n for n in limits if not scores[n].any()]:
             log.warning("coupling %s keeps its units at step %s: no gradient reached them lately", name, self._step)
             limits[name] = (self._keep[name].shape[1],) * 2
-        goal = _held(shapes, self._now) - round(self._held * left)
+        goal = _coupled_elements(shapes, self._now) - round(self._dense_elements * left)
         even = dense if options.allocation == "uniform" else None
         kept = allocate(self._now, shapes, scores, limits, goal, round_to=steps, dense=even)
         result = {}
@@ -413,7 +413,7 @@ class SparseTraining:
         return Plan(tuple(Selection.of(c, keep[c.name]) for c in self._chosen), tuple(self._form.shapes.items()))
 
 
-def _held(shapes: Mapping[str, tuple[int, ...]], couplings: Sequence[Coupling]) -> int:
+def _coupled_elements(shapes: Mapping[str, tuple[int, ...]], couplings: Sequence[Coupling]) -> int:
     """Elements that couplings hold, each counted once."""
     return coupled_elements(shapes, (c.members for c in couplings))
 

@@ -49,10 +49,10 @@ class TensorCut:
         if present is None:
             return None
         lost = [a for a in range(len(self.before)) if a not in present]
-        if any(one.other in lost and one.axis in present for one in self.slices):
+        if any(axis_slice.other in lost and axis_slice.axis in present for axis_slice in self.slices):
             return None
         full = tensor.reshape([n if a in present else 1 for a, n in enumerate(self.before)])
-        taken = take(full, tuple(one for one in self.slices if one.axis in present))
+        taken = take(full, tuple(axis_slice for axis_slice in self.slices if axis_slice.axis in present))
         if tensor.dim() < len(self.before):
             taken = taken.reshape([n for a, n in enumerate(taken.shape) if a in present])
         return taken.contiguous()
@@ -95,7 +95,7 @@ def _cut(name: str, shape: tuple[int, ...], before: Factors, after: Factors) -> 
             kept = new.masks[axis][places]
             rows = [k[t].nonzero().flatten() for k, t in zip(kept, there, strict=True)]
             carried.append(AxisSlice.along(axis, old.shape[axis], carrier, torch.stack(rows), len(shape)))
-    cut = [one for one in (*plain, *carried) if one.count < one.size]
+    cut = [axis_slice for axis_slice in (*plain, *carried) if axis_slice.count < axis_slice.size]
     return TensorCut(old.shape, new.shape, tuple(cut))
 
 

@@ -18,7 +18,7 @@ from ecospa_fx.ir.program import ExportedForm
 from ecospa_fx.origin import Origin, remember
 from ecospa_fx.training.graph_model import ShrinkableGraph
 from ecospa_fx.training.module_tree import TwoModes, tensors_by_path
-from ecospa_fx.training.optimizer_basis import transform_states, unsupported_state
+from ecospa_fx.training.optimizer_basis import change_basis_of_states, unsupported_state
 from ecospa_fx.training.optimizer_surgery import check_optimizers, check_states, cut_all
 from ecospa_fx.training.sharded import (
     assign,
@@ -129,7 +129,7 @@ class TrackedModel:
                 values = full_tensor(tensors[name])
                 assign(tensors[name], values + changes[name].to(values))
 
-    def turnable(self, names: Iterable[str]) -> str | None:
+    def basis_refusal(self, names: Iterable[str]) -> str | None:
         """Why a change of basis of these parameters cannot be followed, or None."""
         sets = (self.form.parameters, *self._copies)
         listed = list(names)
@@ -138,8 +138,8 @@ class TrackedModel:
         return next((reason for reason in reasons if reason is not None), None)
 
     @torch.no_grad()
-    def turn(self, sides: tuple[Sequence[Side], Sequence[Side]], basis: Tensor) -> None:
-        """Turn parameters, and copies of them, with their gradients and what optimizers keep beside them.
+    def change_basis(self, sides: tuple[Sequence[Side], Sequence[Side]], basis: Tensor) -> None:
+        """Change the basis of parameters and of copies of them, with their gradients and optimizer states.
 
         The first sides are multiplied by `basis` [carriers, units, units], the second by its inverse transposed.
         """
@@ -151,7 +151,7 @@ class TrackedModel:
                 for tensors in (self.form.parameters, *self._copies):
                     if name in tensors:
                         assign(tensors[name], rotated(full_tensor(tensors[name]), axis, side.positions, matrix))
-                        transform_states(self.optimizers, tensors[name], axis, side.positions, other)
+                        change_basis_of_states(self.optimizers, tensors[name], axis, side.positions, other)
 
     def _cut_sharded(self, programs: Sequence[ExportedForm], cuts: Mapping[str, TensorCut]) -> int:
         old, before = self.form.parameters, self.form.module

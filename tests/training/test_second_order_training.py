@@ -128,7 +128,7 @@ def test_training_goes_on_in_another_basis_as_it_would_have(make: Any, kind: str
                 for coupling in linear:
                     sides = sides_of(coupling)
                     assert sides is not None
-                    sparse._model.turn(sides, basis(coupling.size, kind))
+                    sparse._model.change_basis(sides, basis(coupling.size, kind))
                 assert not torch.equal(before, model.blocks[0].get_submodule("v").get_parameter("weight"))
             optimizer.step()
         found.append((sparse.model(ids(9)).detach(), average(ids(9)).detach()))
