@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 300
+SECONDS = 900
 
 
 @cache
