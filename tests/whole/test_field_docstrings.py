@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent / "ecospa_fx"
+ROOT = Path(__file__).resolve().parents[2] / "ecospa_fx"
 PLACES = ("axes", "coupling", "plan.py")
 
 
