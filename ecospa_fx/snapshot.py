@@ -61,8 +61,8 @@ def untouched(*models: nn.Module, traced: bool = False) -> Iterator[None]:
 
 
 _WAITING = (
-    "asyncio", "concurrent.futures", "multiprocessing", "queue", "select", "selectors", "socket", "ssl", "subprocess",
-    "threading", "torch._inductor.compile_worker", "tornado", "zmq",
+    "asyncio", "concurrent.futures", "debugpy", "execnet", "ipykernel", "multiprocessing", "pydevd", "queue", "select",
+    "selectors", "socket", "ssl", "subprocess", "threading", "torch._inductor.compile_worker", "tornado", "zmq",
 )  # fmt: skip
 """Modules whose code waits: a thread in it does nothing until it is told to, as those of notebooks and of bars."""
 
@@ -70,8 +70,9 @@ _WAITING = (
 def others_run() -> bool:
     """Whether other threads are running, which may change what they share with this one; those that wait do not."""
     frames = sys._current_frames()
-    frames.pop(threading.get_ident(), None)
-    return not all(_waits(str(frame.f_globals.get("__name__", ""))) for frame in frames.values())
+    others = [thread.ident for thread in threading.enumerate() if thread is not threading.current_thread()]
+    running = [frames[ident] for ident in others if ident in frames]
+    return not all(_waits(str(frame.f_globals.get("__name__", ""))) for frame in running)
 
 
 def _waits(module: str) -> bool:

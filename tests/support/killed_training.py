@@ -47,15 +47,15 @@ def built() -> tuple[eco.SparseTraining, torch.optim.AdamW]:
 
 def kill_at_second_parameter() -> None:
     """Let the second parameter that is cut be the last thing that this process does."""
-    narrow, cut, module = optimizer_surgery.cut_tensor, [], cast(Any, optimizer_surgery)
+    cut_tensor, cut, module = optimizer_surgery.cut_tensor, [], cast(Any, optimizer_surgery)
 
     def killing(tensor: torch.Tensor, how: TensorCut) -> None:
         cut.append(how)
         if len(cut) == 2:
             os.kill(os.getpid(), signal.SIGKILL)
-        narrow(tensor, how)
+        cut_tensor(tensor, how)
 
-    module.narrow = killing
+    module.cut_tensor = killing
 
 
 def run(folder: Path, fatal: int, last: int) -> None:

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 import ecospa_fx as eco
+from ecospa_fx import rewrite
 from ecospa_fx.errors import InputError, PlanError, TrainingError
 from ecospa_fx.ir.program import Program
 from ecospa_fx.passes.shrink import shrink_couplings
+from ecospa_fx.training import graph_model
 from tests.whole.test_beyond import Cached, noise, write_rows
 
 WIDTH = 8
@@ -54,7 +56,8 @@ def only_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
             raise PlanError("a symbolic size")
         return own(program, plan)
 
-    monkeypatch.setattr(shrink_couplings, "shrink_program", picky)
+    for module in (rewrite, graph_model):
+        monkeypatch.setattr(module, "shrink_program", picky)
 
 
 def test_training_falls_back_to_fewer_symbolic_sizes_as_shrinking_does(monkeypatch: pytest.MonkeyPatch) -> None:
