@@ -60,8 +60,7 @@ def allocated(couplings: Couplings, settings: PlanSettings, carried: Carried | N
         else RemovalOrder.of(c, scores[c.name], bounds.widths(c), cost_model)
         for c in chosen
     ]
-    loss = _predicted_loss(scores, cost_model, how)
-    return _planned(couplings, orders, _steps(cost_model, orders, loss, settings.ratio, bounds))
+    return _planned(couplings, orders, _steps(cost_model, orders, scores, settings, bounds))
 
 
 def narrowed_to(couplings: Couplings, widths: Mapping[str, int], settings: PlanSettings) -> Plan:
@@ -138,13 +137,8 @@ def _cost_model(couplings: Couplings, budget: str | CostModel, chosen: Sequence[
     return budget
 
 
-def _predicted_loss(scores: Mapping[str, Tensor], cost_model: CostModel, how: str | Curves) -> PredictedLoss | str:
-    """Predicted loss at any widths where a greedy schedule is not good enough: by curves, or by scores on a staircase.
-
-    Else the name of the schedule.
-    """
-    if how in ("uniform", "ragged") or (how == "global" and cost_model.smooth):
-        return str(how)
+def _predicted_loss(scores: Mapping[str, Tensor], how: str | Curves) -> PredictedLoss:
+    """Predicted loss at any widths: by measured curves, else by what the scores of the removed units sum up to."""
 
     def loss(coupling: Coupling, kept: Sequence[int]) -> Tensor:
         ranked = scores[coupling.name].to("cpu", torch.float64).sort(dim=1).values.sum(0)
@@ -159,13 +153,22 @@ def _predicted_loss(scores: Mapping[str, Tensor], cost_model: CostModel, how: st
 
 
 def _steps(
-    cost_model: CostModel, orders: Sequence[RemovalOrder], loss: PredictedLoss | str, ratio: float, bounds: Bounds
+    cost_model: CostModel,
+    orders: Sequence[RemovalOrder],
+    scores: Mapping[str, Tensor],
+    settings: PlanSettings,
+    bounds: Bounds,
 ) -> list[int]:
-    """Steps taken in each order, by the predicted loss at any widths, or by a schedule of this name."""
-    if isinstance(loss, str) or not orders:
-        locksteps = in_uniform_step(orders) if loss == "uniform" else each_alone(orders)
-        return _cut(cost_model, orders, locksteps, ratio, bounds)
-    return _packed(cost_model, orders, loss, ratio, bounds)
+    """Steps taken in each order: by a greedy schedule where that is good enough, else by the predicted loss.
+
+    It is where costs fall in proportion to widths, or all couplings keep the same share; a staircase of costs, or
+    measured curves, take the knapsack.
+    """
+    how = settings.how
+    if not orders or how in ("uniform", "ragged") or (how == "global" and cost_model.smooth):
+        locksteps = in_uniform_step(orders) if how == "uniform" else each_alone(orders)
+        return _cut(cost_model, orders, locksteps, settings.ratio, bounds)
+    return _packed(cost_model, orders, _predicted_loss(scores, how), settings.ratio, bounds)
 
 
 def _packed(
@@ -177,10 +180,11 @@ def _packed(
     allowed = {c.name: bounds.widths(c) for c in couplings}
     steps: list[int] = []
     for _ in range(TRIES):
-        kept = knapsack.widths(cost_model, couplings, loss, allowed, wanted)
-        if isinstance(kept, float) and not steps:
-            raise _out_of_reach(ratio, kept, bounds, cost_model)
-        if isinstance(kept, float):
+        try:
+            kept = knapsack.widths(cost_model, couplings, loss, allowed, wanted)
+        except knapsack.TooMuch as error:
+            if not steps:
+                raise _out_of_reach(ratio, error.most, bounds, cost_model) from None
             break
         steps = [order.steps_to(kept[order.coupling.name]) for order in orders]
         missing = ratio - removed_at(cost_model, orders, steps) / total

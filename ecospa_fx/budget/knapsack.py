@@ -43,24 +43,32 @@ class Option:
     """Predicted."""
 
 
+class TooMuch(Exception):
+    """More is to be freed than can be: `most` is the largest share that can."""
+
+    def __init__(self, most: float) -> None:
+        super().__init__(f"at most {most:.4f} can be freed")
+        self.most = most
+
+
 def widths(
     cost_model: CostModel,
     couplings: Sequence[Coupling],
     loss: PredictedLoss,
     allowed: Mapping[str, Sequence[int]],
     ratio: float,
-) -> dict[str, int] | float:
+) -> dict[str, int]:
     """Units that each coupling keeps so that at least `ratio` of the budget's unit is freed, at the least loss.
 
-    allowed: by coupling, the widths short of all that it may have. Where nothing frees as much, the largest share that
-    does go. A larger ratio never loses less.
+    allowed: by coupling, the widths short of all that it may have. A larger ratio never loses less. Raises TooMuch
+    where no widths free as much.
     """
     groups = [options(cost_model, group, loss, allowed) for group in cost_model.together(couplings)]
     total = cost_model.total(couplings)
     step, target = total / max(STEPS, PER_GROUP * len(groups)), ratio * total
     most = sum(group[-1].freed for group in groups)
     if most < target:
-        return most / max(total, 1e-300)
+        raise TooMuch(most / max(total, 1e-300))
     chosen = solve([[(int(o.freed / step), o.loss) for o in group] for group in groups], ceil(target / step - 1e-9))
     if chosen is None:  # within the steps of the last percent of what can be freed
         chosen = [len(group) - 1 for group in groups]

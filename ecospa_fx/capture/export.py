@@ -18,7 +18,7 @@ from ecospa_fx.capture.functorch import write_out_transforms
 from ecospa_fx.capture.gradient_modes import gradient_modes_recorded, warn_of_custom_functions
 from ecospa_fx.errors import CaptureError
 from ecospa_fx.ir.build import allow_other_strides, sync_users
-from ecospa_fx.ir.modes import Aligned, align, draws, note_dropout
+from ecospa_fx.ir.modes import Aligned, ModesDiffer, align, draws, note_dropout
 from ecospa_fx.ir.passes import run_passes
 from ecospa_fx.ir.program import ExportedForm
 from ecospa_fx.ir.pytrees import Arguments, NamedArguments, closed, opened
@@ -185,8 +185,11 @@ def _aligned(
     if other is None:
         return None
     training, evaluation = (program, other) if model.training else (other, program)
-    aligned = align(training.graph, evaluation.graph, numbers)
-    return None if isinstance(aligned, str) else aligned
+    try:
+        return align(training.graph, evaluation.graph, numbers)
+    except ModesDiffer as reason:
+        log.debug("the modes of %s differ: %s", type(model).__name__, reason)
+        return None
 
 
 def _in_other_mode(model: nn.Module, view: nn.Module, attempt: Attempt) -> ExportedProgram | None:

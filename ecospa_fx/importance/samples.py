@@ -42,9 +42,10 @@ class Splitter:
 
     def split(self, batch: Batch, number: int) -> list[Batch]:
         """The samples of batch `number`, as views of its tensors; the batch itself where it is one or counts as one."""
-        parts = [batch] if self._whole else parts_of(batch)
-        if isinstance(parts, str):
-            self._warn(f"batch {number} counts as one sample, because {parts}")
+        try:
+            parts = [batch] if self._whole else parts_of(batch)
+        except Indivisible as reason:
+            self._warn(f"batch {number} counts as one sample, because {reason}")
             return [batch]
         if len(parts) > 1 and not self._checked:
             obstacle = self._obstacle(batch, parts)
@@ -158,8 +159,12 @@ def _is_same(leaf: object, other: object) -> bool:
 # -- arguments ---------------------------------------------------------------------------------------------------
 
 
-def parts_of(batch: Batch) -> list[Batch] | str:
-    """One batch per sample, of leading size 1; or what has another leading size than the rest.
+class Indivisible(Exception):
+    """A batch that cannot be cut into samples; the message says why."""
+
+
+def parts_of(batch: Batch) -> list[Batch]:
+    """One batch per sample, of leading size 1. Raises Indivisible naming what has another leading size than the rest.
 
     The first tensor tells how many samples there are. Tensors without axes or of leading size 1 belong to all of them,
     and so does what is no tensor, but for lists with an element per sample.
@@ -173,7 +178,7 @@ def parts_of(batch: Batch) -> list[Batch] | str:
     for path, leaf in pairs:
         if not _belongs(leaf, count):
             described = f"{_named(path)} of shape {list(leaf.shape)}"
-            return f"{described} has not the {count} samples of the first tensor along its first axis"
+            raise Indivisible(f"{described} has not the {count} samples of the first tensor along its first axis")
     leaves = [leaf for _, leaf in pairs]
     parts = (closed_again([_part(leaf, count, place) for leaf in leaves], spec) for place in range(count))
     return [(own_args, _like(kwargs, own_kwargs)) for own_args, own_kwargs in parts]

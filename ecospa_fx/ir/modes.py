@@ -49,8 +49,12 @@ class Aligned:
                 target.meta[KEY] = differing
 
 
-def align(training: fx.Graph, evaluation: fx.Graph, numbers: bool = False) -> Aligned | str:
-    """Match the graphs of the two modes node by node; where they differ in more than literals, the reason.
+class ModesDiffer(Exception):
+    """The graphs of the two modes differ in more than literals; the message names the first node that does."""
+
+
+def align(training: fx.Graph, evaluation: fx.Graph, numbers: bool = False) -> Aligned:
+    """Match the graphs of the two modes node by node. Raises ModesDiffer where they differ in more than literals.
 
     numbers: one graph has the example's sizes where the other has symbols. Then a whole number that differs is a
     reason, too, because it may come from either.
@@ -80,7 +84,7 @@ def align(training: fx.Graph, evaluation: fx.Graph, numbers: bool = False) -> Al
             matched[node] = matched[input_node(node)]
             pairs.append((mine.pop(0), None))
         else:
-            return (
+            raise ModesDiffer(
                 f"node {node or other} of {'training' if node else 'evaluation'} has no counterpart in the other mode"
             )
     return Aligned(tuple(pairs))

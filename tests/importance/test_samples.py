@@ -19,7 +19,7 @@ import ecospa_fx as eco
 from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.errors import ScoreError
 from ecospa_fx.importance import samples as sampling
-from ecospa_fx.importance.samples import Splitter, grouped, joined, parts_of
+from ecospa_fx.importance.samples import Indivisible, Splitter, grouped, joined, parts_of
 from ecospa_fx.importance.score import Batch, Loss
 from ecospa_fx.importance.scores import Scores
 from tests.support.tiny import VOCABULARY, tiny, tiny_couplings
@@ -267,7 +267,9 @@ def test_what_is_one_sample_stays_the_very_batch(batch: Batch) -> None:
     ],
 )
 def test_tensors_of_other_leading_sizes_are_named(batch: Batch, offender: str) -> None:
-    assert parts_of(batch) == f"{offender} has not the 4 samples of the first tensor along its first axis"
+    with pytest.raises(Indivisible) as reason:
+        parts_of(batch)
+    assert str(reason.value) == f"{offender} has not the 4 samples of the first tensor along its first axis"
 
 
 # -- batches that count as one sample ----------------------------------------------------------------------------
