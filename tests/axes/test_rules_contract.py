@@ -48,6 +48,7 @@ def test_literal(case: Case) -> None:
     check_literal(case)
 
 
+@pytest.mark.slow
 def test_exact(case: Case) -> None:
     check_exact(case)
 

@@ -130,6 +130,7 @@ def test_literal(case: Case) -> None:
     check_literal(case)
 
 
+@pytest.mark.slow
 def test_exact(case: Case) -> None:
     check_exact(case)
 
@@ -180,6 +181,7 @@ MOVES: list[tuple[Callable[..., Any], tuple[int, ...]]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("function", "shape"), MOVES)
 def test_positions(function: Callable[..., Any], shape: tuple[int, ...]) -> None:
     for seed in range(3):
@@ -286,6 +288,7 @@ def regroupings(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return shape(), shape()
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(regroupings(), st.integers(0, 3))
 def test_any_reshape(shapes: tuple[tuple[int, ...], tuple[int, ...]], seed: int) -> None:

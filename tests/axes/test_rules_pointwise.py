@@ -84,10 +84,12 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 def test_literal(case: Case) -> None:
     check_literal(case)
 
 
+@pytest.mark.slow
 def test_exact(case: Case) -> None:
     check_exact(case)
 
@@ -146,6 +148,7 @@ BINARY = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", BINARY)
 @pytest.mark.parametrize("shape", [(4, 6), (6,), (4, 1), (1, 6), (3, 4, 6)])
 def test_broadcasting(function: Callable[..., Tensor], shape: tuple[int, ...]) -> None:

@@ -80,6 +80,7 @@ def test_literal(case: Case) -> None:
     check_literal(case)
 
 
+@pytest.mark.slow
 def test_exact(case: Case) -> None:
     check_exact(case)
 
@@ -107,6 +108,7 @@ REDUCTIONS: list[Callable[[Tensor], Any]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", REDUCTIONS)
 def test_one_reduction(function: Callable[[Tensor], Any]) -> None:
     for seed in range(2):

@@ -109,6 +109,7 @@ def test_training_says_what_the_device_likes_where_that_leaves_nothing_to_remove
         eco.SparseTraining(mlp, (torch.randn(4, 8),), optimizer=optimizer, target=0.5, total_steps=10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["magnitude", "gate-fisher", "second-order"])
 def test_compress_keeps_widths_that_the_device_likes(method: str) -> None:
     torch.manual_seed(0)

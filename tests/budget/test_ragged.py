@@ -59,6 +59,7 @@ def drawn(couplings: Couplings, seed: int) -> Plan:
     return eco.plan(couplings, ratio=0.4, scores="random", seed=seed, allocation="ragged", floor=0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Attention, Einsum])
 @pytest.mark.parametrize("seed", range(4))
 def test_equal_to_masking_with_gradients(kind: type[nn.Module], seed: int) -> None:

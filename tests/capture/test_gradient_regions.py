@@ -151,6 +151,7 @@ def test_gradients_go_on_after_a_custom_function_and_it_is_named() -> None:
     assert {name.partition(".")[0] for name in learns(model, args)} == {"before", "after"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Nested, Spanning, Ffn])
 @pytest.mark.parametrize("within", [False, True])
 def test_a_caller_in_inference_mode_gets_what_others_get(kind: type[nn.Module], within: bool) -> None:

@@ -171,6 +171,7 @@ def test_a_derivative_forwards_names_the_operator_without_a_rule() -> None:
 # -- parametrized weights --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", [nn.utils.parametrizations.spectral_norm, nn.utils.parametrizations.weight_norm])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("layers", [["up"], ["down"], ["up", "down"]])

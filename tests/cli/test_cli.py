@@ -122,6 +122,7 @@ SMALL_CONFIGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL_CONFIGS)
 def test_inspect_makes_inputs_for_text_images_and_sound(name: str, tmp_path: Path, capsys: Capture) -> None:
     config = SMALL_CONFIGS[name]()

@@ -72,6 +72,7 @@ def usual(dtype: torch.dtype = torch.float32, **options: Any) -> tuple[Plan, dic
     return compressed(squares, dtype, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "tolerance", "scale"),
     [
@@ -86,6 +87,7 @@ def test_the_unit_of_a_loss_changes_nothing(dtype: torch.dtype, tolerance: float
     check_same(compressed(lambda y, a, k: scale * squares(y), dtype), usual(dtype), tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", SCALES)
 def test_the_unit_of_a_loss_changes_nothing_that_is_solved(scale: float) -> None:
     found = compressed(lambda y, a, k: scale * squares(y), distillation=0)

@@ -101,6 +101,7 @@ def test_tables_that_modules_keep_are_copied() -> None:
     assert small.to("meta")(x.to("meta")).is_meta
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("read", [(1,), (2,), (0, 2)])
 def test_calls_whose_results_are_not_read(read: Sequence[int]) -> None:
     small = exact(Levels(read), (2, 6, 8))

@@ -55,6 +55,7 @@ def test_twin_a_window_wider_than_a_fixed_length_is_causal() -> None:
     assert [CausalAttention().run(g).changes for g in (short, long)] == [1, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*CAUSAL, *HIDES_NOTHING])
 def test_equal_at_every_size(name: str) -> None:
     graph = traced(Masked({**CAUSAL, **HIDES_NOTHING}[name]), inputs())

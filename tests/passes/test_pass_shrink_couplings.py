@@ -148,6 +148,7 @@ def test_twin_nothing_to_remove_leaves_the_graph_as_it_is(model: Llama, coupling
     assert all(torch.equal(before[n], p) for n, p in result.graph_module.named_parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_equal_to_masking(model: Llama, couplings: Couplings, seed: int) -> None:
     plan = eco.plan(couplings, ratio=0.5, scores="random", seed=seed)

@@ -53,6 +53,7 @@ class TwoKinds(nn.Module):
         return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("join", [viewed, transposed, stacked])
 def test_each_kind_has_its_own_width(join: Join) -> None:
     model, args = TwoKinds(join).double(), (torch.randn(3, 5, 6).double(),)

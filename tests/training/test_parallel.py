@@ -126,6 +126,7 @@ def test_several_processes_begin_small_as_one(tmp_path: Path) -> None:
     torch.testing.assert_close(first["weights"], alone["weights"], rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_sharded_parameters_begin_small(tmp_path: Path) -> None:
     outcomes = together(tmp_path / "folder", 2, "start-sharded", script="parallel_measured")
     assert [code for code, _ in outcomes] == [0, 0], outcomes

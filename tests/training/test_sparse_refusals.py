@@ -155,6 +155,7 @@ def test_what_cannot_work_is_refused() -> None:
             sparse_mlp(mlp(), **options)
 
 
+@pytest.mark.slow
 def test_frozen_and_shared_parameters_are_refused() -> None:
     frozen = mlp()
     frozen.get_parameter("3.weight").requires_grad_(False)

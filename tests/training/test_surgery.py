@@ -64,6 +64,7 @@ def mask_all(model: nn.Module, optimizer: Optimizer, masks: dict[str, Tensor]) -
                 tensor.mul_(masks[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_the_step_after_a_shrink_is_the_masked_models(kind: str) -> None:
     dense, small = tiny(), tiny()

@@ -79,6 +79,7 @@ def test_the_best_checkpoint_is_one_of_the_final_size(tmp_path: Path) -> None:
     assert sparse.removed == pytest.approx(0.5, abs=0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
 def test_checkpointing_that_needs_a_model_of_transformers_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="gradient_checkpointing"):

@@ -19,6 +19,7 @@ def modules() -> list[str]:
     return [name if name.startswith("ecospa_fx") else f"ecospa_fx.{name}" for name in names]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", modules())
 def test_examples_do_what_they_say(module: str) -> None:
     result = doctest.testmod(import_module(module))

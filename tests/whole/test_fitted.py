@@ -60,6 +60,7 @@ def only_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "shrink_program", picky)
 
 
+@pytest.mark.slow
 def test_training_falls_back_to_fewer_symbolic_sizes_as_shrinking_does(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = nn.Sequential(nn.Linear(4, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 4)), torch.randn(3, 4)
     only_numbers(monkeypatch)

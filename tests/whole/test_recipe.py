@@ -255,6 +255,7 @@ def test_few_batches_are_read_more_often() -> None:
     assert Recipe(distillation=7).draws(32) == 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "error", "sentence"),
     [

@@ -95,6 +95,7 @@ def test_allowed_it_is_offered_and_marked_everywhere(kind: Any) -> None:
     assert eco.Plan.from_json(plan.to_json()) == plan
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", NORMS)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_norm_runs_over_what_is_kept(kind: Any, seed: int) -> None:

@@ -130,6 +130,7 @@ def state(model: nn.Module) -> list[object]:
     return [(name, p.detach().clone(), p._version, p.requires_grad) for name, p in model.named_parameters()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("verb", "option"), cases())
 def test_one_sentence_and_nothing_changed(
     verb: str, option: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
