@@ -192,8 +192,9 @@ class Snapshot:
 
     def _look_around(self) -> None:
         """Note what the classes of all parts hold, and the Python modules of their code, and of what that calls."""
+        shared = others_run()
         for kind in [k for k in self._classes if not is_foreign_module(k.__module__, lent=False)]:
-            self._share(vars(kind), CLASS, kind, kind.__qualname__, shared=others_run())
+            self._share(vars(kind), CLASS, kind, kind.__qualname__, shared=shared)
         for _ in range(2):
             for namespace, name in list(self._globals.values()):
                 if id(namespace) not in self._seen:
