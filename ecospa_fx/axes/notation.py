@@ -23,7 +23,7 @@ from torch import fx
 
 from ecospa_fx.axes.axis import Axis, DimKind, axis_text
 from ecospa_fx.axes.findings import Findings, Gather, NodeValue, Product, Value
-from ecospa_fx.ir.schema import is_operator, operator_name
+from ecospa_fx.ir.provenance import operator_of
 
 
 class Notation:
@@ -150,8 +150,7 @@ def _name(node: fx.Node, value: NodeValue) -> str:
 def _call(node: fx.Node, names: Mapping[fx.Node, str]) -> str:
     args = [_argument(argument, names) for argument in node.args]
     args += [f"{name}={_argument(argument, names)}" for name, argument in node.kwargs.items()]
-    called = operator_name(node.target) if is_operator(node) else str(getattr(node.target, "__name__", node.target))
-    return f"{called}({', '.join(args)})"
+    return f"{operator_of(node)}({', '.join(args)})"
 
 
 def _argument(argument: fx.node.Argument, names: Mapping[fx.Node, str]) -> str:

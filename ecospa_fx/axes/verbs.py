@@ -53,9 +53,7 @@ class Verbs:
     def mixes(self, value: Value, index: int, why: str, remedy: str = NOTHING) -> None:
         """Positions along one axis influence one another: its dims are blocked, and carry no other dim."""
         self.block(value.axes[index], why, remedy)
-        others = [d for i, a in enumerate(value.axes) if i != index for d in self._movable(a)]
-        for dim in self._movable(value.axes[index]):
-            self.record.mixed += [(other, dim) for other in others]
+        self._carries_none(value, index)
 
     def normalises(self, value: Value, index: int, why: str) -> bool:
         """Positions along one axis are divided by a statistic of all: blocked, unless the caller allowed otherwise.
@@ -65,11 +63,15 @@ class Verbs:
         if "renormalise" not in self.record.allow:
             self.mixes(value, index, why, RENORMALISE)
             return False
-        others = [d for i, a in enumerate(value.axes) if i != index for d in self._movable(a)]
         for dim in self._movable(value.axes[index]):
             self.record.inexact.append(Blocker(dim, self.node, Reason(why, remedy=""), self.node))
-            self.record.mixed += [(other, dim) for other in others]
+        self._carries_none(value, index)
         return True
+
+    def _carries_none(self, value: Value, index: int) -> None:
+        """The dims of one axis are no carriers of those of the others."""
+        others = [d for i, a in enumerate(value.axes) if i != index for d in self._movable(a)]
+        self.record.mixed += [(other, dim) for dim in self._movable(value.axes[index]) for other in others]
 
     def _movable(self, axis: Axis) -> list[int]:
         return [d for d in self.dims.dims_of(axis) if self.dims.origins[d] is not DimKind.STORED]
