@@ -38,19 +38,25 @@ class LeftOut(nn.Module):
         return nn.functional.dropout(x.sin(), 0.5) if self.training else x.sin()
 
 
-@pytest.mark.parametrize(("model", "exports"), [(Regrouped(), 2), (Shifted(), 3), (LeftOut(), 3)])
-def test_both_modes_are_right_at_other_sizes(model: nn.Module, exports: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[Any] = []
+@pytest.fixture
+def exported(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The symbolic sizes of every export, as they come; None for those of the example."""
+    shapes: list[Any] = []
     export = capturing._export
 
     def counted(model: nn.Module, view: nn.Module, attempt: Any, **options: Any) -> Any:
-        made.append(attempt.shapes)
+        shapes.append(attempt.shapes)
         return export(model, view, attempt, **options)
 
     monkeypatch.setattr(capturing, "_export", counted)
+    return shapes
+
+
+@pytest.mark.parametrize(("model", "exports"), [(Regrouped(), 2), (Shifted(), 3), (LeftOut(), 3)])
+def test_both_modes_are_right_at_other_sizes(model: nn.Module, exports: int, exported: list[Any]) -> None:
     small = eco.shrink(model.eval(), NOTHING, (torch.ones(3, 4),))
-    assert len(made) == exports
-    assert made[1] is None
+    assert len(exported) == exports
+    assert exported[1] is None
     other = torch.linspace(-1, 1, 20).view(5, 4)
     assert torch.equal(small(other), model(other))
     torch.manual_seed(0)
@@ -70,15 +76,7 @@ class Skipped(nn.Module):
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_modes_that_draw_other_numbers_are_not_exported_again(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    exported: list[Any] = []
-    export = capturing._export
-
-    def counted(model: nn.Module, view: nn.Module, attempt: Any, **options: Any) -> Any:
-        exported.append(attempt.shapes)
-        return export(model, view, attempt, **options)
-
-    monkeypatch.setattr(capturing, "_export", counted)
+def test_modes_that_draw_other_numbers_are_not_exported_again(training: bool, exported: list[Any]) -> None:
     model, x = Skipped().train(training), torch.linspace(-1, 1, 20).view(5, 4)
     small = eco.shrink(model, NOTHING, (torch.ones(3, 4),))
     assert len(exported) == 2
