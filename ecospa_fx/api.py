@@ -19,12 +19,13 @@ from ecospa_fx.coupling.detection import check_allow, detected
 from ecospa_fx.errors import PlanError, ScoreError
 from ecospa_fx.importance.score import Batch, Loss, score_samples, splitter_of
 from ecospa_fx.importance.scores import Given, Scores
+from ecospa_fx.importance.second_order import SECOND_ORDER
 from ecospa_fx.ir.passes import Pass, run_passes
 from ecospa_fx.origin import origin, remember
 from ecospa_fx.passes import CLEANUP
 from ecospa_fx.plan import Plan
 from ecospa_fx.planning import plan as make_plan
-from ecospa_fx.recipe import SECOND_ORDER, Task, checked, compress_program
+from ecospa_fx.recipe import Task, checked, compress_program
 from ecospa_fx.rewrite import first_fit, smaller
 from ecospa_fx.runtime.guards import leaves_untouched
 from ecospa_fx.runtime.lift_parameters import lift_parameters

@@ -15,7 +15,8 @@ from ecospa_fx.coupling.choice import ChoiceOptions
 from ecospa_fx.errors import OptionError, PlanError, ScoreError
 from ecospa_fx.importance.methods import method_named
 from ecospa_fx.importance.scores import Scores
-from ecospa_fx.recipe import SECOND_ORDER, Recipe
+from ecospa_fx.importance.second_order import SECOND_ORDER
+from ecospa_fx.recipe import Recipe
 
 SHARED = ("allocation", "progress")
 """Ingredients of the recipe that other methods have too."""

@@ -26,6 +26,7 @@ from ecospa_fx.importance.losses import Batch, Loss, check_slope
 from ecospa_fx.importance.samples import grouped, samples_of
 from ecospa_fx.importance.score import arguments
 from ecospa_fx.importance.scores import Scores, given_scores
+from ecospa_fx.importance.second_order import SECOND_ORDER
 from ecospa_fx.importance.sensitivity import Trial
 from ecospa_fx.ir.linears import LinearUse
 from ecospa_fx.ir.program import ExportedForm
@@ -40,9 +41,6 @@ from ecospa_fx.runtime.interpreter import PartialInterpreter
 from ecospa_fx.sensitivity_search import Sensitivity
 
 Item = TypeVar("Item")
-
-SECOND_ORDER = "second-order"
-"""The name of the recipe as a method of `compress`."""
 
 HOLDOUT_EVERY, HOLDOUT_MOST = 4, 16
 """Every how many-th sample measures sensitivities and is not scored on, and how many at most."""

@@ -12,7 +12,6 @@ from copy import deepcopy
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import ParamSpec, TypeVar
 
 import torch
 from tabulate import tabulate
@@ -27,10 +26,10 @@ from ecospa_fx.coupling.report import couplings_data, explain, reason_lines
 from ecospa_fx.coupling.types import Coupling
 from ecospa_fx.errors import EcospaError, PlanError, ScoreError, StorageError
 from ecospa_fx.huggingface import is_causal
+from ecospa_fx.importance.second_order import SECOND_ORDER
 from ecospa_fx.origin import origin, origin_of
 from ecospa_fx.plan import Plan
-from ecospa_fx.progress import progress_bar
-from ecospa_fx.recipe import SECOND_ORDER
+from ecospa_fx.progress import TimedSteps, progress_bar
 from ecospa_fx.storage.models import save
 from ecospa_fx.verify import masked_error
 
@@ -38,8 +37,6 @@ REFUSED = 2
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5}
 LENGTH, HELD_OUT = 512, 64
 BYTES = "bytes"
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -104,26 +101,10 @@ class Texts:
     """LongTensor [windows, length + 1]."""
 
 
-class TimedSteps:
-    """Runs steps, prints each to stderr, and records their seconds by name."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    def __call__(
-        self, step: str, function: Callable[Arguments, Result], /, *args: Arguments.args, **kwargs: Arguments.kwargs
-    ) -> Result:
-        print(f"{step} …", file=sys.stderr)
-        begin = time.perf_counter()
-        result = function(*args, **kwargs)
-        self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - begin
-        return result
-
-
 def compress(arguments: argparse.Namespace) -> None:
     """Shrink a language model, save it, and print what it cost. Everything cheap is checked before anything slow."""
     options.check_options(arguments)
-    watch = TimedSteps()
+    watch = TimedSteps(announce=True)
     calibration, held_out = calibration_and_held_out(arguments)
     encode = encoder(arguments)
     source, stored = watch("load", open_model, arguments)

@@ -14,7 +14,7 @@ import ecospa_fx as eco
 from ecospa_fx.coupling.detection import ALLOWED
 from ecospa_fx.errors import EcospaError
 from ecospa_fx.importance.methods import method_named
-from ecospa_fx.recipe import SECOND_ORDER
+from ecospa_fx.importance.second_order import SECOND_ORDER
 from ecospa_fx.storage.folder import refuse_existing
 
 Command = Callable[[argparse.Namespace], None]

@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-import time
-from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 from tabulate import tabulate
 from torch import Tensor, nn
@@ -15,32 +14,15 @@ from torch import Tensor, nn
 import ecospa_fx as eco
 from ecospa_fx import demo
 from ecospa_fx.compression import CompressOptions
+from ecospa_fx.importance.second_order import SECOND_ORDER
 from ecospa_fx.origin import origin_of
 from ecospa_fx.plan import Plan
-from ecospa_fx.recipe import SECOND_ORDER
+from ecospa_fx.progress import TimedSteps
 from ecospa_fx.verify import masked_error
 
 WINDOW = 512
 VALID_WINDOWS = 64
 TOLERANCE = 1e-9
-
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
-
-
-class StepTimer:
-    """Runs steps and records the duration of each: `seconds` by name."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    def __call__(
-        self, step: str, function: Callable[Arguments, Result], /, *args: Arguments.args, **kwargs: Arguments.kwargs
-    ) -> Result:
-        begin = time.perf_counter()
-        result = function(*args, **kwargs)
-        self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - begin
-        return result
 
 
 def exactness(plan: Plan, ids: Tensor) -> float:
@@ -60,7 +42,7 @@ def size_in_bytes(model: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def report(models: Sequence[nn.Module], perplexities: Sequence[float], error: float, watch: StepTimer) -> str:
+def report(models: Sequence[nn.Module], perplexities: Sequence[float], error: float, watch: TimedSteps) -> str:
     """The closing tables."""
     rows = [
         ["parameters", *(f"{size(m):,}" for m in models)],
@@ -85,7 +67,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demonstration; 0 if the shrunk model is exact."""
-    arguments, watch = parse(argv), StepTimer()
+    arguments, watch = parse(argv), TimedSteps()
     model, (calibration, valid) = watch("load", demo.load), demo.texts()
     pieces = demo.windows(calibration, WINDOW, arguments.windows)[:, :-1]
     held_out = demo.windows(valid, WINDOW, VALID_WINDOWS)

@@ -1,4 +1,4 @@
-"""What removing units costs to second order, by the way that their coupling is looked at (`views`):
+"""What removing units costs to second order, by the way that their coupling is looked at (`linear_views`):
 
 - *inputs*: with A the second moment of the consumer's input and G that of the loss's gradient at its output, changing
   the matrix by Δ costs ½ tr(Δ A Δᵀ G), the Kronecker-factored Fisher of Martens and Grosse (2015); units go in the
@@ -22,6 +22,9 @@ from ecospa_fx.importance.curvature import Curvature
 from ecospa_fx.importance.linalg import damped, power
 from ecospa_fx.importance.linear_views import CouplingViews
 from ecospa_fx.ir.linears import LinearUse
+
+SECOND_ORDER = "second-order"
+"""The name of these scores, as a method of `compress` and as scores of training."""
 
 
 def unit_scores(

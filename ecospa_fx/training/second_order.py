@@ -15,7 +15,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -27,13 +27,16 @@ from ecospa_fx.importance.curvature import Collector, Curvature
 from ecospa_fx.importance.linear_views import CouplingViews
 from ecospa_fx.importance.samples import samples_of
 from ecospa_fx.importance.score import Batch, Loss
+from ecospa_fx.importance.second_order import SECOND_ORDER
 from ecospa_fx.ir.linears import LinearUse
 from ecospa_fx.passes.lossy.change_basis import ChangeBasis, balanced
 from ecospa_fx.passes.lossy.measurement import Measurement, measure
 from ecospa_fx.runtime.interpreter import PartialInterpreter
 from ecospa_fx.training.distributed import add_up, fail_together, of_first
-from ecospa_fx.training.settings import SECOND_ORDER
 from ecospa_fx.training.tracked_model import TrackedModel
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +52,7 @@ class SecondOrder:
     """As `eco.score` takes them, of this process."""
     loss: Loss
     """As `eco.score` takes it."""
-    group: Any
+    group: ProcessGroup | None
     """The processes that measure together; None: all."""
     solves: bool
     """Whether consumers of couplings that scores look at less closely are measured too, to be solved."""
@@ -99,8 +102,8 @@ class SecondOrder:
         error = None
         try:
             self._samples.extend(() if self._samples else samples_of(self.batches, evaluator, self.loss))
-        except EcospaError as found:
-            error = found
+        except EcospaError as failure:
+            error = failure
         fail_together(error, next(iter(evaluator.program.values.values())).device, self.group)
 
     def _curvature(
@@ -109,14 +112,16 @@ class SecondOrder:
         collector, error = Collector(evaluator, views, results), None
         try:
             collector.watch(self._samples, self.loss)
-        except EcospaError as found:
-            error = found
+        except EcospaError as failure:
+            error = failure
         device = next(iter(evaluator.program.values.values())).device
         fail_together(error, device, self.group)
         return collector.result(partial(add_up, group=self.group))
 
 
-def second_order(batches: Sequence[Batch], loss: Loss | None, group: Any, *, solves: bool) -> SecondOrder:
+def second_order(
+    batches: Sequence[Batch], loss: Loss | None, group: ProcessGroup | None, *, solves: bool
+) -> SecondOrder:
     """Raises TrainingError for no data to measure on, or no loss."""
     if not batches or loss is None:
         raise TrainingError(f"scores={SECOND_ORDER!r} needs data: give batches= and loss=, as eco.score takes them")

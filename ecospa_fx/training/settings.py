@@ -22,6 +22,7 @@ from ecospa_fx.errors import TrainingError
 from ecospa_fx.importance.methods import gate_members
 from ecospa_fx.importance.score import Batch, Loss
 from ecospa_fx.importance.scores import Scores
+from ecospa_fx.importance.second_order import SECOND_ORDER
 from ecospa_fx.runtime.lift_parameters import check_call
 from ecospa_fx.training.allocation import bounds, uniform_share
 from ecospa_fx.training.remaining_couplings import disjoint
@@ -30,9 +31,6 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from ecospa_fx.training.graph_model import ShrinkableGraph
-
-SECOND_ORDER = "second-order"
-"""The name of scores that are measured on batches at each shrink."""
 
 
 class TrainingOptions(ChoiceOptions, total=False):

@@ -23,6 +23,7 @@ from ecospa_fx.coupling.unit_elements import Factors, coupled_elements
 from ecospa_fx.errors import TrainingError
 from ecospa_fx.importance.score import score
 from ecospa_fx.importance.scores import Scores, given_scores
+from ecospa_fx.importance.second_order import SECOND_ORDER
 from ecospa_fx.origin import origin
 from ecospa_fx.passes.lossy.measurement import Measurement
 from ecospa_fx.plan import Plan, Selection
@@ -38,7 +39,6 @@ from ecospa_fx.training.remaining_couplings import narrowed
 from ecospa_fx.training.schedule import AtStart, Schedule, check_schedule, default_schedule
 from ecospa_fx.training.second_order import SecondOrder, second_order
 from ecospa_fx.training.settings import (
-    SECOND_ORDER,
     Settings,
     TrainingOptions,
     check_arguments,

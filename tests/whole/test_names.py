@@ -29,6 +29,8 @@ def vague_bindings(tree: ast.Module) -> Iterator[str]:
             yield from (argument.arg for argument in arguments if argument is not None and argument.arg in VAGUE)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id in VAGUE:
             yield node.id
+        elif isinstance(node, ast.ExceptHandler) and node.name in VAGUE:
+            yield node.name
 
 
 def anything(tree: ast.AST) -> int:
