@@ -197,6 +197,14 @@ class Linears(nn.Sequential):
         super().__init__(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
 
 
+def without_weights_refuses_a_float() -> bool:
+    try:
+        nn.Embedding(9, 8, device="meta")(torch.empty(2, device="meta"))
+    except RuntimeError:
+        return True
+    return False
+
+
 WRONG: dict[str, tuple[nn.Module, tuple[object, ...], str]] = {
     "size": (Linears(), (torch.randn(2, 9),), r"in module '0' \(Linear\), at .*test_capture.*\(2x9 and 8x16\)"),
     "size in code": (Mlp(), (torch.randn(2, 9),), r"at .*test_capture\.py:\d+: y: Tensor = .*\(2x9 and 8x32\)"),
@@ -210,6 +218,8 @@ WRONG: dict[str, tuple[nn.Module, tuple[object, ...], str]] = {
 
 @pytest.mark.parametrize(("model", "args", "said"), WRONG.values(), ids=WRONG)
 def test_wrong_arguments_are_told_by_the_line_of_the_user(model: nn.Module, args: Any, said: str) -> None:
+    if "Long, Int" in said and not without_weights_refuses_a_float():
+        pytest.skip("this torch lets tensors without data be indices of any type; `shrink` sees it")
     with pytest.raises(CaptureError, match=rf"does not take these arguments.*{said}") as refused:
         eco.detect(model, args)
     assert str(Path(eco.__file__).parent) not in str(refused.value)

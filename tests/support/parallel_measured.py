@@ -20,18 +20,14 @@ from torch.utils._pytree import tree_map_only
 
 import ecospa_fx as eco
 from ecospa_fx.errors import EcospaError
-from tests.support.parallel_training import device, ended, write
+from tests.support.parallel_training import device, ended, sharded_at, write
 from tests.training.test_second_order_training import batches, ids, language, loss_of
 
 STEPS = 7
 
 
 def sharded(module: nn.Module) -> nn.Module:
-    from torch.distributed.fsdp import fully_shard
-
-    fully_shard(module.get_submodule("blocks.1"))
-    fully_shard(module)
-    return module
+    return sharded_at(module, "blocks.1")
 
 
 def outcome(folder: Path, rank: int, world: int, mode: str) -> str:

@@ -34,10 +34,18 @@ def device() -> str:
 
 def sharded(module: nn.Module) -> nn.Module:
     """The first part for itself, then the rest."""
+    return sharded_at(module, "0")
+
+
+def sharded_at(module: nn.Module, *parts: str) -> nn.Module:
+    """These parts for themselves, then the rest, over all processes; without a mesh, any GPUs are taken."""
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    fully_shard(module.get_submodule("0"))
-    fully_shard(module)
+    mesh = init_device_mesh(device(), (dist.get_world_size(),))
+    for part in parts:
+        fully_shard(module.get_submodule(part), mesh=mesh)
+    fully_shard(module, mesh=mesh)
     return module
 
 

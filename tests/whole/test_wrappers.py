@@ -35,6 +35,11 @@ def group() -> Iterator[None]:
     dist.destroy_process_group()
 
 
+def beside(model: nn.Module) -> Tensor:
+    """The input where the parameters are: `nn.DataParallel` puts them on the GPU if there is one."""
+    return X.to(next(model.parameters()).device)
+
+
 def compiled(model: nn.Module) -> Any:
     return torch.compile(model, backend="eager")
 
@@ -59,25 +64,26 @@ def test_verbs_look_through(name: str, tmp_path: Path) -> None:
     model = inside()
     wrapped = AROUND[name](model)
     inner = unwrapped(wrapped)
-    couplings = eco.detect(wrapped, (X,))
+    x = beside(inner)
+    couplings = eco.detect(wrapped, (x,))
     assert couplings.model is inner
     assert list(couplings.shapes) == ["0.weight", "0.bias", "2.weight", "2.bias"]
     plan = eco.plan(couplings, ratio=0.5, scores="magnitude", expressible_in="module")
     assert [s.kept for s in plan] == [16]
     assert plan.masks(wrapped).keys() == {"0.weight", "0.bias", "2.weight"}
-    scores = eco.score(wrapped, couplings, [((X,), {})], loss=loss)
+    scores = eco.score(wrapped, couplings, [((x,), {})], loss=loss)
     assert {name: tuple(v.shape) for name, v in scores.values.items()} == {"ffn": (1, 32)}
-    small = eco.shrink(wrapped, plan, (X,))
+    small = eco.shrink(wrapped, plan, (x,))
     assert list(small.state_dict()) == list(inner.state_dict())
-    assert masked_error(wrapped, small, plan, (X,)) < 1e-5
-    assert masked_error(wrapped, AROUND[name](small), plan, (X,)) < 1e-5
+    assert masked_error(wrapped, small, plan, (x,)) < 1e-5
+    assert masked_error(wrapped, AROUND[name](small), plan, (x,)) < 1e-5
     with masked(wrapped, plan):
         assert inner.get_parameter("0.bias").count_nonzero() == 16
     assert inner.get_parameter("0.bias").count_nonzero() == 32
     eco.save(AROUND[name](small), tmp_path / "small")
     loaded = eco.load(tmp_path / "small", model=lambda: AROUND[name](inside()))
-    assert torch.equal(loaded(X), small(X))
-    again = eco.compress(wrapped, (X,), ratio=0.5, method="magnitude")
+    assert torch.equal(loaded(x), small(x))
+    again = eco.compress(wrapped, (x,), ratio=0.5, method="magnitude")
     assert list(again.state_dict()) == list(inner.state_dict())
 
 
@@ -86,15 +92,16 @@ def test_edited_inside(name: str, tmp_path: Path) -> None:
     model = inside()
     wrapped = AROUND[name](model)
     inner: Any = unwrapped(wrapped)
+    x = beside(inner)
     with torch.no_grad():
-        wrapped(X)
-    plan = eco.plan(eco.detect(wrapped, (X,)), ratio=0.5, scores="magnitude")
+        wrapped(x)
+    plan = eco.plan(eco.detect(wrapped, (x,)), ratio=0.5, scores="magnitude")
     with torch.no_grad(), masked(inner, plan):
-        want = inner(X)
-    assert eco.shrink_(wrapped, plan, (X,)) is wrapped
+        want = inner(x)
+    assert eco.shrink_(wrapped, plan, (x,)) is wrapped
     assert (inner[0].weight.shape, inner[0].out_features) == ((16, 8), 16)
     with torch.no_grad():
-        assert torch.allclose(wrapped(X), want, atol=1e-6)
+        assert torch.allclose(wrapped(x), want, atol=1e-6)
     eco.save(wrapped, tmp_path / "small")
     assert type(eco.load(tmp_path / "small", model=inside)) is nn.Sequential
 
