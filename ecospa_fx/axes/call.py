@@ -113,13 +113,13 @@ class Call(Verbs):
         operands: Sequence[Value],
         zero: Zero,
         shape: Sequence[int] | None = None,
-        joins: bool = False,
+        joins: Sequence[Value] = (),
         scales: bool = False,
     ) -> Value:
         """Broadcast operands against one another, right-aligned.
 
         zero: "all" where the result is 0 if all operands are (add), "any" if one is (mul), "lost" if neither; joins:
-        whether the result consists of elements of the operands; scales: whether it is a multiple of each, as under mul.
+        operands whose own elements the result consists of; scales: whether it is a multiple of each, as under mul.
         """
         scales = scales or zero == "any"
         shape = tuple(shape if shape is not None else self.outputs[0])
@@ -137,7 +137,8 @@ class Call(Verbs):
                 self.fixes([axes[-1]])
             live = [v.zero[i] for v, i in here if self.follows(v.axes[i], axes[-1])]
             flags.append((zero == "any" and any(live)) or (zero == "all" and len(live) == len(operands) and all(live)))
-        self.gathered(operands, axes, joins)
+        for value in operands:
+            self.gathered([value], axes, joins=any(value is other for other in joins))
         self._factors(operands, zero)
         return replace(self.value(axes, flags), factors=factors)
 

@@ -284,10 +284,11 @@ class Stateful(nn.Module):
         self.q, self.k, self.v = (nn.Linear(HIDDEN, n * WIDTH) for n in (HEADS, GROUPS, GROUPS))
         self.o, self.grow = nn.Linear(HEADS * WIDTH, HIDDEN), grow
 
-    def forward(self, x: Tensor, turn: Tensor, keys: Tensor, values: Tensor) -> Any:
+    def forward(self, x: Tensor, turn: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Any:
         q, k, v = (f(x).unflatten(-1, (-1, WIDTH)).transpose(1, 2) for f in (self.q, self.k, self.v))
         q, k = q * turn, k * turn
-        keys, values = self.grow(keys, k), self.grow(values, v)
+        grow = self.grow if mask is None else lambda old, new: torch.where(mask, new, old)
+        keys, values = grow(keys, k), grow(values, v)
         k, v = (t.repeat_interleave(HEADS // GROUPS, 1) for t in (keys, values))
         out = self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return out, keys, values, turn
@@ -322,6 +323,20 @@ def test_tensors_that_hold_a_cache_shrink_and_others_do_not(grow: str) -> None:
     assert tuple(turn.shape) == (1, WIDTH)
     assert tuple(keys.shape) == (2, groups, 4, plan["qk"].kept)
     assert tuple(values.shape) == (2, groups, 4, plan["vo"].kept)
+
+
+def test_a_mask_that_chooses_from_a_cache_is_none() -> None:
+    """None of its elements goes into the cache: the caller's mask stays as wide as it is."""
+    torch.manual_seed(0)
+    model = Stateful(None).double()
+    mask = torch.rand(2, GROUPS, 4, WIDTH, generator=torch.Generator().manual_seed(3)) > 0.5
+    stored = (noise(2, GROUPS, 4, WIDTH), noise(2, GROUPS, 4, WIDTH, seed=1))
+    args = (noise(2, 1, HIDDEN), noise(1, WIDTH), *stored, mask)
+    small, plan = halved(model, args, {}, allow="cache")
+    assert masked_error(model, small, plan, args) <= 1e-9
+    (_, _, keys, values, given), _ = narrowed(small, args)
+    assert keys.numel() < stored[0].numel() > values.numel()
+    assert torch.equal(given, mask)
 
 
 def test_a_returned_hidden_layer_stays_as_wide_as_it_was() -> None:

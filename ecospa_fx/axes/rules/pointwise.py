@@ -135,9 +135,10 @@ def where(call: Call) -> Value | list[Value]:
     if "self" not in call.arguments:
         return call.block_all(f"{call.operator} computes positions from it")
     branches = [call.get("self"), call.get("other")]
-    result = call.pointwise(call.values, "lost", joins=True)
+    chosen = [b for b in branches if isinstance(b, Value)]
+    result = call.pointwise(call.values, "lost", joins=chosen)
     constants = [b for b in branches if not isinstance(b, Value) and b not in (0, None)]
-    return _zero_if(call, result, [b for b in branches if isinstance(b, Value)], not constants)
+    return _zero_if(call, result, chosen, not constants)
 
 
 def _zero_if(call: Call, result: Value, operands: list[Value], possible: bool = True) -> Value:
