@@ -170,6 +170,10 @@ def _check_file(path: Path, entry: FileEntry) -> None:
         raise StorageError(f"{path} cannot be read: {error}") from error
 
 
+ALIGNMENT = 64
+"""Bytes: that of memory which torch allocates."""
+
+
 def read_weights(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
     """Dense tensors by name, of the types that the manifest names; whatever else a file holds is refused."""
     tensors: object
@@ -193,7 +197,15 @@ def read_weights(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
             raise StorageError(f"{name!r} in {folder} is no dense tensor with values: save the model again")
         if dtypes is not None and dtypes.get(name) != str(tensor.dtype).removeprefix("torch."):
             raise StorageError(f"{name!r} in {folder} has another type than when it was saved: save the model again")
-    return {name: tensor.detach() for name, tensor in tensors.items()}
+    return {name: _aligned(tensor.detach()) for name, tensor in tensors.items()}
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor where torch would have put it: products with matrices that begin elsewhere round otherwise.
+
+    Files pack tensors without gaps, and what is read from one may be a map of it.
+    """
+    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
 
 
 def is_dense(tensor: Tensor) -> bool:

@@ -238,6 +238,19 @@ def test_a_foreign_manifest_is_refused(
         load(saved[0], model=Mlp)
 
 
+@pytest.mark.parametrize("kept", [1, 7, 13])
+def test_weights_begin_where_torch_begins_its_own(kept: int, tmp_path: Path) -> None:
+    """Also behind a tensor that ends anywhere in the file; else products round otherwise than before."""
+    torch.manual_seed(0)
+    model, (args, kwargs) = Mlp().eval(), example()
+    couplings = eco.detect(model, args, kwargs)
+    small = eco.shrink(model, Plan.keeping(couplings, {"ffn": list(range(kept))}), args, kwargs)
+    save(small, tmp_path / "small")
+    loaded = load(tmp_path / "small", model=lambda: (Mlp().eval(), args, kwargs))
+    assert [tensor.data_ptr() % 64 for tensor in loaded.state_dict().values()] == [0] * len(small.state_dict())
+    assert torch.equal(loaded(*args, **kwargs), small(*args, **kwargs))
+
+
 def test_a_pickle_in_place_of_weights_is_not_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Payload:
         def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
