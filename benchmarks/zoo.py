@@ -7,8 +7,10 @@ FOLDER holds a ``factories.py`` whose dictionary ``F`` has a function per name t
 Export and detection (with a fresh export of its own) are timed one after the other, and `shrink` beside one export with
 the symbolic sizes that it ends up with, both in seconds of this process's own work; exactness is the largest relative
 difference between a model shrunk by a random plan and the masked one, in float64, or in float32 where the model's own
-code does not run in float64. The smaller model is saved and loaded into a model without these weights: it must have the
-same names, shapes and types, and return the same bits. Prints a table and writes results/zoo.json.
+code does not run in float64. A model is untouched that is after detecting and shrinking what it was when it was made:
+attributes, hooks, buffers, classes, modes, parameters and their versions. The smaller model is saved and loaded into a
+model without these weights: it must have the same names, shapes and types, and return the same bits. Prints a table and
+writes results/zoo.json.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ import ecospa_fx as eco
 from ecospa_fx.capture.attempts import attempts, takes_one
 from ecospa_fx.capture.export_view import export_view
 from ecospa_fx.ir.pytrees import opened
+from ecospa_fx.snapshot import Snapshot
 from ecospa_fx.verify import masked_error
 
 HERE = Path(__file__).resolve().parent
@@ -56,7 +59,7 @@ def factories(folder: Path) -> dict[str, Callable[[], Example]]:
 
 
 def made(make: Callable[[], Example]) -> tuple[Example, str]:
-    """A model with its inputs in float64 if it runs there, else as it is."""
+    """A model that was never called, with its inputs, in float64 if it runs there, else as it is."""
     model, args, kwargs = make()
     inputs = pytree.tree_map(lambda t: t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t,
                              (args, kwargs))  # fmt: skip
@@ -65,7 +68,7 @@ def made(make: Callable[[], Example]) -> tuple[Example, str]:
             model.double()(*inputs[0], **inputs[1])
     except RuntimeError:
         return make(), "float32"
-    return (model, *inputs), "float64"
+    return (make()[0].double(), *inputs), "float64"
 
 
 def numbers(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
@@ -125,20 +128,23 @@ def symbolic_export(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[
 def measure(make: Callable[[], Example], repeats: int) -> dict[str, Any]:
     """Counts, seconds and exactness of one model."""
     (model, args, kwargs), dtype = made(make)
+    snapshot = Snapshot([model], traced=True)
     exports, detections, symbolic, shrinks = [], [], [], []
     for _ in range(repeats):
+        exported = made(make)[0][0]
         begin = time.perf_counter()
-        torch.export.export(model, args, kwargs, strict=False)
+        torch.export.export(exported, args, kwargs, strict=False)
         exports.append(time.perf_counter() - begin)
         begin = time.perf_counter()
         couplings = eco.detect(model, args, kwargs)
         detections.append(time.perf_counter() - begin)
     plan = eco.plan(couplings, ratio=0.5, scores="random", seed=0)
     for _ in range(repeats):
-        symbolic.append(symbolic_export(model, args, kwargs))
+        symbolic.append(symbolic_export(made(make)[0][0], args, kwargs))
         begin = time.process_time()
         small = eco.shrink(model, plan, args, kwargs)
         shrinks.append(time.process_time() - begin)
+    changes = snapshot.changes()
     error = masked_error(model, small, plan, args, kwargs)
     return {
         "offered": len(couplings.offered),
@@ -154,22 +160,25 @@ def measure(make: Callable[[], Example], repeats: int) -> dict[str, Any]:
         "dtype": dtype,
         "exact": error <= LIMITS[dtype],
         "comes_back": comes_back(small, make),
+        "untouched": not changes,
+        "changes": changes[:5],
     }
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """One line per model and a line of totals."""
     times = ["export_s", "detect_s", "ratio", "symbolic_export_s", "shrink_s", "shrink_ratio"]
-    head = ["model", "offered", "blocked", *times, "error", "dtype", "comes_back"]
+    head = ["model", "offered", "blocked", *times, "error", "dtype", "comes_back", "untouched"]
     lines = [[r["model"], *([r["failed"]] if "failed" in r else [r[h] for h in head[1:]])] for r in rows]
     told = tabulate(lines, head, disable_numparse=True)
     middle = "".join(
         f", {verb} over export {summary['median']} in the median and {summary['worst']} at worst"
         for verb, summary in ratios(rows).items()
     )
-    exact, back = (sum(bool(r.get(n)) for r in rows) for n in ("exact", "comes_back"))
+    exact, back, untouched = (sum(bool(r.get(n)) for r in rows) for n in ("exact", "comes_back", "untouched"))
     offered, blocked = (sum(r.get(n, 0) for r in rows) for n in ("offered", "blocked"))
     told += f"\n{exact} of {len(rows)} models exact, {back} the same after saving and loading"
+    told += f", {untouched} left as they were"
     return f"{told}, {offered} couplings offered, {blocked} blocked{middle}"
 
 
