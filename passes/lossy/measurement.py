@@ -45,9 +45,9 @@ class Measurement:
         """Names of the couplings that the data never reached."""
         return without_traffic(self.views, self.curvature)
 
-    def scores(self, damping: float, updates: int | None = None) -> dict[str, Tensor]:
+    def scores(self, damping: float) -> dict[str, Tensor]:
         """Per coupling float64 [carriers, units]: see `ecospa_fx.importance.second_order.unit_scores`."""
-        return unit_scores(self.views, self.curvature, self.values, damping, updates)
+        return unit_scores(self.views, self.curvature, self.values, damping)
 
     def compensated(
         self,
