@@ -12,7 +12,8 @@ All three estimate the increase of the summed loss over the calibration data, up
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,16 +24,30 @@ from ecospa_fx.importance.linalg import damped
 from ecospa_fx.importance.linear_views import CouplingViews
 from ecospa_fx.ir.linears import LinearUse
 
+Item = TypeVar("Item")
+
 SECOND_ORDER = "second-order"
 """The name of these scores, as a method of `compress` and as scores of training."""
 
 
+class Watch(Protocol):
+    """Passes on what it is given, and shows it as progress."""
+
+    def __call__(self, items: Iterable[Item], *, total: int) -> Iterable[Item]:
+        """The same items. total: how many they are."""
+
+
 def unit_scores(
-    views: CouplingViews, curvature: Curvature, weights: Mapping[str, Tensor], damping: float
+    views: CouplingViews,
+    curvature: Curvature,
+    weights: Mapping[str, Tensor],
+    damping: float,
+    watch: Watch | None = None,
 ) -> dict[str, Tensor]:
     """Per coupling [carriers, units] in float64 on the CPU, ascending in the order in which units should go.
 
-    The score of a unit is what its removal adds once all before it are removed and compensated.
+    The score of a unit is what its removal adds once all before it are removed and compensated. watch: wraps what comes
+    of each layer, to show progress.
     """
     couplings = [*(view.coupling for view in views.inputs), *(gate.coupling for gate in views.gates)]
     whose = [view.coupling.name for view in views.inputs for _ in view.positions]
@@ -40,7 +55,9 @@ def unit_scores(
     whose += [gate.coupling.name for gate in views.gates]
     layers += [_gates(curvature.gates[gate.coupling.name], damping) for gate in views.gates]
     scores = {c.name: torch.zeros(c.carriers, c.size, dtype=torch.float64) for c in couplings}
-    costs = {number: order_scores(removal).cpu() / 2 for number, removal in removals(layers)}
+    done = removals(layers)
+    done = done if watch is None else iter(watch(done, total=len(layers)))
+    costs = {number: order_scores(removal).cpu() / 2 for number, removal in done}
     for number, name in enumerate(whose):
         scores[name] += costs[number]
     return scores | {coupling.name: curvature.others[coupling.name] / 2 for coupling in views.others}
