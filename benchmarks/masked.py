@@ -34,7 +34,6 @@ from ecospa_fx.training.allocation import allocate, bounds
 from ecospa_fx.training.moving_scores import MovingScores
 from ecospa_fx.training.optimizer_basis import change_basis_of_states
 from ecospa_fx.training.remaining_couplings import narrowed
-from ecospa_fx.training.second_order import UPDATES
 from ecospa_fx.training.settings import Settings, choose_couplings
 from ecospa_fx.training.tensor_cuts import cuts_between
 
@@ -120,7 +119,7 @@ class MaskedTraining:
         if self.options.compensate == "full":
             turned, measurement = self._turned(collect)
             keep.update(turned)
-            views, curvature, scores = measurement.views, measurement.curvature, measurement.scores(0.01, UPDATES)
+            views, curvature, scores = measurement.views, measurement.curvature, measurement.scores(0.01)
         else:
             views = CouplingViews(self.views.inputs, (), ())
             curvature = collect(views, ())

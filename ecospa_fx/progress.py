@@ -1,44 +1,94 @@
-"""What a user sees and measures of long work: a progress bar of one line on stderr, and the seconds of named steps."""
+"""What a user sees and measures of long work: bars on stderr, a log line per stage, and the seconds of named steps."""
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from operator import length_hint
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, TextIO, TypeVar
+
+import torch
+from tqdm.autonotebook import tqdm
+from tqdm.std import tqdm as plain_tqdm
+
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None  # type: ignore[assignment]
 
 T = TypeVar("T")
 Arguments = ParamSpec("Arguments")
-WIDTH = 24
+LINE_EVERY = 10.0
+"""Seconds between two lines of a bar that goes to a file."""
+REDRAW_EVERY = 0.1
+"""Seconds between two states of a bar that is drawn over and over."""
+
+log = logging.getLogger(__name__)
 
 
-def progress_bar(items: Iterable[T], label: str) -> Iterator[T]:
-    """The same items; a line on stderr counts those that the caller is done with."""
-    total, begin = length_hint(items), time.monotonic()
-    sys.stderr.write(line(label, 0, total, 0.0))
-    try:
-        for done, item in enumerate(items, 1):
-            yield item
-            sys.stderr.write("\r" + line(label, done, total, time.monotonic() - begin))
-            sys.stderr.flush()
-    finally:
-        sys.stderr.write("\n")
+def progress_bar(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
+    """The same items; a bar on stderr counts those that the caller is done with.
 
-
-def line(label: str, done: int, total: int, seconds: float) -> str:
-    """One state of the bar; a total of 0 is unknown.
-
-    >>> line("fisher", 6, 24, 3.0)
-    'fisher [######                  ] 6/24, 3 s, 9 s left'
-    >>> line("fisher", 6, 0, 3.0)
-    'fisher 6 batches, 3 s'
+    A terminal has one line that is drawn over and over, a notebook a widget, and a file a line every ten seconds.
+    total: how many items there are, by default what they say themselves.
     """
-    if not total:
-        return f"{label} {done} batches, {seconds:.0f} s"
-    bar = "#" * (WIDTH * min(done, total) // total)
-    left = f", {seconds / done * max(total - done, 0):.0f} s left" if done else ""
-    return f"{label} [{bar:<{WIDTH}}] {done}/{total}, {seconds:.0f} s{left}"
+    lines = not sys.stderr.isatty() and tqdm.status_printer is plain_tqdm.status_printer
+    yield from _Bar(
+        items,
+        label,
+        total or length_hint(items) or None,
+        file=_Lines(sys.stderr) if lines else sys.stderr,
+        mininterval=LINE_EVERY if lines else REDRAW_EVERY,
+        miniters=1,
+    )
+
+
+class _Bar(tqdm):  # type: ignore[type-arg, misc, unused-ignore]  # tqdm has types in stubs of its own only
+    """Without the thread in which tqdm watches over bars that stand still."""
+
+    monitor_interval = 0
+
+
+class _Lines:
+    """A stream in which every state of a bar has a line."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            self._stream.write(text.strip() + "\n")
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
+@contextmanager
+def stage(name: str) -> Iterator[None]:
+    """Log what is done inside, once it is done: its seconds, and the most memory that was in use up to then.
+
+    Lines have the level INFO and come from the logger ``ecospa_fx.progress``: ``logging.basicConfig(level="INFO")``
+    shows them. Memory is that of torch's tensors on the GPU where there is one in use, otherwise that of the process,
+    where the system says so. Nothing is logged of what ends by an error.
+    """
+    begin = time.perf_counter()
+    yield
+    peak = peak_memory()
+    memory = "" if peak is None else f", at most {peak / 2**30:.2f} GiB in use so far"
+    log.info("%s: %.1f s%s", name, time.perf_counter() - begin, memory)
+
+
+def peak_memory() -> int | None:
+    """Bytes, of the process or, where a GPU is in use, of tensors on it; None where the system does not say."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch has no types here
+        return torch.cuda.max_memory_allocated()
+    if resource is None:
+        return None
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 class TimedSteps:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, TypeVar, Unpack
 
 import torch
@@ -35,7 +36,7 @@ from ecospa_fx.passes.lossy.reconstruct import Reconstruct
 from ecospa_fx.passes.shrink.shrink_couplings import shrink_program
 from ecospa_fx.plan import Plan
 from ecospa_fx.planning import plan as make_plan
-from ecospa_fx.progress import progress_bar
+from ecospa_fx.progress import progress_bar, stage
 from ecospa_fx.runtime.bfloat16 import in_bfloat16
 from ecospa_fx.runtime.interpreter import PartialInterpreter
 from ecospa_fx.sensitivity_search import Sensitivity
@@ -144,9 +145,9 @@ class Recipe:
         chosen = "uniform" if options.get("uniform") else self.allocation or ("global" if even else "ragged")
         return {**options, "allocation": "global" if chosen == "sensitivity" else chosen}
 
-    def with_progress(self, items: Sequence[Item], label: str) -> Iterator[Item] | Sequence[Item]:
-        """The same items, with a bar if wanted."""
-        return progress_bar(items, label) if self.progress else items
+    def with_progress(self, items: Iterable[Item], label: str, total: int | None = None) -> Iterable[Item]:
+        """The same items, with a bar if wanted. total: how many, where they do not say."""
+        return progress_bar(items, label, total) if self.progress else items
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -204,18 +205,23 @@ def compress_program(
     in_turn = recipe.least_squares == IN_TURN or (recipe.least_squares is not False and any(s.inexact for s in plan))
     dense = PartialInterpreter(program.frozen(), task.model, task.args, task.kwargs)
     keep = {selection.name: selection.mask for selection in plan}
-    for name, value in (replace(weights, damping=None) if in_turn else weights).compensated(keep):
-        program.replace_parameter(name, value)
+    with stage("solving"):
+        for name, value in (replace(weights, damping=None) if in_turn else weights).compensated(keep):
+            program.replace_parameter(name, value)
     shrink_program(program, plan)
     small = PartialInterpreter(program, task.model, task.args, task.kwargs)
     if in_turn:
         rebuild = Reconstruct(recipe.least_squares_damping)
-        rebuild.run(dense, small, more + held_out, lambda stages: recipe.with_progress(stages, "reconstruct"))
+        with stage("solving in turn"):
+            rebuild.run(dense, small, more + held_out, lambda stages: recipe.with_progress(stages, "reconstruct"))
     if draws:
         size = _group_size(weights.curvature, len(more))
         learning, validation = (grouped(some, size, dense, task.loss) for some in (learning, validation))
         distill = Distill(recipe.draws(len(learning)), recipe.rate, recipe.step, recipe.mixed, recipe.predicted)
-        distill.run(dense, small, learning, task.loss, validation, lambda order: recipe.with_progress(order, "distill"))
+        with stage("distillation"):
+            distill.run(
+                dense, small, learning, task.loss, validation, lambda order: recipe.with_progress(order, "distill")
+            )
     return plan
 
 
@@ -252,7 +258,9 @@ def _planned(
     measurement = _measured(program, evaluator, task, recipe, chosen)
     couplings = _reached(task.couplings, measurement.unreached)
     if task.scores is None:
-        scores = Scores(SECOND_ORDER, measurement.scores(recipe.damping))
+        with stage("surgeon"):
+            shown = partial(recipe.with_progress, label="surgeon")
+            scores = Scores(SECOND_ORDER, measurement.scores(recipe.damping, shown))
     else:
         scores = Scores("given", given_scores(task.couplings, chosen, task.scores))
     planning = recipe.planning(options)
@@ -265,7 +273,8 @@ def _planned(
             return recipe.with_progress(trials, "sensitivity")
 
         search = Sensitivity(evaluator, weights, held_out, task.loss, recipe.rounds, watch)
-        plan = search.plan(couplings, ratio, scores, **planning)
+        with stage("search"):
+            plan = search.plan(couplings, ratio, scores, **planning)
     return plan, weights
 
 
@@ -291,8 +300,9 @@ def _measured(
     rounded = in_bfloat16(evaluator, {member.parameter for coupling in chosen for member in coupling.members})
 
     def collect(views: CouplingViews, results: Sequence[LinearUse]) -> Curvature:
-        batches = recipe.with_progress(task.batches, "bases" if results else "curvature")
-        return Collector(rounded, views, results).run(batches, task.loss)
+        label = "bases" if results else "curvature"
+        with stage(label):
+            return Collector(rounded, views, results).run(recipe.with_progress(task.batches, label), task.loss)
 
     # Least squares layer by layer, as where a norm runs over what is kept, measures by itself.
     solves = recipe.least_squares not in (False, IN_TURN) and not any(coupling.inexact for coupling in chosen)

@@ -25,6 +25,7 @@ from ecospa_fx.ir.pytrees import Arguments, NamedArguments, closed, opened
 from ecospa_fx.ir.tracing import one_at_a_time, quiet, random_state_restored
 from ecospa_fx.module_modes import set_mode
 from ecospa_fx.passes.canonicalise import CANONICALISE
+from ecospa_fx.progress import stage
 from ecospa_fx.snapshot import untouched
 
 log = logging.getLogger(__name__)
@@ -53,7 +54,8 @@ def captures(
     bound_arguments(model, args, kwargs)
     view, failure, succeeded, functions = export_view(model, kwargs), None, False, dict[str, None]()
     for attempt in attempts(view, args, kwargs) if dynamic else [Attempt(args, kwargs, None)]:
-        result = _attempted(model, view, attempt, functions if dynamic else None)
+        with stage("capture"):
+            result = _attempted(model, view, attempt, functions if dynamic else None)
         if isinstance(result, ExportedForm):
             if dynamic and not succeeded:
                 warn_of_custom_functions(functions)

@@ -1,22 +1,37 @@
 """Optimal brain surgeon (Hassibi and Stork, 1993) over units: the best one, the update that makes up for it, the next.
 
-The output of a linear layer over units with inputs x is y = Σ W_u x_u. With H = E[x xᵀ], taking out the inputs J of a
-unit and letting the rest make up for it costs at least tr(W_J (H⁻¹_JJ)⁻¹ W_Jᵀ), with W ← W - W_J (H⁻¹_JJ)⁻¹ H⁻¹_J and
-H⁻¹ ← H⁻¹ - H⁻¹_J (H⁻¹_JJ)⁻¹ H⁻¹_Jᵀ. Several independent layers of equal sizes, such as the carriers of a coupling, go
-side by side.
+The output of a linear layer over units with inputs x is y = Σ W_u x_u. With H = E[x xᵀ] and G = Wᵀ W, taking out the
+inputs J of a unit and letting the rest make up for it costs at least tr((H⁻¹_JJ)⁻¹ G_JJ). Both matrices change by low
+rank: with L Lᵀ = H⁻¹_JJ, R = L⁻¹ H⁻¹_J, S = L⁻ᵀ R and P = L⁻¹ (2 G_J - G_JJ S),
+
+    H⁻¹ ← H⁻¹ - Rᵀ R,    2 G ← 2 G - Rᵀ P - Pᵀ R.
+
+A step reads the rows J of both and the blocks on their diagonals, and no more: updates wait (`lazy_updates`). Layers of
+equal sizes, which are independent, go side by side, and no step waits for the device.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+from ecospa_fx.importance.lazy_updates import LazyPair
 from ecospa_fx.importance.linalg import damped, inverse
+
+PENDING = 128
+"""Rows of factors that wait at most, unless a single unit brings more."""
 
 COMPACT = 0.85
 """Where this share of the units is left, the removed ones leave memory too."""
+
+HOST_ROOM = 2**28
+"""Bytes for layers that go side by side, where a device does not say what is free."""
+DEVICE_SHARE = 0.5
+"""Share of a device's free memory for them."""
 
 SCALES = 0.25, 4.0
 """Gates of kept units stay within these."""
@@ -32,99 +47,218 @@ class Removal:
     """[carriers, units]: what each one costs when it is removed, in that order."""
 
 
-def remove_all(hessian: Tensor, weight: Tensor, width: int = 1, block_size: int = 1) -> Removal:
+@dataclass(frozen=True, slots=True, eq=False)
+class Layer:
+    """A linear layer that is to lose units."""
+
+    carriers: int
+    """Parts that are independent of each other."""
+    units: int
+    """Of each carrier."""
+    width: int
+    """Inputs of a unit; they lie together."""
+    dtype: torch.dtype
+    """Of the matrices."""
+    device: torch.device
+    """Where they are."""
+    matrices: Callable[[], tuple[Tensor, Tensor]]
+    """H, positive definite, and G, each [carriers, units · width, units · width], when it is the layer's turn."""
+
+    @property
+    def size(self) -> int:
+        """Inputs of a carrier."""
+        return self.units * self.width
+
+    @property
+    def bytes(self) -> int:
+        """What its removal holds on to."""
+        return LazyPair.bytes(self.carriers, self.size, max(PENDING, self.width), self.dtype)
+
+
+def remove_all(hessian: Tensor, gram: Tensor, width: int = 1) -> Removal:
     """Take out unit after unit until none is left.
 
-    hessian: [carriers, units · width, units · width], positive definite, unit by unit; weight: [carriers, out,
-    units · width]; block_size: how many units are removed before costs are updated, for an order that is nearly as good
-    in a fraction of the time.
+    hessian: H [carriers, units · width, units · width], positive definite, unit by unit; gram: G = Wᵀ W, or Wᵀ M W
+    where squares of outputs count by M, of the same shape.
     """
-    state = _State(inverse(hessian), weight.clone(), width)
-    carriers, units = hessian.shape[0], hessian.shape[1] // width
-    order = torch.zeros(carriers, units, dtype=torch.long, device=hessian.device)
-    cost = torch.zeros(carriers, units, dtype=hessian.dtype, device=hessian.device)
-    for step in range(0, units, block_size):
-        part = slice(step, min(step + block_size, units))
-        order[:, part], cost[:, part] = state.remove_best(part.stop - part.start)
-    return Removal(order, cost)
+    carriers, size = hessian.shape[:2]
+    layer = Layer(carriers, size // width, width, hessian.dtype, hessian.device, lambda: (hessian, gram))
+    ((_, removal),) = removals([layer])
+    return removal
+
+
+def removals(layers: Sequence[Layer]) -> Iterator[tuple[int, Removal]]:
+    """`remove_all` of each, with its number, in any order: as many of equal sizes side by side as fit into memory."""
+    alike: dict[object, list[int]] = {}
+    for number, layer in enumerate(layers):
+        alike.setdefault((layer.units, layer.width, layer.dtype, layer.device), []).append(number)
+    for numbers in alike.values():
+        while numbers:
+            count = _fitting([layers[number].bytes for number in numbers], _room(layers[numbers[0]].device))
+            yield from _side_by_side(layers, numbers[:count])
+            del numbers[:count]
+
+
+def _room(device: torch.device) -> float:
+    """Bytes for layers that go side by side."""
+    if device.type != "cuda":
+        return HOST_ROOM
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return DEVICE_SHARE * (torch.cuda.mem_get_info(device)[0] + unused)
+
+
+def _fitting(sizes: Sequence[int], room: float) -> int:
+    """How many of the first, at least one, go into the room together."""
+    return max(1, sum(total <= room for total in accumulate(sizes)))
+
+
+def _side_by_side(layers: Sequence[Layer], numbers: Sequence[int]) -> Iterator[tuple[int, Removal]]:
+    """`remove_all` of the numbered layers, which are of equal sizes."""
+    removal = _State([layers[number] for number in numbers]).remove_all()
+    parts = [layers[number].carriers for number in numbers]
+    yield from zip(
+        numbers, map(Removal, removal.order.split_with_sizes(parts), removal.cost.split_with_sizes(parts)), strict=True
+    )
 
 
 class _State:
-    """What is left, and where it was.
+    """What is left of layers of equal sizes; their carriers count as those of one layer.
 
-    inverse: [carriers, n, n]; weight: [carriers, n, out], transposed so that what belongs to a unit lies together;
-    units: LongTensor [carriers, n / width], their numbers; keep: BoolTensor like it, False where a unit was removed.
+    pair: H⁻¹ and 2 G; least: [carriers, n], 1 / H's diagonal, below which that of H⁻¹ never falls; blocks: [carriers,
+    2, units, width, width], the diagonals of H⁻¹ and G with all updates, and the identity and an infinite diagonal
+    where a unit was removed; numbers: LongTensor [carriers, units], which unit is where; step: how many were removed;
+    order: these, from `since` on by where they are; cost: as in `Removal`.
     """
 
-    def __init__(self, inverse: Tensor, weight: Tensor, width: int) -> None:
-        self.inverse, self.weight, self.width = inverse, weight.mT.contiguous(), width
-        carriers, n = inverse.shape[:2]
-        self.rows = torch.arange(carriers, device=inverse.device)[:, None]
-        self.units = torch.arange(n // width, device=inverse.device).expand(carriers, -1)
-        self.keep = torch.ones_like(self.units, dtype=torch.bool)
-        self.left = n // width
-        self.inner = self._inner()
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self.width, self.units = layers[0].width, layers[0].units
+        carriers, dtype, device = sum(layer.carriers for layer in layers), layers[0].dtype, layers[0].device
+        self.pair = LazyPair(carriers, layers[0].size, max(PENDING, self.width), dtype, device)
+        self.least = torch.empty(carriers, layers[0].size, dtype=dtype, device=device)
+        self._fill(layers)
+        self.blocks = self._diagonals()
+        eye = torch.eye(self.width, dtype=dtype, device=device)
+        self.absent = torch.stack([eye, eye.masked_fill(eye > 0, torch.inf)])[None, :, None]
+        self.numbers = torch.arange(self.units, device=device).expand(carriers, -1)
+        self.within = torch.arange(self.width, device=device)
+        self.order = torch.zeros(carriers, self.units, dtype=torch.long, device=device)
+        self.cost = torch.zeros(carriers, self.units, dtype=dtype, device=device)
+        self.step = self.since = 0
 
-    def _inner(self) -> Tensor:
-        """W_uᵀ W_u of every unit: [carriers, units, width, width]."""
-        blocks = self.weight.view(len(self.rows), -1, self.width, self.weight.shape[2])
-        inner: Tensor = blocks @ blocks.mT
-        return inner
+    def _fill(self, layers: Sequence[Layer]) -> None:
+        """Layer by layer, so that no more than what one needs on the way is needed beside the result."""
+        start = 0
+        for layer in layers:
+            part = slice(start, start := start + layer.carriers)
+            hessian, gram = layer.matrices()
+            self.least[part] = 1 / hessian.diagonal(dim1=1, dim2=2)
+            torch.add(gram, gram, out=self.pair.matrices[1, part])
+            del gram
+            self.pair.matrices[0, part] = inverse(hessian)
 
-    def remove_best(self, count: int) -> tuple[Tensor, Tensor]:
-        """The units [carriers, count] that cost least in each carrier, and their costs; the rest is updated."""
-        if count == 1:
-            cost, best = self._costs().min(1, keepdim=True)
+    def _diagonals(self) -> Tensor:
+        """The blocks, of the matrices as they are without updates that wait."""
+        units = self.pair.matrices.shape[-1] // self.width
+        grid = self.pair.matrices.view(2, -1, units, self.width, units, self.width)
+        blocks: Tensor = grid.diagonal(dim1=2, dim2=4).movedim(-1, 2).transpose(0, 1).contiguous()
+        blocks[:, 1] *= 0.5
+        return blocks
+
+    def remove_all(self) -> Removal:
+        """Take out unit after unit until none is left."""
+        for _ in range(self.units):
+            self.remove_best()
+        self._number()
+        return Removal(self.order, self.cost)
+
+    def remove_best(self) -> None:
+        """Take out the unit that costs least in each carrier."""
+        if self.pair.waiting + self.width > self.pair.most:
+            self._apply()
+        cost, best = self.cost[:, self.step, None], self.order[:, self.step, None]
+        torch.min(self._costs(), 1, keepdim=True, out=(cost, best))
+        if self.width == 1:
+            self._remove_input(best, cost)
         else:
-            cost, best = self._costs().topk(count, 1, largest=False)
-        unit = self.units.gather(1, best)
-        self._update(best)
-        self.keep.scatter_(1, best, False)
-        self.left -= count
-        if 0 < self.left < COMPACT * self.keep.shape[1]:
-            self._compact()
-        return unit, cost
+            self._remove_block(best)
+        self.blocks.scatter_(2, self._index(best), self.absent.expand(len(best), -1, -1, -1, -1))
+        self.step += 1
+
+    def _index(self, units: Tensor) -> Tensor:
+        """Of the blocks of units [carriers, m]: [carriers, 2, m, width, width]."""
+        return units[:, None, :, None, None].expand(-1, 2, -1, self.width, self.width)
+
+    def _columns(self, units: Tensor) -> Tensor:
+        return (units[..., None] * self.width + self.within).flatten(1)
 
     def _costs(self) -> Tensor:
+        """[carriers, units]: infinite where a unit was removed."""
         if self.width == 1:
-            costs = self.inner[..., 0, 0] / self.inverse.diagonal(dim1=1, dim2=2)
-        else:
-            units = self.keep.shape[1]
-            grid = self.inverse.view(len(self.rows), units, self.width, units, self.width)
-            blocks = grid.diagonal(dim1=1, dim2=3).movedim(-1, 1)  # H⁻¹_JJ: [carriers, units, width, width]
-            blocks = torch.where(self.keep[..., None, None], blocks, torch.eye(self.width).to(blocks))
-            costs = (inverse(blocks) * self.inner).sum((2, 3))
-        return torch.where(self.keep, costs, torch.inf)
+            return self.blocks[:, 1, :, 0, 0] / self.blocks[:, 0, :, 0, 0]
+        factor = _factor(self.blocks[:, 0], self.least.view(len(self.least), -1, self.width))
+        costs: Tensor = (torch.cholesky_inverse(factor) * self.blocks[:, 1]).sum((2, 3))
+        return costs
 
-    def _update(self, best: Tensor) -> None:
-        """Spread what the best units did over the rest."""
-        columns = (best[..., None] * self.width + torch.arange(self.width, device=best.device)).flatten(1)
-        across = self.inverse[self.rows, columns]  # [carriers, columns, n]
-        block = across.gather(2, columns[:, None].expand(-1, columns.shape[1], -1))
-        share = across / block if columns.shape[1] == 1 else inverse(block) @ across
-        taken = self.weight[self.rows, columns]  # [carriers, columns, out]
-        if columns.shape[1] == 1:  # rank one: a broadcast product costs less than a matrix product, and norms follow
-            met = self.weight @ taken.mT
-            self.inner[..., 0, 0] += share[:, 0] * (share[:, 0] * taken.square().sum(2) - 2 * met[..., 0])
-            self.weight.addcmul_(share.mT, taken, value=-1)
-            self.inverse.addcmul_(across.mT, share, value=-1)
-        else:
-            self.weight.baddbmm_(share.mT, taken, alpha=-1)
-            self.inverse.baddbmm_(across.mT, share, alpha=-1)
-            self.inner = self._inner()
-            if best.shape[1] > 1:  # rounding must not tie removed units to kept ones
-                self.inverse[self.rows, columns] = 0.0
-                self.inverse.transpose(1, 2)[self.rows, columns] = 0.0
-                self.weight[self.rows, columns] = 0.0
-        self.inverse[self.rows, columns, columns] = 1.0  # removed units leave the matrix regular
+    def _remove_input(self, best: Tensor, cost: Tensor) -> None:
+        """The formulas above for units of one input: L is a root of `blocks`, and G_JJ S is `cost` times H⁻¹_J."""
+        rows = self.pair.rows(best)[:, :, 0]
+        blocks = self.blocks[..., 0, 0]
+        root = blocks[:, 0].gather(1, best).sqrt()
+        rows[:, 1].addcmul_(cost, rows[:, 0], value=-1)
+        change = self.pair.more(1)[:, 0]
+        torch.div(rows, root[:, None], out=change)
+        blocks.addcmul_(change, change[:, :1], value=-1)
+        torch.maximum(blocks[:, 0], self.least, out=blocks[:, 0])
+
+    def _remove_block(self, best: Tensor) -> None:
+        """The formulas above."""
+        columns = self._columns(best)
+        across, twice = self.pair.rows(columns).unbind(1)
+        index = columns[:, None].expand(-1, self.width, -1)
+        factor = _factor(across.gather(2, index), self.least.gather(1, columns))
+        share = torch.linalg.solve_triangular(factor, across, upper=False)
+        solved = torch.linalg.solve_triangular(factor.mT, share, upper=True)
+        rest = twice - 0.5 * twice.gather(2, index) @ solved
+        change = self.pair.more(self.width)
+        change[:, :, 0] = share
+        change[:, :, 1] = torch.linalg.solve_triangular(factor, rest, upper=False)
+        first, second = change.view(len(change), self.width, 2, -1, self.width).permute(2, 0, 3, 1, 4).unbind()
+        self.blocks[:, 0] -= first.mT @ first
+        product = first.mT @ second
+        self.blocks[:, 1] -= 0.5 * (product + product.mT)
+
+    def _apply(self) -> None:
+        """What waits; removed units are dropped before where there are many."""
+        if self.units - self.step < COMPACT * self.numbers.shape[1]:
+            self._compact()
+        self.pair.apply()
+        self.blocks = torch.where(self.blocks[:, 1:, :, :1, :1].isinf(), self.blocks, self._diagonals())
 
     def _compact(self) -> None:
-        kept = self.keep.nonzero()[:, 1].view(len(self.keep), -1)
-        columns = (kept[..., None] * self.width + torch.arange(self.width, device=kept.device)).flatten(1)
-        self.weight = self.weight[self.rows, columns]
-        self.inverse = self.inverse[self.rows[..., None], columns[:, :, None], columns[:, None]]
-        self.units, self.keep = self.units.gather(1, kept), self.keep.gather(1, kept)
-        self.inner = self._inner()
+        self._number()
+        removed = self.blocks[:, 1, :, 0, 0].isinf()
+        kept = removed.byte().argsort(dim=1, stable=True)[:, : self.units - self.step]
+        self.blocks = self.blocks.gather(2, self._index(kept))
+        self.numbers = self.numbers.gather(1, kept)
+        columns = self._columns(kept)
+        self.least = self.least.gather(1, columns)
+        self.pair.narrow(columns)
+
+    def _number(self) -> None:
+        """Say of the removed units which they are, rather than where."""
+        part = slice(self.since, self.step)
+        self.order[:, part] = self.numbers.gather(1, self.order[:, part])
+        self.since = self.step
+
+
+def _factor(blocks: Tensor, least: Tensor) -> Tensor:
+    """Cholesky's L of blocks [..., n, n]; where rounding left none, that of the diagonal, at least `least` [..., n].
+
+    Whether there is one is not asked: that would wait for the device.
+    """
+    factor, failed = torch.linalg.cholesky_ex(blocks)
+    alone = blocks.diagonal(dim1=-2, dim2=-1).maximum(least).sqrt().diag_embed()
+    return torch.where((failed > 0)[..., None, None], alone, factor)
 
 
 def order_scores(removal: Removal) -> Tensor:

@@ -21,7 +21,7 @@ from ecospa_fx.importance.samples import Splitter
 from ecospa_fx.importance.scores import Scores
 from ecospa_fx.importance.separable import copied
 from ecospa_fx.module_modes import modes_restored
-from ecospa_fx.progress import progress_bar
+from ecospa_fx.progress import progress_bar, stage
 from ecospa_fx.runtime.guards import leaves_untouched
 from ecospa_fx.wrappers import unwrapped
 
@@ -115,7 +115,7 @@ def score_samples(
     if loss is None or splitter is None:
         raise ScoreError(f"method {method!r} needs a loss: pass loss=, a function (output, args, kwargs) -> scalar")
     statistic, unit, count = _statistic(chosen, weights, couplings), NormalisedLoss(loss), 0
-    with _scoring(model, statistic):
+    with stage("scores"), _scoring(model, statistic):
         for count, batch in enumerate(progress_bar(batches, method) if progress else batches, 1):  # read below
             scaled = unit if chosen.degree else loss
             _gather(model, statistic, splitter, arguments(batch, count - 1), scaled, count - 1)

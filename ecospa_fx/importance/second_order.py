@@ -12,19 +12,29 @@ All three estimate the increase of the summed loss over the calibration data, up
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from ecospa_fx.importance.brain_surgeon import order_scores, remove_all
+from ecospa_fx.importance.brain_surgeon import Layer, order_scores, removals
 from ecospa_fx.importance.curvature import Curvature
-from ecospa_fx.importance.linalg import damped, power
+from ecospa_fx.importance.linalg import damped
 from ecospa_fx.importance.linear_views import CouplingViews
 from ecospa_fx.ir.linears import LinearUse
 
+Item = TypeVar("Item")
+
 SECOND_ORDER = "second-order"
 """The name of these scores, as a method of `compress` and as scores of training."""
+
+
+class Watch(Protocol):
+    """Passes on what it is given, and shows it as progress."""
+
+    def __call__(self, items: Iterable[Item], *, total: int) -> Iterable[Item]:
+        """The same items. total: how many they are."""
 
 
 def unit_scores(
@@ -32,49 +42,52 @@ def unit_scores(
     curvature: Curvature,
     weights: Mapping[str, Tensor],
     damping: float,
-    updates: int | None = None,
+    watch: Watch | None = None,
 ) -> dict[str, Tensor]:
     """Per coupling [carriers, units] in float64 on the CPU, ascending in the order in which units should go.
 
-    The score of a unit is what its removal adds once all before it are removed and compensated. updates: how often the
-    costs of a coupling's units are updated on the way, by default after every unit.
+    The score of a unit is what its removal adds once all before it are removed and compensated. watch: wraps what comes
+    of each layer, to show progress.
     """
-    scores: dict[str, Tensor] = {}
-    for view in views.inputs:
-        scores[view.coupling.name] = sum(
-            (
-                _input_scores(site, positions, curvature, weights, damping, updates)
-                for site, positions in view.positions.items()
-            ),
-            torch.zeros(view.coupling.carriers, view.coupling.size, dtype=torch.float64),
-        )
-    for gate in views.gates:
-        matrix = damped(curvature.gates[gate.coupling.name], damping)
-        removal = remove_all(matrix, torch.ones_like(matrix[:, :1]), 1, _block_size(matrix.shape[1], updates))
-        scores[gate.coupling.name] = order_scores(removal).cpu() / 2
-    for coupling in views.others:
-        scores[coupling.name] = curvature.others[coupling.name] / 2
-    return scores
+    couplings = [*(view.coupling for view in views.inputs), *(gate.coupling for gate in views.gates)]
+    whose = [view.coupling.name for view in views.inputs for _ in view.positions]
+    layers = [_consumer(s, p, curvature, weights, damping) for v in views.inputs for s, p in v.positions.items()]
+    whose += [gate.coupling.name for gate in views.gates]
+    layers += [_gates(curvature.gates[gate.coupling.name], damping) for gate in views.gates]
+    scores = {c.name: torch.zeros(c.carriers, c.size, dtype=torch.float64) for c in couplings}
+    done = removals(layers)
+    done = done if watch is None else iter(watch(done, total=len(layers)))
+    costs = {number: order_scores(removal).cpu() / 2 for number, removal in done}
+    for number, name in enumerate(whose):
+        scores[name] += costs[number]
+    return scores | {coupling.name: curvature.others[coupling.name] / 2 for coupling in views.others}
 
 
-def _block_size(units: int, updates: int | None) -> int:
-    return 1 if updates is None else max(1, units // updates)
+def _gates(matrix: Tensor, damping: float) -> Layer:
+    """Units that are closed by gates of 1, with this Fisher matrix."""
+    carriers, units = matrix.shape[:2]
+    return Layer(
+        carriers, units, 1, matrix.dtype, matrix.device, lambda: (damped(matrix, damping), torch.ones_like(matrix))
+    )
 
 
-def _input_scores(
-    site: LinearUse, positions: Tensor, curvature: Curvature, weights: Mapping[str, Tensor], damping: float,
-    updates: int | None,
-) -> Tensor:  # fmt: skip
+def _consumer(
+    site: LinearUse, positions: Tensor, curvature: Curvature, weights: Mapping[str, Tensor], damping: float
+) -> Layer:
     """Carrier by carrier: what is left of a carrier makes up for what goes from it."""
     moments, gradients = curvature.inputs[site], curvature.outputs[site]
     flat = positions.flatten(1).to(moments.second.device)
-    square = moments.second.diagonal()[flat].mean(-1)
-    hessian = damped(curvature.second(site)[flat[:, :, None], flat[:, None, :]], damping, square)
-    metric = power(gradients.second / max(gradients.rows, 1), 0.5)
-    matrix = metric @ site.matrix(weights[site.parameter]).to(metric)
-    weight = matrix[:, flat].movedim(1, 0)
-    removal = remove_all(hessian, weight, positions.shape[2], _block_size(positions.shape[1], updates))
-    return order_scores(removal).cpu() / 2
+
+    def matrices() -> tuple[Tensor, Tensor]:
+        square = moments.second.diagonal()[flat].mean(-1)
+        hessian = damped(curvature.second(site)[flat[:, :, None], flat[:, None, :]], damping, square)
+        metric = gradients.second / max(gradients.rows, 1)
+        weight = site.matrix(weights[site.parameter]).detach().to(metric)
+        gram = weight[:, flat].movedim(1, 0).mT @ (metric @ weight)[:, flat].movedim(1, 0)
+        return hessian, gram
+
+    carriers, units, width = positions.shape
+    return Layer(carriers, units, width, moments.second.dtype, moments.second.device, matrices)
 
 
 def without_traffic(views: CouplingViews, curvature: Curvature) -> list[str]:

@@ -25,6 +25,7 @@ from ecospa_fx.huggingface import build, import_transformers
 from ecospa_fx.inplace.serialise import apply_saved_edit
 from ecospa_fx.origin import ATTRIBUTE, Origin, origin, remember
 from ecospa_fx.plan import Plan
+from ecospa_fx.progress import stage
 from ecospa_fx.rewrite import smaller
 from ecospa_fx.storage.folder import (
     digest,
@@ -75,7 +76,7 @@ def save(
             "pass origin=ecospa_fx.origin.origin(model, plan, args, kwargs)"
         )
     tensors = _storable_tensors(_saved_tensors(small, source.buffers), dtypes or {})
-    with new_folder(target) as folder:
+    with stage("saving"), new_folder(target) as folder:
         (folder / PLAN).write_text(source.plan.to_json(), encoding="utf-8")
         if source.config is not None:
             (folder / CONFIG).write_text(source.config, encoding="utf-8")

@@ -40,9 +40,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-UPDATES = 128
-"""How often costs of a coupling's units are updated while these are put in order."""
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SecondOrder:
@@ -86,7 +83,7 @@ class SecondOrder:
 
     def scores(self, measurement: Measurement) -> dict[str, Tensor]:
         """Per coupling [carriers, units]; zero throughout where the batches never reach it."""
-        result = measurement.scores(self.damping, UPDATES)
+        result = measurement.scores(self.damping)
         for name in measurement.unreached:
             result[name].zero_()
         return result

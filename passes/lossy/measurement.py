@@ -16,7 +16,7 @@ from ecospa_fx.coupling.types import Coupling
 from ecospa_fx.importance.compensation import Compensated
 from ecospa_fx.importance.curvature import Curvature
 from ecospa_fx.importance.linear_views import CouplingViews, views_of
-from ecospa_fx.importance.second_order import unit_scores, without_traffic
+from ecospa_fx.importance.second_order import Watch, unit_scores, without_traffic
 from ecospa_fx.ir.linears import LinearUse, linear_uses
 from ecospa_fx.ir.program import ExportedForm
 from ecospa_fx.passes.lossy.change_basis import Apply, turn_factors, turn_values
@@ -45,9 +45,9 @@ class Measurement:
         """Names of the couplings that the data never reached."""
         return without_traffic(self.views, self.curvature)
 
-    def scores(self, damping: float, updates: int | None = None) -> dict[str, Tensor]:
+    def scores(self, damping: float, watch: Watch | None = None) -> dict[str, Tensor]:
         """Per coupling float64 [carriers, units]: see `ecospa_fx.importance.second_order.unit_scores`."""
-        return unit_scores(self.views, self.curvature, self.values, damping, updates)
+        return unit_scores(self.views, self.curvature, self.values, damping, watch)
 
     def compensated(
         self,

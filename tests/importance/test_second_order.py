@@ -26,6 +26,7 @@ from ecospa_fx.passes.lossy.change_basis import ChangeBasis, turn_factors, turn_
 from ecospa_fx.passes.lossy.reconstruct import Reconstruct
 from ecospa_fx.passes.shrink.shrink_couplings import shrink_program
 from ecospa_fx.runtime.interpreter import PartialInterpreter
+from tests.support import immediate_surgeon
 from tests.support.counting import VOCABULARY, Tokens, data, looked_at, loss_of, pair
 
 # -- the surgeon -------------------------------------------------------------------------------------------------
@@ -49,7 +50,7 @@ def test_the_surgeon_takes_the_unit_that_costs_least_every_time(
     source, n = torch.Generator().manual_seed(seed), units * width
     rows = torch.randn(carriers, 3 * n, n, generator=source, dtype=torch.float64)
     hessian, weight = rows.mT @ rows, torch.randn(carriers, 4, n, generator=source, dtype=torch.float64)
-    removal = remove_all(hessian, weight, width)
+    removal = remove_all(hessian, weight.mT @ weight, width)
     for c in range(carriers):
         gone: list[int] = []
         before = 0.0
@@ -200,6 +201,29 @@ def test_packed_experts_are_scored_by_their_parameters() -> None:
     want = eco.score(model, couplings, batches, loss=loss, method="gate-fisher")
     for name, values in found.items():
         torch.testing.assert_close(values, want[name] * len(batches) / 2, rtol=1e-5, atol=0)
+
+
+@pytest.mark.slow
+def test_scores_are_what_the_surgeon_says_of_each_matrix_by_itself() -> None:
+    """Outputs count by the gradients there, carriers by themselves, gates by their Fisher matrix."""
+    _, evaluator, views = looked_at(Tokens(bias=True).double().eval())
+    curvature = Collector(evaluator, views).run(data(8), loss_of)
+    weights = evaluator.program.values
+    scores = unit_scores(views, curvature, weights, 0.01)
+    assert len(scores) == len(views.inputs) + len(views.gates) == 6
+    for view in views.inputs:
+        ((site, positions),) = view.positions.items()
+        flat, gradients = positions.flatten(1), curvature.outputs[site]
+        matrix = power(gradients.second / gradients.rows, 0.5) @ site.matrix(weights[site.parameter])
+        hessian = torch.stack([curvature.second(site)[row][:, row] for row in flat])
+        square = torch.stack([curvature.inputs[site].second.diagonal()[row].mean() for row in flat])
+        weight = torch.stack([matrix[:, row] for row in flat])
+        removal = immediate_surgeon.remove_all(damped(hessian, 0.01, square), weight, positions.shape[2])
+        torch.testing.assert_close(scores[view.coupling.name], order_scores(removal) / 2, rtol=1e-6, atol=1e-12)
+    for gate in views.gates:
+        hessian = damped(curvature.gates[gate.coupling.name], 0.01)
+        removal = immediate_surgeon.remove_all(hessian, torch.ones_like(hessian[:, :1]))
+        torch.testing.assert_close(scores[gate.coupling.name], order_scores(removal) / 2, rtol=1e-6, atol=1e-12)
 
 
 # -- bases -------------------------------------------------------------------------------------------------------

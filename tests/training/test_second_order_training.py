@@ -14,7 +14,6 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 import ecospa_fx as eco
 from ecospa_fx.errors import TrainingError
-from ecospa_fx.importance.brain_surgeon import remove_all
 from ecospa_fx.importance.compensation import Compensated
 from ecospa_fx.importance.linear_views import sides_of
 from ecospa_fx.importance.score import Batch
@@ -308,26 +307,3 @@ def test_data_and_a_loss_are_needed() -> None:
     for missing in ({"batches": None}, {"loss": None}):
         with pytest.raises(TrainingError, match="second-order' needs data: give batches= and loss="):
             sparse_language(model, torch.optim.SGD(model.parameters(), lr=0.1), **missing)
-
-
-def test_many_at_once_go_in_nearly_as_good_an_order() -> None:
-    source = torch.Generator().manual_seed(0)
-    rows = torch.randn(2, 64, 40, generator=source, dtype=torch.float64)
-    rows = rows @ torch.randn(40, 40, generator=source, dtype=torch.float64)
-    hessian, weight = rows.mT @ rows + torch.eye(40), torch.randn(2, 6, 40, generator=source, dtype=torch.float64)
-    costs = []
-    for block_size in (1, 2):
-        order = remove_all(hessian, weight, block_size=block_size).order
-        assert torch.equal(order.sort(1).values, torch.arange(40).expand(2, -1))
-        gone = order[:, :20]
-        costs.append(sum(_cost(hessian[c], weight[c], gone[c]) for c in range(2)))
-    random = sum(_cost(hessian[c], weight[c], torch.arange(20)) for c in range(2))
-    assert costs[0] <= costs[1] * 1.1
-    assert costs[1] < 1.3 * costs[0] < random
-
-
-def _cost(hessian: Tensor, weight: Tensor, gone: Tensor) -> float:
-    """Least cost of taking out inputs, the rest making up for them."""
-    own = torch.linalg.inv(hessian)[gone][:, gone]
-    taken = weight[:, gone]
-    return float((taken @ torch.linalg.inv(own)).mul(taken).sum())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import nullcontext
 from copy import deepcopy
 from itertools import pairwise
@@ -157,6 +158,27 @@ class InPlace(nn.Module):
             h = torch.relu_(up(x)) if self.overwrite else up(x).relu()
             x = x.add_(down(h)) if self.overwrite else x + down(h)
         return x
+
+
+@pytest.mark.slow
+def test_every_stage_shows_itself(
+    trained: nn.Module, tmp_path: Any, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "ecospa_fx.progress")
+    batches = data(8)
+    options: dict[str, Any] = {"allocation": "sensitivity", "rounds": 1, "distillation": 4, "progress": True}
+    small = eco.compress(trained, batches[0][0], ratio=0.3, batches=batches, loss=loss_of, **options)
+    eco.save(small, tmp_path / "small")
+    stages = [message.split(":")[0] for message in caplog.messages]
+    assert stages == ["capture", "capture", "curvature", "surgeon", "search", "solving", "distillation", "saving"]
+    bars = [line.split(":")[0] for line in capsys.readouterr().err.splitlines()]
+    assert list(dict.fromkeys(bars)) == ["curvature", "surgeon", "sensitivity", "distill"]
+    shown = len(caplog.messages)
+    eco.compress(trained, batches[0][0], ratio=0.3, batches=batches, loss=loss_of, least_squares="in turn")
+    eco.score(trained, eco.detect(trained, batches[0][0]), batches, loss=loss_of)
+    stages = [message.split(":")[0] for message in caplog.messages[shown:]]
+    assert {"solving in turn", "scores"} < set(stages)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.slow
