@@ -76,14 +76,14 @@ def build(config: object, device: str) -> Any:
     if device == "meta":
         with torch.device("meta"):
             return model_class(config)(config)
-    with _without_initialisation():
+    with without_initialisation():
         model = model_class(config)(config)
     model.tie_weights()
     return model
 
 
 @contextmanager
-def _without_initialisation() -> Iterator[None]:
+def without_initialisation() -> Iterator[None]:
     """Weights that will be read anyway are not drawn first, where transformers offers that."""
     import_transformers()
     try:
