@@ -13,7 +13,9 @@ from typing import Any
 from torch import nn
 
 from ecospa_fx.errors import EcospaError, StorageError
+from ecospa_fx.export.transformers_folder import reread
 from ecospa_fx.huggingface import PretrainedConfig, build, example_inputs, import_transformers, model_class
+from ecospa_fx.storage.folder import read_manifest
 from ecospa_fx.storage.manifest import MANIFEST
 from ecospa_fx.storage.models import load_with_inputs
 
@@ -133,3 +135,27 @@ def _config(path: Path) -> PretrainedConfig:
         return config
     except Exception as error:
         raise StorageError(f"{path} is not a configuration that transformers knows: {one_line(error)}") from error
+
+
+def open_exportable(folder: Path) -> nn.Module:
+    """The model in a folder that `save` or `export` wrote, or in any other folder of transformers.
+
+    No code from it is executed. Raises StorageError for what is none, and for a graph, which other engines do not read.
+    """
+    if (folder / MANIFEST).is_file():
+        if read_manifest(folder).integers is None:
+            raise StorageError(
+                f"{folder} holds a graph, which engines other than torch do not read: write the plan back into the "
+                "model with ecospa_fx.shrink_, and save that"
+            )
+        return load_with_inputs(folder)[0]
+    if not (folder / "config.json").is_file():
+        raise StorageError(f"{folder} has no {MANIFEST} and no config.json: name a folder with a saved model")
+    try:
+        entries = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        (kind,) = entries["architectures"]
+        return reread(folder, kind, heterogeneous="per_layer_config" in entries)
+    except EcospaError:
+        raise
+    except Exception as error:
+        raise StorageError(f"{folder} is not a model that transformers can read: {one_line(error)}") from error

@@ -112,6 +112,11 @@ def _numbers(twin: nn.Module, calls: Sequence[Call], want: Sequence[Sequence[Ten
     return None
 
 
+def code_file() -> Path:
+    """The modelling file, as it stands in this library."""
+    return Path(__file__).with_name("modeling_per_layer.py")
+
+
 def write_checkpoint(twin: Any, folder: Path) -> Path | None:
     """Write an `exact_twin` into a folder: weights, configurations, and the modelling file where it needs that.
 
@@ -119,7 +124,7 @@ def write_checkpoint(twin: Any, folder: Path) -> Path | None:
     """
     code = None
     if getattr(twin.config, "is_heterogeneous", False):
-        source = Path(str(per_layer_module().__file__))
+        source = code_file()
         twin.config.auto_map = auto_map(type(twin).__name__, twin.config, source.stem)
         code = shutil.copyfile(source, folder / source.name)
     with _quiet_bars():
