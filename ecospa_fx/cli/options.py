@@ -46,6 +46,7 @@ ALLOWANCES = """\
 
 EXPORTED = """\
 --format transformers: a folder for from_pretrained.
+--format gguf: a file for llama.cpp; --dtype may be q8_0, too.
 --dtype: float32, float16 or bfloat16.
 """
 

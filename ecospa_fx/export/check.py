@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ecospa_fx.errors import StorageError
+from ecospa_fx.export import llama_cpp
 from ecospa_fx.export.certificate import (
     NAME,
     Certificate,
@@ -102,7 +103,16 @@ def _run_transformers(
     return output, notes
 
 
+def _run_llama_cpp(file: Path, certificate: Certificate, engine: EngineRun) -> Output:
+    """The logits that llama.cpp gives, decoding one token at a time."""
+    if not llama_cpp.is_installed():
+        return None, ("llama.cpp was not run: pip install xllamacpp",)
+    ids = restored(engine.inputs)["input_ids"]
+    return llama_cpp.run(file, ids[0].tolist())[0], ()
+
+
 RUNNERS: dict[str, Callable[[Path, Certificate, EngineRun], Output]] = {
     "transformers": _run_transformers,
+    "gguf": _run_llama_cpp,
 }
 """How the engine of each format is run."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,26 +10,38 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ecospa_fx.errors import InputError, StorageError
+from ecospa_fx.export import llama_cpp
 from ecospa_fx.export.certificate import (
     NAME,
     Certificate,
+    EngineRun,
+    certificate_path,
     certified,
     engine_run,
     weights_digest,
     write_certificate,
 )
 from ecospa_fx.export.configurations import stock_class
+from ecospa_fx.export.gguf_file import TYPES, reader_for, write_gguf
+from ecospa_fx.export.gguf_parts import import_gguf, parts_of
+from ecospa_fx.export.gguf_tokenizer import TEXTS, add_tokenizer, wanted_tokens
 from ecospa_fx.export.tokenizers import copy_tokenizer, tokenizer_folder
 from ecospa_fx.export.transformers_folder import TOLERANCE, calls_of, exact_twin, outputs_of, reread, write_checkpoint
 from ecospa_fx.huggingface import example_inputs
 from ecospa_fx.runtime.guards import leaves_untouched
-from ecospa_fx.storage.folder import digest, folder_path, new_folder, refuse_existing
+from ecospa_fx.storage.folder import digest, folder_path, new_files, new_folder, refuse_existing
 from ecospa_fx.wrappers import unwrapped
 
-Format = Literal["transformers"]
+Format = Literal["transformers", "gguf"]
+
+LENGTH = 64
+"""Tokens that llama.cpp decodes, one at a time."""
+
+LLAMA_CPP_LIMIT = {"F32": 0.05, "F16": 0.05, "BF16": 0.05, "Q8_0": 0.25}
+"""Largest error of llama.cpp over the largest number, by how weights are stored: above, it computes something else."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,14 +84,19 @@ def export(
     architecture, that builds each layer from its own part: load it with ``trust_remote_code=True``. Which fields carry
     the widths is found by trying, and proven: a model that is built from them gives the same numbers.
 
+    ``format="gguf"`` makes a file for llama.cpp and what is built on it, such as Ollama. `dtype` may then be "q8_0",
+    too. Where layers differ in width, it is written for one of the readers that take a width per layer, if the model
+    computes what they do. Where llama.cpp is installed (``pip install xllamacpp``), the file is run before it gets its
+    name.
+
     Beside it stands a certificate with the digests of all files, the plan, and how far the engine is off, on inputs
     that it holds; ``ecospa-fx verify`` checks it again.
 
     Args:
         model: the ``nn.Module``.
-        path: a new folder.
-        args: not used by this format.
-        kwargs: not used by this format.
+        path: a new folder, or for one file its name.
+        args: not used by these formats.
+        kwargs: not used by these formats.
         format: of the files.
         dtype: type of the weights in the files, by default the one that they have.
         tokenizer: a folder with a tokenizer, or one of transformers; by default the folder that the model was read
@@ -90,14 +108,15 @@ def export(
         The certificate.
 
     Raises:
-        StorageError: the path exists, no configuration describes the model, or a package is missing. Nothing is left
+        StorageError: the path exists, the format cannot carry the model, or a package is missing. Nothing is left
             of what was written.
 
     Examples:
         >>> export(model, "smaller", format="transformers")  # doctest: +SKIP
         >>> AutoModelForCausalLM.from_pretrained("smaller", trust_remote_code=True)  # doctest: +SKIP
+        >>> export(model, "smaller.gguf", format="gguf", dtype="q8_0")  # doctest: +SKIP
     """
-    writers: dict[str, Callable[[Export], Certificate]] = {"transformers": _transformers}
+    writers: dict[str, Callable[[Export], Certificate]] = {"transformers": _transformers, "gguf": _gguf}
     if format not in writers:
         raise InputError(f"format={format!r:.40} is unknown: give {' or '.join(map(repr, get_args(Format)))}")
     target = folder_path(path)
@@ -151,3 +170,47 @@ def _transformers(asked: Export) -> Certificate:
         )
         write_certificate(folder / NAME, certificate)
     return certificate
+
+
+def _gguf(asked: Export) -> Certificate:
+    model, beside = asked.model, certificate_path(asked.target)
+    refuse_existing(beside)
+    if not hasattr(model, "config"):
+        raise StorageError(
+            f"a {type(model).__name__} has no configuration, which GGUF files take settings from: export a causal "
+            "language model of transformers"
+        )
+    stored = asked.dtype or next(model.parameters()).dtype
+    if stored not in TYPES:
+        raise InputError(f"dtype={stored!r:.40} is no type of GGUF files: give one of {', '.join(map(str, TYPES))}")
+    kind = TYPES[stored]
+    gguf, source, config = import_gguf(), tokenizer_folder(asked.tokenizer, model), model.config.get_text_config()
+    ids = torch.randint(config.vocab_size, (1, LENGTH), generator=torch.Generator().manual_seed(0))
+    ids = ids[:, : config.max_position_embeddings]
+    wide = model if next(model.parameters()).dtype in (torch.float32, torch.float64) else copy.deepcopy(model).float()
+    (want, *_) = outputs_of(wide, {"input_ids": ids.to(model.device), "use_cache": False})
+    want = want.cpu()
+    parts = parts_of(wide, ids, want)
+    reader = reader_for(parts)
+    context = min(n for n in (config.max_position_embeddings, getattr(config, "sliding_window", None)) if n)
+    with new_files([asked.target, beside]) as folder:
+        file = folder / asked.target.name
+        writer = gguf.GGUFWriter(None, reader.name)
+        add_tokenizer(writer, source, want.shape[-1])
+        write_gguf(file, writer, parts, reader, kind=kind, context=context)
+        writer.close()
+        certificate = certified(model, "gguf", folder, dense=asked.dense, call={"input_ids": ids, "use_cache": False})
+        if llama_cpp.is_installed():
+            certificate = replace(certificate, engine=_checked_run(file, ids, want, kind, wanted_tokens(source)))
+        write_certificate(folder / beside.name, certificate)
+    return certificate
+
+
+def _checked_run(file: Path, ids: Tensor, want: Tensor, kind: str, tokens: list[list[int]]) -> EngineRun:
+    """What llama.cpp makes of a file. Raises StorageError where that is something else than the model."""
+    got, split = llama_cpp.run(file, ids[0].tolist(), TEXTS if tokens else ())
+    run = engine_run("xllamacpp", {"input_ids": ids}, got[None], want)
+    if not run.largest_error <= LLAMA_CPP_LIMIT[kind] * run.largest_output or split != tokens:
+        what = f"other numbers, by {run.largest_error:.1e}" if split == tokens else "other tokens"
+        raise StorageError(f"llama.cpp gives {what} than the model, so the file was not kept: export to another format")
+    return run
