@@ -321,7 +321,8 @@ def export(arguments: argparse.Namespace) -> None:
     folder = Path(arguments.folder)
     model = open_exportable(folder)
     tokenizer = arguments.tokenizer or (folder if has_tokenizer(folder) else None)
-    dtype = getattr(torch, arguments.dtype or "", arguments.dtype)
+    named = getattr(torch, arguments.dtype or "", None)
+    dtype = named if isinstance(named, torch.dtype) else arguments.dtype
     certificate = eco.export(model, arguments.output, format=arguments.format, dtype=dtype, tokenizer=tokenizer)
     print(text_of(certificate.engine))
     print(f"exported: {arguments.output}")

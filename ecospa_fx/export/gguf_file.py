@@ -28,24 +28,24 @@ TYPES = {torch.float32: "F32", torch.float64: "F32", torch.float16: "F16", torch
 
 
 @dataclass(frozen=True, slots=True)
-class Reader:
+class GgufReader:
     """What one of llama.cpp's architectures reads."""
 
     name: str
     """As GGUF files call it."""
-    ragged: bool
+    ragged: bool = False
     """Whether layers may have widths of their own."""
-    normed: bool
+    normed: bool = False
     """Whether queries and keys are normed, each head for itself."""
-    biased: bool
+    biased: bool = False
     """Whether projections may have biases."""
-    tied: bool
+    tied: bool = False
     """Whether the output has to be the embedding."""
-    interleaved: bool
+    interleaved: bool = False
     """Whether pairs that are turned stand beside each other; otherwise half a head apart."""
-    packed: bool
+    packed: bool = False
     """Whether queries, keys and values are one tensor."""
-    scaled: bool
+    scaled: bool = False
     """Whether rotary frequencies may be any."""
 
     def misfit(self, parts: Parts) -> str | None:
@@ -68,15 +68,15 @@ class Reader:
 
 
 READERS = (
-    Reader("llama", ragged=False, normed=False, biased=True, tied=False, interleaved=True, packed=False, scaled=True),
-    Reader("qwen3", ragged=False, normed=True, biased=False, tied=False, interleaved=False, packed=False, scaled=False),
-    Reader("deci", ragged=True, normed=False, biased=True, tied=False, interleaved=True, packed=False, scaled=True),
-    Reader("openelm", ragged=True, normed=True, biased=False, tied=True, interleaved=False, packed=True, scaled=False),
+    GgufReader("llama", biased=True, interleaved=True, scaled=True),
+    GgufReader("qwen3", normed=True),
+    GgufReader("deci", ragged=True, biased=True, interleaved=True, scaled=True),
+    GgufReader("openelm", ragged=True, normed=True, tied=True, packed=True),
 )
 """Those of llama.cpp that compute what `parts_of` proves, the plainest first."""
 
 
-def reader_for(parts: Parts) -> Reader:
+def reader_for(parts: Parts) -> GgufReader:
     """The first reader that a model fits. Raises StorageError with the reason of each where there is none."""
     misfits = {reader.name: reader.misfit(parts) for reader in READERS}
     fitting = [reader for reader in READERS if misfits[reader.name] is None]
@@ -98,7 +98,7 @@ def frequency_factors(parts: Parts, base: float | None = None) -> Tensor:
     return (base ** (-torch.arange(count).double() / count) / parts.frequencies.double()).float()
 
 
-def write_gguf(path: Path, writer: Any, parts: Parts, reader: Reader, *, kind: str, context: int) -> None:
+def write_gguf(path: Path, writer: Any, parts: Parts, reader: GgufReader, *, kind: str, context: int) -> None:
     """Write the tensors and settings of a model with a writer that has its tokenizer already.
 
     kind: how weights are stored, one of the values of `TYPES`. context: tokens of the longest sequence.
@@ -135,7 +135,7 @@ def _type_of(tensor: Tensor, kind: str) -> str:
     return "F16" if kind == "Q8_0" and tensor.shape[-1] % BLOCK else kind
 
 
-def _stored(parts: Parts, reader: Reader) -> dict[str, Tensor]:
+def _stored(parts: Parts, reader: GgufReader) -> dict[str, Tensor]:
     """The tensors as a reader wants them."""
     result: dict[str, Tensor] = {}
     for name, tensor in _filled(parts):

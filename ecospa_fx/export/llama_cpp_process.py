@@ -20,8 +20,8 @@ LARGEST = 1024
 """Bytes that every structure of parameters fits into; they are passed on as the library fills them."""
 
 
-class Parameters(ctypes.Structure):
-    """Parameters of a model or a context, whose fields nobody here knows."""
+class OpaqueParameters(ctypes.Structure):
+    """OpaqueParameters of a model or a context, whose fields nobody here knows."""
 
     _fields_ = (("bytes", ctypes.c_uint8 * LARGEST),)
 
@@ -45,10 +45,10 @@ def library() -> ctypes.CDLL:
     pointer, integer = ctypes.c_void_p, ctypes.c_int32
     for name, result, arguments in (
         ("llama_backend_init", None, ()),
-        ("llama_model_default_params", Parameters, ()),
-        ("llama_context_default_params", Parameters, ()),
-        ("llama_model_load_from_file", pointer, (ctypes.c_char_p, Parameters)),
-        ("llama_init_from_model", pointer, (pointer, Parameters)),
+        ("llama_model_default_params", OpaqueParameters, ()),
+        ("llama_context_default_params", OpaqueParameters, ()),
+        ("llama_model_load_from_file", pointer, (ctypes.c_char_p, OpaqueParameters)),
+        ("llama_init_from_model", pointer, (pointer, OpaqueParameters)),
         ("llama_batch_get_one", Batch, (pointer, integer)),
         ("llama_decode", integer, (pointer, Batch)),
         ("llama_get_logits_ith", ctypes.POINTER(ctypes.c_float), (pointer, integer)),

@@ -15,7 +15,7 @@ import ecospa_fx as eco
 from ecospa_fx.errors import InputError, StorageError
 from ecospa_fx.export import gguf_tokenizer, llama_cpp, verb
 from ecospa_fx.export.check import check_export
-from ecospa_fx.export.gguf_file import READERS, Reader, frequency_base, frequency_factors, interleaved, reader_for
+from ecospa_fx.export.gguf_file import READERS, GgufReader, frequency_base, frequency_factors, interleaved, reader_for
 from ecospa_fx.export.gguf_parts import Parts, parts_of
 from tests.support.narrow import narrow
 
@@ -203,7 +203,7 @@ def test_parts_of_a_model() -> None:
 def test_readers_and_what_does_not_fit_them() -> None:
     parts = example_parts()
     assert reader_for(parts).name == "deci"
-    plain: Reader = READERS[0]
+    plain: GgufReader = READERS[0]
     assert plain.misfit(parts) == "its layers differ in heads"
     kept = {name: t for name, t in parts.tensors.items() if ".attn_" not in name}
     assert replace(plain, ragged=True).misfit(replace(parts, tensors=kept)) == "a layer has no attention"
