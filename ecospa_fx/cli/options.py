@@ -47,6 +47,7 @@ ALLOWANCES = """\
 EXPORTED = """\
 --format transformers: a folder for from_pretrained.
 --format gguf: a file for llama.cpp; --dtype may be q8_0, too.
+--format onnx: a file for ONNX Runtime.
 --dtype: float32, float16 or bfloat16.
 """
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ecospa_fx.errors import StorageError
-from ecospa_fx.export import llama_cpp
+from ecospa_fx.export import llama_cpp, onnx_file
 from ecospa_fx.export.certificate import (
     NAME,
     Certificate,
@@ -111,8 +111,17 @@ def _run_llama_cpp(file: Path, certificate: Certificate, engine: EngineRun) -> O
     return llama_cpp.run(file, ids[0].tolist())[0], ()
 
 
+def _run_onnx(file: Path, certificate: Certificate, engine: EngineRun) -> Output:
+    """The first output of ONNX Runtime."""
+    if not onnx_file.is_installed():
+        return None, ("ONNX Runtime was not run: pip install onnxruntime",)
+    inputs = [value for value in restored(engine.inputs).values() if isinstance(value, Tensor)]
+    return onnx_file.run(file, inputs), ()
+
+
 RUNNERS: dict[str, Callable[[Path, Certificate, EngineRun], Output]] = {
     "transformers": _run_transformers,
     "gguf": _run_llama_cpp,
+    "onnx": _run_onnx,
 }
 """How the engine of each format is run."""

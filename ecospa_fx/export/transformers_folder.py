@@ -33,11 +33,11 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 """Of the same operations on the same weights, which some devices do in another order; in shorter types 0.02."""
 
 
-def outputs_of(model: nn.Module, call: Call) -> list[Tensor]:
+def outputs_of(model: nn.Module, call: Call, args: Sequence[Any] = ()) -> list[Tensor]:
     """The floating tensors that a model returns, in evaluation mode; its mode is as before afterwards."""
     with modes_restored(model), torch.no_grad():
         set_mode(False, model)
-        leaves = pytree.tree_leaves(model(**call))
+        leaves = pytree.tree_leaves(model(*args, **call))
     return [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 

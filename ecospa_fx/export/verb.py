@@ -11,9 +11,10 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ecospa_fx.errors import InputError, StorageError
-from ecospa_fx.export import llama_cpp
+from ecospa_fx.export import llama_cpp, onnx_file
 from ecospa_fx.export.certificate import (
     NAME,
     Certificate,
@@ -35,13 +36,16 @@ from ecospa_fx.runtime.guards import leaves_untouched
 from ecospa_fx.storage.folder import digest, folder_path, new_files, new_folder, refuse_existing
 from ecospa_fx.wrappers import unwrapped
 
-Format = Literal["transformers", "gguf"]
+Format = Literal["transformers", "gguf", "onnx"]
 
 LENGTH = 64
 """Tokens that llama.cpp decodes, one at a time."""
 
 LLAMA_CPP_LIMIT = {"F32": 0.05, "F16": 0.05, "BF16": 0.05, "Q8_0": 0.25}
 """Largest error of llama.cpp over the largest number, by how weights are stored: above, it computes something else."""
+
+ONNX_LIMIT = {torch.float64: 1e-3, torch.float32: 1e-3}
+"""The same of ONNX Runtime, by the type of the output; in shorter types 0.05."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,14 +93,17 @@ def export(
     computes what they do. Where llama.cpp is installed (``pip install xllamacpp``), the file is run before it gets its
     name.
 
+    ``format="onnx"`` makes a file through ``torch.onnx.export``, of modules of any class and of graphs; its inputs may
+    have other sizes wherever the code allows it.
+
     Beside it stands a certificate with the digests of all files, the plan, and how far the engine is off, on inputs
     that it holds; ``ecospa-fx verify`` checks it again.
 
     Args:
         model: the ``nn.Module``.
         path: a new folder, or for one file its name.
-        args: not used by these formats.
-        kwargs: not used by these formats.
+        args: tuple of positional example inputs, for ONNX; by default those that a model of transformers takes.
+        kwargs: mapping of example inputs by name, for ONNX.
         format: of the files.
         dtype: type of the weights in the files, by default the one that they have.
         tokenizer: a folder with a tokenizer, or one of transformers; by default the folder that the model was read
@@ -108,6 +115,7 @@ def export(
         The certificate.
 
     Raises:
+        CaptureError: ``torch.onnx.export`` cannot export the model.
         StorageError: the path exists, the format cannot carry the model, or a package is missing. Nothing is left
             of what was written.
 
@@ -115,8 +123,9 @@ def export(
         >>> export(model, "smaller", format="transformers")  # doctest: +SKIP
         >>> AutoModelForCausalLM.from_pretrained("smaller", trust_remote_code=True)  # doctest: +SKIP
         >>> export(model, "smaller.gguf", format="gguf", dtype="q8_0")  # doctest: +SKIP
+        >>> export(small, "smaller.onnx", (x,), format="onnx")  # doctest: +SKIP
     """
-    writers: dict[str, Callable[[Export], Certificate]] = {"transformers": _transformers, "gguf": _gguf}
+    writers: dict[str, Callable[[Export], Certificate]] = {"transformers": _transformers, "gguf": _gguf, "onnx": _onnx}
     if format not in writers:
         raise InputError(f"format={format!r:.40} is unknown: give {' or '.join(map(repr, get_args(Format)))}")
     target = folder_path(path)
@@ -214,3 +223,35 @@ def _checked_run(file: Path, ids: Tensor, want: Tensor, kind: str, tokens: list[
         what = f"other numbers, by {run.largest_error:.1e}" if split == tokens else "other tokens"
         raise StorageError(f"llama.cpp gives {what} than the model, so the file was not kept: export to another format")
     return run
+
+
+def _onnx(asked: Export) -> Certificate:
+    model, beside, args, kwargs = asked.model, certificate_path(asked.target), asked.args, asked.kwargs
+    if asked.dtype is not None:
+        raise InputError(f"dtype={asked.dtype!r:.40} is not taken by ONNX: bring the model to that type before")
+    if not args and not kwargs:
+        if not hasattr(model, "main_input_name"):
+            raise InputError(
+                f"ONNX needs example inputs of a {type(model).__name__}: pass args and kwargs, as to the model itself"
+            )
+        kwargs = example_inputs(model)
+    targets = [asked.target, beside, *([onnx_file.data_path(asked.target)] if onnx_file.is_large(model) else [])]
+    for target in targets:
+        refuse_existing(target)
+    call = {**{f"args[{number}]": value for number, value in enumerate(args)}, **kwargs}
+    (want, *_) = outputs_of(model, kwargs, args)
+    with new_files(targets) as folder:
+        file = folder / asked.target.name
+        onnx_file.write_onnx(file, model, args, kwargs)
+        certificate = certified(model, "onnx", folder, dense=None if args else asked.dense, call=call)
+        if onnx_file.is_installed():
+            got = onnx_file.run(file, [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor)])
+            run = engine_run("onnxruntime", call, got, want)
+            if not run.largest_error <= ONNX_LIMIT.get(want.dtype, 0.05) * run.largest_output:
+                raise StorageError(
+                    f"ONNX Runtime gives other numbers than the model, by {run.largest_error:.1e}, so the file was not "
+                    "kept: export to another format"
+                )
+            certificate = replace(certificate, engine=run)
+        write_certificate(folder / beside.name, certificate)
+    return certificate
