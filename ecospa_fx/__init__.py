@@ -22,6 +22,7 @@ _MODULES = {
     "backend": "torch_compile",
     "compress": "api",
     "detect": "api",
+    "export": "export.verb",
     "load": "storage.models",
     "plan": "planning",
     "save": "storage.models",
@@ -33,8 +34,9 @@ _MODULES = {
 
 
 # Imported now, because importing a submodule puts it into the package, where the verb of the same name has to be.
-import_module("ecospa_fx.plan")
-del globals()["plan"]
+for _verb in ("export", "plan"):
+    import_module(f"ecospa_fx.{_verb}")
+    del globals()[_verb]
 
 
 def __getattr__(name: str) -> object:

@@ -1,4 +1,4 @@
-"""The command line: `ecospa-fx inspect` and `ecospa-fx compress`."""
+"""The command line: `ecospa-fx inspect`, `compress`, `export` and `verify`."""
 
 from __future__ import annotations
 
@@ -20,16 +20,20 @@ from torch.utils import _pytree as pytree
 
 import ecospa_fx as eco
 from ecospa_fx.cli import options, text
-from ecospa_fx.cli.sources import Source, open_source
+from ecospa_fx.cli.sources import Source, open_exportable, open_source
 from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.coupling.report import couplings_data, explain, reason_lines
 from ecospa_fx.coupling.types import Coupling
 from ecospa_fx.errors import EcospaError, PlanError, ScoreError, StorageError
+from ecospa_fx.export.certificate import EngineRun
+from ecospa_fx.export.check import check_export
+from ecospa_fx.export.tokenizers import has_tokenizer
 from ecospa_fx.huggingface import is_causal
 from ecospa_fx.importance.second_order import SECOND_ORDER
 from ecospa_fx.origin import origin, origin_of
 from ecospa_fx.plan import Plan
 from ecospa_fx.progress import TimedSteps, progress_bar
+from ecospa_fx.storage.folder import refuse_existing
 from ecospa_fx.storage.models import save
 from ecospa_fx.verify import masked_error
 
@@ -55,8 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Both commands with all their options."""
-    return options.parser(inspect, compress)
+    """The commands with all their options."""
+    return options.parser(inspect, compress, export, verify)
 
 
 # -- inspect -----------------------------------------------------------------------------------------------------
@@ -306,6 +310,43 @@ def summary(rows: list[list[str]], error: float, watch: TimedSteps, output: Path
         f"seconds: {seconds}, together {sum(watch.seconds.values()):.1f}\n"
         f'saved: model = ecospa_fx.load("{output}")'
     )
+
+
+# -- export and verify -------------------------------------------------------------------------------------------
+
+
+def export(arguments: argparse.Namespace) -> None:
+    """Write a saved or exported model in the format of another engine."""
+    refuse_existing(arguments.output)
+    folder = Path(arguments.folder)
+    model = open_exportable(folder)
+    tokenizer = arguments.tokenizer or (folder if has_tokenizer(folder) else None)
+    named = getattr(torch, arguments.dtype or "", None)
+    dtype = named if isinstance(named, torch.dtype) else arguments.dtype
+    certificate = eco.export(model, arguments.output, format=arguments.format, dtype=dtype, tokenizer=tokenizer)
+    print(text_of(certificate.engine))
+    print(f"exported: {arguments.output}")
+
+
+def verify(arguments: argparse.Namespace) -> None:
+    """Check an export against its certificate, and say what was checked."""
+    checked = check_export(arguments.path)
+    print(f"{checked.files} files have their digests")
+    exactness = checked.certificate.exactness
+    if exactness is not None:
+        print(f"removing against {exactness.against}: largest relative difference {exactness.error:.1e}")
+    if checked.error is not None:
+        print(text_of(checked.certificate.engine))
+        print(f"run again: largest difference {checked.error:.1e} of the largest number")
+    for note in checked.notes:
+        print(f"not checked: {note}")
+
+
+def text_of(engine: EngineRun | None) -> str:
+    """How far an engine is off, in one line."""
+    if engine is None:
+        return "the engine is not installed, so that it was not run"
+    return f"{engine.engine}: largest error {engine.largest_error:.1e}, of numbers up to {engine.largest_output:.3g}"
 
 
 if __name__ == "__main__":

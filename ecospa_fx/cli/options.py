@@ -6,13 +6,14 @@ import argparse
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, get_args
 
 import torch
 
 import ecospa_fx as eco
 from ecospa_fx.coupling.detection import ALLOWED
 from ecospa_fx.errors import EcospaError
+from ecospa_fx.export.verb import Format
 from ecospa_fx.importance.methods import method_named
 from ecospa_fx.importance.second_order import SECOND_ORDER
 from ecospa_fx.storage.folder import refuse_existing
@@ -43,6 +44,19 @@ ALLOWANCES = """\
 """
 
 
+EXPORTED = """\
+--format transformers: a folder for from_pretrained.
+--format gguf: a file for llama.cpp; --dtype may be q8_0, too.
+--format onnx: a file for ONNX Runtime.
+--dtype: float32, float16 or bfloat16.
+"""
+
+VERIFIED = """\
+Digests of all files and of the weights, and the engine's output on the
+inputs that the certificate holds. Code in the folder is not executed.
+"""
+
+
 class UsageError(EcospaError):
     """Options that the command line does not take."""
 
@@ -54,13 +68,15 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; see {self.prog} --help")
 
 
-def parser(inspect: Command, compress: Command) -> Parser:
-    """Both commands, which do the work, with all their options."""
+def parser(inspect: Command, compress: Command, export: Command, verify: Command) -> Parser:
+    """The commands, which do the work, with all their options."""
     result = Parser(prog="ecospa-fx", description=(eco.__doc__ or "").partition("\n")[0])
     result.add_argument("--version", action="version", version=f"ecospa-fx {eco.__version__}")
     commands = result.add_subparsers(required=True, metavar="COMMAND")
     _add_inspect(commands).set_defaults(command=inspect)
     _add_compress(commands).set_defaults(command=compress)
+    _add_export(commands).set_defaults(command=export)
+    _add_verify(commands).set_defaults(command=verify)
     return result
 
 
@@ -95,6 +111,23 @@ def _add_compress(commands: argparse._SubParsersAction[Parser]) -> Parser:
     add("--limit", action="append", default=[], metavar="PATTERN=SHARE", help="largest share to remove; repeatable")
     _add_allow(command)
     add("--device", default="cpu", help="torch device, for instance cuda (default: cpu)")
+    return command
+
+
+def _add_export(commands: argparse._SubParsersAction[Parser]) -> Parser:
+    command = _command(commands, "export", "write a smaller model for another engine", EXPORTED)
+    add = command.add_argument
+    add("folder", metavar="FOLDER", help="what save or an earlier export wrote")
+    add("--format", required=True, choices=get_args(Format), metavar="NAME", help="the engine's format: see below")
+    add("--output", type=Path, required=True, metavar="PATH", help="new folder or file")
+    add("--dtype", metavar="NAME", help="type of the weights (default: as they are)")
+    add("--tokenizer", type=Path, metavar="DIR", help="folder with the tokenizer (default: FOLDER)")
+    return command
+
+
+def _add_verify(commands: argparse._SubParsersAction[Parser]) -> Parser:
+    command = _command(commands, "verify", "check an export against its certificate", VERIFIED)
+    command.add_argument("path", metavar="PATH", help="an exported folder or file")
     return command
 
 

@@ -2,43 +2,22 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ecospa_fx.errors import CaptureError, EcospaError, StorageError
-from ecospa_fx.huggingface import build, import_transformers, model_class
+from ecospa_fx.errors import EcospaError, StorageError
+from ecospa_fx.export.transformers_folder import reread
+from ecospa_fx.huggingface import PretrainedConfig, build, example_inputs, import_transformers, model_class
+from ecospa_fx.storage.folder import read_manifest
 from ecospa_fx.storage.manifest import MANIFEST
 from ecospa_fx.storage.models import load_with_inputs
-
-BATCH, LENGTH, FRAMES = 2, 16, 4000
-"""Sizes of example inputs: sequences, tokens of each, samples of raw audio."""
-
-
-PretrainedConfig = Any
-"""A configuration of transformers, whose attributes depend on the architecture."""
-
-
-class PretrainedModel(Protocol):
-    """What example inputs need of a model of transformers."""
-
-    config: PretrainedConfig
-    main_input_name: object
-    forward: Callable[..., object]
-
-    @property
-    def device(self) -> torch.device: ...
-
-    @property
-    def dtype(self) -> torch.dtype: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,86 +137,25 @@ def _config(path: Path) -> PretrainedConfig:
         raise StorageError(f"{path} is not a configuration that transformers knows: {one_line(error)}") from error
 
 
-def example_inputs(model: PretrainedModel) -> dict[str, object]:
-    """Keyword arguments that a transformers model accepts, on its device, from its configuration alone.
+def open_exportable(folder: Path) -> nn.Module:
+    """The model in a folder that `save` or `export` wrote, or in any other folder of transformers.
 
-    Raises CaptureError where its main input is of a kind not known here.
+    No code from it is executed. Raises StorageError for what is none, and for a graph, which other engines do not read.
     """
-    accepted = inspect.signature(model.forward).parameters
-    name = model.main_input_name
-    maker = _MAKERS.get(name) if isinstance(name, str) else None
-    if maker is None:
-        raise CaptureError(
-            f"no example is known for input {name!r} of {type(model).__name__}: "
-            "name a function that returns (model, args, kwargs)"
-        )
-    inputs: dict[str, object] = {str(name): maker(model)}
-    if "decoder_input_ids" in accepted and getattr(model.config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = _ids(model)
-    if name == "input_ids" and hasattr(model.config, "vision_config") and not _generates(model):
-        inputs["pixel_values"] = _pixels(model)
-    if name == "pixel_values" and "input_ids" in accepted and hasattr(model.config, "text_config"):
-        inputs["input_ids"] = _ids(model)
-    if "use_cache" in accepted:
-        inputs["use_cache"] = False
-    return inputs
-
-
-def _generates(model: PretrainedModel) -> bool:
-    return bool(getattr(model, "can_generate", bool)())
-
-
-def _ids(model: PretrainedModel) -> Tensor:
-    """Token ids [2, 16], all different where the vocabulary allows it, none of the first ones, which are special."""
-    size = int(getattr(model.config.get_text_config(), "vocab_size", None) or 2)
-    first = min(4, size - 1)
-    ids = torch.arange(BATCH * LENGTH).remainder(size - first).add(first)
-    return ids.view(BATCH, LENGTH).to(model.device)
-
-
-def _pixels(model: PretrainedModel) -> Tensor:
-    config = getattr(model.config, "vision_config", model.config)
-    size = getattr(config, "image_size", 224)
-    height, width = size if isinstance(size, tuple | list) else (size, size)
-    shape = [BATCH, getattr(config, "num_channels", 3), height, width]
-    frames = getattr(config, "num_frames", None)
-    return _floats(model, shape if frames is None else [BATCH, frames, *shape[1:]])
-
-
-def _features(model: PretrainedModel) -> Tensor:
-    """Log-mel features: [2, bins, frames] where a convolution reads them (Whisper), else [2, frames, bins]."""
-    config: PretrainedConfig = getattr(model.config, "audio_config", model.config)
-    if hasattr(config, "max_source_positions") and hasattr(config, "num_mel_bins"):
-        return _floats(model, [BATCH, config.num_mel_bins, 2 * config.max_source_positions])
-    names = ("feature_projection_input_dim", "input_feat_per_channel", "num_mel_bins", "feature_size")
-    bins = next((getattr(config, name) for name in names if hasattr(config, name)), 80)
-    return _floats(model, [BATCH, 8 * LENGTH, bins])
-
-
-def _samples(model: PretrainedModel) -> Tensor:
-    """A raw waveform [2, samples], or a spectrogram [2, frames, bins] for models of patches."""
-    config = model.config
-    if hasattr(config, "num_mel_bins") and hasattr(config, "max_length"):
-        return _floats(model, [BATCH, config.max_length, config.num_mel_bins])
-    return _floats(model, [BATCH, FRAMES])
-
-
-def _embeddings(model: PretrainedModel) -> Tensor:
-    return _floats(model, [BATCH, LENGTH, model.config.get_text_config().hidden_size])
-
-
-def _floats(model: PretrainedModel, shape: list[int]) -> Tensor:
-    """Reproducible noise of the model's own type."""
-    if model.device.type == "meta":
-        return torch.empty(shape, dtype=model.dtype, device="meta")
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(model.device, model.dtype)
-
-
-_MAKERS: dict[str, Callable[[PretrainedModel], Tensor]] = {
-    "input_ids": _ids,
-    "pixel_values": _pixels,
-    "pixel_values_videos": _pixels,
-    "input_features": _features,
-    "input_values": _samples,
-    "inputs_embeds": _embeddings,
-}
+    if (folder / MANIFEST).is_file():
+        if read_manifest(folder).integers is None:
+            raise StorageError(
+                f"{folder} holds a graph, which engines other than torch do not read: write the plan back into the "
+                "model with ecospa_fx.shrink_, and save that"
+            )
+        return load_with_inputs(folder)[0]
+    if not (folder / "config.json").is_file():
+        raise StorageError(f"{folder} has no {MANIFEST} and no config.json: name a folder with a saved model")
+    try:
+        entries = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        (kind,) = entries["architectures"]
+        return reread(folder, kind, heterogeneous="per_layer_config" in entries)
+    except EcospaError:
+        raise
+    except Exception as error:
+        raise StorageError(f"{folder} is not a model that transformers can read: {one_line(error)}") from error

@@ -7,7 +7,7 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
@@ -59,6 +59,32 @@ def new_folder(target: Path) -> Iterator[Path]:
 
     It is locked while this process writes into it; what processes left that were killed is cleared away first.
     """
+    with _partial_folder(target) as partial:
+        yield partial
+        refuse_existing(target)
+        partial.rename(target)
+
+
+@contextmanager
+def new_files(targets: Sequence[Path]) -> Iterator[Path]:
+    """A temporary folder whose files become `targets`, siblings of each other, at the end; or it goes away."""
+    with _partial_folder(targets[0]) as partial:
+        yield partial
+        for target in targets:
+            refuse_existing(target)
+        moved: list[Path] = []
+        try:
+            for target in targets:
+                (partial / target.name).rename(target)
+                moved.append(target)
+        except BaseException:
+            for target in moved:
+                target.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def _partial_folder(target: Path) -> Iterator[Path]:
     stem = f".{target.name[:100]}.partial-"
     partial, lock = target.absolute().parent / f"{stem}{os.getpid()}-{uuid4().hex}", None
     try:
@@ -66,8 +92,6 @@ def new_folder(target: Path) -> Iterator[Path]:
         partial.mkdir()
         lock = _locked(partial, wait=True)
         yield partial
-        refuse_existing(target)
-        partial.rename(target)
     except EcospaError:
         raise
     except Exception as error:  # writers of weights raise their own kinds where the disk is full
@@ -153,9 +177,14 @@ def read_manifest(folder: Path) -> Manifest:
     if not (folder / MANIFEST).is_file():
         raise StorageError(f"{folder} has no {MANIFEST}: it was not saved by ecospa_fx, or not completely")
     manifest = parse_manifest(folder)
-    for name, entry in manifest.files.items():
-        _check_file(folder / name, entry)
+    check_files(folder, manifest.files)
     return manifest
+
+
+def check_files(folder: Path, files: Mapping[str, FileEntry]) -> None:
+    """Raise StorageError unless every file of a folder is there, as long as it was and with its digest."""
+    for name, entry in files.items():
+        _check_file(folder / name, entry)
 
 
 def _check_file(path: Path, entry: FileEntry) -> None:

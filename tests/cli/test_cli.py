@@ -25,6 +25,8 @@ SURFACE = {
         *("--passes", "--length", "--round-to", "--seed", "--allow", "--device", "-h/--help"),
         *("--exclude", "--limit"),
     },
+    "export": {"folder", "--format", "--output", "--dtype", "--tokenizer", "-h/--help"},
+    "verify": {"path", "-h/--help"},
 }
 QK, FFN = "model.layers.0.self_attn.qk", "model.layers.1.mlp.ffn"
 

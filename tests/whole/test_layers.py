@@ -41,6 +41,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("distillation",),
     ("compression", "recipe"),
     ("huggingface", "storage"),
+    ("export",),
     ("api",),
     ("",),
     ("cli", "demo"),

@@ -1,0 +1,1 @@
+"""Export: a smaller model in the formats of other people's engines, each with a certificate."""
