@@ -26,6 +26,7 @@ from ecospa_fx.ir.program import ExportedForm
 from ecospa_fx.ir.schema import named_arguments, operator_name
 from ecospa_fx.ir.slices import take
 from ecospa_fx.verify import masked_error
+from tests.support.exported_once import exported_once
 
 EXACT = 1e-9
 UNKNOWN = 1_000_003
@@ -137,13 +138,14 @@ def check_exact(case: Case, seeds: Sequence[int] = (0,)) -> None:
     model, args, couplings = prepared(case)
     twice = tuple(torch.cat([a, a.flip(0) * 0.5]) for a in args)
     nothing = eco.Plan((), tuple(couplings.shapes.items()))
-    for seed in seeds:
-        plan = eco.plan(couplings, ratio=0.5, scores="random", seed=seed) if couplings.offered else nothing
-        small = eco.shrink(model, plan, args)
-        for example in (args, twice):
-            error = masked_error(model, small, plan, example)
-            assert error <= EXACT, f"seed {seed}: error {error}\n{plan}"
-        assert not plan or sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
+    with exported_once():
+        for seed in seeds:
+            plan = eco.plan(couplings, ratio=0.5, scores="random", seed=seed) if couplings.offered else nothing
+            small = eco.shrink(model, plan, args)
+            for example in (args, twice):
+                error = masked_error(model, small, plan, example)
+                assert error <= EXACT, f"seed {seed}: error {error}\n{plan}"
+            assert not plan or sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
 
 
 # -- one rule ----------------------------------------------------------------------------------------------------
