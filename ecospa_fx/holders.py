@@ -8,8 +8,9 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
+from itertools import chain
 from types import CellType, FunctionType, MappingProxyType, ModuleType, SimpleNamespace
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
@@ -40,7 +41,7 @@ class Kind:
 
 
 def flat(items: Iterable[Pair]) -> Parts:
-    return tuple(part for item in items for part in item)
+    return tuple(chain.from_iterable(items))
 
 
 def pairs(parts: Parts) -> Iterator[Pair]:
@@ -152,22 +153,40 @@ _SLOTS, CLASS_OF = Kind(_read_slots, _write_slots, keyed=True), Kind(_read_class
 CLASS = Kind(_read_type, _write_type, keyed=True)
 
 
+class _Holding(NamedTuple):
+    """What the objects of a class hold things in."""
+
+    containers: tuple[Kind, ...]
+    attributes: bool
+    """Whether what is in ``__dict__`` counts."""
+    others: tuple[Kind, ...]
+    """The class, and slots."""
+
+
+_HOLDING: WeakKeyDictionary[type, _Holding] = WeakKeyDictionary()
+
+
+def _holding(kind: type) -> _Holding:
+    containers = tuple(container for base, container in _CONTAINERS if issubclass(kind, base))
+    is_code = issubclass(kind, Tensor | FunctionType)
+    if kind in _BARE or (is_foreign(kind) and not is_code):
+        return _HOLDING.setdefault(kind, _Holding(containers, False, ()))
+    slots = (_SLOTS,) if _slots(kind) else ()
+    return _HOLDING.setdefault(kind, _Holding(containers, True, () if is_code else (CLASS_OF, *slots)))
+
+
 def holders(thing: object) -> Iterator[tuple[object, Kind]]:
     """Everything about a thing that can hold something else later, and how."""
     kind = type(thing)
-    for base, container in _CONTAINERS:
-        if isinstance(thing, base):
-            yield thing, container
-    if kind in _BARE:
-        return
-    is_code = isinstance(thing, Tensor | FunctionType)
-    attributes = _attribute(thing, "__dict__")
-    if type(attributes) is dict and (is_code or not is_foreign(kind)):
-        yield attributes, DICT
-    if not is_code and not is_foreign(kind):
-        yield thing, CLASS_OF
-        if _slots(kind):
-            yield thing, _SLOTS
+    holding = _HOLDING.get(kind) or _holding(kind)
+    for container in holding.containers:
+        yield thing, container
+    if holding.attributes:
+        attributes = _attribute(thing, "__dict__")
+        if type(attributes) is dict:
+            yield attributes, DICT
+        for other in holding.others:
+            yield thing, other
 
 
 def _attribute(thing: object, name: str) -> Any:

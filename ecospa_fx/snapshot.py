@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import is_
 from types import FunctionType, MethodType
 
 import torch
@@ -109,7 +110,7 @@ class _Kept:
 
     def same(self) -> bool:
         now = self.kind.read(self.holder)
-        return len(now) == len(self.parts) and all(a is b for a, b in zip(now, self.parts, strict=True))
+        return len(now) == len(self.parts) and all(map(is_, now, self.parts))
 
 
 class Snapshot:
@@ -123,7 +124,7 @@ class Snapshot:
         self.kept: list[_Kept] = []
         self._values, self._traced = values, traced
         self._tensors: list[_Marks] = []
-        self._caches: dict[int, functools._lru_cache_wrapper[object]] = {}
+        self._caches: dict[int, tuple[functools._lru_cache_wrapper[object], functools._CacheInfo]] = {}
         self._seen: dict[int, object] = {}
         """What has been looked at, by identity; held, so that identities stay valid."""
         self._classes: dict[type, None] = {}
@@ -180,7 +181,7 @@ class Snapshot:
         elif isinstance(thing, property):
             yield thing.fget, path
         elif isinstance(thing, functools._lru_cache_wrapper):
-            self._caches[id(thing)] = thing
+            self._caches[id(thing)] = thing, thing.cache_info()
             yield thing.__wrapped__, path
         elif not isinstance(thing, type) and not is_foreign(type(thing)):
             self._classes.update(dict.fromkeys(type(thing).__mro__))
@@ -222,8 +223,8 @@ class Snapshot:
                 _purge(kept) if kept.shared else kept.kind.write(kept.holder, kept.parts)
         for marks in self._tensors:
             marks.restore()
-        for cache in self._caches.values():
-            if any(is_empty(part) for part in gc.get_referents(cache)):
+        for cache, before in self._caches.values():
+            if cache.cache_info() != before and any(is_empty(part) for part in gc.get_referents(cache)):
                 cache.cache_clear()
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import gc
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -20,6 +23,32 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file's cases run in one process, which makes once what they share, and files in their order."""
+    from xdist.scheduler import LoadFileScheduling
+
+    config.option.loadscopereorder = False
+    return LoadFileScheduling(config, log)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def uncached() -> Iterator[None]:
+    """Symbolic exports run without torch's cache of fake tensors: of one or two layers it takes more than it saves."""
+    from torch._dynamo import config
+
+    from ecospa_fx.capture import export as capturing
+
+    export = capturing._export
+
+    def uncached(model: nn.Module, view: nn.Module, attempt: Any, **options: Any) -> Any:
+        with config.patch(fake_tensor_cache_enabled=attempt.shapes is None):
+            return export(model, view, attempt, **options)
+
+    with mock.patch.object(capturing, "_export", uncached):
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +86,7 @@ def factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture
 def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the demonstration's model is loaded, it has two layers."""
+    """Where the demonstration's model is loaded, it has one layer."""
     from ecospa_fx import demo
     from tests.support import demonstration
 

@@ -32,19 +32,30 @@ log = logging.getLogger(__name__)
 
 
 def capture(
-    model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object] | None, *, dynamic: bool
+    model: nn.Module,
+    args: Sequence[object],
+    kwargs: Mapping[str, object] | None,
+    *,
+    dynamic: bool,
+    both_modes: bool = True,
 ) -> ExportedForm:
     """Export a module, which stays untouched.
 
     dynamic: sizes of the inputs become symbols wherever the model allows it; otherwise the graph holds for the example
-    sizes only, which is enough to find couplings and takes half the time. Raises CaptureError with torch's reason and
-    the line of the user's code.
+    sizes and the model's own mode only, which is enough to find couplings and takes half the time. both_modes: whether
+    a graph with symbols also notes what the other mode does, which takes a second export. Raises CaptureError with
+    torch's reason and the line of the user's code.
     """
-    return next(captures(model, args, kwargs, dynamic=dynamic))
+    return next(captures(model, args, kwargs, dynamic=dynamic, both_modes=both_modes))
 
 
 def captures(
-    model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object] | None, *, dynamic: bool
+    model: nn.Module,
+    args: Sequence[object],
+    kwargs: Mapping[str, object] | None,
+    *,
+    dynamic: bool,
+    both_modes: bool = True,
 ) -> Iterator[ExportedForm]:
     """The exports of a module that torch can make, from most to fewest symbolic sizes. Raises CaptureError for none."""
     parts: tuple[Arguments, NamedArguments] = opened((tuple(args), dict(kwargs or {})))
@@ -55,7 +66,7 @@ def captures(
     view, failure, succeeded, functions = export_view(model, kwargs), None, False, dict[str, None]()
     for attempt in attempts(view, args, kwargs) if dynamic else [Attempt(args, kwargs, None)]:
         with stage("capture"):
-            result = _attempted(model, view, attempt, functions if dynamic else None)
+            result = _attempted(model, view, attempt, functions if dynamic else None, both_modes=both_modes)
         if isinstance(result, ExportedForm):
             if dynamic and not succeeded:
                 warn_of_custom_functions(functions)
@@ -67,7 +78,7 @@ def captures(
 
 
 def _attempted(
-    model: nn.Module, view: nn.Module, attempt: Attempt, functions: dict[str, None] | None
+    model: nn.Module, view: nn.Module, attempt: Attempt, functions: dict[str, None] | None, *, both_modes: bool
 ) -> ExportedForm | Exception | None:
     """What an attempt makes, what torch raised instead, or None where it does not take the user's own batch.
 
@@ -81,7 +92,10 @@ def _attempted(
             return error
         if attempt.doubled and not takes_one(program):
             return None
-        program = program if functions is None else _in_both_modes(model, view, program, attempt)
+        if functions is not None and both_modes:
+            program = _in_both_modes(model, view, program, attempt)
+        elif functions is not None:
+            allow_other_strides(program.graph)
         return ExportedForm(_canonicalised(program), model)
 
 

@@ -62,7 +62,7 @@ class EquivalenceCheck:
         example = TrialCall(*self._typed(tuple(args), dict(kwargs)))
         with torch.no_grad():
             self.run(example)
-        self.program = capture(self.model, example.args, example.kwargs, dynamic=True)
+        self.program = capture(self.model, example.args, example.kwargs, dynamic=True, both_modes=False)
         more = [*resized_calls(self.program, example), *flag_flipped_calls(example)]
         self.calls = [example, *(call for call in more if self.attempt(call) is not None)]
         if has_constant_tensor(example):

@@ -174,7 +174,7 @@ class ShrinkableGraph:
     def _add_eval(self) -> None:
         """Trace the model in eval mode too, where its own code asks for the mode; say so where that does not help."""
         with suppress(PlanError):
-            self._exported.append(self._captured(training=False))
+            self._exported.append(self._captured(training=False, both_modes=False))
             add_eval_mode(self.module, self._restored(_cleaned(self._program(self._exported[-1]))))
         difference = self._eval_difference()
         if difference > self._rounding:
@@ -191,12 +191,12 @@ class ShrinkableGraph:
         with self._mode(training):
             return detected(capture(self._model, self._args, self._kwargs, dynamic=False), self._model, allow)
 
-    def _captured(self, training: bool) -> ExportedProgram:
+    def _captured(self, training: bool, both_modes: bool = True) -> ExportedProgram:
         """The model traced in a mode, with as many symbolic sizes as the couplings allow. Raises PlanError."""
         traced: dict[ExportedForm, ExportedProgram] = {}
 
         def copies() -> Iterator[ExportedForm]:
-            for form in captures(self._model, self._args, self._kwargs, dynamic=True):
+            for form in captures(self._model, self._args, self._kwargs, dynamic=True, both_modes=both_modes):
                 copied = self._program(form.exported)
                 traced[copied] = form.exported
                 yield copied

@@ -128,6 +128,8 @@ class SparseTraining:
         check_arguments(model, args, kwargs, target, state)
         self._settings, self._target, optimizers = Settings(**options), target, optimizers_of(optimizer)
         method = self._configure(schedule, scores)
+        self._batches = calibration_batches(self._settings.batches)
+        self._second_order, self._compensation = self._measuring(), self._compensating()
         model = unwrapped(model, resizing=TrainingError)
         owners = other_owners(model)
         choose = partial(choose_couplings, settings=self._settings, method=method, model=model)
@@ -141,7 +143,6 @@ class SparseTraining:
         self._limits = shares(self.couplings, self._chosen, self._settings.limits, TrainingError)
         check_reach(self._chosen, self._settings, target, self._limits, self._form)
         self._model = TrackedModel(self._form, self._settings.wrap)
-        self._batches = calibration_batches(self._settings.batches)
         self._origin = origin(model, self.plan, args, kwargs)
         self._begin(optimizers, state)
 
@@ -158,7 +159,6 @@ class SparseTraining:
         return method
 
     def _begin(self, optimizers: Sequence[Optimizer], state: Mapping[str, Any] | None) -> None:
-        self._second_order, self._compensation = self._measuring(), self._compensating()
         self._running.follow(self._chosen, self._form.parameters, {})
         self._model.remember(self._origin)
         self._model.count_backwards(self._running.names)

@@ -34,9 +34,9 @@ def model(dtype: torch.dtype, **options: Any) -> tuple[nn.Module, dict[str, Any]
 
 
 @cache
-def detected(dtype: torch.dtype) -> tuple[nn.Module, dict[str, Any], Couplings]:
+def detected(dtype: torch.dtype, layers: int = 1) -> tuple[nn.Module, dict[str, Any], Couplings]:
     """The model with what is found in it. No test changes it."""
-    made, kwargs = model(dtype)
+    made, kwargs = model(dtype, num_hidden_layers=layers)
     return made, kwargs, eco.detect(made, (), kwargs)
 
 
@@ -51,11 +51,12 @@ def steps(plan: Plan) -> dict[str, set[int]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("dtype", "step"), [(torch.bfloat16, 8), (torch.float32, 4), (torch.float64, 2)], ids=["2", "4", "8 bytes"]
+    ("dtype", "step", "uniform"),
+    [(torch.bfloat16, 8, False), (torch.float32, 4, False), (torch.float64, 2, False), (torch.bfloat16, 8, True)],
+    ids=["2 bytes", "4 bytes", "8 bytes", "uniform"],
 )
-@pytest.mark.parametrize("uniform", [True, False])
 def test_units_of_every_width_make_whole_vectors(dtype: torch.dtype, step: int, uniform: bool) -> None:
-    made, kwargs, couplings = detected(dtype)
+    made, kwargs, couplings = detected(dtype, layers=1 + uniform)
     parameters = dict(made.named_parameters())
     wanted = {"ffn": step, "vo": step, "qk": max(step // 2, 1), "heads": 1}  # one of qk is a rotary pair
     assert {c.kind: preferred_multiple(c, parameters) for c in couplings.offered} == wanted
@@ -135,7 +136,7 @@ def test_what_has_fewer_units_stays_whole_and_the_refusal_says_why() -> None:
 
 @pytest.mark.slow
 def test_couplings_in_step_are_aligned_each() -> None:
-    made, kwargs = tiny("gpt2", n_embd=64, n_head=2)
+    made, kwargs = tiny("gpt2", n_embd=64, n_head=2, n_layer=1)
     couplings = eco.detect(made.bfloat16(), (), kwargs)
     plan = eco.plan(couplings, 0.3, round_to=None, expressible_in="module", scores="magnitude")
     assert plan.removed_parameters

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import ecospa_fx as eco
 from ecospa_fx.capture import export as capturing
 from ecospa_fx.plan import Plan
+from ecospa_fx.runtime.restore import restore
 
 NOTHING = Plan((), ())
 
@@ -64,6 +65,27 @@ def test_both_modes_are_right_at_other_sizes(model: nn.Module, exports: int, exp
     torch.manual_seed(0)
     assert torch.equal(small.train()(other), want)
     assert not torch.equal(want, model.eval()(other))
+
+
+def test_the_other_mode_is_exported_where_it_is_asked_for(exported: list[Any]) -> None:
+    model, other = Regrouped().eval(), torch.linspace(-1, 1, 20).view(5, 4)
+    program = capturing.capture(model, (torch.ones(3, 4),), None, dynamic=True, both_modes=False)
+    assert len(exported) == 1
+    targets = {node.target for node in program.graph.nodes}
+    assert torch.ops.aten.reshape.default in targets
+    assert torch.ops.aten.view.default not in targets  # an order in memory that other kernels need not have
+    assert torch.equal(restore(program, model, (torch.ones(3, 4),), {})(other), model(other))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_modules_are_edited_by_what_one_mode_does(training: bool, exported: list[Any]) -> None:
+    model, args = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 4)).train(training), (torch.ones(3, 4),)
+    plan = eco.plan(eco.detect(model, args), 0.5, scores="magnitude")
+    exported.clear()
+    eco.shrink_(model, plan, args)
+    assert len(exported) == 1
+    assert model[0].out_features == 4
+    assert model.training is training
 
 
 class Skipped(nn.Module):

@@ -26,10 +26,13 @@ from tests.support.rotary import rotated
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit"])
 def test_models_of_transformers(name: str) -> None:
     model, kwargs = tiny(name)
+    config: Any = model.config
+    before = config.to_dict()
     plan = plan_of(couplings_of(name), ["ffn", "heads"], uneven)
     twin = masked_twin(model, plan)
     with pytest.warns(UserWarning, match="cannot say how wide the layers"):
         eco.shrink_(model, plan, (), kwargs)
+    assert config.to_dict() == before  # widths that differ by layer are none of its
     with torch.no_grad():
         assert largest(model(**kwargs).logits, twin(**kwargs).logits) < 1e-12
         if name in ("llama", "gpt2"):
@@ -166,9 +169,7 @@ def test_other_pairs_in_each_layer_cannot_share_a_table() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "kinds"), [("llama", {"ffn", "heads"}), ("gpt2", {"ffn", "qk", "vo"}), ("vit", {"ffn", "qk", "vo"})]
-)
+@pytest.mark.parametrize(("name", "kinds"), [("llama", {"ffn", "heads"}), ("gpt2", {"ffn", "qk", "vo"})])
 def test_plans_stay_within_what_the_code_carries(name: str, kinds: set[str]) -> None:
     model, kwargs = tiny(name)
     plan = eco.plan(couplings_of(name), ratio=0.4, expressible_in="module", floor=0, scores="magnitude")
@@ -210,12 +211,13 @@ def test_what_no_code_carries_is_said() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit"])
-def test_standard_checkpoints(name: str, tmp_path: Path) -> None:
+def test_standard_checkpoints(name: str, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     model, kwargs = tiny(name)
     dense = copy.deepcopy(model)
     own: Any = model
     plan = eco.plan(couplings_of(name), ratio=0.4, expressible_in="module", uniform=True, floor=0, scores="magnitude")
     eco.shrink_(model, plan, (), kwargs)
+    assert not [one for one in recwarn if "cannot say" in str(one.message)]  # a configuration that follows
     own.save_pretrained(tmp_path)
     assert "ecospa" not in "".join(path.read_text(errors="ignore") for path in tmp_path.glob("*.json"))
     loaded: Any = type(own).from_pretrained(tmp_path, dtype=torch.float64).eval()
@@ -233,8 +235,8 @@ def test_standard_checkpoints(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_numbers_of_heads_are_those_that_the_configuration_takes() -> None:
-    options = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 6, "head_dim": 8}
-    model, kwargs = tiny("llama", **options)
+    options = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 6, "head_dim": 4}
+    model, kwargs = tiny("llama", **options, num_hidden_layers=1)
     couplings = eco.detect(model, (), kwargs)
     for ratio in (0.2, 0.5):
         plan = eco.plan(
@@ -250,16 +252,6 @@ def test_numbers_of_heads_are_those_that_the_configuration_takes() -> None:
     eco.shrink_(model, plan, (), kwargs)
     config: Any = model.config
     assert config.num_attention_heads == config.num_key_value_heads == plan.selections[0].kept == 3
-
-
-@pytest.mark.slow
-def test_widths_of_their_own_leave_the_configuration_alone() -> None:
-    model, kwargs = tiny("llama")
-    config: Any = model.config
-    before = config.to_dict()
-    with pytest.warns(UserWarning, match="cannot say how wide the layers"):
-        eco.shrink_(model, plan_of(couplings_of("llama"), ["ffn"], uneven), (), kwargs)
-    assert config.to_dict() == before
 
 
 def test_a_configuration_of_ones_own_follows() -> None:
@@ -301,10 +293,3 @@ def test_a_configuration_that_cannot_follow_is_named(kind: str, field: str) -> N
         eco.shrink_(model, plan, (), kwargs)
     assert [one.filename for one in told if "cannot say" in str(one.message)] == [__file__]
     assert "vocab_size" not in str(told[0].message)
-
-
-@pytest.mark.slow
-def test_a_configuration_that_follows_is_not_named(recwarn: pytest.WarningsRecorder) -> None:
-    model, kwargs = tiny("llama")
-    eco.shrink_(model, plan_of(couplings_of("llama"), ["ffn"], half), (), kwargs)
-    assert not [one for one in recwarn if "cannot say" in str(one.message)]

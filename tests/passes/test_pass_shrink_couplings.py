@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cache
 from typing import Any
 
 import pytest
@@ -86,7 +87,12 @@ def plan(couplings: Couplings) -> Plan:
 
 
 def traced(model: nn.Module) -> fx.GraphModule:
-    """The exported graph of a copy, batch and length symbolic."""
+    """The exported graph of a copy, batch and length symbolic; another one for every test to change."""
+    return copy.deepcopy(_traced(model))
+
+
+@cache
+def _traced(model: nn.Module) -> fx.GraphModule:
     shapes = ({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO},)
     graph = torch.export.export(copy.deepcopy(model), (ids(),), dynamic_shapes=shapes).module()
     assert isinstance(graph, fx.GraphModule)

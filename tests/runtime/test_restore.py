@@ -74,10 +74,16 @@ def plan(model: Model) -> Plan:
     return eco.plan(eco.detect(model, (data(),)), ratio=0.4, scores="random", uniform=True)
 
 
-@pytest.fixture
-def small(model: Model, plan: Plan) -> Any:
-    torch.compiler.reset()
+@pytest.fixture(scope="module")
+def shrunk(model: Model, plan: Plan) -> nn.Module:
     return eco.shrink(copy.deepcopy(model), plan, (data(),))
+
+
+@pytest.fixture
+def small(shrunk: nn.Module) -> Any:
+    """A smaller model for every test to change."""
+    torch.compiler.reset()
+    return copy.deepcopy(shrunk)
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ from ecospa_fx.ir.program import ExportedForm
 from ecospa_fx.ir.schema import named_arguments, operator_name
 from ecospa_fx.ir.slices import take
 from ecospa_fx.verify import masked_error
+from tests.support.exported_once import exported_once
 
 EXACT = 1e-9
 UNKNOWN = 1_000_003
@@ -137,13 +138,14 @@ def check_exact(case: Case, seeds: Sequence[int] = (0,)) -> None:
     model, args, couplings = prepared(case)
     twice = tuple(torch.cat([a, a.flip(0) * 0.5]) for a in args)
     nothing = eco.Plan((), tuple(couplings.shapes.items()))
-    for seed in seeds:
-        plan = eco.plan(couplings, ratio=0.5, scores="random", seed=seed) if couplings.offered else nothing
-        small = eco.shrink(model, plan, args)
-        for example in (args, twice):
-            error = masked_error(model, small, plan, example)
-            assert error <= EXACT, f"seed {seed}: error {error}\n{plan}"
-        assert not plan or sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
+    with exported_once():
+        for seed in seeds:
+            plan = eco.plan(couplings, ratio=0.5, scores="random", seed=seed) if couplings.offered else nothing
+            small = eco.shrink(model, plan, args)
+            for example in (args, twice):
+                error = masked_error(model, small, plan, example)
+                assert error <= EXACT, f"seed {seed}: error {error}\n{plan}"
+            assert not plan or sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
 
 
 # -- one rule ----------------------------------------------------------------------------------------------------
@@ -183,9 +185,7 @@ def check_rule(
     masked: removed elements are 0 in the dense run, and every flag that says "0 there" is checked; without, elements
     must only be moved.
     """
-    with torch.no_grad():
-        program = capture(OfParameters(function, parameters, buffers), (), None, dynamic=False)
-    walked = analyse(program)
+    program, walked = _walked(function, parameters, buffers)
     kept = _free(walked, seed)
     dense = {name: program.tensor(name).detach() for name in program.shapes}
     small = {name: take(tensor, slice_of(kept, walked.parameters[name].axes)) for name, tensor in dense.items()}
@@ -196,6 +196,23 @@ def check_rule(
         for one, want, got in zip(_several(value), _several(whole.get(node)), _several(cut.get(node)), strict=True):
             _compare(node, one, want, got, kept, flags=masked)
     return len(kept.choices)
+
+
+def _walked(
+    function: Operation, parameters: Sequence[Tensor], buffers: Sequence[Tensor]
+) -> tuple[ExportedForm, AxisFlow]:
+    """The graph of a function and its axes, which further seeds of the same function share."""
+    key = function, len(parameters), *((t.dtype, t.shape, *t.flatten().tolist()) for t in (*parameters, *buffers))
+    if key not in _LAST:
+        with torch.no_grad():
+            program = capture(OfParameters(function, parameters, buffers), (), None, dynamic=False)
+        _LAST.clear()
+        _LAST[key] = program, analyse(program)
+    return _LAST[key]
+
+
+_LAST: dict[object, tuple[ExportedForm, AxisFlow]] = {}
+"""The last function that was walked."""
 
 
 def _free(walked: AxisFlow, seed: int) -> Narrowing:

@@ -47,8 +47,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     ("world", "mode", "device"),
     [
         (2, "replicated", "cpu"),
-        (2, "sharded", "cpu"),
-        (4, "sharded", "cpu"),
+        (4, "sharded", "cpu"),  # of which some have no row of a weight of six
         pytest.param(2, "replicated", "cuda", marks=needs_gpus),
         pytest.param(2, "sharded", "cuda", marks=needs_gpus),
     ],

@@ -51,6 +51,14 @@ class Language(nn.Module):
         return out
 
 
+class Unfit(Language):
+    def __init__(self) -> None:
+        super().__init__(1)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
 def language(blocks: int = 2) -> Language:
     torch.manual_seed(0)
     return Language(blocks).double()
@@ -301,9 +309,9 @@ def test_it_is_the_default_where_there_is_data() -> None:
     assert len(sparse_language(language(blocks=1), None, **options, batches=None)._schedule.steps) == 11
 
 
-@pytest.mark.slow
 def test_data_and_a_loss_are_needed() -> None:
-    model = language(blocks=1)
+    """Which is said before the model is traced, of one that cannot be."""
+    model = Unfit()
     for missing in ({"batches": None}, {"loss": None}):
         with pytest.raises(TrainingError, match="second-order' needs data: give batches= and loss="):
             sparse_language(model, torch.optim.SGD(model.parameters(), lr=0.1), **missing)

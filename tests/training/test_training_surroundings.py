@@ -137,7 +137,7 @@ def test_a_model_in_training_is_saved_as_it_is(tmp_path: Path) -> None:
     sparse, optimizer = started(schedule=eco.Linear(start=1, end=3, every=2))
     average = copy.deepcopy(sparse.model)
     sparse.follow(average)
-    for steps in (0, 2, 2):
+    for steps in (0, 4):
         train(sparse, optimizer, steps)
         for name, tree in (("own", sparse.model), ("average", average)):
             folder = tmp_path / f"{name}-{len(sparse.history)}"
@@ -202,9 +202,8 @@ def test_compress_with_fewer_samples_than_units() -> None:
             y: Tensor = self.head((x + self.body(x)).mean(1))
             return y
 
-    for seed in range(2):
-        torch.manual_seed(seed)
-        model, x = Pooled(), torch.randn(4, 6, 16)
-        for rows in (x, torch.zeros_like(x), x[:1]):
-            small = eco.compress(model, (x,), ratio=0.5, batches=[((rows,), {})], loss=square, distillation=16)
-            assert small(x).isfinite().all()
+    torch.manual_seed(0)
+    model, x = Pooled(), torch.randn(4, 6, 16)
+    for rows in (x, torch.zeros_like(x), x[:1]):
+        small = eco.compress(model, (x,), ratio=0.5, batches=[((rows,), {})], loss=square, distillation=4)
+        assert small(x).isfinite().all()
