@@ -7,15 +7,18 @@ from contextlib import nullcontext
 from copy import deepcopy
 from itertools import pairwise
 from typing import Any
+from weakref import ReferenceType, ref
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import ecospa_fx as eco
+from ecospa_fx import recipe
 from ecospa_fx.errors import EcospaError, InputError, OptionError, PlanError, ScoreError
 from ecospa_fx.importance.score import Batch
 from ecospa_fx.origin import origin_of
+from ecospa_fx.passes.lossy.measurement import Measurement
 from ecospa_fx.recipe import Recipe
 from ecospa_fx.runtime import bfloat16
 from tests.support.counting import VOCABULARY, Tokens, data, learnt, loss_of, mean_loss
@@ -181,6 +184,28 @@ def test_models_of_several_sizes_are_those_that_come_by_one(
         assert alone.state_dict().keys() == model.state_dict().keys()
         assert all(value.equal(alone.state_dict()[name]) for name, value in model.state_dict().items())
         assert model(*batches[0][0]).equal(alone(*batches[0][0]))
+
+
+@pytest.mark.slow
+def test_what_was_measured_is_let_go_before_distilling(trained: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[ReferenceType[object]] = []
+    alive: list[bool] = []
+    measure, distil = recipe._measured, recipe._distil
+
+    def noted(*args: Any) -> Measurement:
+        result = measure(*args)
+        measured.append(ref(result.curvature))
+        return result
+
+    def looked(*args: Any) -> None:
+        alive.append(measured[0]() is not None)
+        distil(*args)
+
+    monkeypatch.setattr(recipe, "_measured", noted)
+    monkeypatch.setattr(recipe, "_distil", looked)
+    batches = data(4)
+    eco.compress(trained, batches[0][0], ratio=0.3, batches=batches, loss=loss_of, distillation=2)
+    assert alive == [False]
 
 
 @pytest.mark.parametrize(
