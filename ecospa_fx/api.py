@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, Unpack, cast
+from typing import Any, Unpack, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -150,8 +150,8 @@ def shrink(
     return smaller(model, plan, args, kwargs, passes, compare=True)
 
 
-@leaves_untouched(calls=True)
-def compress(  # noqa: PLR0913  # the data, the method and what may go meet here
+@overload
+def compress(
     model: nn.Module,
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
@@ -163,7 +163,39 @@ def compress(  # noqa: PLR0913  # the data, the method and what may go meet here
     couplings: Couplings | None = None,
     scores: Scores | Mapping[str, Tensor] | None = None,
     **options: Unpack[CompressOptions],
-) -> nn.Module:
+) -> nn.Module: ...
+
+
+@overload
+def compress(
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    ratio: tuple[float, ...] | list[float],
+    batches: Iterable[Batch] = (),
+    loss: Loss | None = None,
+    method: str = SECOND_ORDER,
+    couplings: Couplings | None = None,
+    scores: Scores | Mapping[str, Tensor] | None = None,
+    **options: Unpack[CompressOptions],
+) -> list[nn.Module]: ...
+
+
+@leaves_untouched(calls=True)
+def compress(  # noqa: PLR0913  # the data, the method and what may go meet here
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    ratio: float | tuple[float, ...] | list[float] | None = None,
+    batches: Iterable[Batch] = (),
+    loss: Loss | None = None,
+    method: str = SECOND_ORDER,
+    couplings: Couplings | None = None,
+    scores: Scores | Mapping[str, Tensor] | None = None,
+    **options: Unpack[CompressOptions],
+) -> nn.Module | list[nn.Module]:
     """Detect, score, plan and shrink in one call, with the defaults that cost least quality.
 
     By default units are chosen by the curvature of the loss, and what is kept is changed to make up for what is
@@ -174,7 +206,7 @@ def compress(  # noqa: PLR0913  # the data, the method and what may go meet here
         args: tuple of positional example inputs, by default ().
         kwargs: mapping of example inputs by name, by default none.
         ratio: share of the couplings' parameters to remove, above 0 and below 1. It has no default: give it or
-            ``widths=``.
+            ``widths=``. Several, ascending, give as many models from one measurement, with method="second-order".
         batches: calibration data, an iterable of (args, kwargs) pairs of calls of the model. What counts are their
             samples, however they are batched: see `score`. By default none, which only method="magnitude" takes.
         loss: function (output, args, kwargs) to a scalar, called with one sample at a time; by default None.
@@ -189,10 +221,11 @@ def compress(  # noqa: PLR0913  # the data, the method and what may go meet here
             and the ingredients of the recipe.
 
     Returns:
-        The smaller module, as `shrink` returns it.
+        The smaller module, as `shrink` returns it; a list of them for several ratios.
 
     Raises:
-        OptionError: an option is unknown, belongs to another method, or neither ratio nor widths is given.
+        OptionError: an option is unknown, belongs to another method, neither ratio nor widths is given, or ratios do
+            not ascend.
         PlanError: the ratio is out of range or reach, or nothing can be removed.
         ScoreError: data or loss are missing, do not fit the model or tell nothing.
         CaptureError: the model cannot be traced.
@@ -204,6 +237,13 @@ def compress(  # noqa: PLR0913  # the data, the method and what may go meet here
         >>> small = eco.compress(mlp, *data[0], ratio=0.5, batches=data, loss=lambda y, args, kwargs: y.square().mean())
         >>> sum(p.numel() for p in small.parameters())
         280
+
+        Several sizes from one measurement:
+
+        >>> options = {"batches": data, "loss": lambda y, args, kwargs: y.square().mean(), "distillation": 8}
+        >>> models = eco.compress(mlp, *data[0], ratio=(0.25, 0.5), **options)
+        >>> [sum(p.numel() for p in model.parameters()) for model in models]
+        [416, 280]
 
         Without data, and only removing:
 
@@ -223,9 +263,10 @@ def compress(  # noqa: PLR0913  # the data, the method and what may go meet here
     model, args, kwargs = lift_parameters(model, args, kwargs)
     couplings = _couplings(model, args, kwargs, couplings, options)
     if method == SECOND_ORDER:
-        return _compressed(Task(model, args, kwargs, couplings, *checked(batches, loss), asked.scores), asked)
+        models = _compressed(Task(model, args, kwargs, couplings, *checked(batches, loss), asked.scores), asked)
+        return models if asked.is_list else models[0]
     by = _scores(model, couplings, batches, loss, asked)
-    return shrink(model, make_plan(couplings, asked.ratio, by, **asked.planning), args, kwargs)
+    return shrink(model, make_plan(couplings, asked.ratios[0], by, **asked.planning), args, kwargs)
 
 
 def _couplings(
@@ -252,7 +293,7 @@ def _scores(
         model,
         couplings,
         list(batches),
-        ratio=asked.ratio,
+        ratio=asked.ratios[0],
         loss=loss,
         method=asked.method,
         steps=asked.steps,
@@ -261,17 +302,21 @@ def _scores(
     )
 
 
-def _compressed(task: Task, asked: Compression) -> nn.Module:
-    """What `compress` returns for second-order compression."""
+def _compressed(task: Task, asked: Compression) -> list[nn.Module]:
+    """What `compress` returns for second-order compression, one per ratio."""
     model, args, kwargs, by = task.model, task.args, task.kwargs, task.scores
     # What cannot be reached, or is not of this model, is refused before anything slow.
-    make_plan(task.couplings, asked.ratio, "magnitude" if by is None else by, **asked.all_planning).check(model)
+    for ratio in asked.ratios:
+        make_plan(task.couplings, ratio, "magnitude" if by is None else by, **asked.all_planning).check(model)
     with torch.inference_mode(False):  # what is fitted needs gradients, whatever the caller's mode
         programs = compared(captures(model, args, kwargs, dynamic=True), model, args, kwargs)
-        rewrite = partial(compress_program, task=task, ratio=asked.ratio, recipe=asked.recipe, **asked.planning)
-        program, plan = first_fit(programs, rewrite)
-    run_passes(program.exported.graph_module, CLEANUP)
-    return remember(restore(program, model, args, kwargs), origin(model, plan, args, kwargs))
+        rewrite = partial(compress_program, task=task, ratios=asked.ratios, recipe=asked.recipe, **asked.planning)
+        results = first_fit(programs, rewrite)[1]
+    for program, _ in results:
+        run_passes(program.exported.graph_module, CLEANUP)
+    return [
+        remember(restore(program, model, args, kwargs), origin(model, plan, args, kwargs)) for program, plan in results
+    ]
 
 
 def scored(

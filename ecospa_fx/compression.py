@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Any, Literal, cast
 
 from torch import Tensor
@@ -80,8 +81,10 @@ class Compression:
 
     method: str
     """"second-order", or a method of `score`."""
-    ratio: float
-    """`RATIO` where the user gave none."""
+    ratios: tuple[float, ...]
+    """One, `RATIO` where the user gave none, or several, ascending."""
+    is_list: bool
+    """Whether as many models are to be returned in a list."""
     scores: Scores | Mapping[str, Tensor] | None
     """The user's own, None where the method scores."""
     planning: AllPlanOptions
@@ -94,7 +97,13 @@ class Compression:
     """Whether these show a bar."""
 
     @classmethod
-    def of(cls, method: str, ratio: float | None, scores: object, options: CompressOptions) -> Compression:
+    def of(
+        cls,
+        method: str,
+        ratio: float | tuple[float, ...] | list[float] | None,
+        scores: object,
+        options: CompressOptions,
+    ) -> Compression:
         """Sort the options of `compress`. Raises PlanError, ScoreError or OptionError for what makes no sense."""
         _check_method(method, options)
         if scores is not None and not isinstance(scores, Scores | Mapping):
@@ -118,9 +127,14 @@ class Compression:
             planning["allocation"] = options["allocation"]
         if ratio is None and planning.get("widths") is None:
             raise OptionError("compress() needs ratio=, the share of the couplings' parameters to remove, or widths=")
-        share, checked = RATIO if ratio is None else ratio, cast("AllPlanOptions", planning)
-        compression = cls(method, share, scores, checked, recipe, steps, progress)
-        PlanSettings(compression.ratio, **compression.all_planning)
+        is_list = isinstance(ratio, tuple | list)
+        ratios = tuple(ratio) if isinstance(ratio, tuple | list) else (RATIO if ratio is None else ratio,)
+        checked = cast("AllPlanOptions", planning)
+        compression = cls(method, ratios, is_list, scores, checked, recipe, steps, progress)
+        for each in ratios:
+            PlanSettings(each, **compression.all_planning)
+        if is_list:
+            _check_several(ratios, method)
         return compression
 
     @property
@@ -145,6 +159,17 @@ def _check_method(method: object, options: CompressOptions) -> None:
                 f"compress() takes {name}= with method={SECOND_ORDER!r} only, and method={method!r} only removes: "
                 "leave it out"
             )
+
+
+def _check_several(ratios: Sequence[float], method: str) -> None:
+    """Raise where several ratios cannot be had from one measurement."""
+    if method != SECOND_ORDER:
+        raise OptionError(
+            f"compress() takes several ratios with method={SECOND_ORDER!r} only, and method={method!r} scores for each "
+            "anew: call it once per ratio"
+        )
+    if not ratios or any(first >= second for first, second in pairwise(ratios)):
+        raise OptionError(f"ratio={tuple(ratios)!r:.60} does not ascend: give at least one, from the least to the most")
 
 
 def _with_scores(ingredients: Mapping[str, Any], scores: object) -> Recipe:

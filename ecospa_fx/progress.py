@@ -11,7 +11,7 @@ from operator import length_hint
 from typing import ParamSpec, TextIO, TypeVar
 
 import torch
-from tqdm.autonotebook import tqdm
+from tqdm.auto import tqdm
 from tqdm.std import tqdm as plain_tqdm
 
 try:

@@ -185,14 +185,14 @@ def checked(batches: Iterable[object], loss: Loss | None) -> tuple[list[Batch], 
 
 
 def compress_program(
-    program: ExportedForm, task: Task, ratio: float, recipe: Recipe, **planning: Unpack[AllPlanOptions]
-) -> Plan:
-    """Make a program smaller in place and let kept units make up for removed ones. Returns the plan.
+    program: ExportedForm, task: Task, ratios: Sequence[float], recipe: Recipe, **planning: Unpack[AllPlanOptions]
+) -> list[tuple[ExportedForm, Plan]]:
+    """Make a program smaller and let kept units make up for removed ones. Returns a program and its plan per ratio.
 
-    planning: further options of `plan`. The model itself is not changed. Raises PlanError where the plan does not fit
-    the program, ScoreError and InputError for data that tells nothing or does not fit.
+    All is measured once. The program itself becomes the one of the last ratio. planning: further options of `plan`. The
+    model itself is not changed. Raises PlanError where a plan does not fit the program, ScoreError and InputError for
+    data that tells nothing or does not fit.
     """
-
     evaluator = PartialInterpreter(program, task.model, task.args, task.kwargs)
     task = replace(task, batches=samples_of(task.batches, evaluator, task.loss))
     draws = recipe.draws(len(task.batches))
@@ -200,29 +200,58 @@ def compress_program(
     learning, validation = _split(task.batches, VALIDATION_EVERY) if draws else (task.batches, [])
     scoring, held_out = _hold_out(learning) if recipe.allocation == "sensitivity" else (learning, [])
     more = augmented(scoring, recipe.mixed)
-    plan, weights = _planned(program, replace(task, batches=more), held_out, ratio, recipe, planning)
-    # Where a norm runs over what is kept, the dense model's inputs are not those of the smaller one.
-    in_turn = recipe.least_squares == IN_TURN or (recipe.least_squares is not False and any(s.inexact for s in plan))
+    plans, weights = _planned(program, replace(task, batches=more), held_out, ratios, recipe, planning)
     dense = PartialInterpreter(program.frozen(), task.model, task.args, task.kwargs)
-    keep = {selection.name: selection.mask for selection in plan}
-    with stage("solving"):
-        for name, value in (replace(weights, damping=None) if in_turn else weights).compensated(keep):
-            program.replace_parameter(name, value)
-    shrink_program(program, plan)
-    small = PartialInterpreter(program, task.model, task.args, task.kwargs)
-    if in_turn:
-        rebuild = Reconstruct(recipe.least_squares_damping)
-        with stage("solving in turn"):
-            rebuild.run(dense, small, more + held_out, lambda stages: recipe.with_progress(stages, "reconstruct"))
+    programs = [*(program.frozen() for _ in plans[1:]), program]
+    results = list(zip(programs, plans, strict=True))
+    for smaller, plan in results:
+        _shrink(smaller, plan, replace(weights, damping=None) if _in_turn(recipe, plan) else weights)
     if draws:
         size = _group_size(weights.curvature, len(more))
         learning, validation = (grouped(some, size, dense, task.loss) for some in (learning, validation))
+    del weights  # what was measured takes more memory than the model
+    for smaller, plan in results:
+        small = PartialInterpreter(smaller, task.model, task.args, task.kwargs)
+        if _in_turn(recipe, plan):
+            _rebuild(dense, small, more + held_out, recipe)
+        if draws:
+            _distil(dense, small, learning, validation, task.loss, recipe)
+    return results
+
+
+def _in_turn(recipe: Recipe, plan: Plan) -> bool:
+    """Whether layers are solved one after the other.
+
+    Where a norm runs over what is kept, the dense model's inputs are not those of the smaller one.
+    """
+    if recipe.least_squares is False:
+        return False
+    return recipe.least_squares == IN_TURN or any(selection.inexact for selection in plan)
+
+
+def _shrink(program: ExportedForm, plan: Plan, weights: Compensated) -> None:
+    """Make up for what the plan removes, and remove it."""
+    keep = {selection.name: selection.mask for selection in plan}
+    with stage("solving"):
+        for name, value in weights.compensated(keep):
+            program.replace_parameter(name, value)
+    shrink_program(program, plan)
+
+
+def _rebuild(dense: PartialInterpreter, small: PartialInterpreter, batches: Sequence[Batch], recipe: Recipe) -> None:
+    """Least squares layer by layer."""
+    with stage("solving in turn"):
+        rebuild = Reconstruct(recipe.least_squares_damping)
+        rebuild.run(dense, small, batches, lambda stages: recipe.with_progress(stages, "reconstruct"))
+
+
+def _distil(
+    dense: PartialInterpreter, small: PartialInterpreter, learning: Sequence[Batch], validation: Sequence[Batch],
+    loss: Loss, recipe: Recipe,
+) -> None:  # fmt: skip
+    with stage("distillation"):
         distill = Distill(recipe.draws(len(learning)), recipe.rate, recipe.step, recipe.mixed, recipe.predicted)
-        with stage("distillation"):
-            distill.run(
-                dense, small, learning, task.loss, validation, lambda order: recipe.with_progress(order, "distill")
-            )
-    return plan
+        distill.run(dense, small, learning, loss, validation, lambda order: recipe.with_progress(order, "distill"))
 
 
 def _group_size(curvature: Curvature | None, samples: int) -> int:
@@ -246,11 +275,11 @@ def _planned(
     program: ExportedForm,
     task: Task,
     held_out: Sequence[Batch],
-    ratio: float,
+    ratios: Sequence[float],
     recipe: Recipe,
     options: AllPlanOptions,
-) -> tuple[Plan, Compensated]:
-    """The plan, and the weights that compensate what it removes; bases have changed in the program."""
+) -> tuple[list[Plan], Compensated]:
+    """A plan per ratio, and the weights that compensate what it removes; bases have changed in the program."""
     evaluator = PartialInterpreter(program, task.model, task.args, task.kwargs)
     # What a module can carry may be whole heads where it cannot carry what is in them.
     containers = options.get("expressible_in") is not None or options.get("widths") is not None
@@ -264,7 +293,7 @@ def _planned(
     else:
         scores = Scores("given", given_scores(task.couplings, chosen, task.scores))
     planning = recipe.planning(options)
-    plan = make_plan(couplings, ratio, scores, **planning)
+    plans = [make_plan(couplings, ratio, scores, **planning) for ratio in ratios]
     damping = recipe.least_squares_damping if recipe.least_squares else None
     weights = measurement.compensated(couplings.offered, damping, recipe.gate_damping if recipe.gates else None)
     if held_out:
@@ -274,8 +303,8 @@ def _planned(
 
         search = Sensitivity(evaluator, weights, held_out, task.loss, recipe.rounds, watch)
         with stage("search"):
-            plan = search.plan(couplings, ratio, scores, **planning)
-    return plan, weights
+            plans = [search.plan(couplings, ratio, scores, **planning) for ratio in ratios]
+    return plans, weights
 
 
 def _split(batches: Sequence[Batch], every: int, most: int | None = None) -> tuple[list[Batch], list[Batch]]:

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 import ecospa_fx as eco
 from ecospa_fx.cli import options, text
 from ecospa_fx.cli.sources import Source, open_exportable, open_source
+from ecospa_fx.compression import CompressOptions
 from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.coupling.report import couplings_data, explain, reason_lines
 from ecospa_fx.coupling.types import Coupling
@@ -230,21 +231,23 @@ def smaller(
     arguments: argparse.Namespace, source: Source, couplings: Couplings, reader: text.Reader, texts: Texts
 ) -> nn.Module:
     """The smaller model, with one batch per calibration window."""
-    only_removes = arguments.method not in {SECOND_ORDER, "magnitude"}
+    asked: CompressOptions = {
+        "round_to": arguments.round_to, "exclude": arguments.exclude, "limits": options.limits(arguments),
+        "progress": True,
+    }  # fmt: skip
+    if arguments.method not in {SECOND_ORDER, "magnitude"}:
+        asked["steps"] = arguments.passes
+    ratio: float = arguments.ratio
     return eco.compress(
         source.model,
         source.args,
         source.kwargs,
-        ratio=arguments.ratio,
+        ratio=ratio,
         batches=[reader.batch(window[None]) for window in texts.calibration],
         loss=reader.loss,
         method=arguments.method,
         couplings=couplings,
-        round_to=arguments.round_to,
-        exclude=arguments.exclude,
-        limits=options.limits(arguments),
-        progress=True,
-        **({"steps": arguments.passes} if only_removes else {}),
+        **asked,
     )
 
 

@@ -79,18 +79,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     options: CompressOptions = {}
     if arguments.method != SECOND_ORDER:
         options["steps"] = 1 if arguments.method == "magnitude" else arguments.passes
-    small = watch(
-        "compress",
-        eco.compress,
-        model,
-        (example,),
-        ratio=arguments.ratio,
-        batches=batches,
-        loss=demo.next_byte_loss,
-        method=arguments.method,
-        couplings=couplings,
-        **options,
-    )
+    ratio: float = arguments.ratio
+
+    def smaller() -> nn.Module:
+        call: dict[str, Any] = {"batches": batches, "loss": demo.next_byte_loss, "method": arguments.method}
+        return eco.compress(model, (example,), ratio=ratio, couplings=couplings, **call, **options)
+
+    small = watch("compress", smaller)
     plan = origin_of(small).plan
     sys.stdout.write(f"{plan}\n\n")
     perplexities = [watch("perplexity", demo.perplexity, m, held_out) for m in (model, small)]

@@ -160,9 +160,8 @@ class _State:
         """The blocks, of the matrices as they are without updates that wait."""
         units = self.pair.matrices.shape[-1] // self.width
         grid = self.pair.matrices.view(2, -1, units, self.width, units, self.width)
-        blocks: Tensor = grid.diagonal(dim1=2, dim2=4).movedim(-1, 2).transpose(0, 1).contiguous()
-        blocks[:, 1] *= 0.5
-        return blocks
+        of_inverse, of_gram = grid.diagonal(dim1=2, dim2=4).movedim(-1, 2).unbind()
+        return torch.stack([of_inverse, of_gram / 2], 1)
 
     def remove_all(self) -> Removal:
         """Take out unit after unit until none is left."""

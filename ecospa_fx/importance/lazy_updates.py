@@ -46,7 +46,8 @@ class LazyPair:
             end = 2 * self.waiting
             places = self._coefficients[..., :end]
             by = self._factors[self._carrier[..., None], places, columns[:, None, :, None]]
-            rows.flatten(1, 2).baddbmm_(by.flatten(1, 2), self._factors[:, 1 : 1 + end], alpha=-1)
+            flat = torch.baddbmm(rows.flatten(1, 2), by.flatten(1, 2), self._factors[:, 1 : 1 + end], alpha=-1)
+            rows = flat.view(rows.shape)
         return rows
 
     def more(self, count: int) -> Tensor:

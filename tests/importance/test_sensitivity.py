@@ -204,7 +204,7 @@ def test_compress_measures_when_asked() -> None:
         eco.compress(MODEL, *DATA[0], allocation="sensitivity", **{**options, "batches": samples(2)[:3]})
     known = "use 'ragged', 'global', 'uniform', 'sensitivity'"
     with pytest.raises(ScoreError, match=f"^allocation='best' is unknown: {known}$"):
-        eco.compress(MODEL, *DATA[0], allocation="best", **options)  # type: ignore[arg-type]
+        eco.compress(MODEL, *DATA[0], allocation="best", **options)  # type: ignore[call-overload]
 
 
 def test_a_loss_that_is_not_finite_is_refused(prepared: Prepared) -> None:

@@ -7,15 +7,18 @@ from contextlib import nullcontext
 from copy import deepcopy
 from itertools import pairwise
 from typing import Any
+from weakref import ReferenceType, ref
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import ecospa_fx as eco
-from ecospa_fx.errors import EcospaError, InputError, PlanError, ScoreError
+from ecospa_fx import recipe
+from ecospa_fx.errors import EcospaError, InputError, OptionError, PlanError, ScoreError
 from ecospa_fx.importance.score import Batch
 from ecospa_fx.origin import origin_of
+from ecospa_fx.passes.lossy.measurement import Measurement
 from ecospa_fx.recipe import Recipe
 from ecospa_fx.runtime import bfloat16
 from tests.support.counting import VOCABULARY, Tokens, data, learnt, loss_of, mean_loss
@@ -158,6 +161,67 @@ class InPlace(nn.Module):
             h = torch.relu_(up(x)) if self.overwrite else up(x).relu()
             x = x.add_(down(h)) if self.overwrite else x + down(h)
         return x
+
+
+@pytest.mark.slow
+def test_models_of_several_sizes_are_those_that_come_by_one(
+    trained: nn.Module, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "ecospa_fx.progress")
+    batches, ratios = data(8), (0.2, 0.4, 0.6)
+    options: dict[str, Any] = {"batches": batches, "loss": loss_of, "distillation": 8}
+    before = deepcopy(trained.state_dict())
+    models = eco.compress(trained, batches[0][0], ratio=ratios, **options)
+    stages = [message.split(":")[0] for message in caplog.messages]
+    assert stages == ["capture", "capture", "curvature", "surgeon", *["solving"] * 3, *["distillation"] * 3]
+    assert all(value.equal(before[name]) for name, value in trained.state_dict().items())
+    masks = [{s.name: s.mask for s in origin_of(model).plan} for model in models]
+    for wide, narrow in pairwise(masks):
+        assert all((mask <= wide[name]).all() for name, mask in narrow.items() if name in wide)
+    for ratio, model in zip(ratios, models, strict=True):
+        alone = eco.compress(trained, batches[0][0], ratio=ratio, **options)
+        assert origin_of(alone).plan == origin_of(model).plan
+        assert alone.state_dict().keys() == model.state_dict().keys()
+        assert all(value.equal(alone.state_dict()[name]) for name, value in model.state_dict().items())
+        assert model(*batches[0][0]).equal(alone(*batches[0][0]))
+
+
+@pytest.mark.slow
+def test_what_was_measured_is_let_go_before_distilling(trained: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[ReferenceType[object]] = []
+    alive: list[bool] = []
+    measure, distil = recipe._measured, recipe._distil
+
+    def noted(*args: Any) -> Measurement:
+        result = measure(*args)
+        measured.append(ref(result.curvature))
+        return result
+
+    def looked(*args: Any) -> None:
+        alive.append(measured[0]() is not None)
+        distil(*args)
+
+    monkeypatch.setattr(recipe, "_measured", noted)
+    monkeypatch.setattr(recipe, "_distil", looked)
+    batches = data(4)
+    eco.compress(trained, batches[0][0], ratio=0.3, batches=batches, loss=loss_of, distillation=2)
+    assert alive == [False]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ratio": ()}, r"ratio=\(\) does not ascend: give at least one, from the least to the most"),
+        ({"ratio": (0.3, 0.2)}, r"ratio=\(0.3, 0.2\) does not ascend"),
+        ({"ratio": [0.3, 0.3]}, r"ratio=\(0.3, 0.3\) does not ascend"),
+        ({"ratio": (0.3,), "method": "magnitude"}, "method='magnitude' scores for each anew: call it once per ratio"),
+    ],
+)
+def test_ratios_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        eco.compress(nn.Linear(2, 2), (torch.ones(1, 2),), **options)
+    with pytest.raises(PlanError, match="ratio"):
+        eco.compress(nn.Linear(2, 2), (torch.ones(1, 2),), ratio=(0.2, 1.5))
 
 
 @pytest.mark.slow
