@@ -7,7 +7,7 @@ width per layer. Which one is chosen by what the module computes, see `parts_of`
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +127,17 @@ def write_gguf(path: Path, writer: Any, parts: Parts, reader: GgufReader, *, kin
     writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
+
+
+def as_stored(parts: Parts, kind: str) -> Parts:
+    """The parts with the weights that a file has, rounded as they are stored."""
+    quants = import_gguf().quants
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in parts.tensors.items():
+        raw = import_gguf().GGMLQuantizationType[_type_of(tensor, kind)]
+        stored = quants.quantize(tensor.float().contiguous().numpy(), raw) if tensor.numel() else None
+        tensors[name] = tensor if stored is None else torch.from_numpy(quants.dequantize(stored, raw))
+    return replace(parts, tensors=tensors)
 
 
 def _type_of(tensor: Tensor, kind: str) -> str:

@@ -110,8 +110,11 @@ def parts_of(model: Any, ids: Tensor, want: Tensor) -> Parts:
     )
 
 
-def computed(parts: Parts, ids: Tensor) -> Tensor:
-    """Logits by the arithmetic of llama.cpp's readers: float32 [batch, length, vocabulary]."""
+def computed(parts: Parts, ids: Tensor, *, half_cache: bool = False) -> Tensor:
+    """Logits by the arithmetic of llama.cpp's readers: float32 [batch, length, vocabulary].
+
+    half_cache: with keys and values rounded to half precision, as llama.cpp keeps them.
+    """
     t = {name: tensor.float() for name, tensor in parts.tensors.items()}
     angles = torch.arange(ids.shape[1])[:, None] * parts.frequencies.float()
     cos, sin = angles.cos(), angles.sin()
@@ -119,18 +122,22 @@ def computed(parts: Parts, ids: Tensor) -> Tensor:
     for layer in range(parts.layers):
         block = {n.removeprefix(f"blk.{layer}."): tensor for n, tensor in t.items() if n.startswith(f"blk.{layer}.")}
         if "attn_q.weight" in block:
-            x = x + _attention(block, _normed(x, block["attn_norm.weight"], parts), parts, cos, sin)
+            x = x + _attention(block, _normed(x, block["attn_norm.weight"], parts), parts, (cos, sin), half_cache)
         h = _normed(x, block["ffn_norm.weight"], parts)
         gated = silu(_linear(h, block, "ffn_gate")) * _linear(h, block, "ffn_up")
         x = x + _linear(gated, block, "ffn_down")
     return linear(_normed(x, t["output_norm.weight"], parts), t.get("output.weight", t["token_embd.weight"]))
 
 
-def _attention(block: Mapping[str, Tensor], h: Tensor, parts: Parts, cos: Tensor, sin: Tensor) -> Tensor:
+def _attention(
+    block: Mapping[str, Tensor], h: Tensor, parts: Parts, turns: tuple[Tensor, Tensor], half_cache: bool
+) -> Tensor:
     q, k, v = (split_heads(_linear(h, block, f"attn_{name}"), -1, parts.head_dim).transpose(1, 2) for name in "qkv")
     if "attn_q_norm.weight" in block:
         q, k = _normed(q, block["attn_q_norm.weight"], parts), _normed(k, block["attn_k_norm.weight"], parts)
-    q, k = (_turned(y, cos, sin) for y in (q, k))
+    q, k = (_turned(y, *turns) for y in (q, k))
+    if half_cache:
+        k, v = k.half().float(), v.half().float()
     groups = q.shape[1] // max(k.shape[1], 1)
     k, v = (y.repeat_interleave(groups, 1) for y in (k, v))
     mixed = scaled_dot_product_attention(q, k, v, is_causal=True)

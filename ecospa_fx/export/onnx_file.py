@@ -60,8 +60,8 @@ def write_onnx(path: Path, model: nn.Module, args: Sequence[Any], kwargs: Mappin
         except Exception as error:  # whatever the exporter of torch raises
             first = str(error).strip().partition("\n")[0]
             raise CaptureError(
-                f"torch.onnx.export cannot export {type(model).__name__} ({type(error).__name__}: {first:.200}): "
-                "export to another format"
+                f"torch.onnx.export cannot export {type(model).__name__} ({type(error).__name__}: {first:.200}): use "
+                "another format"
             ) from error
 
 

@@ -26,8 +26,8 @@ from ecospa_fx.export.certificate import (
     write_certificate,
 )
 from ecospa_fx.export.configurations import stock_class
-from ecospa_fx.export.gguf_file import TYPES, reader_for, write_gguf
-from ecospa_fx.export.gguf_parts import import_gguf, parts_of
+from ecospa_fx.export.gguf_file import TYPES, as_stored, reader_for, write_gguf
+from ecospa_fx.export.gguf_parts import computed, import_gguf, parts_of
 from ecospa_fx.export.gguf_tokenizer import TEXTS, add_tokenizer, wanted_tokens
 from ecospa_fx.export.tokenizers import copy_tokenizer, tokenizer_folder
 from ecospa_fx.export.transformers_folder import TOLERANCE, calls_of, exact_twin, outputs_of, reread, write_checkpoint
@@ -42,7 +42,10 @@ LENGTH = 64
 """Tokens that llama.cpp decodes, one at a time."""
 
 LLAMA_CPP_LIMIT = {"F32": 0.05, "F16": 0.05, "BF16": 0.05, "Q8_0": 0.25}
-"""Largest error of llama.cpp over the largest number, by how weights are stored: above, it computes something else."""
+"""Largest error of llama.cpp over the largest number, by how weights are stored."""
+
+SENSITIVITY = 4.0
+"""How many times the error that rounding alone makes, in torch, may be llama.cpp's: badly pruned models multiply it."""
 
 ONNX_LIMIT = {torch.float64: 1e-3, torch.float32: 1e-3}
 """The same of ONNX Runtime, by the type of the output; in shorter types 0.05."""
@@ -210,16 +213,19 @@ def _gguf(asked: Export) -> Certificate:
         writer.close()
         certificate = certified(model, "gguf", folder, dense=asked.dense, call={"input_ids": ids, "use_cache": False})
         if llama_cpp.is_installed():
-            certificate = replace(certificate, engine=_checked_run(file, ids, want, kind, wanted_tokens(source)))
+            rounded = computed(as_stored(parts, kind), ids, half_cache=True)
+            limit = LLAMA_CPP_LIMIT[kind] * float(want.abs().max())
+            limit = max(limit, SENSITIVITY * float((rounded - want).abs().max()))
+            certificate = replace(certificate, engine=_checked_run(file, ids, want, limit, wanted_tokens(source)))
         write_certificate(folder / beside.name, certificate)
     return certificate
 
 
-def _checked_run(file: Path, ids: Tensor, want: Tensor, kind: str, tokens: list[list[int]]) -> EngineRun:
+def _checked_run(file: Path, ids: Tensor, want: Tensor, limit: float, tokens: list[list[int]]) -> EngineRun:
     """What llama.cpp makes of a file. Raises StorageError where that is something else than the model."""
     got, split = llama_cpp.run(file, ids[0].tolist(), TEXTS if tokens else ())
     run = engine_run("xllamacpp", {"input_ids": ids}, got[None], want)
-    if not run.largest_error <= LLAMA_CPP_LIMIT[kind] * run.largest_output or split != tokens:
+    if not run.largest_error <= limit or split != tokens:
         what = f"other numbers, by {run.largest_error:.1e}" if split == tokens else "other tokens"
         raise StorageError(f"llama.cpp gives {what} than the model, so the file was not kept: export to another format")
     return run

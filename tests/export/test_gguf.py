@@ -15,8 +15,16 @@ import ecospa_fx as eco
 from ecospa_fx.errors import InputError, StorageError
 from ecospa_fx.export import gguf_tokenizer, llama_cpp, verb
 from ecospa_fx.export.check import check_export
-from ecospa_fx.export.gguf_file import READERS, GgufReader, frequency_base, frequency_factors, interleaved, reader_for
-from ecospa_fx.export.gguf_parts import Parts, parts_of
+from ecospa_fx.export.gguf_file import (
+    READERS,
+    GgufReader,
+    as_stored,
+    frequency_base,
+    frequency_factors,
+    interleaved,
+    reader_for,
+)
+from ecospa_fx.export.gguf_parts import Parts, computed, parts_of
 from tests.support.narrow import narrow
 
 gguf = pytest.importorskip("gguf")
@@ -212,6 +220,17 @@ def test_readers_and_what_does_not_fit_them() -> None:
     biased = {**parts.tensors, "blk.0.attn_q.bias": torch.zeros(48)}
     assert replace(plain, ragged=True, biased=False).misfit(replace(parts, tensors=biased)) == "it has biases"
     assert replace(plain, ragged=True, normed=True).misfit(parts) == "queries and keys are not normed"
+
+
+def test_weights_as_they_are_stored() -> None:
+    parts, ids = example_parts(hidden_size=64), torch.arange(12)[None]
+    exact, halves = computed(parts, ids), computed(parts, ids, half_cache=True)
+    assert 0 < float((exact - halves).abs().max()) < 0.01
+    assert torch.equal(computed(as_stored(parts, "F32"), ids), exact)
+    for kind, most in (("F16", 0.02), ("BF16", 0.2), ("Q8_0", 0.3)):
+        stored = as_stored(parts, kind)
+        assert 0 < float((computed(stored, ids) - exact).abs().max()) < most
+        assert torch.equal(stored.tensors["output_norm.weight"], parts.tensors["output_norm.weight"])
 
 
 def test_pairs_that_are_turned_stand_beside_each_other() -> None:
