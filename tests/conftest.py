@@ -93,6 +93,17 @@ def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "load", demonstration.shallow)
 
 
+@pytest.fixture
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing else is asked for, `compress` distils on eight samples: for tests of what stands around it."""
+    from ecospa_fx.recipe import Recipe
+
+    def draws(self: Recipe, batches: int) -> int:
+        return 8 if self.distillation is None else self.distillation
+
+    monkeypatch.setattr(Recipe, "draws", draws)
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test that takes a `case` runs once for each of its module's CASES, the table of a family of rules."""
     if "case" in metafunc.fixturenames:

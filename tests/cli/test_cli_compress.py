@@ -26,6 +26,7 @@ QK, FFN = "model.layers.0.self_attn.qk", "model.layers.1.mlp.ffn"
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("brief")
 def test_compress_does_what_it_prints(folder: Path, tmp_path: Path, capsys: Capture) -> None:
     output = tmp_path / "small"
     tokenizer = str(folder / "tokenizer.json")
@@ -73,6 +74,7 @@ def test_compress_reads_xz_finds_the_tokenizer_and_takes_a_second_text(
     assert 35 < float(share[1]) < 45
 
 
+@pytest.mark.usefixtures("brief")
 def test_compress_takes_a_function_that_reads_bytes(
     folder: Path, tmp_path: Path, factories: str, capsys: Capture
 ) -> None:
@@ -84,7 +86,7 @@ def test_compress_takes_a_function_that_reads_bytes(
     assert not (tmp_path / "small" / "config.json").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("brief")
 def test_compress_says_what_is_inexact_and_checks_the_rest(
     folder: Path, tmp_path: Path, factories: str, capsys: Capture
 ) -> None:
@@ -213,7 +215,7 @@ def test_only_causal_language_models_with_weights_are_measured(folder: Path, tmp
     assert "BertModel is no causal language model" in refused(capsys, arguments)
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("brief")
 def test_an_inexact_result_is_not_saved(
     folder: Path, tmp_path: Path, factories: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:

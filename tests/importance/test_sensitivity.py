@@ -193,7 +193,7 @@ def test_the_plan_is_never_worse_on_the_held_out_data_than_the_one_by_scores(pre
 
 @pytest.mark.slow
 def test_compress_measures_when_asked() -> None:
-    options: dict[str, Any] = {"ratio": 0.3, "batches": batches(8), "loss": loss, "distillation": 0}
+    options: dict[str, Any] = {"ratio": 0.3, "batches": batches(4), "loss": loss, "distillation": 0}
     small = eco.compress(MODEL, *DATA[0], allocation="sensitivity", rounds=1, limits={"ffn": 0.5}, **options)
     plan = origin_of(small).plan
     assert abs(plan.removed_parameters / plan.coupled_parameters - 0.3) < 0.05

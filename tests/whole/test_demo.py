@@ -122,7 +122,7 @@ def test_too_many_windows_are_refused() -> None:
     ("method", "error", "status", "verdict"),
     [("second-order", None, 0, "(exact)"), ("magnitude", 1e-6, 1, "NOT EXACT")],
 )
-@pytest.mark.usefixtures("shallow")
+@pytest.mark.usefixtures("shallow", "brief")
 def test_the_demonstration(
     method: str,
     error: float | None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from contextlib import nullcontext
+import warnings
 from copy import deepcopy
 from itertools import pairwise
 from typing import Any
@@ -58,14 +58,16 @@ def test_what_does_nothing_goes_first_and_costs_nothing(options: dict[str, Any])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [{}, {"rotary": False, "fused": True, "bias": True}])
-def test_it_beats_removal_alone_and_more_costs_more(shape: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("shape", "ratios"), [({}, (0.25, 0.5)), ({"rotary": False, "fused": True, "bias": True}, (0.5,))]
+)
+def test_it_beats_removal_alone_and_more_costs_more(shape: dict[str, Any], ratios: tuple[float, ...]) -> None:
     model = learnt(Tokens(**shape))
     before = deepcopy(model.state_dict())
     batches, losses = data(), [mean_loss(model, data())]
     options: dict[str, Any] = {"batches": batches, "loss": loss_of, "couplings": eco.detect(model, batches[0][0])}
-    for ratio in (0.25, 0.5):
-        small = eco.compress(model, batches[0][0], ratio=ratio, distillation=64, **options)
+    for ratio in ratios:
+        small = eco.compress(model, batches[0][0], ratio=ratio, distillation=32, **options)
         bare = eco.compress(model, batches[0][0], ratio=ratio, method="gate-fisher", **options)
         assert mean_loss(small, batches) < mean_loss(bare, batches)
         losses.append(mean_loss(small, batches))
@@ -76,9 +78,9 @@ def test_it_beats_removal_alone_and_more_costs_more(shape: dict[str, Any]) -> No
 
 @pytest.mark.slow
 def test_it_is_deterministic_and_reads_batches_of_other_sizes(trained: nn.Module) -> None:
-    batches = [*data(6, 12), *data(6, 9)]
+    batches = [*data(3, 12), *data(3, 9)]
     first, second = (
-        eco.compress(trained, batches[0][0], ratio=0.3, batches=iter(batches), loss=loss_of, distillation=16)
+        eco.compress(trained, batches[0][0], ratio=0.3, batches=iter(batches), loss=loss_of, distillation=4)
         for _ in range(2)
     )
     for a, b in zip(first.parameters(), second.parameters(), strict=True):
@@ -90,19 +92,19 @@ def test_what_a_module_can_carry_is_compressed_by_whole_heads() -> None:
     """KV groups, whose content its code could not narrow, are scored and made up for like what is in them."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 8, "num_key_value_heads": 4}
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 8, "num_key_value_heads": 4}
     model = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(vocab_size=VOCABULARY, num_hidden_layers=2, **shape)
     ).eval()
     no_cache = {"use_cache": False}
-    batches: list[Batch] = [(args, no_cache) for args, _ in data(8)]
+    batches: list[Batch] = [(args, no_cache) for args, _ in data(4)]
 
     def loss(output: Any, args: Any, kwargs: Any) -> Tensor:
         return loss_of(output.logits, args, kwargs)
 
     couplings = eco.detect(model, batches[0][0], no_cache)
     for uniform in (False, True):
-        options: dict[str, Any] = {"ratio": 0.3, "batches": batches, "loss": loss, "distillation": 8}
+        options: dict[str, Any] = {"ratio": 0.3, "batches": batches, "loss": loss, "distillation": 2}
         options["couplings"] = couplings
         small = eco.compress(
             model, batches[0][0], no_cache, expressible_in="module", uniform=uniform, round_to=1, **options
@@ -111,7 +113,8 @@ def test_what_a_module_can_carry_is_compressed_by_whole_heads() -> None:
         assert {"heads", "ffn"} <= {s.kind for s in plan}
         assert plan.removed_parameters / plan.coupled_parameters == pytest.approx(0.3, abs=0.1)
         own = deepcopy(model)
-        with nullcontext() if uniform else pytest.warns(UserWarning, match="cannot say how wide the layers"):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error" if uniform else "ignore", "config.* cannot say how wide the layers")
             eco.shrink_(own, plan, batches[0][0], no_cache)
         own.load_state_dict(small.state_dict())
         ids = batches[0][0][0]
@@ -121,7 +124,7 @@ def test_what_a_module_can_carry_is_compressed_by_whole_heads() -> None:
 @pytest.mark.slow
 def test_bfloat16_and_training_mode_stay_what_they_are() -> None:
     model = learnt(Tokens(dropout=0.2)).bfloat16().train()
-    small = eco.compress(model, data()[0][0], ratio=0.3, batches=data(), loss=loss_of, distillation=16)
+    small = eco.compress(model, data()[0][0], ratio=0.3, batches=data(4), loss=loss_of, distillation=4)
     assert small.training
     assert {p.dtype for p in small.parameters()} == {torch.bfloat16}
     assert all(p.isfinite().all() and p.requires_grad for p in small.parameters())
@@ -129,9 +132,9 @@ def test_bfloat16_and_training_mode_stay_what_they_are() -> None:
 
 @pytest.mark.slow
 def test_it_works_in_inference_mode(trained: nn.Module) -> None:
-    batches = data()
+    batches = data(4)
     with torch.inference_mode():
-        small = eco.compress(trained, batches[0][0], ratio=0.3, batches=batches, loss=loss_of, distillation=16)
+        small = eco.compress(trained, batches[0][0], ratio=0.3, batches=batches, loss=loss_of, distillation=4)
     assert not any(p.is_inference() for p in small.parameters())
 
 

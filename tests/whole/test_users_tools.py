@@ -44,14 +44,14 @@ def rows(count: int) -> list[dict[str, Tensor]]:
     return [{"input_ids": torch.arange(s, s + 12), "labels": torch.arange(s, s + 12)} for s in starts]
 
 
-def train(model: Any, folder: Path, steps: int = 20) -> tuple[float, float]:
+def train(model: Any, folder: Path, steps: int = 10) -> tuple[float, float]:
     """The loss before and after a short run of transformers.Trainer."""
     pytest.importorskip("accelerate")
     options: Any = transformers.TrainingArguments(
-        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=8, learning_rate=5e-3, report_to=[],
+        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=8, learning_rate=1e-2, report_to=[],
         use_cpu=True, disable_tqdm=True, save_strategy="no", label_names=["labels"], remove_unused_columns=False,
     )  # fmt: skip
-    trainer: Any = transformers.Trainer(model, options, train_dataset=rows(160), eval_dataset=rows(16))
+    trainer: Any = transformers.Trainer(model, options, train_dataset=rows(80), eval_dataset=rows(16))
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     return before, trainer.evaluate()["eval_loss"]
@@ -152,7 +152,7 @@ def test_adapters_on_an_edited_module(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["graph", "module"])
 def test_a_model_with_adapters_is_made_smaller_with_them(form: str) -> None:
-    dense, kwargs = tiny("llama")
+    dense, kwargs = tiny("llama", num_hidden_layers=1)
     model = adapted(dense).eval()
     plan = plan_of(eco.detect(model, (), kwargs), ["ffn", "heads", "pair"], uneven)
     twin = masked_twin(model, plan)
@@ -168,7 +168,7 @@ def test_a_model_with_adapters_is_made_smaller_with_them(form: str) -> None:
 
 @pytest.mark.slow
 def test_what_adapters_say_of_themselves_follows_so_that_more_can_be_added() -> None:
-    dense, kwargs = tiny("llama")
+    dense, kwargs = tiny("llama", num_hidden_layers=1)
     model = adapted(dense).eval()
     eco.shrink_(model, plan_of(eco.detect(model, (), kwargs), ["ffn", "heads"], half), (), kwargs)
     model.add_adapter("more", adapters().LoraConfig(r=2, target_modules=TARGETS, task_type="CAUSAL_LM"))
