@@ -19,7 +19,7 @@ from ecospa_fx.axes.findings import (
     RouteKey,
     Value,
 )  # fmt: skip
-from ecospa_fx.axes.reasons import NOTHING, PARAMETER, RENORMALISE, WHOLE, Reason
+from ecospa_fx.axes.reasons import NOTHING, PARAMETER, RENORMALISE, WHOLE, ZERO, Reason
 
 
 class Verbs:
@@ -55,18 +55,30 @@ class Verbs:
         self.block(value.axes[index], why, remedy)
         self._carries_none(value, index)
 
-    def normalises(self, value: Value, index: int, why: str) -> bool:
-        """Positions along one axis are divided by a statistic of all: blocked, unless the caller allowed otherwise.
+    def needs_zero(self, value: Value, index: int) -> None:
+        """What is removed along one axis must be 0, because it is summed over: otherwise its dims are blocked."""
+        self._bind(value)
+        if not value.zero[index]:
+            self.block(value.axes[index], "it is summed over although removed elements are not zero there", ZERO)
 
-        Allowed, the statistic runs over what is kept, and the dims are marked inexact. Returns whether it is allowed.
+    def averages(self, value: Value, index: int, operator: str) -> None:
+        """Positions along one axis are summed and divided by their number, which stays that of all.
+
+        So what is removed must be 0 there: otherwise the dims are blocked, unless the caller allowed that the number is
+        that of what is kept. Then nothing need be 0, and the dims are marked inexact.
         """
-        if "renormalise" not in self.record.allow:
-            self.mixes(value, index, why, RENORMALISE)
-            return False
-        for dim in self._movable(value.axes[index]):
-            self.record.inexact.append(Blocker(dim, self.node, Reason(why, remedy=""), self.node))
-        self._carries_none(value, index)
-        return True
+        self._bind(value)
+        if "renormalise" in self.record.allow:
+            reason = Reason(f"{operator} runs over what is kept of it", remedy="")
+            self.record.inexact += [Blocker(d, self.node, reason, self.node) for d in self._movable(value.axes[index])]
+            self._carries_none(value, index)
+        elif not value.zero[index]:
+            why = f"{operator} is taken over it although removed elements are not zero there"
+            self.mixes(value, index, why, f"{ZERO}; or {RENORMALISE}")
+
+    def _bind(self, value: Value) -> None:
+        """What alone makes a tensor that is summed does more than multiply elementwise."""
+        self.record.bound.update(value.makers if len(value.makers) == 1 else ())
 
     def _carries_none(self, value: Value, index: int) -> None:
         """The dims of one axis are no carriers of those of the others."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 from ecospa_fx.axes.call import UNIT, Call, Value
 from ecospa_fx.axes.dims import Axis, DimKind
 from ecospa_fx.axes.registry import axis_rule, refuse
-from ecospa_fx.axes.resize import Resize, resize_rule
+from ecospa_fx.axes.resize import Resize, Term, resize_rule
 
 # -- parts of an axis --------------------------------------------------------------------------------------------
 
@@ -107,7 +107,7 @@ def resize_split(resize: Resize) -> None:
     axis = min(1, len(resize.inputs[0].axes) - 1) if resize.node_is("aten.hsplit") else resize.axis("dim")
     if resize.changed(0, axis):
         sizes = [resize.size(output, axis) for output in resize.outputs]
-        resize.replace_operator("aten.split_with_sizes", (resize.node.args[0], sizes, axis))
+        resize.replace(Term("aten.split_with_sizes.default", (resize.node.args[0], sizes, axis)))
 
 
 # -- several tensors ---------------------------------------------------------------------------------------------
