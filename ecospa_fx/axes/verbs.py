@@ -20,6 +20,7 @@ from ecospa_fx.axes.findings import (
     Value,
 )  # fmt: skip
 from ecospa_fx.axes.reasons import NOTHING, PARAMETER, RENORMALISE, WHOLE, ZERO, Reason
+from ecospa_fx.axes.zeros import alive_on
 
 
 class Verbs:
@@ -58,8 +59,12 @@ class Verbs:
     def needs_zero(self, value: Value, index: int) -> None:
         """What is removed along one axis must be 0, because it is summed over: otherwise its dims are blocked."""
         self._bind(value)
-        if not value.zero[index]:
-            self.block(value.axes[index], "it is summed over although removed elements are not zero there", ZERO)
+        self.not_zero(alive_on(self.dims, value, index))
+
+    def not_zero(self, dims: Iterable[int]) -> None:
+        """Dims are summed over that leave something."""
+        for dim in sorted(dims):
+            self._block_dim(dim, "it is summed over although removed elements are not zero there", ZERO)
 
     def averages(self, value: Value, index: int, operator: str) -> None:
         """Positions along one axis are summed and divided by their number, which stays that of all.
@@ -72,9 +77,9 @@ class Verbs:
             reason = Reason(f"{operator} runs over what is kept of it", remedy="")
             self.record.inexact += [Blocker(d, self.node, reason, self.node) for d in self._movable(value.axes[index])]
             self._carries_none(value, index)
-        elif not value.zero[index]:
+        for dim in () if "renormalise" in self.record.allow else sorted(alive_on(self.dims, value, index)):
             why = f"{operator} is taken over it although removed elements are not zero there"
-            self.mixes(value, index, why, f"{ZERO}; or {RENORMALISE}")
+            self._block_dim(dim, why, f"{ZERO}; or {RENORMALISE}")
 
     def _bind(self, value: Value) -> None:
         """What alone makes a tensor that is summed does more than multiply elementwise."""
@@ -146,8 +151,11 @@ class Verbs:
         mine, other = self.dims.resolve(axis), self.dims.resolve(target)
         return mine == other or not self._lacking(mine, other)
 
+    def lacking(self, axis: Axis, target: Axis) -> list[int]:
+        """Parameters' dims of the target in whose place an axis has another one."""
+        return self._lacking(self.dims.resolve(axis), self.dims.resolve(target))
+
     def _lacking(self, axis: Axis, target: Axis) -> list[int]:
-        """Parameters' dims of the target in whose place a resolved axis has another one."""
         present = {(piece.offset, stride, dim) for piece in axis.pieces for dim, stride in piece.dims}
         wanted = [(piece.offset, stride, dim) for piece in target.pieces for dim, stride in piece.dims]
         return [e[2] for e in wanted if e not in present and self.dims.origins[e[2]] is DimKind.PARAMETER]

@@ -28,6 +28,7 @@ from ecospa_fx.axes.reasons import EVAL, WHOLE
 from ecospa_fx.axes.registry import axis_rule
 from ecospa_fx.axes.resize import Resize, Term, resize_rule
 from ecospa_fx.axes.rules.reduce import reduced, reduced_axes
+from ecospa_fx.axes.zeros import alive_anywhere, flagged
 
 # -- statistics --------------------------------------------------------------------------------------------------
 
@@ -224,8 +225,10 @@ def _with_operands(call: Call, value: Value, operands: Sequence[Value], first: i
     call.gathered([value], axes)
     for operand in operands:
         call.gathered([operand], axes[first : first + count])
-    flags = [z and call.follows(a, b) for z, a, b in zip(value.zero, value.axes, axes, strict=True)]
-    return replace(value, axes=tuple(axes), zero=tuple(flags))
+    pairs = list(zip(value.axes, axes, strict=True))
+    alive = {*alive_anywhere(call.dims, value), *(d for pair in pairs for d in call.lacking(*pair))}
+    flags = [z and call.follows(*pair) for z, pair in zip(value.zero, pairs, strict=True)]
+    return replace(value, axes=tuple(axes), zero=flagged(call.dims, axes, flags, alive))
 
 
 def _normalised_sizes(resize: Resize) -> tuple[list[object], list[int], Fraction]:
