@@ -55,8 +55,8 @@ def detect(
         allow: names of what else may be offered, one or several, by default (). "renormalise" lets norms over
             dims run over what is kept in the smaller model, also where what is removed is not 0: that is not what
             masking gives, and ``Coupling.inexact`` says so. "cache" offers dims of what the model
-            keeps from call to call, such as keys and values of attention: the smaller model takes and returns narrower tensors there, and
-            ``Coupling.resized`` says so.
+            keeps from call to call, such as keys and values of attention: the smaller model takes and returns
+            narrower tensors there, and ``Coupling.resized`` says so.
 
     Returns:
         `Couplings`, a sequence that prints as a table and is indexed by position or by name.
