@@ -52,11 +52,11 @@ def detect(
         args: tuple of positional example inputs of the model, by default (). Parameters among them, as backends of
             ``torch.compile`` get them, become parameters of ``couplings.model``.
         kwargs: mapping of example inputs by name, by default none.
-        allow: names of what else may be offered, one or several, by default (). "renormalise" offers dims that only a
-            norm over them blocks: the norms of the smaller model run over what is kept, which is not what masking
-            gives, and ``Coupling.inexact`` says so. "cache" offers dims of what the model keeps from call to call, such
-            as keys and values of attention: the smaller model takes and returns narrower tensors there, and
-            ``Coupling.resized`` says so.
+        allow: names of what else may be offered, one or several, by default (). "renormalise" lets norms over
+            dims run over what is kept in the smaller model, also where what is removed is not 0: that is not what
+            masking gives, and ``Coupling.inexact`` says so. "cache" offers dims of what the model
+            keeps from call to call, such as keys and values of attention: the smaller model takes and returns
+            narrower tensors there, and ``Coupling.resized`` says so.
 
     Returns:
         `Couplings`, a sequence that prints as a table and is indexed by position or by name.
@@ -79,9 +79,10 @@ def detect(
         >>> [(m.parameter, m.axis, m.role) for m in couplings["ffn"].members]
         [('0.weight', 0, 'producer'), ('0.bias', 0, 'producer'), ('2.weight', 1, 'consumer')]
 
-        A norm over the units blocks them until it is allowed to run over fewer:
+        A norm of what is not 0 blocks until it is allowed to run over fewer units:
 
-        >>> normed = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.LayerNorm(32), torch.nn.Linear(32, 8))
+        >>> units = torch.nn.Linear(8, 32), torch.nn.Sigmoid(), torch.nn.LayerNorm(32)
+        >>> normed = torch.nn.Sequential(*units, torch.nn.Linear(32, 8))
         >>> len(eco.detect(normed, (torch.randn(2, 8),)).offered)
         0
         >>> len(eco.detect(normed, (torch.randn(2, 8),), allow="renormalise").offered)

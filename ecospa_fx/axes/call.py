@@ -12,9 +12,10 @@ from ecospa_fx.axes.dims import Axis, DimKind, Dims, Misaligned, Piece
 from ecospa_fx.axes.findings import Action, Descent, Effect, Findings
 from ecospa_fx.axes.findings import Value as Value
 from ecospa_fx.axes.products import descent_of, events_of, factors_of, note_product, note_sides, squares
-from ecospa_fx.axes.reasons import NOTHING, PARAMETER, WHOLE, ZERO
+from ecospa_fx.axes.reasons import NOTHING, PARAMETER, WHOLE
 from ecospa_fx.axes.shapes import regrouped
 from ecospa_fx.axes.verbs import Verbs
+from ecospa_fx.axes.zeros import Zeros, alive_anywhere, alive_on, cut_dims, flagged
 
 Zero = Literal["all", "any", "lost"]
 UNIT = Axis(1, (Piece(0, ()),))
@@ -63,10 +64,19 @@ class Call(Verbs):
 
     # -- results ---------------------------------------------------------------------------------------------
 
-    def value(self, axes: Iterable[Axis], zero: Iterable[bool] | None = None) -> Value:
-        """An output with these axes; computed from weights alone where all tensor arguments are."""
+    def value(
+        self, axes: Iterable[Axis], zero: Iterable[bool] | None = None, alive: Iterable[int] | None = None
+    ) -> Value:
+        """An output with these axes; computed from weights alone where all tensor arguments are.
+
+        zero: per axis whether removed elements are 0; alive: the dims for which that is not so, where that is known.
+        """
         axes, values = tuple(axes), self.values
+        if alive is None and isinstance(zero, Zeros):
+            alive = zero.alive
         flags = tuple(zero) if zero is not None else (False,) * len(axes)
+        if alive is not None and len(flags) == len(axes):
+            flags = flagged(self.dims, axes, flags, alive)
         self.record.tensors[axes] = None
         makers = self._makers or self._union(v.makers for v in values)
         descent = self.descent or descent_of(values)
@@ -126,6 +136,7 @@ class Call(Verbs):
         factors = factors_of(self, operands) if zero == "any" else ()
         axes: list[Axis] = []
         flags: list[bool] = []
+        alive: set[int] = set()
         for position, size in enumerate(shape):
             aligned = [(v, position - len(shape) + len(v.axes)) for v in operands]
             here = [(v, i) for v, i in aligned if i >= 0 and v.axes[i].size == size]
@@ -137,10 +148,19 @@ class Call(Verbs):
                 self.fixes([axes[-1]])
             live = [v.zero[i] for v, i in here if self.follows(v.axes[i], axes[-1])]
             flags.append((zero == "any" and any(live)) or (zero == "all" and len(live) == len(operands) and all(live)))
+            alive |= self._alive(here, axes[-1], zero, len(operands)) if size != 1 and not flags[-1] else set()
         for value in operands:
             self.gathered([value], axes, joins=any(value is other for other in joins))
         self._factors(operands, zero)
-        return replace(self.value(axes, flags), factors=factors)
+        return replace(self.value(axes, flags, alive), factors=factors)
+
+    def _alive(self, entries: Sequence[tuple[Value, int]], axis: Axis, zero: Zero, count: int) -> set[int]:
+        """The dims of an axis of the result that leave something, of operands of which some have it."""
+        whole = cut_dims(self.dims, axis)
+        parts = [alive_on(self.dims, v, i) | set(self.lacking(v.axes[i], axis)) for v, i in entries]
+        if zero == "all" and len(parts) == count:
+            return whole & set[int]().union(*parts)
+        return whole.intersection(*parts) if zero == "any" else whole
 
     def _factors(self, operands: Sequence[Value], zero: Zero) -> None:
         """Note what a parameter's values multiply, or that they are used otherwise."""
@@ -164,6 +184,7 @@ class Call(Verbs):
                 where.setdefault(name, []).append((value, index))
         axes: dict[Hashable, Axis] = {}
         flags: dict[Hashable, bool] = {}
+        alive: set[int] = set()
         for name, entries in where.items():
             wide = [(v, i) for v, i in entries if v.axes[i].size != 1]
             if not wide:
@@ -171,6 +192,7 @@ class Call(Verbs):
             elif name in out:
                 axes[name] = self.align(wide)
                 flags[name] = any(v.zero[i] for v, i in wide if self.follows(v.axes[i], axes[name]))
+                alive |= self._alive(wide, axes[name], "any", len(wide)) if not flags[name] else set()
             else:
                 axes[name] = wide[0][0].axes[wide[0][1]]
                 self._contracted(wide)
@@ -180,7 +202,7 @@ class Call(Verbs):
         self.record.bound.update(name for value in operands for name in value.weights)
         for value, names in zip(operands, labels, strict=True):
             self._gather_batched(value, names, axes, out)
-        return self.value([axes[name] for name in out], [flags[name] for name in out])
+        return self.value([axes[name] for name in out], [flags[name] for name in out], alive)
 
     def _gather_batched(
         self, value: Value, names: Sequence[Hashable], axes: dict[Hashable, Axis], out: Sequence[Hashable]
@@ -218,7 +240,7 @@ class Call(Verbs):
             self.record.events.append(Effect(dim, self.node, Action.PAIRED))
         note_sides(self, entries, len(weights), apart)
         if not any(v.zero[i] for v, i in entries):
-            self.block(axes[0], "it is summed over although removed elements are not zero there", ZERO)
+            self.not_zero(self._alive(entries, axes[0], "any", len(entries)))
 
     def all_zero(self, parts: Iterable[tuple[Value, int]]) -> bool:
         """Whether removed positions are 0 on every one of these axes; what is never cut does not count."""
@@ -239,7 +261,7 @@ class Call(Verbs):
             old = [source.axes[i] for i in inside]
             axes += self._regroup(old, sizes)
             flags += [self.all_zero([(source, i) for i in inside])] * len(sizes)
-        return replace(self.value(axes, flags), weights=source.weights)
+        return replace(self.value(axes, flags, alive_anywhere(self.dims, source)), weights=source.weights)
 
     def _reshaped_nothing(self, source: Value, shape: Sequence[int]) -> Value:
         """A view of a tensor without elements: axes in front that keep their sizes are the same, all others are new."""
@@ -263,7 +285,8 @@ class Call(Verbs):
 
     def ordered(self, source: Value, order: Sequence[int]) -> Value:
         """A view with some of the source's axes, in another order."""
-        result = self.value([source.axes[i] for i in order], [source.zero[i] for i in order])
+        alive = alive_anywhere(self.dims, source)
+        result = self.value([source.axes[i] for i in order], [source.zero[i] for i in order], alive)
         return replace(result, weights=source.weights)
 
     def sliced(self, source: Value, axis: int, start: int, stop: int, step: int = 1) -> Value:
@@ -274,4 +297,5 @@ class Call(Verbs):
         except Misaligned as reason:
             self.block(axes[axis], f"a slice cuts across it ({reason})", WHOLE)
             axes[axis] = self.dims.fresh(len(range(start, stop, step)), DimKind.STORED)
-        return replace(self.value(axes, source.zero), weights=source.weights)
+        flags, alive = source.zero, alive_anywhere(self.dims, source)
+        return replace(self.value(axes, flags, alive), weights=source.weights)

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 from ecospa_fx.axes.dims import Axis, DimKind
 from ecospa_fx.axes.findings import Action, Contraction, Descent, Product, Value
-from ecospa_fx.axes.reasons import ZERO
 
 if TYPE_CHECKING:
     from ecospa_fx.axes.call import Call
@@ -114,15 +113,20 @@ def events_of(call: Call, operands: Sequence[Value], labels: Labels, out: Sequen
             call.note(axes, Action.BATCHED if summed else Action.MULTIPLIED_ACTIVATIONS)
 
 
-def note_sum(call: Call, value: Value, over: Sequence[int]) -> None:
-    """Note a sum over some axes of a value: of an elementwise product of activations it is a contraction."""
+def note_sum(call: Call, value: Value, over: Sequence[int], *, divided: bool = False) -> None:
+    """Note a sum over some axes of a value: of an elementwise product of activations it is a contraction.
+
+    divided: whether it is divided by the number of positions.
+    """
     rank = len(value.axes)
     labels = [range(rank - len(v.axes), rank) for v in value.factors]
     for i in over:
         wide = sum(i in axes and v.axes[i - axes[0]].size > 1 for v, axes in zip(value.factors, labels, strict=True))
         call.note(value.axes[i], Action.CONTRACTS_ACTIVATIONS if wide > 1 else Action.CONTRACTS_ONES)
-        if not value.zero[i]:
-            call.block(value.axes[i], "it is summed over although removed elements are not zero there", ZERO)
+        if divided:
+            call.averages(value, i, call.operator)
+        else:
+            call.needs_zero(value, i)
     if value.factors:
         out = [i for i in range(rank) if i not in over]
         events_of(call, value.factors, labels, out)

@@ -38,6 +38,7 @@ _FAMILIES = (
     "contract",
     "attention",
     "reduce",
+    "norm",
     "index",
     "create",
     "convolution",

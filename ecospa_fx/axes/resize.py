@@ -5,11 +5,16 @@ Most operators carry no sizes and need nothing. A resize rule edits the argument
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import operator as python
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
 from ecospa_fx.axes.call import Value
 from ecospa_fx.axes.dims import Axis
@@ -42,6 +47,31 @@ def find_resize(operator: str) -> ResizeRule | None:
     return rule if rule is not None else _RULES.get(operator.removesuffix("_"))
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Term:
+    """A call that a rule wants in the graph; a term that stands in several places is computed once."""
+
+    operator: str
+    """Qualified name with its overload, ``"aten.mul.Tensor"``, or of a function of Python, ``"operator.getitem"``."""
+    arguments: tuple[object, ...]
+    """Numbers, nodes of the graph, other terms, and tensors, which become buffers."""
+    options: Mapping[str, object] = field(default_factory=dict)
+    """Arguments by name."""
+
+    @property
+    def target(self) -> Callable[..., Any]:
+        """The function that is called."""
+        namespace, *names = self.operator.split(".")
+        target: Any = python if namespace == "operator" else getattr(torch.ops, namespace)
+        for name in names:
+            target = getattr(target, name)
+        return cast(Callable[..., Any], target)
+
+    def output(self, index: int) -> Term:
+        """One of several results."""
+        return Term("operator.getitem", (self, index))
+
+
 class Resize:
     """One call whose axes get smaller: what they were, what they become, and the arguments to edit."""
 
@@ -53,6 +83,8 @@ class Resize:
         values: tuple[list[Value], list[Value]],
         kept: Narrowing,
         scale: Callable[[object, int, int], object],
+        *,
+        renormalises: bool = False,
     ) -> None:
         self.node = node
         self.operator = operator
@@ -61,7 +93,10 @@ class Resize:
         self.inputs, self.outputs = values
         self.kept = kept
         self.edits: dict[str, object] = {}
-        self.replacement: tuple[str, tuple[object, ...]] | None = None
+        self.replacement: Term | None = None
+        self.results: tuple[Term, ...] = ()
+        self.renormalises = renormalises
+        """Whether a statistic runs over what is kept, because the caller allowed it, and not over all."""
         self._scale = scale
 
     @property
@@ -119,6 +154,33 @@ class Resize:
         new = self.size_of(whole) // (self.size_of(inner) if inner is not None else 1)
         return count if old == new else new if isinstance(count, int) else self._scale(count, old, new)
 
+    def kept_share(self, axes: Iterable[Axis]) -> Fraction:
+        """The share of the positions of some axes that is kept."""
+        share = Fraction(1)
+        for axis in axes:
+            share *= Fraction(self.kept.count(axis), axis.size)
+        return share
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The type of a tensor argument."""
+        node = self.arguments[name]
+        assert isinstance(node, fx.Node)
+        example: Tensor = node.meta["val"]
+        return example.dtype
+
+    def positions(self, name: str, axes: Iterable[int]) -> object:
+        """How many positions some axes of the first input, an argument of this name, had: a number or a term."""
+        node = self.arguments[name]
+        assert isinstance(node, fx.Node)
+        count: object = 1
+        for axis in axes:
+            size: object = self.inputs[0].axes[axis].size
+            if not is_concrete_int(node.meta["val"].shape[axis]):
+                size = Term("aten.sym_size.int", (node, axis))
+            literal = isinstance(count, int) and isinstance(size, int)
+            count = python.mul(count, size) if literal else Term("operator.mul", (count, size))
+        return count
+
     def scaled(self, size: object, axis: Axis) -> object:
         """The new size of an axis in place of a literal or computed one."""
         new = self.kept.count(axis)
@@ -130,9 +192,13 @@ class Resize:
         """Replace an argument."""
         self.edits[name] = value
 
-    def replace_operator(self, operator: str, arguments: tuple[object, ...]) -> None:
-        """Call another operator instead, with these arguments; tensors among them become buffers."""
-        self.replacement = (operator, arguments)
+    def replace(self, term: Term) -> None:
+        """Compute something else instead, which gives as many results."""
+        self.replacement = term
+
+    def replace_results(self, terms: Iterable[Term]) -> None:
+        """Compute each result by itself instead; of an operator that gives one, or a list of them."""
+        self.results = tuple(terms)
 
     def sizes(self, name: str, first: int = 0) -> None:
         """A list of sizes, the i-th for axis first + i of the output; -1 stays, computed sizes are rescaled."""
@@ -168,9 +234,9 @@ class Resize:
         """Choose positions [places, count] along an axis of the first input instead of calling the operator."""
         source, other = self.raw("self"), self.kept.carrier_axis(self.inputs[0].axes, axis)
         if len(positions) == 1 or other is None:
-            self.replacement = ("aten.index_select", (source, axis, positions[0]))
+            self.replace(Term("aten.index_select.default", (source, axis, positions[0])))
             return
         view = [1] * len(self.inputs[0].axes)
         view[other], view[axis] = positions.shape
         index = (positions if other < axis else positions.T).reshape(view)
-        self.replacement = ("aten.take_along_dim", (source, index, axis))
+        self.replace(Term("aten.take_along_dim.default", (source, index, axis)))

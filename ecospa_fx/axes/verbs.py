@@ -19,7 +19,8 @@ from ecospa_fx.axes.findings import (
     RouteKey,
     Value,
 )  # fmt: skip
-from ecospa_fx.axes.reasons import NOTHING, PARAMETER, RENORMALISE, WHOLE, Reason
+from ecospa_fx.axes.reasons import NOTHING, PARAMETER, RENORMALISE, WHOLE, ZERO, Reason
+from ecospa_fx.axes.zeros import alive_on
 
 
 class Verbs:
@@ -55,18 +56,34 @@ class Verbs:
         self.block(value.axes[index], why, remedy)
         self._carries_none(value, index)
 
-    def normalises(self, value: Value, index: int, why: str) -> bool:
-        """Positions along one axis are divided by a statistic of all: blocked, unless the caller allowed otherwise.
+    def needs_zero(self, value: Value, index: int) -> None:
+        """What is removed along one axis must be 0, because it is summed over: otherwise its dims are blocked."""
+        self._bind(value)
+        self.not_zero(alive_on(self.dims, value, index))
 
-        Allowed, the statistic runs over what is kept, and the dims are marked inexact. Returns whether it is allowed.
+    def not_zero(self, dims: Iterable[int]) -> None:
+        """Dims are summed over that leave something."""
+        for dim in sorted(dims):
+            self._block_dim(dim, "it is summed over although removed elements are not zero there", ZERO)
+
+    def averages(self, value: Value, index: int, operator: str) -> None:
+        """Positions along one axis are summed and divided by their number, which stays that of all.
+
+        So what is removed must be 0 there: otherwise the dims are blocked, unless the caller allowed that the number is
+        that of what is kept. Then nothing need be 0, and the dims are marked inexact.
         """
-        if "renormalise" not in self.record.allow:
-            self.mixes(value, index, why, RENORMALISE)
-            return False
-        for dim in self._movable(value.axes[index]):
-            self.record.inexact.append(Blocker(dim, self.node, Reason(why, remedy=""), self.node))
-        self._carries_none(value, index)
-        return True
+        self._bind(value)
+        if "renormalise" in self.record.allow:
+            reason = Reason(f"{operator} runs over what is kept of it", remedy="")
+            self.record.inexact += [Blocker(d, self.node, reason, self.node) for d in self._movable(value.axes[index])]
+            self._carries_none(value, index)
+        for dim in () if "renormalise" in self.record.allow else sorted(alive_on(self.dims, value, index)):
+            why = f"{operator} is taken over it although removed elements are not zero there"
+            self._block_dim(dim, why, f"{ZERO}; or {RENORMALISE}")
+
+    def _bind(self, value: Value) -> None:
+        """What alone makes a tensor that is summed does more than multiply elementwise."""
+        self.record.bound.update(value.makers if len(value.makers) == 1 else ())
 
     def _carries_none(self, value: Value, index: int) -> None:
         """The dims of one axis are no carriers of those of the others."""
@@ -134,8 +151,11 @@ class Verbs:
         mine, other = self.dims.resolve(axis), self.dims.resolve(target)
         return mine == other or not self._lacking(mine, other)
 
+    def lacking(self, axis: Axis, target: Axis) -> list[int]:
+        """Parameters' dims of the target in whose place an axis has another one."""
+        return self._lacking(self.dims.resolve(axis), self.dims.resolve(target))
+
     def _lacking(self, axis: Axis, target: Axis) -> list[int]:
-        """Parameters' dims of the target in whose place a resolved axis has another one."""
         present = {(piece.offset, stride, dim) for piece in axis.pieces for dim, stride in piece.dims}
         wanted = [(piece.offset, stride, dim) for piece in target.pieces for dim, stride in piece.dims]
         return [e[2] for e in wanted if e not in present and self.dims.origins[e[2]] is DimKind.PARAMETER]

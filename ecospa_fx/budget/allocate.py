@@ -68,7 +68,8 @@ def narrowed_to(couplings: Couplings, widths: Mapping[str, int], settings: PlanS
 
     widths: by name of a coupling, or by shell pattern on names, units per carrier; a name counts before a pattern.
     """
-    chosen = choosable(couplings, settings.kinds, settings.exclude)
+    every = sorted({c.kind for c in couplings.offered if c.size > 1}) or None  # what is named is asked for
+    chosen = choosable(couplings, settings.kinds or every, settings.exclude)
     wanted = _widths(couplings, chosen, widths)
     chosen = [c for c in chosen if c.name in wanted]
     scores = _scores(couplings, chosen, settings)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 from torch import nn
 
+from ecospa_fx.coupling.types import RESIDUAL
 from ecospa_fx.errors import EcospaError, PlanError
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ class ChoiceOptions(TypedDict, total=False):
     """Which couplings may lose units, and how many at most: options of `plan`, `compress` and `SparseTraining`."""
 
     kinds: str | Sequence[str] | None
-    """None by default: all that are offered, heads only where what is in them is not. Only couplings of these kinds."""
+    """None by default: all that are offered but for residual widths, heads only where what is in them is not. Only
+    couplings of these kinds."""
     exclude: str | Sequence[str]
     """() by default. Shell patterns on module paths whose parameters stay whole, see `ecospa_fx.coupling.choice`. The
     ratio counts what may go."""
@@ -124,12 +126,19 @@ def choosable(
     """The offered couplings that can lose a unit, of some kinds, without those that patterns leave out.
 
     Raises `refused`, in one sentence, for a kind or a pattern that is not there, and where nothing is left to choose;
-    verb: what there is then nothing to do.
+    verb: what there is then nothing to do. Without `kinds`, residual widths are left out.
     """
     offered = [c for c in couplings.offered if c.size > 1]
     if not offered:
         raise refused(nothing_offered(couplings, verb))
-    if kinds is not None:
+    if kinds is None:
+        offered = [c for c in offered if c.kind != RESIDUAL]
+        if not offered:
+            raise refused(
+                f"there is nothing to {verb} because only the residual width is offered, which has to be asked for: "
+                f"say kinds={RESIDUAL!r}"
+            )
+    else:
         wanted, offered_kinds = texts("kinds", kinds, refused), sorted({c.kind for c in offered})
         unknown = [kind for kind in wanted if kind not in offered_kinds]
         if unknown:

@@ -6,6 +6,8 @@ are; it is *used as weights* where its result, whatever happens to it elementwis
 such a mixture that a third activation reads.
 
 =====  ================================================================================================================
+residual
+       A norm runs over it, and what reads it through weights is added to it again: the width of the stream.
 qk     A product sums over it, and is used as weights: rows of query and key. Softmax or not, in either order (linear
        attention contracts keys with values first), also where the query is learnt and no input enters it.
 heads  It is a batch of products, or stays from one side of a mixture, and some weight holds it together with a qk dim,
@@ -28,6 +30,8 @@ from dataclasses import dataclass, field
 from ecospa_fx.axes.axis import Axis
 from ecospa_fx.axes.findings import Action, Effect, Product
 from ecospa_fx.axes.flow import AxisFlow
+from ecospa_fx.coupling.residual import residual_dims
+from ecospa_fx.coupling.types import RESIDUAL
 
 
 @dataclass(slots=True)
@@ -52,6 +56,7 @@ class Labels:
     """The kinds of the dims of one graph."""
 
     def __init__(self, flow: AxisFlow) -> None:
+        self._residual = residual_dims(flow)
         self._together, self._outer = _together(flow)
         self._evidence = self._products(flow.record.products)
         self.fixed: dict[int, bool] = {}
@@ -63,6 +68,8 @@ class Labels:
         """The label of a dim that these events happen to; see the table above."""
         seen = self._evidence
         actions = {event.action for event in events}
+        if dim in self._residual:
+            return RESIDUAL
         if dim in seen.scores:
             return "qk"
         if self._is_head(dim):

@@ -15,6 +15,8 @@ from torch import Tensor
 
 Role = Literal["producer", "consumer"]
 Symmetry = Literal["permutation", "rotary", "linear"]
+RESIDUAL = "residual"
+"""The kind that no plan takes by default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +110,7 @@ class Coupling:
     name: str
     """Layer and kind, and a number where that is not unique."""
     kind: str
-    """One of "qk", "heads", "vo", "ffn" or "pair"; see `ecospa_fx.coupling.labels`."""
+    """One of "qk", "heads", "vo", "ffn", "pair" or "residual"; see `ecospa_fx.coupling.labels`."""
     layer: str
     """The innermost module that holds all members."""
     size: int

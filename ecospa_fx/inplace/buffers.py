@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ecospa_fx.inplace.attributes import Place
 from ecospa_fx.inplace.edits import Edits
 from ecospa_fx.inplace.groups import Group
+from ecospa_fx.inplace.norms import NormEdit
 from ecospa_fx.plan import Selection
 
 
@@ -42,7 +43,7 @@ class BufferSlice:
         return self.name
 
 
-EditTarget = Place | BufferSlice
+EditTarget = Place | BufferSlice | NormEdit
 """Where an edit writes."""
 
 

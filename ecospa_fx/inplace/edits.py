@@ -36,6 +36,12 @@ class Edits:
         if grad is not None:
             parameter.grad = cut(grad, mask)
 
+    def values(self, parameter: nn.Parameter, tensor: Tensor) -> None:
+        """Other values of a parameter, which stays the same object."""
+        data = parameter.data
+        self._undo.append(lambda: setattr(parameter, "data", data))
+        parameter.data = tensor
+
     def buffer(self, model: nn.Module, name: str, tensor: Tensor) -> None:
         """Another tensor in the place of a buffer."""
         path, _, attribute = name.rpartition(".")

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, combinations, islice, product
+from typing import cast
 
 from torch import nn
 
@@ -30,6 +31,7 @@ from ecospa_fx.inplace.groups import (
     scaled_count,
     subplan,
 )
+from ecospa_fx.inplace.norms import norm_rules
 from ecospa_fx.inplace.trial import IntegerEdits, edited
 from ecospa_fx.plan import Plan
 
@@ -109,7 +111,9 @@ def candidate_rules(check: EquivalenceCheck, plan: Plan, groups: Sequence[Group]
             label = f"{type(alike[0].owner).__name__}.{alike[0].place.name}"
             read = any(is_read(attribute.place, check) for attribute in alike)
             rules.append(IntegerRule(label, tuple(options), read))
-    return rules + [IntegerRule(label, options, True) for label, options in buffer_rules(model, groups)]
+    rules += [IntegerRule(label, options, True) for label, options in buffer_rules(model, groups)]
+    norms = norm_rules(model, axes)
+    return rules + [IntegerRule(label, cast(tuple[IntegerEdits, ...], options), True) for label, options in norms]
 
 
 def by_role(attributes: Sequence[IntegerAttribute], model: nn.Module) -> list[list[IntegerAttribute]]:

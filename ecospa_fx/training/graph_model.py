@@ -91,7 +91,7 @@ class ShrinkableGraph:
         programs = [self._program(exported) for exported in self._exported]
         device = next(iter(self.parameters.values())).device
         for program in programs:
-            shrink_program(program, plan)
+            shrink_program(program, plan, fold=False)
             for name, positions in program.buffers.items():
                 program.exported.constants[name] = positions.to(device)
             _cleaned(program)

@@ -30,7 +30,9 @@ from ecospa_fx.ir.schema import Args, is_operator, named_arguments, operator_nam
 from ecospa_fx.ir.slices import take
 from ecospa_fx.ir.tracing import one_at_a_time
 from ecospa_fx.passes.shrink.example_values import ExampleValues
+from ecospa_fx.passes.shrink.fold_factors import fold_factors
 from ecospa_fx.passes.shrink.ragged_parameters import store_ragged
+from ecospa_fx.passes.shrink.term_nodes import TermNodes, replace_results
 from ecospa_fx.plan import Plan, Selection
 
 aten = torch.ops.aten
@@ -59,10 +61,14 @@ class ShrinkCouplings:
 
 
 @one_at_a_time()
-def shrink_program(program: Program, plan: Plan) -> int:
-    """Shrink a program in place. Returns how many parameters and nodes changed."""
+def shrink_program(program: Program, plan: Plan, *, fold: bool = True) -> int:
+    """Shrink a program in place. Returns how many parameters and nodes changed.
+
+    fold: whether parameters are multiplied by the factors that norms over fewer units need; otherwise the graph does
+    it, and parameters, their gradients and whatever is kept about them are parts of the dense ones.
+    """
     if plan.ragged:
-        return shrink_program(program, plan.even()) + store_ragged(program, plan)
+        return shrink_program(program, plan.even(), fold=fold) + store_ragged(program, plan)
     walked = analyse(program, plan.allow)
     kept = Narrowing(walked.sizes, _choices(plan, find_couplings(walked, program.shapes), walked))
     if not kept.choices:
@@ -74,9 +80,14 @@ def shrink_program(program: Program, plan: Plan) -> int:
     # A choice that differs along another axis is made last, when that axis is cut already.
     for gather in sorted(walked.record.gathers, key=lambda g: kept.carrier_axis(g.target, g.target_axis) is not None):
         changes += gathers.insert(gather)
-    for node in list(program.graph.nodes):
-        if node in walked.values and node.op == "call_function":
-            changes += _resize(program, walked, kept, node)
+    renormalised, products = {blocker.node for blocker in walked.record.inexact}, dict[fx.Node, float]()
+    for node in [n for n in program.graph.nodes if n in walked.values and is_operator(n)]:
+        resize = _resized(program, walked, kept, node, node in renormalised)
+        terms = _edited(program, node, resize) if resize is not None else None
+        changes += terms is not None
+        products |= terms.products if terms is not None else {}
+    if fold:
+        fold_factors(program, products)
     _note_outputs(program, walked, kept)
     _propagate(program, walked, kept, {n for n, name in program.parameters.items() if name in cut} | states)
     program.graph.lint()
@@ -274,18 +285,16 @@ class _Gathers:
 # -- literal sizes -----------------------------------------------------------------------------------------------
 
 
-def _resize(program: Program, walked: AxisFlow, kept: Narrowing, node: fx.Node) -> int:
-    """Apply the operator's resize rule. Returns 1 where an argument changed."""
-    if not is_operator(node):
-        return 0
+def _resized(program: Program, walked: AxisFlow, kept: Narrowing, node: fx.Node, renormalises: bool) -> Resize | None:
+    """What the operator's resize rule says; None where there is none or nothing gets narrower."""
     name = operator_name(node.target)
     rule = find_resize(name)
     if rule is None:
-        return 0
+        return None
     inputs = [v for n in tensor_arguments(node) for v in several(walked.values.get(n))]
     outputs = several(walked.values[node])
     if not any(kept.changed(axis) for v in [*inputs, *outputs] for axis in v.axes):
-        return 0
+        return None
 
     def scale(size: Any, old: int, new: int) -> Any:
         common = gcd(old, new)
@@ -293,33 +302,28 @@ def _resize(program: Program, walked: AxisFlow, kept: Narrowing, node: fx.Node) 
             part = inherit(program.graph.call_function(operator.floordiv, (size, old // common)), node)
             return inherit(program.graph.call_function(operator.mul, (part, new // common)), node)
 
-    resize = Resize(node, name, named_arguments(node), (inputs, outputs), kept, scale)
+    arguments = named_arguments(node)
+    resize = Resize(node, name, arguments, (inputs, outputs), kept, scale, renormalises=renormalises)
     try:
         rule(resize)
     except (IndexError, TypeError, ValueError) as error:
         raise PlanError(f"the sizes of node {node.name} ({name}) cannot follow the plan: {error}") from error
-    return _edited(program, node, resize)
+    return resize
 
 
-def _edited(program: Program, node: fx.Node, resize: Resize) -> int:
+def _edited(program: Program, node: fx.Node, resize: Resize) -> TermNodes | None:
+    """Do what a resize rule says; None where that is nothing."""
+    if resize.results:
+        return replace_results(program, node, resize.results)
+    terms = TermNodes(program, node)
     if resize.replacement is not None:
-        qualified, arguments = resize.replacement
-        namespace, name = qualified.split(".")
-        node.target = getattr(getattr(torch.ops, namespace), name).default
-        node.args, node.kwargs = tuple(_stored(program, node, a) for a in arguments), {}
-        return 1
-    if not resize.edits:
-        return 0
-    node.args, node.kwargs = with_arguments(node, resize.edits)
-    return 1
-
-
-def _stored(program: Program, node: fx.Node, argument: object) -> Any:
-    """An argument as a graph holds it: tensors are buffers."""
-    if not isinstance(argument, Tensor):
-        return argument
-    with program.graph.inserting_before(node):
-        return program.add_buffer(module_of(node), argument.contiguous())
+        terms.give(node, resize.replacement)
+    elif resize.edits:
+        edits = {name: terms.argument(value) for name, value in resize.edits.items()}
+        node.args, node.kwargs = with_arguments(node, edits)
+    else:
+        return None
+    return terms
 
 
 # -- values ------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from ecospa_fx.axes.call import Call, Value
 from ecospa_fx.errors import PlanError
 from tests.support.oracle import Case, check_exact, check_literal, check_rule, prepared, sandwich, tagged
 
-FAMILIES = ("pointwise", "move", "contract", "attention", "reduce", "index", "create", "convolution", "effects")
+FAMILIES = ("pointwise", "move", "contract", "attention", "reduce", "norm", "index", "create", "convolution", "effects")
 
 EXEMPT = {
     "flexible_attention": "on the CPU torch traces it only without gradients; tested in test_higher_order",

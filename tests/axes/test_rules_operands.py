@@ -55,6 +55,8 @@ ROWS: list[Row] = [
     ("clip", aten.clip, ((4, 6), (6,), (4, 1))),
     ("clamp_min", aten.clamp_min, ((4, 6), (6,))),
     ("clamp_max", aten.clamp_max, ((4, 6), (6,))),
+    ("cosine_similarity", lambda a, b: aten.cosine_similarity(a, b, -1), ((4, 6), (4, 6))),
+    ("cosine_similarity", lambda a, b: aten.cosine_similarity(a, b, -1), ((4, 6), (6,))),
     ("copy", aten.copy, ((4, 6), (6,))),
     ("prelu", aten.prelu, ((2, 4, 6), (4,))),
     ("prelu", aten.prelu, ((2, 4, 6), (1,))),

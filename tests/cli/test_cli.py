@@ -70,7 +70,7 @@ def test_inspect_prints_the_table(folder: Path, capsys: Capture) -> None:
     assert "units × carriers" in printed
     assert "model.layers.{0..1}.mlp" in printed
     assert "blocked: " in printed
-    assert "aten.embedding at node embedding" in printed
+    assert "it is part of the model's output" in printed
     assert "LlamaForCausalLM, detected in " in printed
 
 
@@ -142,7 +142,7 @@ def test_inspect_takes_a_function(factories: str, capsys: Capture) -> None:
 
 def test_inspect_says_what_is_blocked_where_and_what_lifts_it(factories: str, capsys: Capture) -> None:
     assert main(["inspect", f"{factories}:normed"]) == 0
-    (line,) = [x for x in capsys.readouterr().out.splitlines() if "normalises over it" in x]
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if "is taken over it" in x]
     assert line.startswith("blocked: ")
     assert "allow='renormalise' (--allow renormalise) offers it as inexact" in line
     assert "(aten.layer_norm at node layer_norm; " in line
@@ -154,7 +154,7 @@ def test_what_is_allowed_is_offered_and_marked(factories: str, capsys: Capture) 
     lines = capsys.readouterr().out.splitlines()
     assert [x for x in lines if "offered, inexact: aten.layer_norm at layer_norm" in x]
     (line,) = [x for x in lines if x.startswith("inexact: ")]
-    assert "aten.layer_norm normalises over it: without an element the others change (" in line
+    assert "aten.layer_norm runs over what is kept of it (" in line
     assert "lifts" not in line
     assert main(["inspect", f"{factories}:normed", "--allow", "renormalise", "--json"]) == 0
     couplings = json.loads(capsys.readouterr().out)["couplings"]

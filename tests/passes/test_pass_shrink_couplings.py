@@ -106,6 +106,7 @@ def state(module: nn.Module) -> dict[str, Tensor]:
 GOLDEN = """\
 model      kind      units kept x carriers
 ---------
+           residual  16
 layers.0   ffn       24
 layers.0   heads     2
 layers.0   heads     2 x 2

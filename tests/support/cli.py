@@ -83,7 +83,7 @@ class Normed(Bytes):
     def forward(self, ids):
         x = self.embed(ids)
         x = x + self.back(torch.relu(self.free(x)))
-        return self.head(x + self.down(self.norm(self.up(x)).relu()))
+        return self.head(x + self.down(self.norm(self.up(x).sigmoid()).relu()))
 
 def good(): return nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4)), (torch.randn(2, 4),), {}
 def lm(): return Bytes(), (torch.zeros(2, 16, dtype=torch.long),), {}

@@ -19,7 +19,7 @@ import ecospa_fx as eco
 from ecospa_fx.axes.call import Value
 from ecospa_fx.axes.flow import AxisFlow, analyse
 from ecospa_fx.axes.narrowing import DimSelection, Narrowing, slice_of
-from ecospa_fx.axes.resize import Resize, find_resize
+from ecospa_fx.axes.resize import Resize, Term, find_resize
 from ecospa_fx.capture.export import capture
 from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.ir.program import ExportedForm
@@ -261,32 +261,42 @@ def _call(node: fx.Node, walked: AxisFlow, env: dict[fx.Node, Any], kept: Narrow
         if gather.user is node and kept is not None:
             rows = kept.mask(gather.target, gather.target_axis)[0].nonzero().flatten()
             local[gather.source] = local[gather.source].index_select(gather.operand_axis, rows)
-    target, args, kwargs = node.target, node.args, dict(node.kwargs)
-    if kept is not None and isinstance(target, torch._ops.OpOverload):
-        target, kwargs = _resized(node, walked, kept)
-        args = ()
-    args, kwargs = fx.node.map_arg((args, kwargs), lambda n: local[n])
-    assert callable(target)
-    return target(*args, **kwargs)
+    if kept is not None and isinstance(node.target, torch._ops.OpOverload):
+        return _resized(node, walked, kept, local)
+    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: local[n])
+    assert callable(node.target)
+    return node.target(*args, **kwargs)
 
 
-def _resized(node: fx.Node, walked: AxisFlow, kept: Narrowing) -> tuple[Any, dict[str, Any]]:
-    """The operator and its arguments by name after the resize rule."""
+def _resized(node: fx.Node, walked: AxisFlow, kept: Narrowing, env: dict[fx.Node, Any]) -> Any:
+    """What the operator gives, or what its resize rule computes instead."""
     arguments, name = named_arguments(node), operator_name(node.target)
-    rule = find_resize(name)
-    if rule is None:
-        return node.target, arguments
+    rule, target = find_resize(name), node.target
     nodes = [a for v in arguments.values() for a in _flat(v) if isinstance(a, fx.Node)]
     inputs = [v for n in nodes for v in _several(walked.values.get(n)) if isinstance(v, Value)]
     outputs = [v for v in _several(walked.values[node]) if isinstance(v, Value)]
     resize = Resize(node, name, arguments, (inputs, outputs), kept, _scaled)
-    rule(resize)
-    if resize.replacement is None:
-        return node.target, {**arguments, **resize.edits}
-    namespace, short = resize.replacement[0].split(".")
-    target = getattr(getattr(torch.ops, namespace), short).default
-    names = [a.name for a in target._schema.arguments]
-    return target, dict(zip(names, resize.replacement[1], strict=False))
+    if rule is not None:
+        rule(resize)
+    if resize.replacement is not None:
+        return _computed(resize.replacement, env)
+    if resize.results:
+        results = [_computed(term, env) for term in resize.results]
+        return results if isinstance(node.meta["val"], list | tuple) else results[0]
+    assert callable(target)
+    return target(**{name: _computed(value, env) for name, value in {**arguments, **resize.edits}.items()})
+
+
+def _computed(argument: Any, env: dict[fx.Node, Any]) -> Any:
+    """A number, a tensor, the value of a node, or what a term computes."""
+    if isinstance(argument, fx.Node):
+        return env[argument]
+    if isinstance(argument, list | tuple):
+        return type(argument)(_computed(item, env) for item in argument)
+    if not isinstance(argument, Term):
+        return argument
+    args = [_computed(item, env) for item in argument.arguments]
+    return argument.target(*args, **{name: _computed(value, env) for name, value in argument.options.items()})
 
 
 def _scaled(size: Any, old: int, new: int) -> Any:

@@ -237,19 +237,15 @@ def attention() -> Iterator[Example]:
 
 
 def reduce() -> Iterator[Example]:
-    a, images, norm = x(3, 4), x(2, 3, 5), (w(3), w(3), s(3), s(3))
+    a = x(3, 4)
     yield from each("sum nansum", a, [1])
     yield from each("sum", y(3, 4), [1])
-    yield from each("mean std var linalg_vector_norm amax amin logsumexp", a, dim=[1])
+    yield from each("amax amin logsumexp", a, dim=[1])
     yield from each("argmax argmin prod any all", a, 1)
-    yield from each("norm", a, 2.0, [1])
     yield from each("nanmean count_nonzero", a, [1])
-    yield from each("linalg_norm", a, 2, [1])
-    yield from each("frobenius_norm", a, [1])
     yield from each("max min mode median", a, 1)
     yield from each("max", a, x(3, 4))
     yield from each("kthvalue", a, 1, 1)
-    yield from each("var_mean std_mean", a, [1])
     yield from each("aminmax", a, dim=1)
     yield from each("softmax log_softmax special_softmax cumsum cumprod logcumsumexp cummax cummin _safe_softmax", a, 1)
     yield from each("_softmax _log_softmax", a, 1, False)
@@ -258,16 +254,32 @@ def reduce() -> Iterator[Example]:
     yield from each("sort argsort", a, 1)
     yield from each("topk", a, 2, 1)
     yield from each("msort", a)
-    yield from each("layer_norm", a, [4], w(4), w(4))
+
+
+def norm() -> Iterator[Example]:
+    a, images, given = x(3, 4), x(2, 3, 5), (w(3), w(3), s(3), s(3))
+    for operand in (a, y(3, 4)):
+        yield from each("mean std var linalg_vector_norm", operand, dim=[1])
+        yield from each("layer_norm", operand, [4], w(4), w(4))
+        yield from each("rms_norm", operand, [4], w(4))
+    yield from each("var_mean std_mean", a, [1])
+    yield from each("var", a, [1], correction=4)
+    yield from each("norm", a, 2.0, [1])
+    yield from each("norm", a, -1.0, [1])
+    yield from each("linalg_norm", a, 2, [1])
+    yield from each("frobenius_norm", a, [1])
+    yield from each("cosine_similarity", a, x(3, 4))
+    yield from each("cosine_similarity", a, y(3, 4))
+    yield from each("layer_norm", a, [4])
+    yield from each("rms_norm", a, [4])
     yield from each("native_layer_norm", a, [4], w(4), w(4), 1e-5)
-    yield from each("rms_norm", a, [4], w(4))
     yield from each("_fused_rms_norm", a, [4], w(4), 1e-5)
-    yield from each("batch_norm", images, *norm, False, 0.1, 1e-5, False)
-    yield from each("cudnn_batch_norm", images, *norm, False, 0.1, 1e-5, shapes=((2, 3, 5), (3,), (3,), (0,)))
-    yield from each("native_batch_norm _native_batch_norm_legit", images, *norm, False, 0.1, 1e-5)
-    yield from each("_native_batch_norm_legit_functional", images, *norm, False, 0.1, 1e-5)
-    yield from each("_native_batch_norm_legit_no_training _batch_norm_no_update", images, *norm, 0.1, 1e-5)
-    yield from each("_batch_norm_with_update", images, *norm, 0.1, 1e-5)
+    yield from each("batch_norm", images, *given, False, 0.1, 1e-5, False)
+    yield from each("cudnn_batch_norm", images, *given, False, 0.1, 1e-5, shapes=((2, 3, 5), (3,), (3,), (0,)))
+    yield from each("native_batch_norm _native_batch_norm_legit", images, *given, False, 0.1, 1e-5)
+    yield from each("_native_batch_norm_legit_functional", images, *given, False, 0.1, 1e-5)
+    yield from each("_native_batch_norm_legit_no_training _batch_norm_no_update", images, *given, 0.1, 1e-5)
+    yield from each("_batch_norm_with_update", images, *given, 0.1, 1e-5)
     yield from each("instance_norm", images, w(3), w(3), None, None, True, 0.1, 1e-5, False)
     yield from each("group_norm", x(2, 4, 5), 2, w(4), w(4))
     yield from each("native_group_norm", x(2, 4, 5), w(4), w(4), 2, 4, 5, 2, 1e-5)
@@ -370,5 +382,5 @@ def effects() -> Iterator[Example]:
 
 FAMILIES = {
     family.__name__: family
-    for family in (pointwise, view, move, contract, attention, reduce, index, create, convolution, effects)
+    for family in (pointwise, view, move, contract, attention, reduce, norm, index, create, convolution, effects)
 }

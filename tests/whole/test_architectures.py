@@ -182,16 +182,16 @@ def test_detection_on_meta_costs_no_memory() -> None:
     with torch.device("meta"):
         model, inputs = llama()
         couplings = eco.detect(model, *inputs(2))
-    assert {c.kind for c in couplings.offered} == {"ffn", "qk", "vo", "heads"}
+    assert {c.kind for c in couplings.offered} == {"ffn", "qk", "vo", "heads", "residual"}
 
 
 def test_refusals_name_operator_node_and_line() -> None:
     model, inputs = gpt2()
     refused = [c.blocked for c in eco.detect(model, *inputs(2)).blocked if c.blocked is not None]
-    normalised = next(r for r in refused if r.operator == "aten.layer_norm")
-    assert "normalises over it" in normalised.message
-    assert normalised.node.startswith("layer_norm")
-    assert ".py:" in normalised.source
+    chosen = next(r for r in refused if r.operator == "aten.embedding")
+    assert "chooses its positions" in chosen.message
+    assert chosen.node.startswith("embedding")
+    assert ".py:" in chosen.source
 
 
 def test_the_path_leads_from_the_producer_to_the_contraction() -> None:

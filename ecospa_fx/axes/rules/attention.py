@@ -10,6 +10,7 @@ from ecospa_fx.axes.dims import DimKind, Misaligned
 from ecospa_fx.axes.reasons import WHOLE
 from ecospa_fx.axes.registry import axis_rule, refuse
 from ecospa_fx.axes.resize import Resize, resize_rule
+from ecospa_fx.axes.zeros import alive_anywhere, flagged
 
 
 @axis_rule("aten.scaled_dot_product_attention", linear=True)
@@ -64,9 +65,9 @@ def _spread(call: Call, query: Value, value: Value) -> Value:
     call.tie(outer, groups)
     axes = list(value.axes)
     axes[-3] = call.dims.merge([outer, inner])
-    zero = list(value.zero)
-    zero[-3] = False
-    return replace(value, axes=tuple(axes), zero=tuple(zero), node=None)
+    alive = [*alive_anywhere(call.dims, value), *call.dims.dims_of(inner)]
+    zero = flagged(call.dims, axes, (*value.zero[:-3], False, *value.zero[-2:]), alive)
+    return replace(value, axes=tuple(axes), zero=zero, node=None)
 
 
 @resize_rule("aten.scaled_dot_product_attention")

@@ -7,7 +7,8 @@ from dataclasses import replace
 from ecospa_fx.axes.call import UNIT, Call, Value
 from ecospa_fx.axes.dims import Axis, DimKind
 from ecospa_fx.axes.registry import axis_rule, refuse
-from ecospa_fx.axes.resize import Resize, resize_rule
+from ecospa_fx.axes.resize import Resize, Term, resize_rule
+from ecospa_fx.axes.zeros import alive_anywhere, alive_on
 
 # -- parts of an axis --------------------------------------------------------------------------------------------
 
@@ -107,7 +108,7 @@ def resize_split(resize: Resize) -> None:
     axis = min(1, len(resize.inputs[0].axes) - 1) if resize.node_is("aten.hsplit") else resize.axis("dim")
     if resize.changed(0, axis):
         sizes = [resize.size(output, axis) for output in resize.outputs]
-        resize.replace_operator("aten.split_with_sizes", (resize.node.args[0], sizes, axis))
+        resize.replace(Term("aten.split_with_sizes.default", (resize.node.args[0], sizes, axis)))
 
 
 # -- several tensors ---------------------------------------------------------------------------------------------
@@ -132,7 +133,10 @@ def _joined(call: Call, values: list[Value], axis: int) -> Value:
     flags[axis] = call.all_zero([(v, axis) for v in values])
     for value in values:
         call.gathered([value], [value.axes[i] if i == axis else a for i, a in enumerate(axes)], joins=True)
-    return call.value(axes, flags)
+    others = [
+        d for a, zero in zip(axes, flags, strict=True) if a is not axes[axis] and not zero for d in call.dims.dims_of(a)
+    ]
+    return call.value(axes, flags, [*others, *(d for v in values for d in alive_on(call.dims, v, axis))])
 
 
 @axis_rule("aten.stack", linear=True)
@@ -166,7 +170,8 @@ def expand(call: Call) -> Value:
         same = i >= pad and value.axes[i - pad].size == size
         axes.append(value.axes[i - pad] if same else call.dims.fresh(size, DimKind.BLANK))
         flags.append(same and value.zero[i - pad])
-    return replace(call.value(axes, flags), weights=value.weights)
+    new = [d for a in axes if a not in value.axes for d in call.dims.dims_of(a)]
+    return replace(call.value(axes, flags, [*new, *alive_anywhere(call.dims, value)]), weights=value.weights)
 
 
 @axis_rule("aten.expand_as", linear=True)
@@ -222,9 +227,10 @@ def repeat_interleave(call: Call) -> Value:
     if not isinstance(value, Value) or not isinstance(repeats, int) or dim is None:
         return call.block_all("its positions are repeated an unequal number of times", "repeat all alike")[0]
     axes, flags, i = list(value.axes), list(value.zero), int(dim) % len(value.axes)
-    axes[i] = call.dims.merge([axes[i], call.dims.fresh(repeats, DimKind.BLANK)])
+    copies = call.dims.fresh(repeats, DimKind.BLANK)
+    axes[i] = call.dims.merge([axes[i], copies])
     flags[i] = False
-    return call.value(axes, flags)
+    return call.value(axes, flags, [*call.dims.dims_of(copies), *alive_anywhere(call.dims, value)])
 
 
 @resize_rule("aten.repeat", "aten.tile")
