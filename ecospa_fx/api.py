@@ -256,7 +256,6 @@ def _scores(
         loss=loss,
         method=asked.method,
         steps=asked.steps,
-        progress=asked.progress,
         **asked.planning,
     )
 
@@ -283,7 +282,6 @@ def scored(
     loss: Loss | None = None,
     method: str = "gate-fisher",
     steps: int = 4,
-    progress: bool = False,
     **planning: Unpack[AllPlanOptions],
 ) -> Scores:
     """Scores for removing `ratio`, in several steps: each scores what the one before left.
@@ -293,6 +291,7 @@ def scored(
     planning: further options of `plan`. Raises ScoreError for fewer than one step.
     """
     check_whole("steps", steps, 1, ScoreError, "a number of scoring passes")
+    progress = planning.get("progress", False)
     splitter = splitter_of(model, loss)  # one for all passes, so that it looks at batches, and warns, once
     scores = score_samples(model, couplings, batches, splitter, loss, method, progress)
     for step in range(1, steps):

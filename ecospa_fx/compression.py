@@ -105,7 +105,7 @@ class Compression:
         names = {field.name for field in fields(Recipe)}
         planning = {
             "round_to": None,
-            **{name: v for name, v in options.items() if name not in {*names, "steps", "allow"}},
+            **{name: v for name, v in options.items() if name not in {*names, "steps", "allow"} - {"progress"}},
         }
         steps, progress = options.get("steps", STEPS), options.get("progress", False)
         check_whole("steps", steps, 1, ScoreError, "a number of scoring passes")

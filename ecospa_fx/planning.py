@@ -93,4 +93,5 @@ def _carried(couplings: Couplings, settings: PlanSettings) -> Carried | None:
         return None
     if isinstance(settings.how, Curves):
         raise PlanError("expressible_in='module' keeps couplings in step, which curves do not: use allocation='global'")
-    return expressible_couplings(couplings, chosen_by(couplings, settings), settings.how == "uniform")
+    chosen, uniform = chosen_by(couplings, settings), settings.how == "uniform"
+    return expressible_couplings(couplings, chosen, uniform, progress=settings.progress)

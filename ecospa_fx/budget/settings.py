@@ -21,7 +21,7 @@ class _Default(float):
 RATIO = _Default(0.5)
 """The share that goes where neither a ratio nor widths are given."""
 
-WITH_WIDTHS = ("scores", "seed", "kinds", "exclude", "widths", "ratio")
+WITH_WIDTHS = ("scores", "seed", "kinds", "exclude", "widths", "ratio", "progress")
 """What may be given beside widths: everything else says how a ratio is spread."""
 
 
@@ -42,6 +42,9 @@ class PlanOptions(ChoiceOptions, total=False):
     widths: Mapping[str, int] | None
     """None by default. In place of a ratio: units per carrier to keep, by name of a coupling or shell pattern on
     names; a name counts before a pattern."""
+
+    progress: bool
+    """False by default. True: a bar on stderr while what a module can carry is searched for."""
 
 
 class AllPlanOptions(PlanOptions, total=False):
@@ -83,6 +86,8 @@ class PlanSettings:
     """What the ratio is counted in."""
     expressible_in: Literal["module"] | None = None
     """"module": only what `shrink_` can write back."""
+    progress: bool = False
+    """Whether a search shows a bar."""
 
     def __post_init__(self) -> None:
         _check_ratio(self.ratio)
@@ -95,6 +100,7 @@ class PlanSettings:
                 f"floor={self.floor!r} is not a share of units to keep: give a number from 0 up to, not including, 1"
             )
         check_flag("uniform", self.uniform, PlanError)
+        check_flag("progress", self.progress, PlanError)
         _check_allocation(self.allocation)
         _check_budget(self.budget)
         if self.expressible_in not in (None, "module"):

@@ -14,12 +14,12 @@ from ecospa_fx.inplace.buffers import EditTarget
 from ecospa_fx.inplace.calls import TrialCall
 from ecospa_fx.inplace.configuration import config_attributes, constructor_differences, search_configuration
 from ecospa_fx.inplace.edits import Edits
-from ecospa_fx.inplace.equivalence import EquivalenceCheck, Reference, all_close, output_tensors
+from ecospa_fx.inplace.equivalence import EquivalenceCheck, all_close, output_tensors
 from ecospa_fx.inplace.groups import Group, components, group_by_role
-from ecospa_fx.inplace.integer_search import candidate_targets, search_integers
+from ecospa_fx.inplace.integer_search import candidate_targets, is_equivalent, search_integers
 from ecospa_fx.inplace.serialise import integers_to_json
 from ecospa_fx.inplace.stale_configuration import warn_of_stale
-from ecospa_fx.inplace.trial import IntegerEdits, apply_edit, edited
+from ecospa_fx.inplace.trial import apply_edit, edited
 from ecospa_fx.inplace.unread_integers import infer_integers
 from ecospa_fx.module_modes import modes_restored, set_mode
 from ecospa_fx.origin import ATTRIBUTE, origin, remember
@@ -114,19 +114,19 @@ def verified_integers(check: EquivalenceCheck, plan: Plan) -> dict[EditTarget, i
     following = infer_integers(check, plan, groups, values)
     values = {**following.unread, **values}
     more: dict[EditTarget, int] = {**following.unverified, **values}
-    if more != values and _equals(check, plan, more, check.reference(plan)):
+    if more != values and is_equivalent(check, plan, more, check.reference(plan)):
         values = more
     values = _with_configuration(check, plan, groups, values) or values
     _check_against_graph(check, plan, values)
     return values
 
 
-def _check_against_graph(check: EquivalenceCheck, plan: Plan, values: Mapping[EditTarget, int]) -> None:
+def _check_against_graph(check: EquivalenceCheck, plan: Plan, values: dict[EditTarget, int]) -> None:
     """Raise PlanError where the edited module and the rewritten graph differ in a call that the graph is right for."""
     reference = check.graph_reference(plan)
-    if _equals(check, plan, values, reference):
+    if is_equivalent(check, plan, values, reference):
         return
-    if not _equals(check, plan, values, check.graph_reference(plan, check.traced())):
+    if not is_equivalent(check, plan, values, check.graph_reference(plan, check.traced())):
         raise PlanError(
             "the module with narrower weights and the rewritten graph differ, so nothing is written back: use "
             "ecospa_fx.shrink"
@@ -152,7 +152,7 @@ def search_by_component(check: EquivalenceCheck, plan: Plan, groups: Sequence[Gr
                 raise
             values.update(search_integers(check, plan, [group for component in sharing for group in component]))
             parts = [component for component in parts if all(component is not other for other in sharing)]
-    if len(groups) < 2 or _equals(check, plan, values, check.reference(plan)):
+    if len(groups) < 2 or is_equivalent(check, plan, values, check.reference(plan)):
         return values
     return search_integers(check, plan, groups)
 
@@ -163,11 +163,6 @@ def components_sharing_integers(
     """The components that the same integers count as the first one, which is among them."""
     places = candidate_targets(check, plan, first)
     return [first, *(other for other in parts if other is not first and places & candidate_targets(check, plan, other))]
-
-
-def _equals(check: EquivalenceCheck, plan: Plan, values: IntegerEdits, reference: Reference) -> bool:
-    with edited(check.model, plan, values, reference.buffers):
-        return check.equals(reference)
 
 
 def _with_configuration(
