@@ -21,6 +21,7 @@ _MODULES = {
     "axis_rule": "axes.registry",
     "backend": "torch_compile",
     "compress": "api",
+    "compress_": "api",
     "detect": "api",
     "load": "storage.models",
     "plan": "planning",

@@ -45,6 +45,19 @@ class Edits:
             if grad is not None:
                 parameter.grad = change(grad)
 
+    def weights(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        """Other numbers in parameters of the same shapes, by first name; their gradients, which are of others, go."""
+        parameters = dict(model.named_parameters())
+        for name, value in weights.items():
+            parameter = parameters[name]
+            if parameter.shape != value.shape:
+                raise PlanError(
+                    f"parameter {name!r} is {tuple(value.shape)} in the compressed graph and {tuple(parameter.shape)} "
+                    "in the module, so nothing is written back: use ecospa_fx.compress"
+                )
+            self.data(parameter, lambda old: value.detach().to(old, copy=True))  # noqa: B023  # called at once
+            parameter.grad = None
+
     def buffer(self, model: nn.Module, name: str, tensor: Tensor) -> None:
         """Another tensor in the place of a buffer."""
         path, _, attribute = name.rpartition(".")

@@ -151,12 +151,16 @@ class EquivalenceCheck:
         finally:
             edits.undo()
 
-    def graph_reference(self, plan: Plan, calls: Sequence[TrialCall] | None = None) -> Reference:
+    def graph_reference(
+        self, plan: Plan, calls: Sequence[TrialCall] | None = None, weights: Mapping[str, Tensor] | None = None
+    ) -> Reference:
         """What the rewritten graph does with some calls, or all strict ones, and the buffers that got narrower in it.
 
         Calls that it does not take are left out, but for the example: what was traced may hold for fewer.
+        weights: other numbers for its parameters.
         """
-        small, results = self._shrunk(plan), []
+        small, results, edits = self._shrunk(plan), [], Edits()
+        edits.weights(small, weights or {})
         with unwritten(small):
             for call in (c for c in (self.calls if calls is None else calls) if c.strict):
                 narrow = TrialCall(*narrowed(small, call.args, call.kwargs))
@@ -165,6 +169,7 @@ class EquivalenceCheck:
                 except Exception as error:  # whatever the graph's operators raise says that it takes no such call
                     if call is self.calls[0]:
                         raise PlanError(f"the rewritten graph does not take the example: {error}") from error
+        edits.undo()  # it shares parameters with the copy
         dense = dict(self.model.named_buffers())
         cut = {n: t for n, t in small.named_buffers() if n in dense and t.shape != dense[n].shape}
         return Reference(tuple(results), cut)  # all of them, as the graph is there now
