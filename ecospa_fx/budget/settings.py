@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from ecospa_fx.budget.alignment import ENGINES, Engine
 from ecospa_fx.budget.cost import CostModel
 from ecospa_fx.checks import check_flag, check_whole, is_number
 from ecospa_fx.coupling.choice import ChoiceOptions, checked_limits, texts
@@ -52,8 +53,8 @@ class AllPlanOptions(PlanOptions, total=False):
 
     seed: int
     """0 by default. What "random" scores are drawn from."""
-    round_to: int | None
-    """1 by default. Kept units are a multiple of this; None: of what the device prefers."""
+    round_to: int | Engine | None
+    """1 by default. Kept units are a multiple of this; by name, of what an engine likes; None: what the device does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,7 @@ class PlanSettings:
     """What says which units go first."""
     seed: int = 0
     """What "random" scores are drawn from."""
-    round_to: int | None = 1
+    round_to: int | Engine | None = 1
     """Kept units are a multiple of this; None: of what the device prefers."""
     allocation: Literal["global", "ragged", "uniform"] | Curves = "global"
     """How the ratio is spread."""
@@ -93,7 +94,10 @@ class PlanSettings:
         _check_ratio(self.ratio)
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not -(2**63) <= self.seed < 2**64:
             raise PlanError(f"seed={self.seed!r:.60} is not a seed: give a whole number")
-        if self.round_to is not None:
+        if isinstance(self.round_to, str) and self.round_to not in ENGINES:
+            names = ", ".join(map(repr, ENGINES))
+            raise PlanError(f"round_to={self.round_to!r:.60} is unknown: give a number of units, or one of {names}")
+        if self.round_to is not None and not isinstance(self.round_to, str):
             check_whole("round_to", self.round_to, 1, PlanError, "a number of units")
         if not is_number(self.floor) or not 0 <= self.floor < 1:
             raise PlanError(

@@ -228,9 +228,9 @@ def _without(model: nn.Module, cut: _Cut, *, drawn: bool = True) -> nn.Module:
 
 def _tensors_outside(model: nn.Module, layers: Mapping[str, tuple[str, ...]]) -> Iterator[tuple[str, Tensor]]:
     """The parameters and buffers of a model that are not in some layers."""
-    gone = [f"{path}.{name}" if path else name for path, names in layers.items() for name in names]
+    left_out = [f"{path}.{name}" if path else name for path, names in layers.items() for name in names]
     tensors: Iterable[tuple[str, Tensor]] = (*model.named_parameters(), *model.named_buffers())
-    return ((name, tensor) for name, tensor in tensors if not any(is_under(name, path) for path in gone))
+    return ((name, tensor) for name, tensor in tensors if not any(is_under(name, path) for path in left_out))
 
 
 def _drawn(tensor: Tensor, source: torch.Generator, whole: int = 0) -> Tensor:
@@ -304,8 +304,8 @@ def _follow_ups(model: nn.Module, config: Mapping[str, object], cut: _Cut) -> di
     changes: dict[str, object] = {}
     for field, value in config.items():
         if isinstance(value, list | tuple) and len(value) in depths:
-            gone = {int(name) for name in depths[len(value)]}
-            changes[field] = type(value)(entry for i, entry in enumerate(value) if i not in gone)
+            left_out = {int(name) for name in depths[len(value)]}
+            changes[field] = type(value)(entry for i, entry in enumerate(value) if i not in left_out)
         elif type(value) is int and value in depths:
             changes[field] = value - len(depths[value])
         elif type(value) is int and value in rows:
