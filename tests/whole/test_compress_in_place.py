@@ -145,8 +145,9 @@ def shifted(output: Any, args: Any, kwargs: Any) -> Tensor:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("uniform", [False, True])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit"])
+@pytest.mark.parametrize(
+    ("name", "uniform"), [("llama", False), ("qwen3", True), ("gpt2", False), ("bert", False), ("vit", True)]
+)
 def test_models_of_transformers(name: str, uniform: bool) -> None:
     model, kwargs = tiny(name)
     dense, own = copy.deepcopy(model), model
@@ -162,7 +163,7 @@ def test_models_of_transformers(name: str, uniform: bool) -> None:
         if isinstance(module, nn.Linear):
             assert module.weight.shape == (module.out_features, module.in_features), path
     generating: Any = own
-    if name in ("llama", "gpt2"):
+    if name in ("llama", "qwen3", "gpt2"):
         plain = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
         prompt = kwargs["input_ids"][:, :4]
         tokens = generating.generate(prompt, **plain)
