@@ -21,6 +21,7 @@ _MODULES = {
     "axis_rule": "axes.registry",
     "backend": "torch_compile",
     "compress": "api",
+    "compress_": "api",
     "detect": "api",
     "export": "export.verb",
     "load": "storage.models",

@@ -2,6 +2,7 @@
 
 from ecospa_fx import passes as passes
 from ecospa_fx.api import compress as compress
+from ecospa_fx.api import compress_ as compress_
 from ecospa_fx.api import detect as detect
 from ecospa_fx.api import shrink as shrink
 from ecospa_fx.axes.registry import axis_rule as axis_rule

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, Unpack, cast, overload
+from typing import Any, TypeVar, Unpack, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,9 @@ from ecospa_fx.errors import PlanError, ScoreError
 from ecospa_fx.importance.score import Batch, Loss, score_samples, splitter_of
 from ecospa_fx.importance.scores import Given, Scores
 from ecospa_fx.importance.second_order import SECOND_ORDER
+from ecospa_fx.inplace.shrink import write_back
 from ecospa_fx.ir.passes import Pass, run_passes
-from ecospa_fx.origin import origin, remember
+from ecospa_fx.origin import origin, origin_of, remember
 from ecospa_fx.passes import CLEANUP
 from ecospa_fx.plan import Plan
 from ecospa_fx.planning import plan as make_plan
@@ -32,6 +33,9 @@ from ecospa_fx.runtime.lift_parameters import lift_parameters
 from ecospa_fx.runtime.restore import restore
 from ecospa_fx.trace_check import compared
 from ecospa_fx.verify import masked
+from ecospa_fx.wrappers import unwrapped
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @leaves_untouched(calls=False)
@@ -270,6 +274,89 @@ def compress(  # noqa: PLR0913  # the data, the method and what may go meet here
     return shrink(model, make_plan(couplings, asked.ratios[0], by, **asked.planning), args, kwargs)
 
 
+@leaves_untouched(calls=False)
+def compress_(  # noqa: PLR0913  # what `compress` takes
+    model: Model,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    ratio: float | None = None,
+    batches: Iterable[Batch] = (),
+    loss: Loss | None = None,
+    method: str = SECOND_ORDER,
+    couplings: Couplings | None = None,
+    scores: Scores | Mapping[str, Tensor] | None = None,
+    **options: Unpack[CompressOptions],
+) -> Model:
+    """Compress a model in place: `compress`, written back into the user's own object, all of it or nothing.
+
+    Class, methods, hooks, modes, Parameter objects and ties stay, and attributes such as ``in_features`` agree with the
+    weights, so that generation with any cache, adapters, trainers and saving go on working. What the model's code can
+    carry is searched for by trials, and what is written is proven as `shrink_` proves it, with the new weights too.
+    With uniform=True the configuration follows where it can; where it cannot, a warning names its fields. Gradients
+    are dropped, and an optimizer must be made anew.
+
+    Args:
+        model: an ``nn.Module`` with its weights; it is changed.
+        args: tuple of positional example inputs, by default ().
+        kwargs: mapping of example inputs by name, by default none.
+        ratio: share of the parameters of what the model can carry to remove, above 0 and below 1. It has no default:
+            give it or ``widths=``.
+        batches: calibration data, an iterable of (args, kwargs) pairs: see `compress`. By default none.
+        loss: function (output, args, kwargs) to a scalar, called with one sample at a time; by default None.
+        method: how units are chosen, "second-order" by default: see `compress`.
+        couplings: what `detect` returned for this model, or a selection of it; by default what it returns.
+        scores: what decides which units are removed, in place of the method's. By default None.
+        **options: see `ecospa_fx.compression.CompressOptions`; expressible_in is "module".
+
+    Returns:
+        The same model.
+
+    Raises:
+        OptionError: an option is unknown, belongs to another method, or neither ratio nor widths is given.
+        PlanError: the ratio is out of range or reach, the model's code can carry nothing or not these widths, or it
+            cannot be proven that what is written is right. The model is then exactly as it was.
+        ScoreError: data or loss are missing, do not fit the model or tell nothing.
+        CaptureError: the model cannot be traced.
+
+    Examples:
+        >>> import torch, ecospa_fx as eco
+        >>> mlp = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.GELU(), torch.nn.Linear(32, 8))
+        >>> data = [((torch.randn(1, 8),), {}) for _ in range(4)]
+        >>> eco.compress_(mlp, *data[0], ratio=0.5, batches=data, loss=lambda y, args, kwargs: y.square().mean())[0]
+        Linear(in_features=8, out_features=16, bias=True)
+
+        Again without data, to a width of one's own:
+
+        >>> eco.compress_(mlp, *data[0], widths={"ffn": 12}, method="magnitude")[2]
+        Linear(in_features=12, out_features=8, bias=True)
+
+        A model of transformers, in which all layers get the widths that its configuration can say:
+
+        >>> eco.compress_(model, (ids,), ratio=0.3, batches=batches, loss=loss, uniform=True)  # doctest: +SKIP
+        >>> model.generate(ids), model.save_pretrained(folder)  # doctest: +SKIP
+    """
+    check_options("compress_", options, CompressOptions, compress_)
+    inside = unwrapped(model, resizing=PlanError)
+    asked: CompressOptions = {**options}
+    if asked.get("widths") is None:
+        asked["expressible_in"] = "module"
+    small = compress(
+        inside,
+        args,
+        kwargs,
+        ratio=ratio,
+        batches=batches,
+        loss=loss,
+        method=method,
+        couplings=couplings,
+        scores=scores,
+        **asked,
+    )
+    write_back(inside, origin_of(small).plan, args, kwargs, small)
+    return model
+
+
 def _couplings(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], couplings: object, options: CompressOptions
 ) -> Couplings:
@@ -298,7 +385,6 @@ def _scores(
         loss=loss,
         method=asked.method,
         steps=asked.steps,
-        progress=asked.progress,
         **asked.planning,
     )
 
@@ -329,7 +415,6 @@ def scored(
     loss: Loss | None = None,
     method: str = "gate-fisher",
     steps: int = 4,
-    progress: bool = False,
     **planning: Unpack[AllPlanOptions],
 ) -> Scores:
     """Scores for removing `ratio`, in several steps: each scores what the one before left.
@@ -339,6 +424,7 @@ def scored(
     planning: further options of `plan`. Raises ScoreError for fewer than one step.
     """
     check_whole("steps", steps, 1, ScoreError, "a number of scoring passes")
+    progress = planning.get("progress", False)
     splitter = splitter_of(model, loss)  # one for all passes, so that it looks at batches, and warns, once
     scores = score_samples(model, couplings, batches, splitter, loss, method, progress)
     for step in range(1, steps):

@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 
 from torch import Tensor
 
+from ecospa_fx.budget.alignment import Engine
 from ecospa_fx.budget.cost import CostModel
 from ecospa_fx.budget.settings import RATIO, AllPlanOptions, PlanSettings
 from ecospa_fx.checks import check_flag, check_whole
@@ -33,8 +34,9 @@ class CompressOptions(ChoiceOptions, total=False):
     """() by default. What else may be offered, "renormalise" or "cache": see `detect`."""
     seed: int
     """0 by default. What "random" scores are drawn from."""
-    round_to: int | None
-    """None by default. Kept units are a multiple of this; None: of what the kernels of the model's device prefer."""
+    round_to: int | Engine | None
+    """None by default. Kept units are a multiple of this; "gguf", "marlin" or "tensor-cores": of what these like; None:
+    of what the kernels of the model's device prefer."""
     uniform: bool
     """False by default. True: the same as allocation="uniform"."""
     budget: Literal["parameters", "flops", "latency"] | CostModel
@@ -114,7 +116,7 @@ class Compression:
         names = {field.name for field in fields(Recipe)}
         planning = {
             "round_to": None,
-            **{name: v for name, v in options.items() if name not in {*names, "steps", "allow"}},
+            **{name: v for name, v in options.items() if name not in {*names, "steps", "allow"} - {"progress"}},
         }
         steps, progress = options.get("steps", STEPS), options.get("progress", False)
         check_whole("steps", steps, 1, ScoreError, "a number of scoring passes")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Unpack
 
+from ecospa_fx.budget.alignment import Engine
 from ecospa_fx.budget.allocate import allocated, chosen_by, narrowed_to
 from ecospa_fx.budget.settings import RATIO, PlanOptions, PlanSettings
 from ecospa_fx.budget.ties import Carried
@@ -21,7 +22,7 @@ def plan(
     ratio: float = RATIO,
     scores: Given | None = None,
     seed: int = 0,
-    round_to: int | None = 1,
+    round_to: int | Engine | None = 1,
     **options: Unpack[PlanOptions],
 ) -> Plan:
     """Decide which units are removed: by scores, down to a budget or to widths.
@@ -35,8 +36,10 @@ def plan(
             with a warning); "random", drawn from `seed`, for tests.
         seed: whole number that "random" scores are drawn from, 0 by default.
         round_to: kept units per carrier are a multiple of this, 1 by default; a coupling with fewer units stays whole.
-            None: a multiple at which the kernels of the model's device are fast, see
-            `ecospa_fx.budget.alignment.preferred_multiple`.
+            "gguf", "marlin", "tensor-cores": by coupling, a multiple at which all axes fit K-quants of llama.cpp, the
+            4-bit kernels of vLLM, or tensor cores in half precision, see
+            `ecospa_fx.budget.alignment.engine_multiple`. None: a multiple at which the kernels of the model's device
+            are fast, see `ecospa_fx.budget.alignment.preferred_multiple`.
         **options: see `ecospa_fx.budget.settings.PlanOptions`: which couplings may lose units (kinds, exclude, limits,
             floor), what the ratio counts (budget), how it is spread (allocation, uniform, expressible_in), or widths in
             place of a ratio.
@@ -93,4 +96,5 @@ def _carried(couplings: Couplings, settings: PlanSettings) -> Carried | None:
         return None
     if isinstance(settings.how, Curves):
         raise PlanError("expressible_in='module' keeps couplings in step, which curves do not: use allocation='global'")
-    return expressible_couplings(couplings, chosen_by(couplings, settings), settings.how == "uniform")
+    chosen, uniform = chosen_by(couplings, settings), settings.how == "uniform"
+    return expressible_couplings(couplings, chosen, uniform, progress=settings.progress)

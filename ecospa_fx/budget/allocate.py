@@ -50,7 +50,8 @@ def allocated(couplings: Couplings, settings: PlanSettings, carried: Carried | N
     parameters = dict(couplings.model.named_parameters())
     bounds = Bounds(settings.round_to, settings.floor, limits, parameters, settings.limits)
     scores = _scores(couplings, chosen, settings)
-    cost_model = _cost_model(couplings, settings.budget, chosen, bounds.round_to or 1)
+    step = settings.round_to if isinstance(settings.round_to, int) else 1
+    cost_model = _cost_model(couplings, settings.budget, chosen, step)
     if carried is not None:
         orders, locksteps = in_carried_step(carried, scores, bounds, cost_model, uniform=how == "uniform")
         return _planned(couplings, orders, _cut(cost_model, orders, locksteps, settings.ratio, bounds))

@@ -16,7 +16,7 @@ from math import ceil, gcd, lcm
 import torch
 from torch import Tensor
 
-from ecospa_fx.budget.alignment import preferred_multiple
+from ecospa_fx.budget.alignment import Engine, multiple_of
 from ecospa_fx.budget.cost import CostModel
 from ecospa_fx.budget.ties import Carried, Tie
 from ecospa_fx.coupling.types import Coupling
@@ -28,8 +28,8 @@ from ecospa_fx.plan import Selection
 class Bounds:
     """How many units a coupling may keep; see `plan`."""
 
-    round_to: int | None
-    """What kept units are a multiple of; None: of what the device of the parameters prefers."""
+    round_to: int | Engine | None
+    """What kept units are a multiple of; by name, of what an engine likes; None: of what the device prefers."""
     floor: float
     """Least share of its units that a coupling keeps."""
     limits: Mapping[str, float]
@@ -55,9 +55,9 @@ class Bounds:
 
     def multiple(self, coupling: Coupling, times: int = 1) -> int:
         """What kept units are a multiple of where a coupling keeps so many times more of them."""
-        if self.round_to is not None:
+        if isinstance(self.round_to, int):
             return self.round_to
-        multiple = preferred_multiple(coupling, self.parameters)
+        multiple = multiple_of(self.round_to, coupling, self.parameters)
         return multiple // gcd(multiple, times)
 
     def __str__(self) -> str:

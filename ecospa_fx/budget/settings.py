@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from ecospa_fx.budget.alignment import ENGINES, Engine
 from ecospa_fx.budget.cost import CostModel
 from ecospa_fx.checks import check_flag, check_whole, is_number
 from ecospa_fx.coupling.choice import ChoiceOptions, checked_limits, texts
@@ -21,7 +22,7 @@ class _Default(float):
 RATIO = _Default(0.5)
 """The share that goes where neither a ratio nor widths are given."""
 
-WITH_WIDTHS = ("scores", "seed", "kinds", "exclude", "widths", "ratio")
+WITH_WIDTHS = ("scores", "seed", "kinds", "exclude", "widths", "ratio", "progress")
 """What may be given beside widths: everything else says how a ratio is spread."""
 
 
@@ -43,14 +44,17 @@ class PlanOptions(ChoiceOptions, total=False):
     """None by default. In place of a ratio: units per carrier to keep, by name of a coupling or shell pattern on
     names; a name counts before a pattern."""
 
+    progress: bool
+    """False by default. True: a bar on stderr while what a module can carry is searched for."""
+
 
 class AllPlanOptions(PlanOptions, total=False):
     """All that `plan` takes by name but couplings, ratio and scores."""
 
     seed: int
     """0 by default. What "random" scores are drawn from."""
-    round_to: int | None
-    """1 by default. Kept units are a multiple of this; None: of what the device prefers."""
+    round_to: int | Engine | None
+    """1 by default. Kept units are a multiple of this; by name, of what an engine likes; None: what the device does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +67,7 @@ class PlanSettings:
     """What says which units go first."""
     seed: int = 0
     """What "random" scores are drawn from."""
-    round_to: int | None = 1
+    round_to: int | Engine | None = 1
     """Kept units are a multiple of this; None: of what the device prefers."""
     allocation: Literal["global", "ragged", "uniform"] | Curves = "global"
     """How the ratio is spread."""
@@ -83,18 +87,24 @@ class PlanSettings:
     """What the ratio is counted in."""
     expressible_in: Literal["module"] | None = None
     """"module": only what `shrink_` can write back."""
+    progress: bool = False
+    """Whether a search shows a bar."""
 
     def __post_init__(self) -> None:
         _check_ratio(self.ratio)
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not -(2**63) <= self.seed < 2**64:
             raise PlanError(f"seed={self.seed!r:.60} is not a seed: give a whole number")
-        if self.round_to is not None:
+        if isinstance(self.round_to, str) and self.round_to not in ENGINES:
+            names = ", ".join(map(repr, ENGINES))
+            raise PlanError(f"round_to={self.round_to!r:.60} is unknown: give a number of units, or one of {names}")
+        if self.round_to is not None and not isinstance(self.round_to, str):
             check_whole("round_to", self.round_to, 1, PlanError, "a number of units")
         if not is_number(self.floor) or not 0 <= self.floor < 1:
             raise PlanError(
                 f"floor={self.floor!r} is not a share of units to keep: give a number from 0 up to, not including, 1"
             )
         check_flag("uniform", self.uniform, PlanError)
+        check_flag("progress", self.progress, PlanError)
         _check_allocation(self.allocation)
         _check_budget(self.budget)
         if self.expressible_in not in (None, "module"):

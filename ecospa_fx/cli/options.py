@@ -11,6 +11,7 @@ from typing import NoReturn, get_args
 import torch
 
 import ecospa_fx as eco
+from ecospa_fx.budget.alignment import ENGINES
 from ecospa_fx.coupling.detection import ALLOWED
 from ecospa_fx.errors import EcospaError
 from ecospa_fx.export.verb import Format
@@ -105,7 +106,12 @@ def _add_compress(commands: argparse._SubParsersAction[Parser]) -> Parser:
     add("--windows", type=int, default=128, metavar="N", help="calibration windows (default: 128)")
     add("--passes", type=int, default=4, metavar="N", help="scoring passes, not of second-order (default: 4)")
     add("--length", type=int, metavar="L", help="tokens per window (default: at most 512)")
-    add("--round-to", type=int, metavar="N", help="keep multiples of N units (default: by device)")
+    add(
+        "--round-to",
+        type=_rounding,
+        metavar="N",
+        help=f"keep multiples of N units, or of what {', '.join(ENGINES)} like (default: by device)",
+    )
     add("--seed", type=int, default=0, metavar="S", help="random seed of the windows (default: 0)")
     add("--exclude", action="append", default=[], metavar="PATTERN", help="do not shrink these modules; repeatable")
     add("--limit", action="append", default=[], metavar="PATTERN=SHARE", help="largest share to remove; repeatable")
@@ -148,13 +154,18 @@ def _add_allow(command: Parser) -> None:
     )
 
 
+def _rounding(text: str) -> int | str:
+    """A number of units, or the name of an engine; argparse says what is neither."""
+    return text if text in ENGINES else int(text)
+
+
 def check_options(arguments: argparse.Namespace) -> None:
     """Raise for options out of range and an output that exists, before any work."""
     if not 0 < arguments.ratio < 1:
         raise UsageError(f"--ratio is {arguments.ratio:g} and must lie between 0 and 1, both excluded")
     for name, least in (("windows", 1), ("passes", 1), ("length", 2), ("round_to", 1), ("seed", 0)):
         value = getattr(arguments, name)
-        if value is not None and value < least:
+        if isinstance(value, int) and value < least:
             raise UsageError(f"--{name.replace('_', '-')} is {value} and must be at least {least}")
     if arguments.method != SECOND_ORDER:
         method_named(arguments.method, SECOND_ORDER)

@@ -54,6 +54,34 @@ def mask(shape: Sequence[int], factors: Factors, device: torch.device | None = N
     return result
 
 
+def kept_sizes(shape: Sequence[int], factors: Factors) -> list[int]:
+    """The most elements that stay along each axis, which are all where the kept part is a tensor."""
+    if any(len(axes) > 1 for axes in factors):
+        kept = mask(shape, factors)
+        return [int(kept.sum(axis).max()) for axis in range(kept.dim())]
+    sizes = [int(factors[axis,].sum()) if (axis,) in factors else size for axis, size in enumerate(shape)]
+    return sizes if all(sizes) else [0] * len(sizes)
+
+
+def kept_part(tensor: Tensor, factors: Factors) -> Tensor | None:
+    """What stays of a tensor, in memory of its own; None where that is no tensor of as many axes."""
+    if any(len(axes) > 1 for axes in factors):
+        kept, sizes = tensor[mask(tensor.shape, factors, tensor.device)], kept_sizes(tensor.shape, factors)
+        return kept.view(sizes) if kept.numel() == prod(sizes) else None
+    for (axis,), kept in factors.items():
+        tensor = tensor.index_select(axis, kept.nonzero().flatten().to(tensor.device))
+    return tensor
+
+
+def zeroed(tensor: Tensor, factors: Factors) -> Tensor:
+    """A copy of a tensor with 0 in place of what goes."""
+    if any(len(axes) > 1 for axes in factors):
+        return tensor.masked_fill(~mask(tensor.shape, factors, tensor.device), 0)
+    for (axis,), kept in factors.items():
+        tensor = tensor.index_fill(axis, kept.logical_not().nonzero().flatten().to(tensor.device), 0)
+    return tensor
+
+
 def kept_elements(shape: Sequence[int], factors: Factors) -> int:
     """How many True elements `mask` would hold."""
     operands: list[Tensor | list[int]] = []

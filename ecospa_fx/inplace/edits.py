@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from ecospa_fx.coupling.unit_elements import Factors, kept_part, zeroed
 from ecospa_fx.errors import PlanError
 
 
@@ -17,13 +18,20 @@ class Edits:
     def __init__(self) -> None:
         self._undo: list[Callable[[], None]] = []
 
-    def parameters(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-        """Keep of each parameter what its mask keeps; it stays the same object, so that ties and hooks hold on."""
+    def parameters(self, model: nn.Module, factors: Mapping[str, Factors]) -> None:
+        """Keep of each parameter what its factors keep; it stays the same object, so that ties and hooks hold on."""
         parameters = dict(model.named_parameters())
-        for name, mask in masks.items():
-            self._data(parameters[name], mask)
+        for name, kept in factors.items():
+            self.data(parameters[name], lambda tensor: _part(tensor, kept))  # noqa: B023  # called at once
 
-    def _data(self, parameter: nn.Parameter, mask: Tensor) -> None:
+    def zeros(self, model: nn.Module, factors: Mapping[str, Factors]) -> None:
+        """0 in place of what the factors of each parameter do not keep."""
+        parameters = dict(model.named_parameters())
+        for name, kept in factors.items():
+            self.data(parameters[name], lambda tensor: zeroed(tensor, kept))  # noqa: B023  # called at once
+
+    def data(self, parameter: nn.Parameter, change: Callable[[Tensor], Tensor]) -> None:
+        """Another tensor in a parameter, and in its gradient; the parameter stays the same object."""
         data, grad = parameter.data, parameter.grad
 
         def back() -> None:
@@ -32,9 +40,23 @@ class Edits:
 
         self._undo.append(back)
         parameter.grad = None
-        parameter.data = cut(data, mask)
-        if grad is not None:
-            parameter.grad = cut(grad, mask)
+        with torch.no_grad():
+            parameter.data = change(data)
+            if grad is not None:
+                parameter.grad = change(grad)
+
+    def weights(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        """Other numbers in parameters of the same shapes, by first name; their gradients, which are of others, go."""
+        parameters = dict(model.named_parameters())
+        for name, value in weights.items():
+            parameter = parameters[name]
+            if parameter.shape != value.shape:
+                raise PlanError(
+                    f"parameter {name!r} is {tuple(value.shape)} in the compressed graph and {tuple(parameter.shape)} "
+                    "in the module, so nothing is written back: use ecospa_fx.compress"
+                )
+            self.data(parameter, lambda old: value.detach().to(old, copy=True))  # noqa: B023  # called at once
+            parameter.grad = None
 
     def values(self, parameter: nn.Parameter, tensor: Tensor) -> None:
         """Other values of a parameter, which stays the same object."""
@@ -63,6 +85,16 @@ class Edits:
             self._undo.pop()()
 
 
+def _part(tensor: Tensor, factors: Factors) -> Tensor:
+    kept = kept_part(tensor, factors)
+    if kept is None:
+        raise PlanError(UNEVEN)
+    return kept
+
+
+UNEVEN = "the plan keeps different numbers of units in different places: make the plan anew"
+
+
 def cut(tensor: Tensor, mask: Tensor) -> Tensor:
     """What a mask keeps of a tensor of its shape, in memory of its own: a tensor of as many axes.
 
@@ -72,5 +104,5 @@ def cut(tensor: Tensor, mask: Tensor) -> Tensor:
     with torch.no_grad():
         kept = tensor[mask]
     if kept.numel() != torch.Size(shape).numel():
-        raise PlanError("the plan keeps different numbers of units in different places: make the plan anew")
+        raise PlanError(UNEVEN)
     return kept.view(shape)

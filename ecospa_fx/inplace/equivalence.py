@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ecospa_fx.capture.export import capture
 from ecospa_fx.errors import PlanError
@@ -27,14 +29,19 @@ from ecospa_fx.inplace.calls import (
     randomised_calls,
     resized_calls,
 )
+from ecospa_fx.inplace.edits import Edits
+from ecospa_fx.ir.program import ExportedForm
 from ecospa_fx.ir.pytrees import closed, copied, opened
 from ecospa_fx.passes.shrink.shrink_couplings import shrink_program
 from ecospa_fx.plan import Plan
 from ecospa_fx.rewrite import smaller
 from ecospa_fx.runtime.restore import restore
-from ecospa_fx.verify import masked, narrowed, unwritten, without_fast_path
+from ecospa_fx.verify import narrowed, unwritten, without_fast_path
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+ROUNDED_TOLERANCE = 1e-6
+"""Of a copy in float64 whose code computes some of it in shorter types, as norms do: there the order of sums counts."""
+
 MAX_FLOAT64_PARAMETERS = 300_000_000
 """Parameters up to which the copy computes in float64."""
 
@@ -47,28 +54,48 @@ class EquivalenceCheck:
     """A copy of a model that edits are tried on.
 
     model: the copy; calls: the example, the example in other sizes, and with its flags the other way round, as far as
-    the dense model takes them; tolerance: largest relative difference that counts as equal.
+    the dense model takes them; tolerance: largest relative difference that counts as equal. like: a check of a smaller
+    model of the same code, which has made the other calls: then the example is the only one, in float32.
     """
 
-    def __init__(self, model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        args: Sequence[object],
+        kwargs: Mapping[str, object],
+        like: EquivalenceCheck | None = None,
+    ) -> None:
         if any(p.is_meta for p in model.parameters()):
             raise PlanError("the model is on meta, where no edit can be proven by numbers: load its weights first")
         self.model, self.dtype = _copied(model), torch.float64
-        if sum(p.numel() for p in model.parameters()) > MAX_FLOAT64_PARAMETERS or not self._runs(args, kwargs):
+        if like is not None or sum(p.numel() for p in model.parameters()) > MAX_FLOAT64_PARAMETERS:
+            self.model, self.dtype = _with_noise(self.model.float()), torch.float32
+        elif not self._runs(args, kwargs):
             self.model, self.dtype = _with_noise(_copied(model).float()), torch.float32
         self.tolerance = TOLERANCE[self.dtype]
         self.read: set[AttributeRead] | None = None
         """Attributes that running the model reads, by identity of their owner and name; None: not known yet."""
         example = TrialCall(*self._typed(tuple(args), dict(kwargs)))
-        with torch.no_grad():
+        with torch.no_grad(), FloatTypes() as computed:
             self.run(example)
-        self.program = capture(self.model, example.args, example.kwargs, dynamic=True, both_modes=False)
-        more = [*resized_calls(self.program, example), *flag_flipped_calls(example)]
-        self.calls = [example, *(call for call in more if self.attempt(call) is not None)]
+        if computed.types - {torch.float64, torch.complex128}:
+            self.tolerance = max(self.tolerance, ROUNDED_TOLERANCE)
+        self.calls = [example]
+        if like is None:
+            more = [*resized_calls(self.program, example), *flag_flipped_calls(example)]
+            self.calls += [call for call in more if self.attempt(call) is not None]
+        self.keeps_state: bool = like.keeps_state if like is not None else bool(self.program.state)
+        """Whether the model keeps what it computes from call to call in buffers, inputs or outputs."""
         if has_constant_tensor(example):
             same = self.calls if not has_varied_tensor(example) else [example]
             self.calls += [other for call in same if (other := self._varied(call)) is not None]
             self._check_varied()
+
+    @cached_property
+    def program(self) -> ExportedForm:
+        """The graph of the copy, with symbols for sizes."""
+        example = self.calls[0]
+        return capture(self.model, example.args, example.kwargs, dynamic=True, both_modes=False)
 
     def _runs(self, args: Sequence[object], kwargs: Mapping[str, object]) -> bool:
         self.model = _with_noise(self.model.double())
@@ -110,17 +137,30 @@ class EquivalenceCheck:
         Where masking is not what the plan means, or where the model keeps what it computes from call to call in
         buffers, inputs or outputs, what the rewritten graph does.
         """
-        if not plan.allow and not self.program.state:
-            with masked(self.model, plan):
-                return Reference(tuple((call, self.run(call)) for call in self.calls), {})
+        plan.check(self.model)
+        if not plan.allow and not self.keeps_state:
+            first, *others = self.calls
+            return Reference(self._masked(plan, [first]), {}, lambda: self._masked(plan, others))
         return self.graph_reference(plan, self.traced())
 
-    def graph_reference(self, plan: Plan, calls: Sequence[TrialCall] | None = None) -> Reference:
+    def _masked(self, plan: Plan, calls: Sequence[TrialCall]) -> Results:
+        edits = Edits()
+        try:
+            edits.zeros(self.model, plan.factors() if calls else {})
+            return tuple((call, self.run(call)) for call in calls)
+        finally:
+            edits.undo()
+
+    def graph_reference(
+        self, plan: Plan, calls: Sequence[TrialCall] | None = None, weights: Mapping[str, Tensor] | None = None
+    ) -> Reference:
         """What the rewritten graph does with some calls, or all strict ones, and the buffers that got narrower in it.
 
         Calls that it does not take are left out, but for the example: what was traced may hold for fewer.
+        weights: other numbers for its parameters.
         """
-        small, results = self._shrunk(plan), []
+        small, results, edits = self._shrunk(plan), [], Edits()
+        edits.weights(small, weights or {})
         with unwritten(small):
             for call in (c for c in (self.calls if calls is None else calls) if c.strict):
                 narrow = TrialCall(*narrowed(small, call.args, call.kwargs))
@@ -129,19 +169,20 @@ class EquivalenceCheck:
                 except Exception as error:  # whatever the graph's operators raise says that it takes no such call
                     if call is self.calls[0]:
                         raise PlanError(f"the rewritten graph does not take the example: {error}") from error
+        edits.undo()  # it shares parameters with the copy
         dense = dict(self.model.named_buffers())
         cut = {n: t for n, t in small.named_buffers() if n in dense and t.shape != dense[n].shape}
-        return Reference(tuple(results), cut)
+        return Reference(tuple(results), cut)  # all of them, as the graph is there now
 
     def traced(self) -> list[TrialCall]:
         """The example, and the strict calls for which the graph does what the model does."""
         example, *rest = self.calls
         graph = restore(self.program.frozen(), self.model, example.args, example.kwargs)
         strict, original = [call for call in rest if call.strict], self.model
-        wanted = Reference(tuple((call, self.run(call)) for call in strict), {})
+        wanted = tuple((call, self.run(call)) for call in strict)
         try:
             self.model = graph
-            wrong = self.differing(wanted)
+            wrong = list(self._differing(wanted))
         finally:
             self.model = original
         return [example, *(call for call in strict if all(call is not other for other in wrong))]
@@ -156,29 +197,54 @@ class EquivalenceCheck:
             return smaller(self.model, plan, example.args, example.kwargs)
         return restore(program, self.model, example.args, example.kwargs)
 
-    def equals(self, reference: Reference) -> bool:
-        """Whether the model, as it is now, does what the reference does."""
-        return next(self._differing(reference), None) is None
+    def gives(self, results: Results) -> bool:
+        """Whether the model, as it is now, returns some results."""
+        return next(self._differing(results), None) is None
 
-    def differing(self, reference: Reference) -> list[TrialCall]:
-        """The calls for which the model, as it is now, does something else than the reference."""
-        return list(self._differing(reference))
-
-    def _differing(self, reference: Reference) -> Iterator[TrialCall]:
-        for call, want in reference.results:
+    def _differing(self, results: Results) -> Iterator[TrialCall]:
+        for call, want in results:
             got = self.attempt(call)
             if got is None or not all_close(got, want, self.tolerance, strict=call.strict):
                 yield call
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+class FloatTypes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch annotates no modes
+    """Notes the floating types of all that is computed inside."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.types: set[torch.dtype] = set()
+        """Those of the results of operators."""
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """What the operator returns."""
+        result = func(*args, **(kwargs or {}))
+        leaves = pytree.tree_leaves(result)
+        self.types |= {t.dtype for t in leaves if isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex())}
+        return result
+
+
+Results = tuple[tuple[TrialCall, list[Tensor]], ...]
+"""Calls with the tensors that they must return."""
+
+
+@dataclass(frozen=True, eq=False)
 class Reference:
     """What a model must compute after an edit."""
 
-    results: tuple[tuple[TrialCall, list[Tensor]], ...]
-    """Calls with the tensors that they must return."""
+    first: Results
+    """Of the example, which tells most edits that are wrong."""
     buffers: dict[str, Tensor]
     """The buffers that have other shapes then, by name."""
+    run_rest: Callable[[], Results] = tuple
+    """Makes the results of the other calls."""
+
+    @cached_property
+    def rest(self) -> Results:
+        """Of the other calls. They are made when first asked for, by the model as it was before the edit."""
+        return self.run_rest()
 
 
 def _copied(model: nn.Module) -> nn.Module:

@@ -9,18 +9,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import cast
+from weakref import WeakKeyDictionary
 
 import torch
 
 from ecospa_fx.budget.ties import Carried, Tie
-from ecospa_fx.coupling.couplings import Couplings
+from ecospa_fx.coupling.couplings import Couplings, parameter_shapes
 from ecospa_fx.coupling.types import Coupling
 from ecospa_fx.errors import PlanError
 from ecospa_fx.inplace.configuration import config_attributes, search_configuration
-from ecospa_fx.inplace.equivalence import EquivalenceCheck
-from ecospa_fx.inplace.groups import components, group_by_role
+from ecospa_fx.inplace.equivalence import EquivalenceCheck, Inputs
+from ecospa_fx.inplace.groups import alike_in_layers, components, group_by_role
 from ecospa_fx.inplace.shrink import components_sharing_integers, search_by_component
+from ecospa_fx.inplace.stand_in import stand_in
 from ecospa_fx.plan import Plan, Selection
+from ecospa_fx.progress import progress_bar
 
 STEPS = (1, 8)
 """Units that are taken at a time: one, or as many as fill the 16 bytes that some kernels want."""
@@ -29,27 +33,84 @@ MAX_TRIED_WIDTHS = 64
 """Numbers of units that are all tried; of couplings with more, every one is taken to be as good as the probed one."""
 
 
-def expressible_couplings(couplings: Couplings, chosen: Sequence[Coupling], uniform: bool) -> Carried:
+def expressible_couplings(
+    couplings: Couplings, chosen: Sequence[Coupling], uniform: bool, *, progress: bool = False
+) -> Carried:
     """Which of some couplings can shrink in the user's own module, and in what steps.
+
+    It is tried on a small model of the same code (see `ecospa_fx.inplace.stand_in`), in a few layers for all that are
+    alike, and confirmed by one plan for the whole model, unless its weights are on ``meta``; where that fails, the
+    whole model is tried. Couplings that have been asked about before are not tried again.
 
     uniform: the same number of units in all layers; then, where the model has a configuration that describes any of
     it, what that can describe. Of couplings within others, the outer ones are taken where not all inner ones can be.
-    Raises PlanError where none can shrink, or where the couplings do not say how they were detected.
+    progress: a bar on stderr. Raises PlanError where none can shrink, or where the couplings do not say how they were
+    detected.
     """
     if couplings.example is None:
         raise PlanError("these couplings do not know their example inputs: use those that detect(model, args) returned")
-    probe = PlanProbe(EquivalenceCheck(couplings.model, *couplings.example), couplings, uniform)
-    names = config_attributes(probe.check.model) if uniform else []
-    for name in [*names, None]:
-        probe.configuration = name
-        ties = _outer_or_inner(probe, chosen)
-        if ties:
-            rows = tuple(Tie(tuple(row), number, t.step, t.same) for number, t in enumerate(ties) for row in t.rows)
-            return Carried(rows, partial(probe.supports_width, rows))
-    raise PlanError(
-        f"the code of {type(couplings.model).__name__} can carry none of its couplings in narrower weights alone: "
-        "leave expressible_in out and use ecospa_fx.shrink"
-    )
+    key = (uniform, tuple(c.name for c in chosen))
+    answers = _ANSWERS.setdefault(couplings if couplings.whole is None else couplings.whole, {})
+    if key not in answers:
+        answers[key] = _carried_by_stand_in(couplings, chosen, uniform, progress) or _carried(
+            EquivalenceCheck(couplings.model, *couplings.example), chosen, uniform, progress
+        )
+    carried = answers[key]
+    if carried is None:
+        raise PlanError(
+            f"the code of {type(couplings.model).__name__} can carry none of its couplings in narrower weights alone: "
+            "leave expressible_in out and use ecospa_fx.shrink"
+        )
+    return carried
+
+
+_ANSWERS: WeakKeyDictionary[Couplings, dict[tuple[bool, tuple[str, ...]], Carried | None]] = WeakKeyDictionary()
+"""What the modules of some couplings have been found to carry, by whether all layers are alike, and of which ones."""
+
+
+def _carried(check: EquivalenceCheck, chosen: Sequence[Coupling], uniform: bool, progress: bool) -> Carried | None:
+    """What the model of a check carries, None where it carries nothing."""
+    probe = PlanProbe(check, uniform)
+    ties = probe.search(chosen, progress)
+    return probe.carried(ties, ties) if ties else None
+
+
+def _carried_by_stand_in(
+    couplings: Couplings, chosen: Sequence[Coupling], uniform: bool, progress: bool
+) -> Carried | None:
+    """What a small model of the same code carries, for all layers; None where the whole one has to be tried."""
+    model, example = couplings.model, cast(Inputs, couplings.example)
+    small = stand_in(model, *example, chosen)
+    if small is None or (uniform and len(config_attributes(small.model)) < len(config_attributes(model))):
+        return None
+    probe = PlanProbe(EquivalenceCheck(small.model, small.call.args, small.call.kwargs), uniform)
+    ties = probe.search(small.couplings, progress)
+    everywhere = _in_all_layers(ties, alike_in_layers(chosen, model))
+    if everywhere is None or not everywhere:
+        return None
+    if all(not p.is_meta for p in model.parameters()):
+        whole = PlanProbe(EquivalenceCheck(small.deep(), small.call.args, small.call.kwargs, probe.check), uniform)
+        if not whole.supports(whole.trial(everywhere)):
+            return None
+    return probe.carried(ties, everywhere)
+
+
+def _in_all_layers(ties: Sequence[TiedCouplings], groups: Sequence[Sequence[Coupling]]) -> list[TiedCouplings] | None:
+    """The same in all layers as in a few; None where these do not stand for all.
+
+    groups: the couplings of all layers by what the same code computes in other layers.
+    """
+    group_of = {c.name: number for number, group in enumerate(groups) for c in group}
+    everywhere = []
+    for tied in ties:
+        numbers = list(dict.fromkeys(group_of[c.name] for row in tied.rows for c in row))
+        layers = [groups[number] for number in numbers]
+        if len({len(group) for group in layers}) > 1:
+            return None
+        rows = tuple(zip(*layers, strict=True))
+        in_step = len(tied.rows) == 1 and len(tied.rows[0]) > len(numbers)
+        everywhere.append(replace(tied, rows=(tuple(c for row in rows for c in row),) if in_step else rows))
+    return everywhere
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,10 +148,32 @@ class PlanProbe:
     configuration: None, or the attribute that must be able to describe the smaller model too.
     """
 
-    def __init__(self, check: EquivalenceCheck, couplings: Couplings, uniform: bool) -> None:
-        self.check, self.shapes, self.uniform = check, tuple(couplings.shapes.items()), uniform
+    def __init__(self, check: EquivalenceCheck, uniform: bool) -> None:
+        self.check, self.shapes, self.uniform = check, tuple(parameter_shapes(check.model).items()), uniform
         self.configuration: str | None = None
         self.supported_widths: dict[object, bool] = {}
+
+    def search(self, chosen: Sequence[Coupling], progress: bool) -> list[TiedCouplings]:
+        """What can shrink of some couplings, with a configuration that describes it where widths are to be uniform."""
+        for name in [*(config_attributes(self.check.model) if self.uniform else []), None]:
+            self.configuration = name
+            ties = _outer_or_inner(self, chosen, progress)
+            if ties:
+                return ties
+        return []
+
+    def carried(self, ties: Sequence[TiedCouplings], everywhere: Sequence[TiedCouplings]) -> Carried:
+        """What can shrink in all layers. ties: the same, in the layers of the model that is tried."""
+        tried, all_ties = (
+            tuple(Tie(tuple(row), number, t.step, t.same) for number, t in enumerate(some) for row in t.rows)
+            for some in (ties, everywhere)
+        )
+        return Carried(all_ties, partial(self.supports_width, tried) if self.uniform else _in_steps)
+
+    def trial(self, ties: Sequence[TiedCouplings]) -> Plan:
+        """Random units of everything that can shrink."""
+        plans = [self.plan(tied, partial(tied.trial_width, even=self.uniform or len(tied.rows) < 2)) for tied in ties]
+        return Plan(tuple(s for plan in plans for s in plan), self.shapes)
 
     def supported(self, tied: TiedCouplings) -> TiedCouplings | None:
         """Rows that can shrink: as they are, or all in lockstep, or several units at a time; None where they cannot."""
@@ -137,8 +220,8 @@ class PlanProbe:
     def supports_width(self, ties: Sequence[Tie], tie: Tie, kept: int) -> bool:
         """Whether a tie and those like it can keep this number of units."""
         size = tie.base.size
-        if kept % tie.step or size > MAX_TRIED_WIDTHS or not self.uniform:
-            return kept % tie.step == 0
+        if kept % tie.step or size > MAX_TRIED_WIDTHS:
+            return _in_steps(tie, kept)
         key = (tie.number, kept, self.configuration)
         if key not in self.supported_widths:
             rows = tuple(other.couplings for other in ties if other.number == tie.number)
@@ -147,23 +230,28 @@ class PlanProbe:
         return self.supported_widths[key]
 
 
+def _in_steps(tie: Tie, kept: int) -> bool:
+    return kept % tie.step == 0
+
+
 def rotates(coupling: Coupling) -> bool:
     """Whether its units are pairs that are turned by an angle of their own, from a table that others may share."""
     return coupling.symmetry == "rotary"
 
 
-def _outer_or_inner(probe: PlanProbe, chosen: Sequence[Coupling]) -> list[TiedCouplings]:
+def _outer_or_inner(probe: PlanProbe, chosen: Sequence[Coupling], progress: bool) -> list[TiedCouplings]:
     """What can shrink, by groups: of couplings within others the outer ones where not all inner ones can.
 
     Inner ones that must all keep the same pairs lose more than whole heads do, and only count where no heads can go.
     """
     names = {c.name for c in chosen}
     outer = [c for c in chosen if c.contains and names.issuperset(c.contains)]
-    supported = _supported_groups(probe, [c for c in chosen if c not in outer])
+    supported = _supported_groups(probe, [c for c in chosen if c not in outer], progress)
     inner_names: set[str] = set().union(*(tied.names for tied in supported if not tied.same))
     taken: set[str] = set()
     whole = _groups_by_role(probe, [c for c in outer if not inner_names.issuperset(c.contains)])
-    for tied in sorted(whole, key=lambda t: t.elements, reverse=True):
+    whole.sort(key=lambda tied: tied.elements, reverse=True)
+    for tied in progress_bar(whole, "module, whole heads") if progress and whole else whole:
         content = {name for row in tied.rows for c in row for name in c.contains}
         candidate = None if taken & content else probe.supported(tied)
         if candidate is not None:
@@ -174,19 +262,15 @@ def _outer_or_inner(probe: PlanProbe, chosen: Sequence[Coupling]) -> list[TiedCo
 
 def _groups_by_role(probe: PlanProbe, chosen: Sequence[Coupling]) -> list[TiedCouplings]:
     """Couplings that the same code computes in other layers, one per row."""
-    by_name = {c.name: c for c in chosen}
-    plan = probe.plan(TiedCouplings(tuple((c,) for c in chosen)), lambda _, size: size // 2)
-    return [
-        TiedCouplings(tuple((by_name[s.name],) for s in g.selections))
-        for g in group_by_role(list(plan), probe.check.model)
-    ]
+    return [TiedCouplings(tuple((c,) for c in alike)) for alike in alike_in_layers(chosen, probe.check.model)]
 
 
-def _supported_groups(probe: PlanProbe, chosen: Sequence[Coupling]) -> list[TiedCouplings]:
+def _supported_groups(probe: PlanProbe, chosen: Sequence[Coupling], progress: bool) -> list[TiedCouplings]:
     """What can shrink alone, and what in lockstep with others that the same parameters or integers hold."""
     supported: list[TiedCouplings] = []
     left: list[TiedCouplings] = []
-    for tied in _groups_by_role(probe, chosen):
+    groups = _groups_by_role(probe, chosen)
+    for tied in progress_bar(groups, "module") if progress else groups:
         candidate = probe.supported(tied)
         if candidate is None:
             left.append(tied)

@@ -6,10 +6,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from math import prod
+from typing import TypeVar
 
 from torch import nn
 
+from ecospa_fx.coupling.types import Coupling
+from ecospa_fx.coupling.unit_elements import kept_sizes
 from ecospa_fx.plan import Plan, Selection
+
+Alike = TypeVar("Alike", Coupling, Selection)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,6 +43,12 @@ def is_under(name: str, path: str) -> bool:
     return not path or name == path or name.startswith(f"{path}.")
 
 
+def paths_to(name: str) -> list[str]:
+    """A parameter or module, and all modules around it, from the root down."""
+    parts = name.split(".")
+    return [".".join(parts[:depth]) for depth in range(len(parts) + 1)]
+
+
 def parameter_scope(path: str, model: nn.Module) -> str:
     """Where the parameters are that a module's integers may be about: in it, or beside it where it holds nothing."""
     module = model.get_submodule(path)
@@ -59,15 +70,20 @@ def role_of(path: str, model: nn.Module) -> Role:
 
 def group_by_role(selections: Sequence[Selection], model: nn.Module) -> list[Group]:
     """The selections by what the same code computes in other layers."""
-    selections_by_role: dict[object, list[Selection]] = {}
-    for selection in selections:
+    return [Group(tuple(alike)) for alike in alike_in_layers(selections, model)]
+
+
+def alike_in_layers(items: Sequence[Alike], model: nn.Module) -> list[list[Alike]]:
+    """Selections or couplings, those that the same code computes in other layers together."""
+    by_role: dict[object, list[Alike]] = {}
+    for item in items:
         places = []
-        for member in selection.members:
+        for member in item.members:
             path, _, name = member.parameter.rpartition(".")
             boxes = tuple((len(box.carriers), len(box.width)) for box in member.boxes)
             places.append((role_of(path, model), name, member.axis, boxes))
-        selections_by_role.setdefault((selection.kind, tuple(places)), []).append(selection)
-    return [Group(tuple(alike)) for alike in selections_by_role.values()]
+        by_role.setdefault((item.kind, tuple(places)), []).append(item)
+    return list(by_role.values())
 
 
 def components(groups: Sequence[Group]) -> list[list[Group]]:
@@ -87,9 +103,10 @@ def subplan(plan: Plan, groups: Iterable[Group]) -> Plan:
 
 def narrowed_axes(plan: Plan, model: nn.Module) -> NarrowedAxes:
     """Old and new size of every parameter axis that gets smaller, by all names of the parameter."""
-    masks, first = plan.masks(model), {id(p): name for name, p in model.named_parameters()}
+    plan.check(model)
+    first, shapes = {id(p): name for name, p in model.named_parameters()}, dict(plan.shapes)
     narrowed = {}
-    kept = {n: [int(mask.sum(axis).max()) for axis in range(mask.dim())] for n, mask in masks.items()}
+    kept = {name: kept_sizes(shapes[name], factors) for name, factors in plan.factors().items()}
     for alias, parameter in model.named_parameters(remove_duplicate=False):
         for axis, new in enumerate(kept.get(first[id(parameter)], ())):
             if new < parameter.shape[axis]:

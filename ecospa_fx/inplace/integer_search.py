@@ -19,7 +19,7 @@ from torch import nn
 from ecospa_fx.errors import PlanError
 from ecospa_fx.inplace.attributes import IntegerAttribute, Place, integers, recording_reads
 from ecospa_fx.inplace.buffers import EditTarget, buffer_rules
-from ecospa_fx.inplace.equivalence import EquivalenceCheck, Reference
+from ecospa_fx.inplace.equivalence import EquivalenceCheck, Reference, Results
 from ecospa_fx.inplace.evidence import evidence
 from ecospa_fx.inplace.groups import (
     Group,
@@ -27,12 +27,13 @@ from ecospa_fx.inplace.groups import (
     is_under,
     narrowed_axes,
     parameter_scope,
+    paths_to,
     role_of,
     scaled_count,
     subplan,
 )
 from ecospa_fx.inplace.norms import norm_rules
-from ecospa_fx.inplace.trial import IntegerEdits, edited
+from ecospa_fx.inplace.trial import IntegerEdits, edited, written
 from ecospa_fx.plan import Plan
 
 MAX_TRIALS = 3000
@@ -57,24 +58,49 @@ def search_integers(check: EquivalenceCheck, plan: Plan, groups: Sequence[Group]
     """
     wanted = subplan(plan, groups)
     reference = check.reference(wanted)
-    if _is_equivalent(check, wanted, {}, reference):
+    if is_equivalent(check, wanted, {}, reference):
         return {}
     rules = [rule for rule in candidate_rules(check, wanted, groups) if rule.read]
     inferred = evidence(check, wanted, {})
     start: dict[EditTarget, int] = {
         p: value for p, value in (inferred.from_constructors | inferred.from_inputs).items() if is_read(p, check)
     }
-    for before in [start, {}] if start else [{}]:
-        for values in islice(edit_combinations(rules), MAX_TRIALS):
-            edit: dict[EditTarget, int] = {**before, **values}
-            if edit and _is_equivalent(check, wanted, edit, reference):
-                return edit
-    raise PlanError(_refusal(groups, rules))
+    edits: Iterator[dict[EditTarget, int]] = (
+        {**before, **values}
+        for before in ([start, {}] if start else [{}])
+        for values in islice(edit_combinations(rules), MAX_TRIALS)
+    )
+    edit = next(_equivalent(check, wanted, filter(None, edits), reference), None)
+    if edit is None:
+        raise PlanError(_refusal(groups, rules))
+    return edit
 
 
-def _is_equivalent(check: EquivalenceCheck, plan: Plan, values: IntegerEdits, reference: Reference) -> bool:
-    with edited(check.model, plan, values, reference.buffers):
-        return check.equals(reference)
+def is_equivalent(check: EquivalenceCheck, plan: Plan, values: dict[EditTarget, int], reference: Reference) -> bool:
+    """Whether a model that is cut by a plan, with some integers replaced, does what the reference does."""
+    return next(_equivalent(check, plan, iter([values]), reference), None) is not None
+
+
+def _equivalent(
+    check: EquivalenceCheck, plan: Plan, edits: Iterator[dict[EditTarget, int]], reference: Reference
+) -> Iterator[dict[EditTarget, int]]:
+    """The edits that give what the reference does: in the example, which tells most of the wrong ones, and then in all
+    other calls, whose results are made once something passes the example."""
+    while True:
+        with edited(check.model, plan, {}, reference.buffers):
+            edit = next((values for values in edits if _gives(check, values, reference.first)), None)
+        if edit is None:
+            return
+        rest = reference.rest
+        with edited(check.model, plan, edit, reference.buffers):
+            equal = check.gives(rest)
+        if equal:
+            yield edit
+
+
+def _gives(check: EquivalenceCheck, values: IntegerEdits, results: Results) -> bool:
+    with written(check.model, values):
+        return check.gives(results)
 
 
 def _refusal(groups: Sequence[Group], rules: Sequence[IntegerRule]) -> str:
@@ -102,7 +128,8 @@ def edit_combinations(rules: Sequence[IntegerRule]) -> Iterator[dict[EditTarget,
 def candidate_rules(check: EquivalenceCheck, plan: Plan, groups: Sequence[Group]) -> list[IntegerRule]:
     """The integers that may follow, by class and attribute."""
     model, axes = check.model, narrowed_axes(plan, check.model)
-    paths = {p for p, _ in model.named_modules() if any(is_under(name, parameter_scope(p, model)) for name, _ in axes)}
+    holding = {path for name, _ in axes for path in paths_to(name)}
+    paths = {path for path, _ in model.named_modules() if parameter_scope(path, model) in holding}
     attributes = integers(model, paths)
     rules = []
     for alike in by_role(attributes, model):

@@ -14,12 +14,12 @@ from ecospa_fx.inplace.buffers import EditTarget
 from ecospa_fx.inplace.calls import TrialCall
 from ecospa_fx.inplace.configuration import config_attributes, constructor_differences, search_configuration
 from ecospa_fx.inplace.edits import Edits
-from ecospa_fx.inplace.equivalence import EquivalenceCheck, Reference, all_close, output_tensors
+from ecospa_fx.inplace.equivalence import EquivalenceCheck, all_close, output_tensors
 from ecospa_fx.inplace.groups import Group, components, group_by_role
-from ecospa_fx.inplace.integer_search import candidate_targets, search_integers
+from ecospa_fx.inplace.integer_search import candidate_targets, is_equivalent, search_integers
 from ecospa_fx.inplace.serialise import integers_to_json
 from ecospa_fx.inplace.stale_configuration import warn_of_stale
-from ecospa_fx.inplace.trial import IntegerEdits, apply_edit, edited
+from ecospa_fx.inplace.trial import apply_edit, edited
 from ecospa_fx.inplace.unread_integers import infer_integers
 from ecospa_fx.module_modes import modes_restored, set_mode
 from ecospa_fx.origin import ATTRIBUTE, origin, remember
@@ -84,21 +84,37 @@ def shrink_(model: Model, plan: Plan, args: Sequence[Any] = (), kwargs: Mapping[
     """
     check_call(model, args, kwargs, PlanError)
     check_plan(plan)
-    kwargs, inside = dict(kwargs or {}), unwrapped(model, resizing=PlanError)
+    write_back(unwrapped(model, resizing=PlanError), plan, args, kwargs)
+    return model
+
+
+def write_back(
+    inside: nn.Module,
+    plan: Plan,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    result: nn.Module | None = None,
+) -> None:
+    """Write a plan into a module, which is as it was where anything fails.
+
+    result: a graph of what the plan leaves whose weights are to be the module's: that the module with them gives what
+    the graph gives is checked, too, in the copy and in the module itself.
+    """
+    kwargs = dict(kwargs or {})
     plan.check(inside)
     check = EquivalenceCheck(inside, args, kwargs)
     values = verified_integers(check, plan)
+    if result is not None:
+        _check_weights(check, plan, values, dict(result.named_parameters()))
     source, again = (
         replace(origin(inside, plan, args, kwargs), integers=integers_to_json(values)),
         hasattr(inside, ATTRIBUTE),
     )
-    _write(inside, plan, values, TrialCall(tuple(args), kwargs), check)
-    warn_of_stale(inside, check.model, plan, config_attributes(check.model))
+    _write(inside, plan, values, TrialCall(tuple(args), kwargs), check, result)
     if again:
         delattr(inside, ATTRIBUTE)  # it is no longer what one plan makes of the original
-        return model
-    remember(inside, source)
-    return model
+    else:
+        remember(inside, source)
 
 
 def verified_integers(check: EquivalenceCheck, plan: Plan) -> dict[EditTarget, int]:
@@ -114,22 +130,40 @@ def verified_integers(check: EquivalenceCheck, plan: Plan) -> dict[EditTarget, i
     following = infer_integers(check, plan, groups, values)
     values = {**following.unread, **values}
     more: dict[EditTarget, int] = {**following.unverified, **values}
-    if more != values and _equals(check, plan, more, check.reference(plan)):
+    if more != values and is_equivalent(check, plan, more, check.reference(plan)):
         values = more
     values = _with_configuration(check, plan, groups, values) or values
     _check_against_graph(check, plan, values)
     return values
 
 
-def _check_against_graph(check: EquivalenceCheck, plan: Plan, values: Mapping[EditTarget, int]) -> None:
+def _check_against_graph(check: EquivalenceCheck, plan: Plan, values: dict[EditTarget, int]) -> None:
     """Raise PlanError where the edited module and the rewritten graph differ in a call that the graph is right for."""
     reference = check.graph_reference(plan)
-    if _equals(check, plan, values, reference):
+    if is_equivalent(check, plan, values, reference):
         return
-    if not _equals(check, plan, values, check.graph_reference(plan, check.traced())):
+    if not is_equivalent(check, plan, values, check.graph_reference(plan, check.traced())):
         raise PlanError(
             "the module with narrower weights and the rewritten graph differ, so nothing is written back: use "
             "ecospa_fx.shrink"
+        )
+
+
+def _check_weights(
+    check: EquivalenceCheck, plan: Plan, values: Mapping[EditTarget, int], weights: Mapping[str, torch.Tensor]
+) -> None:
+    """Raise PlanError where the edited module and the rewritten graph differ with some weights."""
+    reference, edits = check.graph_reference(plan, check.traced(), weights), Edits()
+    with edited(check.model, plan, values, reference.buffers):
+        try:
+            edits.weights(check.model, weights)
+            equal = check.gives(reference.first)
+        finally:
+            edits.undo()
+    if not equal:
+        raise PlanError(
+            "the module with the compressed weights does not give what the compressed graph gives, so nothing is "
+            "written back: use ecospa_fx.compress"
         )
 
 
@@ -152,7 +186,7 @@ def search_by_component(check: EquivalenceCheck, plan: Plan, groups: Sequence[Gr
                 raise
             values.update(search_integers(check, plan, [group for component in sharing for group in component]))
             parts = [component for component in parts if all(component is not other for other in sharing)]
-    if len(groups) < 2 or _equals(check, plan, values, check.reference(plan)):
+    if len(groups) < 2 or is_equivalent(check, plan, values, check.reference(plan)):
         return values
     return search_integers(check, plan, groups)
 
@@ -163,11 +197,6 @@ def components_sharing_integers(
     """The components that the same integers count as the first one, which is among them."""
     places = candidate_targets(check, plan, first)
     return [first, *(other for other in parts if other is not first and places & candidate_targets(check, plan, other))]
-
-
-def _equals(check: EquivalenceCheck, plan: Plan, values: IntegerEdits, reference: Reference) -> bool:
-    with edited(check.model, plan, values, reference.buffers):
-        return check.equals(reference)
 
 
 def _with_configuration(
@@ -187,9 +216,14 @@ def _with_configuration(
 
 
 def _write(
-    model: nn.Module, plan: Plan, values: Mapping[EditTarget, int], call: TrialCall, check: EquivalenceCheck
+    model: nn.Module,
+    plan: Plan,
+    values: Mapping[EditTarget, int],
+    call: TrialCall,
+    check: EquivalenceCheck,
+    result: nn.Module | None,
 ) -> None:
-    """Edit the user's module and run it; whatever happens before it has run, it is as it was."""
+    """Edit the user's module and run it; whatever happens before all is done, it is as it was."""
     edits = Edits()
     with modes_restored(model):
         set_mode(False, model)
@@ -200,17 +234,29 @@ def _write(
         try:
             apply_edit(model, plan, values, _buffers(model, plan, check), edits)
             if want is not None:
-                with untouched(model):
-                    got = output_tensors(model, call)
-                dtype = min((t.dtype for t in want), key=lambda d: d.itemsize, default=torch.float64)
-                if not all_close(got, want, USER_MODEL_TOLERANCE.get(dtype, 0.1)):
-                    raise PlanError(
-                        f"{type(model).__name__} with narrower weights does not give what masking gives, though a copy "
-                        "of it does, so nothing is written back: use ecospa_fx.shrink"
-                    )
+                _check_outputs(model, call, want, "masking gives")
+            if result is not None:
+                edits.weights(model, dict(result.named_parameters()))
+                if not plan.allow:
+                    with modes_restored(result), untouched(result):
+                        set_mode(False, result)
+                        want = output_tensors(result, call)
+                    _check_outputs(model, call, want, "the compressed graph gives")
+            warn_of_stale(model, check.model, plan, config_attributes(check.model))
         except BaseException:
             edits.undo()
             raise
+
+
+def _check_outputs(model: nn.Module, call: TrialCall, want: Sequence[torch.Tensor], gives: str) -> None:
+    with untouched(model):
+        got = output_tensors(model, call)
+    dtype = min((t.dtype for t in want), key=lambda d: d.itemsize, default=torch.float64)
+    if not all_close(got, want, USER_MODEL_TOLERANCE.get(dtype, 0.1)):
+        raise PlanError(
+            f"{type(model).__name__} with narrower weights does not give what {gives}, though a copy of it does, so "
+            "nothing is written back: use ecospa_fx.shrink"
+        )
 
 
 def _buffers(model: nn.Module, plan: Plan, check: EquivalenceCheck) -> dict[str, torch.Tensor]:

@@ -26,9 +26,22 @@ def edited(model: nn.Module, plan: Plan, values: IntegerEdits, buffers: Mapping[
         edits.undo()
 
 
+@contextmanager
+def written(model: nn.Module, values: IntegerEdits) -> Iterator[None]:
+    """A model with some integers, and what stays of some buffers, written inside, and as it was outside."""
+    edits = Edits()
+    try:
+        for place, value in values.items():
+            place.write(model, value, edits)
+        yield
+    finally:
+        edits.undo()
+
+
 def apply_edit(model: nn.Module, plan: Plan, values: IntegerEdits, buffers: Mapping[str, Tensor], edits: Edits) -> None:
     """Cut a plan's parameters, put buffers in their places and write integers, noted in `edits`."""
-    edits.parameters(model, plan.masks(model))
+    plan.check(model)
+    edits.parameters(model, plan.factors())
     for name, tensor in buffers.items():
         edits.buffer(model, name, tensor)
     for place, value in values.items():

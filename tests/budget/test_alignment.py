@@ -13,7 +13,7 @@ from torch import nn
 
 import ecospa_fx as eco
 from ecospa_fx.budget import alignment
-from ecospa_fx.budget.alignment import preferred_multiple
+from ecospa_fx.budget.alignment import ENGINES, engine_multiple, preferred_multiple
 from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.coupling.types import Box, Coupling, Member
 from ecospa_fx.errors import PlanError, TrainingError
@@ -154,3 +154,47 @@ def test_carriers_count_by_themselves_and_parts_of_an_axis_too() -> None:
     halves = Box(0, (), 1, ((1, 1),)), Box(48, (), 1, ((1, 1),))  # gate and up in one weight
     assert preferred_multiple(coupling(*halves, carriers=1, units=48), held) == 8
     assert preferred_multiple(coupling(Box(0, (), 1, ((6, 16),)), carriers=1, units=16), held) == 4
+
+
+# -- engines -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("width", "gguf"), [(2559, 32), (2560, 256), (3072, 256)], ids=["below ten blocks", "ten blocks", "more"]
+)
+def test_blocks_of_quantised_rows_are_whole_where_that_is_fine_enough(width: int, gguf: int) -> None:
+    mlp = nn.Sequential(nn.Linear(8, width), nn.GELU(), nn.Linear(width, 8))
+    couplings = eco.detect(mlp, (torch.randn(2, 8),))
+    want = dict(zip(ENGINES, (gguf, 128, 8), strict=True))
+    parameters = dict(mlp.named_parameters())
+    assert {engine: engine_multiple(engine, couplings.offered[0], parameters) for engine in ENGINES} == want
+    for engine in ENGINES:
+        plan = eco.plan(couplings, 0.5, "magnitude", round_to=engine)
+        assert plan["ffn"].kept % want[engine] == 0
+        assert abs(plan["ffn"].kept - width / 2) <= want[engine]
+
+
+def test_engines_count_the_numbers_of_all_heads() -> None:
+    """Two heads of keys and values, of 32: every multiple makes whole axes fit."""
+    made, _, couplings = detected(torch.float32)
+    parameters, first = dict(made.named_parameters()), dict[str, Coupling]()
+    for c in couplings.offered:
+        first.setdefault(c.kind, c)
+    for engine in ("gguf", "marlin"):
+        for c in first.values():
+            multiple = engine_multiple(engine, c, parameters)
+            for member in (m for m in c.members if parameters[m.parameter].dim() > 1):
+                whole = parameters[member.parameter].shape[member.axis]
+                wanted = 32 if engine == "gguf" else 64 if member.role == "producer" else 128
+                assert whole * multiple % (wanted * c.size) == 0, (engine, c.name, member.parameter)
+    assert engine_multiple("gguf", first["vo"], parameters) == 16  # in two heads of values
+    assert engine_multiple("gguf", first["qk"], parameters) == 8  # pairs, in two heads of keys
+    assert engine_multiple("tensor-cores", first["qk"], parameters) == 4  # pairs, in one head
+    assert engine_multiple("gguf", first["heads"], parameters) == 1
+
+
+@pytest.mark.parametrize("rounding", ["awq", "", "GGUF"])
+def test_engines_that_are_unknown_are_refused(rounding: Any) -> None:
+    couplings = detected(torch.float32)[2]
+    with pytest.raises(PlanError, match=r"round_to='.*' is unknown: give a number of units, or one of 'gguf'"):
+        eco.plan(couplings, 0.5, "magnitude", round_to=rounding)

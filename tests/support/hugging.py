@@ -22,9 +22,11 @@ def tiny(name: str, **options: Any) -> tuple[nn.Module, dict[str, Any]]:
     torch.manual_seed(0)
     tokens: dict[str, Any] = {"input_ids": torch.randint(3, 61, (2, 9))}
     cached = {**tokens, "use_cache": False}
-    if name == "llama":
+    if name in ("llama", "qwen3"):
+        kind = {"llama": "Llama", "qwen3": "Qwen3"}[name]
         sizes = {**SIZES, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 112}
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**sizes, **TOKENS, **options}))
+        config = getattr(transformers, f"{kind}Config")(**{**sizes, **TOKENS, **options})
+        model = getattr(transformers, f"{kind}ForCausalLM")(config)
     elif name == "gpt2":
         sizes = {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_inner": 112, "n_positions": 64}
         known = {n: TOKENS[n] for n in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
