@@ -12,6 +12,7 @@ import ecospa_fx as eco
 from ecospa_fx.capture import export as capturing
 from ecospa_fx.plan import Plan
 from ecospa_fx.runtime.restore import restore
+from tests.support.exported_once import exported_once
 
 NOTHING = Plan((), ())
 
@@ -86,6 +87,21 @@ def test_modules_are_edited_by_what_one_mode_does(training: bool, exported: list
     assert len(exported) == 1
     assert model[0].out_features == 4
     assert model.training is training
+
+
+def test_plans_share_an_export_and_nothing_else(exported: list[Any]) -> None:
+    """What other tests save time by: each plan shrinks a graph of its own."""
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)).eval(), torch.linspace(-1, 1, 20).view(5, 4)
+    couplings = eco.detect(model, (torch.ones(3, 4),))
+    plans = [eco.plan(couplings, 0.5, "random", seed) for seed in (0, 1)]
+    exported.clear()
+    args = (torch.ones(3, 4),)
+    with exported_once():
+        shared = [eco.shrink(model, plan, args) for plan in plans]
+    assert len(exported) == 2
+    assert plans[0] != plans[1]
+    for plan, small in zip(plans, shared, strict=True):
+        assert torch.equal(small(x), eco.shrink(model, plan, args)(x))
 
 
 class Skipped(nn.Module):

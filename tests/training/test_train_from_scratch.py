@@ -11,7 +11,7 @@ import ecospa_fx as eco
 from ecospa_fx import demo
 from ecospa_fx.training.optimizer_surgery import optimizer_bytes
 
-STEPS, BATCH, LENGTH, WIDTH, HEADS = 240, 12, 32, 48, 4
+STEPS, BATCH, LENGTH, WIDTH, HEADS = 160, 12, 32, 48, 4
 
 
 class Block(nn.Module):
