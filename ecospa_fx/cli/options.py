@@ -110,7 +110,7 @@ def _add_compress(commands: argparse._SubParsersAction[Parser]) -> Parser:
         "--round-to",
         type=_rounding,
         metavar="N",
-        help=f"keep multiples of N units, or of what {', '.join(ENGINES)} like (default: by device)",
+        help=f"units, or {', '.join(ENGINES)}",
     )
     add("--seed", type=int, default=0, metavar="S", help="random seed of the windows (default: 0)")
     add("--exclude", action="append", default=[], metavar="PATTERN", help="do not shrink these modules; repeatable")
