@@ -45,6 +45,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
     return root, json.loads(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NARROW)
 def test_a_process_without_this_library_gets_the_same_numbers(name: str, exports: tuple[Path, dict[str, Any]]) -> None:
     root, results = exports
