@@ -103,7 +103,10 @@ class ExampleValues:
         return after
 
     def _strides(self, before: Tensor, after: Tensor, shape: Sequence[Size]) -> list[Size]:
-        """Strides from the innermost axis outwards: each is that of the axis inside it times this one's size."""
+        """Strides from the innermost axis outwards: each is that of the axis inside it times that one's size.
+
+        An axis without positions counts as one with a single position, as in torch.
+        """
         numbers = [[self.sizes(s) for s in sizes] for sizes in (before.shape, before.stride())]
         if numbers == [list(after.shape), list(after.stride())]:
             return list(before.stride())
@@ -118,7 +121,7 @@ class ExampleValues:
                     raise NotNumbers
                 inside = inside * (stride // number)
             strides[axis] = inside
-            inside = inside * shape[axis]
+            inside = inside * shape[axis] if after.shape[axis] else inside
         return strides
 
 

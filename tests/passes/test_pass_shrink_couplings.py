@@ -264,3 +264,27 @@ def test_the_small_model_can_be_copied(model: Llama, plan: Plan) -> None:
     with torch.no_grad():
         assert torch.equal(twin(ids()), small(ids()))
     assert all(a is not b for a, b in zip(small.parameters(), twin.parameters(), strict=True))
+
+
+class WithEmptyRest(nn.Module):
+    """Cuts off what lies behind the last position along an axis, as rotary embeddings of a whole width do: nothing."""
+
+    def __init__(self, axis: int) -> None:
+        super().__init__()
+        self.up, self.down, self.axis = nn.Linear(6, 24), nn.Linear(24, 6), axis
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.up(x).unflatten(-1, (4, 6)).transpose(1, 2)
+        rest = hidden.narrow(self.axis, hidden.shape[self.axis] - 0, 0)
+        whole = torch.cat([hidden.relu(), rest], self.axis)
+        out: Tensor = self.down(whole.transpose(1, 2).flatten(2))
+        return out
+
+
+@pytest.mark.parametrize("axis", [1, 2, 3])
+def test_parts_without_positions_stay_empty(axis: int) -> None:
+    torch.manual_seed(0)
+    dense, x = WithEmptyRest(axis).double(), torch.randn(2, 5, 6, dtype=torch.float64)
+    plan = eco.plan(eco.detect(dense, (x,)), ratio=0.4, scores="random", seed=1)
+    assert plan.removed_parameters > 0
+    assert masked_error(dense, eco.shrink(dense, plan, (x,)), plan, (x,)) <= 1e-12
