@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from enum import Enum, StrEnum
 from typing import Literal, TypeVar
 
+import torch
 from torch import fx
 
 from ecospa_fx.axes.dims import Axis, Dims
@@ -222,9 +223,11 @@ class Route:
 class Findings:
     """Everything that the walk learns, beyond the axes themselves."""
 
-    def __init__(self, allow: Collection[str] = ()) -> None:
+    def __init__(self, allow: Collection[str] = (), precision: torch.dtype | None = None) -> None:
         self.allow = frozenset(allow)
         """What may be offered beyond the default: "renormalise", "cache"; see `detect`."""
+        self.precision = precision
+        """The most precise floating type of a parameter, None where there is none."""
         self.inexact: list[Blocker] = []
         """Like blocks, of what was allowed."""
         self.resized: list[Blocker] = []
@@ -253,7 +256,7 @@ class Findings:
 
     def resolved(self, dims: Dims) -> Findings:
         """The same in terms of unreplaced dims, for when no dim is refined any more."""
-        roots, result = dims.root_dims, Findings(self.allow)
+        roots, result = dims.root_dims, Findings(self.allow, self.precision)
         result.inexact, result.resized = _spread(self.inexact, dims), _spread(self.resized, dims)
         result.blocks, result.events = _spread(self.blocks, dims), _spread(self.events, dims)
         result.fixed, result.contractions = _spread(self.fixed, dims), _spread(self.contractions, dims)

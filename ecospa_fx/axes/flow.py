@@ -119,6 +119,13 @@ def apply_rule(call: Call) -> Value | list[Value]:
     return result
 
 
+def _precision(program: Program) -> torch.dtype | None:
+    """The most precise floating type of a parameter."""
+    types = {getattr(node.meta.get("val"), "dtype", None) for node in program.parameters}
+    floating = [dtype for dtype in types if dtype is not None and dtype.is_floating_point]
+    return min(floating, key=lambda dtype: torch.finfo(dtype).eps, default=None)
+
+
 class _Walk:
     def __init__(
         self,
@@ -129,7 +136,7 @@ class _Walk:
     ) -> None:
         self.shared = shared
         self.state = {*program.state, *caches}
-        self.dims, self.record, self.sizes = Dims(), Findings(allow), program.sizes
+        self.dims, self.record, self.sizes = Dims(), Findings(allow, _precision(program)), program.sizes
         self.names = program.parameters
         self.outputs: list[fx.Node] = []
         self.values: dict[fx.Node, NodeValue] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import fx
 
 from ecospa_fx.axes.dims import Axis, DimKind, Dims, Misaligned
@@ -60,6 +61,7 @@ class Verbs:
         """What is removed along one axis must be 0, because it is summed over: otherwise its dims are blocked."""
         self._bind(value)
         self.not_zero(alive_on(self.dims, value, index))
+        self._adds_up_exactly(value, index)
 
     def not_zero(self, dims: Iterable[int]) -> None:
         """Dims are summed over that leave something."""
@@ -77,9 +79,24 @@ class Verbs:
             reason = Reason(f"{operator} runs over what is kept of it", remedy="")
             self.record.inexact += [Blocker(d, self.node, reason, self.node) for d in self._movable(value.axes[index])]
             self._carries_none(value, index)
-        for dim in () if "renormalise" in self.record.allow else sorted(alive_on(self.dims, value, index)):
+            return
+        for dim in sorted(alive_on(self.dims, value, index)):
             why = f"{operator} is taken over it although removed elements are not zero there"
             self._block_dim(dim, why, f"{ZERO}; or {RENORMALISE}")
+        self._adds_up_exactly(value, index)
+
+    def _adds_up_exactly(self, value: Value, index: int) -> None:
+        """A sum in a shorter type than the weights have is none of those of fewer numbers: it rounds at other places.
+
+        In the type of the weights this is their own rounding; in a shorter one it is larger than any proof allows.
+        """
+        dtype = getattr(value.node and value.node.meta.get("val"), "dtype", None)
+        if dtype is None or not dtype.is_floating_point or self.record.precision is None:
+            return
+        if torch.finfo(dtype).eps > torch.finfo(self.record.precision).eps:
+            short, long = (str(d).removeprefix("torch.") for d in (dtype, self.record.precision))
+            why = f"it is summed over in {short} while weights are {long}: a sum of fewer numbers rounds otherwise"
+            self.block(value.axes[index], why, f"convert the model to {short} first, or sum in {long}")
 
     def _bind(self, value: Value) -> None:
         """What alone makes a tensor that is summed does more than multiply elementwise."""

@@ -265,3 +265,54 @@ class Looped(nn.Module):
 def test_an_inner_width_is_no_stream() -> None:
     (coupling,) = (c for c in eco.detect(Looped(), (torch.randn(2, 6),)).offered if c.size == WIDTH)
     assert coupling.kind == "ffn"
+
+
+class Cast(nn.Module):
+    """A norm that is computed in a type of its own, as models of transformers do, over the hidden units of an MLP."""
+
+    def __init__(self, dtype: torch.dtype, statistic: str) -> None:
+        super().__init__()
+        self.up, self.down, self.dtype, self.statistic = nn.Linear(6, 48), nn.Linear(48, 6), dtype, statistic
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.up(x).relu()
+        short = hidden.to(self.dtype)
+        square = short.pow(2).mean(-1, True) if self.statistic == "mean" else short.pow(2).sum(-1, True) / 48
+        out: Tensor = self.down((short * (square + 1e-6).rsqrt()).to(hidden.dtype))
+        return out
+
+
+@pytest.mark.parametrize("statistic", ["mean", "sum"])
+@pytest.mark.parametrize(
+    ("weights", "statistics", "offered"),
+    [
+        (torch.float64, torch.float32, False),
+        (torch.float32, torch.bfloat16, False),
+        (torch.float32, torch.float32, True),
+        (torch.bfloat16, torch.float32, True),
+    ],
+    ids=str,
+)
+def test_what_is_added_up_in_a_shorter_type_than_the_weights_is_refused(
+    weights: torch.dtype, statistics: torch.dtype, offered: bool, statistic: str
+) -> None:
+    """It could not be proven: the sum of what is kept rounds otherwise than that of all, zeros included."""
+    torch.manual_seed(0)
+    model, x = Cast(statistics, statistic).to(weights), torch.randn(4, 6).to(weights)
+    (ffn,) = [c for c in eco.detect(model, (x,)) if any(m.parameter == "up.weight" for m in c.members)][:1]
+    if offered:
+        assert ffn.blocked is None
+    else:
+        short, long = (str(d).removeprefix("torch.") for d in (statistics, weights))
+        assert ffn.blocked is not None
+        assert f"summed over in {short} while weights are {long}" in str(ffn.blocked)
+        assert f"convert the model to {short} first" in str(ffn.blocked)
+
+
+def test_sums_of_fewer_numbers_round_otherwise() -> None:
+    """Why they are refused: the error is that of the shorter type, not that of the weights."""
+    torch.manual_seed(0)
+    numbers = torch.randn(64, 48)
+    kept = torch.rand(48) > 0.5
+    whole, fewer = (numbers * kept).pow(2).mean(-1), numbers[:, kept].pow(2).sum(-1) / 48
+    assert 1e-9 < float((whole - fewer).abs().max()) < 1e-6
