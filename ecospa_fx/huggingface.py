@@ -95,6 +95,20 @@ def without_initialisation() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def quiet_bars() -> Iterator[None]:
+    """Without the bars of transformers: for what takes a moment, and for files, where they are all on a line."""
+    import_transformers()
+    logging = import_module("transformers.utils.logging")
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 # -- example inputs of a Hugging Face model ----------------------------------------------------------------------
 
 

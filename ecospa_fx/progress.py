@@ -71,7 +71,7 @@ def stage(name: str) -> Iterator[None]:
     """Log what is done inside, once it is done: its seconds, and the most memory that was in use up to then.
 
     Lines have the level INFO and come from the logger ``ecospa_fx.progress``: ``logging.basicConfig(level="INFO")``
-    shows them. Memory is that of torch's tensors on the GPU where there is one in use, otherwise that of the process,
+    shows them. Memory is that of torch's tensors on the GPU where there have been any, otherwise that of the process,
     where the system says so. Nothing is logged of what ends by an error.
     """
     begin = time.perf_counter()
@@ -82,9 +82,10 @@ def stage(name: str) -> Iterator[None]:
 
 
 def peak_memory() -> int | None:
-    """Bytes, of the process or, where a GPU is in use, of tensors on it; None where the system does not say."""
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch has no types here
-        return torch.cuda.max_memory_allocated()
+    """Bytes, of the process or, where there were tensors on the GPU, of those; None where the system does not say."""
+    on_gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0  # type: ignore[no-untyped-call]
+    if on_gpu:  # models on the CPU leave a GPU empty that something else has started
+        return on_gpu
     if resource is None:
         return None
     unit = 1 if sys.platform == "darwin" else 2**10

@@ -59,14 +59,26 @@ def captures(
 ) -> Iterator[ExportedForm]:
     """The exports of a module that torch can make, from most to fewest symbolic sizes. Raises CaptureError for none."""
     parts: tuple[Arguments, NamedArguments] = opened((tuple(args), dict(kwargs or {})))
-    args, kwargs = parts
     _refuse_quantised(model)
     _refuse_sharded(model)
-    bound_arguments(model, args, kwargs)
+    bound_arguments(model, *parts)
+    exports = _exports(model, *parts, dynamic=dynamic, both_modes=both_modes)
+    while True:
+        try:
+            with stage("capture with symbolic sizes" if dynamic else "capture at the example's sizes"):
+                form = next(exports)
+        except StopIteration:
+            return
+        yield form
+
+
+def _exports(
+    model: nn.Module, args: Arguments, kwargs: NamedArguments, *, dynamic: bool, both_modes: bool
+) -> Iterator[ExportedForm]:
+    """What the attempts that succeed make, in their order. Raises CaptureError where none does."""
     view, failure, succeeded, functions = export_view(model, kwargs), None, False, dict[str, None]()
     for attempt in attempts(view, args, kwargs) if dynamic else [Attempt(args, kwargs, None)]:
-        with stage("capture"):
-            result = _attempted(model, view, attempt, functions if dynamic else None, both_modes=both_modes)
+        result = _attempted(model, view, attempt, functions if dynamic else None, both_modes=both_modes)
         if isinstance(result, ExportedForm):
             if dynamic and not succeeded:
                 warn_of_custom_functions(functions)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import nn
 
 from ecospa_fx.errors import EcospaError, StorageError
 from ecospa_fx.export.transformers_folder import reread
-from ecospa_fx.huggingface import PretrainedConfig, build, example_inputs, import_transformers, model_class
+from ecospa_fx.huggingface import PretrainedConfig, build, example_inputs, import_transformers, model_class, quiet_bars
 from ecospa_fx.storage.folder import read_manifest
 from ecospa_fx.storage.manifest import MANIFEST
 from ecospa_fx.storage.models import load_with_inputs
@@ -109,7 +110,8 @@ def _from_path(path: Path, weights: bool) -> Source:
     config = _config(config_file)
     try:
         if weights:
-            model = model_class(config).from_pretrained(folder, config=config, dtype="auto", local_files_only=True)
+            with nullcontext() if sys.stderr.isatty() else quiet_bars():
+                model = model_class(config).from_pretrained(folder, config=config, dtype="auto", local_files_only=True)
         else:
             model = build(config, "meta")
     except EcospaError:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +21,7 @@ from torch.utils import _pytree as pytree
 from ecospa_fx.errors import StorageError
 from ecospa_fx.export.configurations import candidate_configurations, per_layer_module, stock_class
 from ecospa_fx.export.layer_fields import differing_numbers
-from ecospa_fx.huggingface import PretrainedConfig, import_transformers, without_initialisation
+from ecospa_fx.huggingface import PretrainedConfig, import_transformers, quiet_bars, without_initialisation
 from ecospa_fx.module_modes import modes_restored, set_mode
 from ecospa_fx.relative_error import relative_error
 
@@ -127,7 +126,7 @@ def write_checkpoint(twin: Any, folder: Path) -> Path | None:
         source = code_file()
         twin.config.auto_map = auto_map(type(twin).__name__, twin.config, source.stem)
         code = shutil.copyfile(source, folder / source.name)
-    with _quiet_bars():
+    with quiet_bars():
         twin.save_pretrained(folder)
     return code
 
@@ -154,19 +153,6 @@ def auto_map(name: str, config: PretrainedConfig, module: str) -> dict[str, str]
 def reread(folder: Path, kind: str, *, heterogeneous: bool) -> nn.Module:
     """The model in a folder, read with the modelling file of this library, whose bytes are those of the folder's."""
     source: ModuleType | Any = per_layer_module() if heterogeneous else import_transformers()
-    with _quiet_bars():
+    with quiet_bars():
         model: nn.Module = getattr(source, kind).from_pretrained(folder, dtype="auto", local_files_only=True)
     return model.eval()
-
-
-@contextmanager
-def _quiet_bars() -> Iterator[None]:
-    """Without bars for what takes a moment."""
-    logging = import_module("transformers.utils.logging")
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import traceback
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import ecospa_fx as eco
+from ecospa_fx.capture.attempts import attempts
+from ecospa_fx.capture.export import captures
 from ecospa_fx.errors import CaptureError, EcospaError, TorchFailure
 from ecospa_fx.verify import masked_error
 
@@ -115,6 +118,18 @@ def test_a_batch_of_one_that_is_looped_over_stays_one() -> None:
     small = eco.shrink(model, plan, (x,))
     for call in (x, torch.randn(1, 7, 8).double()):
         assert masked_error(model, small, plan, (call,)) < 1e-9
+
+
+def test_captures_are_logged_once_each_whatever_it_took(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "ecospa_fx.progress")
+    model, x = PerSample(), torch.randn(1, 3, 8)
+    fixed, symbolic = (list(captures(model, (x,), None, dynamic=dynamic)) for dynamic in (False, True))
+    assert len(fixed) == 1 <= len(symbolic) < len(attempts(model, (x,), {}))  # the first attempt fails
+    stages = ["capture at the example's sizes", *["capture with symbolic sizes"] * len(symbolic)]
+    assert [message.split(":")[0] for message in caplog.messages] == stages
+    with pytest.raises(CaptureError):
+        eco.detect(Branching(), (x,))
+    assert len(caplog.messages) == len(stages)
 
 
 @pytest.mark.slow

@@ -96,6 +96,34 @@ def test_what_shrink_made(tmp_path: Path) -> None:
     assert certificate.exactness.error < 1e-9
 
 
+@pytest.mark.slow
+def test_what_compress_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that were solved anew are compared with the graph's, and the folder gives the same numbers and tokens."""
+    transformers: Any = pytest.importorskip("transformers")
+    model: Any
+    model, kwargs = tiny("llama")
+    dense, generator = copy.deepcopy(model), torch.Generator().manual_seed(0)
+    ids = [torch.randint(model.config.vocab_size, (2, 8), generator=generator) for _ in range(4)]
+    batches = [((), {"input_ids": row, "use_cache": False}) for row in ids]
+    with pytest.warns(UserWarning, match="cannot say how wide the layers"):
+        eco.compress_(model, (), kwargs, ratio=0.3, batches=batches, loss=next_token, kinds=["ffn"], distillation=0)
+    certificate = eco.export(model, tmp_path / "small", format="transformers", dense=dense)
+    assert certificate.exactness is not None
+    assert certificate.exactness.against == "graph"
+    assert certificate.exactness.error < 1e-9
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "small", trust_remote_code=True, dtype="auto")
+    with torch.no_grad():
+        assert torch.equal(read(ids[0]).logits, model(ids[0]).logits)
+    tokens, want = (m.generate(ids[0], max_new_tokens=4, do_sample=False) for m in (read, model))
+    assert tokens.shape[1] > ids[0].shape[1]
+    assert torch.equal(tokens, want)
+
+
+def next_token(output: Any, args: Any, kwargs: Any) -> torch.Tensor:
+    return nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), kwargs["input_ids"][:, 1:].flatten())
+
+
 def test_equal_layers_are_plain_fields(tmp_path: Path) -> None:
     model = narrow("llama", second={})
     wide = narrow("llama", second={}, intermediate_size=96, num_attention_heads=2, num_key_value_heads=1, head_dim=12)

@@ -39,6 +39,7 @@ def test_a_terminal_has_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(progress_bar(iter([1, 2]), "surgeon", 2)) == [1, 2]
     shown = terminal.getvalue()
     assert (shown.count("\n"), shown.count("surgeon:  50%")) == (1, 1)
+    assert "\x1b" not in shown  # no colours, whatever NO_COLOR says
     assert "1/2" in shown
 
 
@@ -68,10 +69,12 @@ def test_a_stage_that_ends_is_logged(caplog: pytest.LogCaptureFixture, monkeypat
 
 
 def test_memory_is_what_the_system_or_the_gpu_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    own = peak_memory()
-    assert own is not None
-    assert 2**26 < own < 2**40
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 99)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     if sys.platform != "win32":
+        of_process = peak_memory()
+        assert of_process is not None
+        assert 2**26 < of_process < 2**40
         usage = SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda who: SimpleNamespace(ru_maxrss=70))
         monkeypatch.setattr(progress, "resource", usage)
         for platform, bytes_used in (("linux", 70 * 2**10), ("darwin", 70)):
@@ -80,5 +83,11 @@ def test_memory_is_what_the_system_or_the_gpu_says(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(progress, "resource", None)
     assert peak_memory() is None
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 99)
     assert peak_memory() == 99
+
+
+def test_a_gpu_on_which_there_is_nothing_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
+    peak = peak_memory()
+    assert peak is None if sys.platform == "win32" else peak
