@@ -58,13 +58,8 @@ def steps(plan: Plan) -> dict[str, set[int]]:
 def test_units_of_every_width_make_whole_vectors(dtype: torch.dtype, step: int, uniform: bool) -> None:
     made, kwargs, couplings = detected(dtype, layers=1 + uniform)
     parameters = dict(made.named_parameters())
-    wanted = {
-        "ffn": step,
-        "vo": step,
-        "qk": max(step // 2, 1),
-        "heads": 1,
-        "residual": step,
-    }  # of qk, one is a rotary pair
+    pairs = max(step // 2, 1)  # one unit of qk is a rotary pair
+    wanted = {"ffn": step, "vo": step, "qk": pairs, "heads": 1, "residual": step}
     assert {c.kind: preferred_multiple(c, parameters) for c in couplings.offered} == wanted
     plan = eco.plan(couplings, 0.4, round_to=None, uniform=uniform, scores="magnitude")
     assert plan.removed_parameters
