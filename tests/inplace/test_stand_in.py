@@ -128,6 +128,19 @@ def test_models_of_transformers_carry_the_same(name: str, layers: str, uniform: 
     assert names_of(small) == names_of(whole)
 
 
+@pytest.mark.slow
+def test_the_residual_width_is_searched_for_where_it_is_named() -> None:
+    """It lies in all layers, so that none of them is left out."""
+    model, kwargs = tiny("llama", num_hidden_layers=3)
+    couplings = eco.detect(model, (), kwargs)
+    options: Any = {"scores": "magnitude", "expressible_in": "module"}
+    plan = eco.plan(couplings, 0.4, kinds=("residual",), **options)
+    assert [s.kind for s in plan] == ["residual"]
+    with pytest.warns(UserWarning, match=r"config.hidden_size = 48 cannot say"):
+        eco.shrink_(model, plan, (), kwargs)
+    assert model.get_parameter("model.norm.weight").shape == (plan.selections[0].kept,)
+
+
 def test_a_wrong_answer_of_the_small_model_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """What one plan for the whole model does not confirm is tried on the whole model."""
     couplings = eco.detect(Deep(), (IDS,))
