@@ -14,7 +14,7 @@ from ecospa_fx.inplace.buffers import EditTarget
 from ecospa_fx.inplace.calls import TrialCall
 from ecospa_fx.inplace.configuration import config_attributes, constructor_differences, search_configuration
 from ecospa_fx.inplace.edits import Edits
-from ecospa_fx.inplace.equivalence import EquivalenceCheck, all_close, output_tensors
+from ecospa_fx.inplace.equivalence import ROUNDED_TOLERANCE, EquivalenceCheck, all_close, output_tensors
 from ecospa_fx.inplace.groups import Group, components, group_by_role
 from ecospa_fx.inplace.integer_search import candidate_targets, is_equivalent, search_integers
 from ecospa_fx.inplace.serialise import integers_to_json
@@ -234,25 +234,28 @@ def _write(
         try:
             apply_edit(model, plan, values, _buffers(model, plan, check), edits)
             if want is not None:
-                _check_outputs(model, call, want, "masking gives")
+                _check_outputs(model, call, want, "masking gives", check)
             if result is not None:
                 edits.weights(model, dict(result.named_parameters()))
                 if not plan.allow:
                     with modes_restored(result), untouched(result):
                         set_mode(False, result)
                         want = output_tensors(result, call)
-                    _check_outputs(model, call, want, "the compressed graph gives")
+                    _check_outputs(model, call, want, "the compressed graph gives", check)
             warn_of_stale(model, check.model, plan, config_attributes(check.model))
         except BaseException:
             edits.undo()
             raise
 
 
-def _check_outputs(model: nn.Module, call: TrialCall, want: Sequence[torch.Tensor], gives: str) -> None:
+def _check_outputs(
+    model: nn.Module, call: TrialCall, want: Sequence[torch.Tensor], gives: str, check: EquivalenceCheck
+) -> None:
     with untouched(model):
         got = output_tensors(model, call)
     dtype = min((t.dtype for t in want), key=lambda d: d.itemsize, default=torch.float64)
-    if not all_close(got, want, USER_MODEL_TOLERANCE.get(dtype, 0.1)):
+    rounded = min(check.tolerance, ROUNDED_TOLERANCE)  # code of a float64 model may compute in shorter types
+    if not all_close(got, want, max(USER_MODEL_TOLERANCE.get(dtype, 0.1), rounded)):
         raise PlanError(
             f"{type(model).__name__} with narrower weights does not give what {gives}, though a copy of it does, so "
             "nothing is written back: use ecospa_fx.shrink"

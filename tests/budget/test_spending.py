@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ecospa_fx as eco
 from ecospa_fx.budget import latency
+from ecospa_fx.budget.allocate import choose
 from ecospa_fx.budget.cost import Flops, GraphCost
 from ecospa_fx.budget.graph_cost import NarrowedOps, Operation, flops
 from ecospa_fx.budget.latency import Latency, LatencyTable
@@ -385,5 +386,8 @@ def test_what_is_no_product_costs_nothing() -> None:
         flops(NarrowedOps.of(couplings, "flops").operation(node, {}))
         for node in NarrowedOps.of(couplings, "flops").calls
     )
-    head = 2 * sample.numel() * 256 * 192  # the tied head, which nothing narrows
-    assert total == counted(model, sample) - head
+    assert total == counted(model, sample)
+    head = 2 * sample.numel() * 256 * 192  # which the residual width narrows, and nothing else
+    unit, chosen = Flops.of(couplings), choose(couplings, containers=True)
+    unit.ready(chosen)
+    assert unit.total(chosen) == total - head

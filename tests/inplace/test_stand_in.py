@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 import ecospa_fx as eco
+from ecospa_fx.budget.allocate import choose
 from ecospa_fx.budget.ties import Carried
 from ecospa_fx.coupling.couplings import Couplings
+from ecospa_fx.coupling.types import Coupling
 from ecospa_fx.errors import PlanError
 from ecospa_fx.inplace import expressible
 from ecospa_fx.inplace import stand_in as stand_ins
@@ -67,11 +69,16 @@ def names_of(carried: Carried | None) -> set[tuple[Any, ...]]:
     return {(tuple(c.name for c in t.couplings), t.step, t.same) for t in carried.ties}
 
 
+def candidates(model: nn.Module, args: tuple[Any, ...]) -> list[Coupling]:
+    """The couplings that a plan chooses from by default."""
+    return choose(eco.detect(model, args), containers=True)
+
+
 def both(couplings: Couplings, uniform: bool) -> tuple[Carried | None, Carried | None]:
     """What a small model and what the whole one say."""
     assert couplings.example is not None
     check = EquivalenceCheck(couplings.model, *couplings.example)
-    chosen = couplings.offered
+    chosen = choose(couplings, containers=True)
     small = expressible._carried_by_stand_in(couplings, chosen, uniform, False)
     return small, expressible._carried(check, chosen, uniform, False)
 
@@ -79,7 +86,7 @@ def both(couplings: Couplings, uniform: bool) -> tuple[Carried | None, Carried |
 def test_two_layers_of_a_sort_few_rows_and_few_positions_are_kept() -> None:
     torch.manual_seed(0)
     model = Deep()
-    small = stand_in(model, (IDS,), {}, eco.detect(model, (IDS,)).offered)
+    small = stand_in(model, (IDS,), {}, candidates(model, (IDS,)))
     assert small is not None
     assert [name for name, _ in small.model.get_submodule("layers").named_children()] == ["0", "1", "2", "5"]
     assert small.model.get_parameter("table.weight").shape == (stand_ins.FEW_ROWS, 8)
@@ -93,12 +100,12 @@ def test_two_layers_of_a_sort_few_rows_and_few_positions_are_kept() -> None:
 def test_what_the_code_needs_stays() -> None:
     """A model that counts its layers itself keeps them all, and loses what it does not need."""
     model = Deep(by_number=True)
-    small = stand_in(model, (IDS,), {}, eco.detect(model, (IDS,)).offered)
+    small = stand_in(model, (IDS,), {}, candidates(model, (IDS,)))
     assert small is not None
     assert len(small.model.get_submodule("layers")._modules) == 6
     assert small.model.get_parameter("table.weight").shape == (stand_ins.FEW_ROWS, 8)
     plain = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8))
-    assert stand_in(plain, (torch.randn(3, 8),), {}, eco.detect(plain, (torch.randn(3, 8),)).offered) is None
+    assert stand_in(plain, (torch.randn(3, 8),), {}, candidates(plain, (torch.randn(3, 8),))) is None
 
 
 @pytest.mark.slow
@@ -121,6 +128,19 @@ def test_models_of_transformers_carry_the_same(name: str, layers: str, uniform: 
     assert names_of(small) == names_of(whole)
 
 
+@pytest.mark.slow
+def test_the_residual_width_is_searched_for_where_it_is_named() -> None:
+    """It lies in all layers, so that none of them is left out."""
+    model, kwargs = tiny("llama", num_hidden_layers=3)
+    couplings = eco.detect(model, (), kwargs)
+    options: Any = {"scores": "magnitude", "expressible_in": "module"}
+    plan = eco.plan(couplings, 0.4, kinds=("residual",), **options)
+    assert [s.kind for s in plan] == ["residual"]
+    with pytest.warns(UserWarning, match=r"config.hidden_size = 48 cannot say"):
+        eco.shrink_(model, plan, (), kwargs)
+    assert model.get_parameter("model.norm.weight").shape == (plan.selections[0].kept,)
+
+
 def test_a_wrong_answer_of_the_small_model_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """What one plan for the whole model does not confirm is tried on the whole model."""
     couplings = eco.detect(Deep(), (IDS,))
@@ -131,7 +151,7 @@ def test_a_wrong_answer_of_the_small_model_is_noticed(monkeypatch: pytest.Monkey
         return len(plan.shapes) < len(couplings.shapes)
 
     monkeypatch.setattr(expressible.PlanProbe, "supports", supports)
-    assert expressible._carried_by_stand_in(couplings, couplings.offered, False, False) is None
+    assert expressible._carried_by_stand_in(couplings, choose(couplings, containers=True), False, False) is None
     assert asked[-1] == len(couplings.shapes) > asked[0]
 
 
@@ -155,13 +175,13 @@ def test_the_search_shows_a_bar_where_it_is_asked_to(capsys: pytest.CaptureFixtu
     for progress in (False, True):
         couplings = eco.detect(Deep(layers=2), (IDS,))
         eco.plan(couplings, scores="magnitude", expressible_in="module", kinds=["ffn"], progress=progress)
-        assert ("module [" in capsys.readouterr().err) is progress
+        assert ("module:" in capsys.readouterr().err) is progress
 
 
 def test_weights_on_meta_are_drawn() -> None:
     with torch.device("meta"):
         model = Deep()
-    couplings = eco.detect(model, (IDS,))
+    couplings = eco.detect(model, (IDS.to("meta"),))
     scores = {c.name: torch.rand(c.carriers, c.size) for c in couplings.offered}
     plan = eco.plan(couplings, 0.3, scores, expressible_in="module", kinds=["ffn"])
     assert len(plan) == 6
