@@ -220,6 +220,13 @@ class Route:
     """Which position it is: equal keys answer alike."""
 
 
+ROUNDED = "rounded"
+"""In `Findings.allow`: sums in a shorter type than the weights have may be those of fewer numbers.
+
+A plan that was made for a model is applied to copies of it in more precise types too, to prove it there.
+"""
+
+
 class Findings:
     """Everything that the walk learns, beyond the axes themselves."""
 

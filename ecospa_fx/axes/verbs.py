@@ -9,6 +9,7 @@ from torch import fx
 
 from ecospa_fx.axes.dims import Axis, DimKind, Dims, Misaligned
 from ecospa_fx.axes.findings import (
+    ROUNDED,
     Action,
     Blocker,
     Effect,
@@ -91,10 +92,11 @@ class Verbs:
         In the type of the weights this is their own rounding; in a shorter one it is larger than any proof allows.
         """
         dtype = getattr(value.node and value.node.meta.get("val"), "dtype", None)
-        if dtype is None or not dtype.is_floating_point or self.record.precision is None:
+        precision = None if ROUNDED in self.record.allow else self.record.precision
+        if dtype is None or not dtype.is_floating_point or precision is None:
             return
-        if torch.finfo(dtype).eps > torch.finfo(self.record.precision).eps:
-            short, long = (str(d).removeprefix("torch.") for d in (dtype, self.record.precision))
+        if torch.finfo(dtype).eps > torch.finfo(precision).eps:
+            short, long = (str(d).removeprefix("torch.") for d in (dtype, precision))
             why = f"it is summed over in {short} while weights are {long}: a sum of fewer numbers rounds otherwise"
             self.block(value.axes[index], why, f"convert the model to {short} first, or sum in {long}")
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
-from ecospa_fx.axes.findings import Gather, several
+from ecospa_fx.axes.findings import ROUNDED, Gather, several
 from ecospa_fx.axes.flow import AxisFlow, analyse
 from ecospa_fx.axes.narrowing import DimSelection, Narrowing, slice_of
 from ecospa_fx.axes.resize import Resize, find_resize
@@ -69,7 +69,7 @@ def shrink_program(program: Program, plan: Plan, *, fold: bool = True) -> int:
     """
     if plan.ragged:
         return shrink_program(program, plan.even(), fold=fold) + store_ragged(program, plan)
-    walked = analyse(program, plan.allow)
+    walked = analyse(program, {*plan.allow, ROUNDED})
     kept = Narrowing(walked.sizes, _choices(plan, find_couplings(walked, program.shapes), walked))
     if not kept.choices:
         return 0

@@ -59,7 +59,8 @@ def test_units_of_every_width_make_whole_vectors(dtype: torch.dtype, step: int, 
     made, kwargs, couplings = detected(dtype, layers=1 + uniform)
     parameters = dict(made.named_parameters())
     pairs = max(step // 2, 1)  # one unit of qk is a rotary pair
-    wanted = {"ffn": step, "vo": step, "qk": pairs, "heads": 1, "residual": step}
+    wanted = {"ffn": step, "vo": step, "qk": pairs, "heads": 1}
+    wanted |= {"residual": step} if step > 2 else {}  # its norms add up in float32, which float64 weights cannot prove
     assert {c.kind: preferred_multiple(c, parameters) for c in couplings.offered} == wanted
     plan = eco.plan(couplings, 0.4, round_to=None, uniform=uniform, scores="magnitude")
     assert plan.removed_parameters

@@ -93,12 +93,13 @@ def test_constants_may_be_left_out_and_arguments_named() -> None:
 
 def test_sharded_parameters_are_refused_by_name() -> None:
     import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     dist.init_process_group("gloo", store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
     try:
         model, args = Mlp(), (torch.randn(3, 8),)
-        fully_shard(model)
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
         with pytest.raises(CaptureError, match=r"'up\.weight' is sharded over devices, .*: shrink the model first"):
             eco.detect(model, args)
     finally:

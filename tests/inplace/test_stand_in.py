@@ -132,6 +132,7 @@ def test_models_of_transformers_carry_the_same(name: str, layers: str, uniform: 
 def test_the_residual_width_is_searched_for_where_it_is_named() -> None:
     """It lies in all layers, so that none of them is left out."""
     model, kwargs = tiny("llama", num_hidden_layers=3)
+    model.float()  # in float64 its norms, which add up in float32, could not be proven
     couplings = eco.detect(model, (), kwargs)
     options: Any = {"scores": "magnitude", "expressible_in": "module"}
     plan = eco.plan(couplings, 0.4, kinds=("residual",), **options)

@@ -316,3 +316,12 @@ def test_sums_of_fewer_numbers_round_otherwise() -> None:
     kept = torch.rand(48) > 0.5
     whole, fewer = (numbers * kept).pow(2).mean(-1), numbers[:, kept].pow(2).sum(-1) / 48
     assert 1e-9 < float((whole - fewer).abs().max()) < 1e-6
+
+
+def test_a_plan_that_was_made_in_the_type_of_the_norm_is_carried_out_in_longer_ones() -> None:
+    """Proofs run copies in float64; what differs there is what the norm rounds."""
+    torch.manual_seed(0)
+    model, x = Cast(torch.float32, "mean"), torch.randn(4, 6)
+    plan = eco.plan(eco.detect(model, (x,)), ratio=0.5, scores="random")
+    copy_, x = copy.deepcopy(model).double(), x.double()
+    assert 0 < masked_error(copy_, eco.shrink(copy_, plan, (x,)), plan, (x,)) < 1e-6
