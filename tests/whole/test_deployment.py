@@ -90,6 +90,7 @@ def test_ahead_of_time(tmp_path: Path) -> None:
     check_numbers(torch._inductor.aoti_load_package(package), model, args)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")),
     reason="ONNX needs packages: pip install onnx onnxscript onnxruntime",
