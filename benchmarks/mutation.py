@@ -238,16 +238,7 @@ def check_unchanged(copy: str, change: Change, tests: Sequence[str], limit: floa
         raise SystemExit(f"the tests fail on the code as it is:\n{(Path(copy) / 'log.txt').read_text()[-3000:]}")
 
 
-PYTEST = (
-    "-q",
-    "-x",
-    "-p",
-    "no:cacheprovider",
-    "-p",
-    "benchmarks.chosen",
-    "-W",
-    "ignore::pytest.PytestAssertRewriteWarning",
-)
+PYTEST = ("-qx", "-pno:cacheprovider", "-pbenchmarks.chosen", "-Wignore::pytest.PytestAssertRewriteWarning")
 """Options of pytest; that modules are imported already is what the server of processes is for."""
 
 Task = tuple[Change, Sequence[str]]

@@ -106,10 +106,8 @@ def write_back(
     values = verified_integers(check, plan)
     if result is not None:
         _check_weights(check, plan, values, dict(result.named_parameters()))
-    source, again = (
-        replace(origin(inside, plan, args, kwargs), integers=integers_to_json(values)),
-        hasattr(inside, ATTRIBUTE),
-    )
+    source = replace(origin(inside, plan, args, kwargs), integers=integers_to_json(values))
+    again = hasattr(inside, ATTRIBUTE)
     _write(inside, plan, values, TrialCall(tuple(args), kwargs), check, result)
     if again:
         delattr(inside, ATTRIBUTE)  # it is no longer what one plan makes of the original
