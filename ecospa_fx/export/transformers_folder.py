@@ -24,6 +24,7 @@ from ecospa_fx.export.layer_fields import differing_numbers
 from ecospa_fx.huggingface import PretrainedConfig, import_transformers, quiet_bars, without_initialisation
 from ecospa_fx.module_modes import modes_restored, set_mode
 from ecospa_fx.relative_error import relative_error
+from ecospa_fx.storage.folder import aligned
 
 Call = dict[str, Any]
 """Arguments by name."""
@@ -151,8 +152,13 @@ def auto_map(name: str, config: PretrainedConfig, module: str) -> dict[str, str]
 
 
 def reread(folder: Path, kind: str, *, heterogeneous: bool) -> nn.Module:
-    """The model in a folder, read with the modelling file of this library, whose bytes are those of the folder's."""
+    """The model in a folder, read with the modelling file of this library, whose bytes are those of the folder's.
+
+    Its weights are aligned as in a model that was built, so that the same operations round the same.
+    """
     source: ModuleType | Any = per_layer_module() if heterogeneous else import_transformers()
     with quiet_bars():
         model: nn.Module = getattr(source, kind).from_pretrained(folder, dtype="auto", local_files_only=True)
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = aligned(tensor.data)
     return model.eval()

@@ -226,10 +226,10 @@ def read_weights(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
             raise StorageError(f"{name!r} in {folder} is no dense tensor with values: save the model again")
         if dtypes is not None and dtypes.get(name) != str(tensor.dtype).removeprefix("torch."):
             raise StorageError(f"{name!r} in {folder} has another type than when it was saved: save the model again")
-    return {name: _aligned(tensor.detach()) for name, tensor in tensors.items()}
+    return {name: aligned(tensor.detach()) for name, tensor in tensors.items()}
 
 
-def _aligned(tensor: Tensor) -> Tensor:
+def aligned(tensor: Tensor) -> Tensor:
     """The tensor where torch would have put it: products with matrices that begin elsewhere round otherwise.
 
     Files pack tensors without gaps, and what is read from one may be a map of it.

@@ -1,6 +1,6 @@
 """Loads exported folders where ecospa_fx cannot be imported: ``python reloading.py FOLDER…``, results as JSON.
 
-Beside each folder NAME stands ``NAME.pt`` with (Auto class, arguments, output).
+Beside each folder NAME stands ``NAME.pt`` with (Auto class, arguments, output, weights).
 """
 
 import json
@@ -13,14 +13,22 @@ import transformers
 
 
 def loaded(folder: Path, auto: str) -> Any:
-    return getattr(transformers, auto).from_pretrained(folder, trust_remote_code=True).eval()
+    """The folder's model, its weights in memory of their own.
+
+    Weights that are read are maps of the file, often at odd addresses, where a product may be rounded otherwise.
+    """
+    model = getattr(transformers, auto).from_pretrained(folder, trust_remote_code=True).eval()
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
+    return model
 
 
 def result(folder: Path) -> dict[str, object]:
-    auto, call, want = torch.load(folder.with_suffix(".pt"))
+    auto, call, want, state = torch.load(folder.with_suffix(".pt"))
     with torch.no_grad():
         model = loaded(folder, auto)
         error = float((model(**call).logits - want).abs().max())
+        weights = model.state_dict()
         base = transformers.AutoModel.from_pretrained(folder, trust_remote_code=True)
         again = folder.with_name(f"{folder.name}-again")
         model.save_pretrained(again)
@@ -34,6 +42,7 @@ def result(folder: Path) -> dict[str, object]:
     return {
         "error": error,
         "error_again": error_again,
+        "same_weights": {*weights} == {*state} and all(torch.equal(weights[name], state[name]) for name in state),
         "same_tokens": not tokens or tokens[0] == tokens[1],
         "kind": type(model).__name__,
         "base": type(base).__name__,
@@ -41,6 +50,7 @@ def result(folder: Path) -> dict[str, object]:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # as in the tests: products that are shared out otherwise are rounded otherwise
     sys.modules["ecospa_fx"] = None  # type: ignore[assignment]  # any import of it fails
     logging: Any = transformers.utils.logging
     logging.disable_progress_bar()
