@@ -9,7 +9,7 @@ from typing import Any, TypeVar, Unpack, cast, overload
 import torch
 from torch import Tensor, nn
 
-from ecospa_fx.budget.settings import AllPlanOptions
+from ecospa_fx.budget.settings import WITH_WIDTHS, AllPlanOptions
 from ecospa_fx.capture.export import capture, captures
 from ecospa_fx.checks import check_data, check_options, check_whole
 from ecospa_fx.compression import Compression, CompressOptions
@@ -434,10 +434,11 @@ def scored(
 
 
 def _stage(couplings: Couplings, ratio: float, scores: Scores, share: float, planning: AllPlanOptions) -> Plan:
-    """The plan for a share of the way, to a ratio or to widths."""
-    if planning.get("widths") is None:
+    """The plan for a share of the way, to a ratio, a ceiling or widths."""
+    if planning.get("widths") is None and planning.get("within") is None:
         return make_plan(couplings, ratio * share, scores, **planning)
     last = make_plan(couplings, scores=scores, **planning)
     widths = {s.name: s.size - round((s.size - s.kept) * share) for s in last}
-    to_widths: AllPlanOptions = {**planning, "widths": widths}
+    beside = {name: value for name, value in planning.items() if name in WITH_WIDTHS}
+    to_widths = cast("AllPlanOptions", {**beside, "widths": widths})
     return make_plan(couplings, scores=scores, **to_widths)

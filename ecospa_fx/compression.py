@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 from torch import Tensor
 
 from ecospa_fx.budget.alignment import Engine
+from ecospa_fx.budget.ceiling import Unit
 from ecospa_fx.budget.cost import CostModel
 from ecospa_fx.budget.settings import RATIO, AllPlanOptions, PlanSettings
 from ecospa_fx.checks import check_flag, check_whole
@@ -45,6 +46,9 @@ class CompressOptions(ChoiceOptions, total=False):
     """None by default. "module": only what `shrink_` could write back into the user's own code."""
     widths: Mapping[str, int] | None
     """None by default. In place of a ratio: units per carrier to keep, by name of a coupling or shell pattern."""
+    within: str | Mapping[Unit, float] | None
+    """None by default. In place of a ratio: what the whole smaller model stays within, like "6GiB" or
+    {"parameters": 100e6}: see `ecospa_fx.budget.settings.PlanOptions`."""
     allocation: Literal["ragged", "global", "uniform", "sensitivity"] | None
     """None by default. How the ratio is spread over couplings: see `ecospa_fx.recipe.Recipe`."""
     progress: bool
@@ -127,8 +131,10 @@ class Compression:
             recipe = _with_scores(ingredients, scores)
         elif "allocation" in options:
             planning["allocation"] = options["allocation"]
-        if ratio is None and planning.get("widths") is None:
-            raise OptionError("compress() needs ratio=, the share of the couplings' parameters to remove, or widths=")
+        if ratio is None and planning.get("widths") is None and planning.get("within") is None:
+            raise OptionError(
+                "compress() needs ratio=, the share of the couplings' parameters to remove, within= or widths="
+            )
         is_list = isinstance(ratio, tuple | list)
         ratios = tuple(ratio) if isinstance(ratio, tuple | list) else (RATIO if ratio is None else ratio,)
         checked = cast("AllPlanOptions", planning)

@@ -41,8 +41,8 @@ def plan(
             `ecospa_fx.budget.alignment.engine_multiple`. None: a multiple at which the kernels of the model's device
             are fast, see `ecospa_fx.budget.alignment.preferred_multiple`.
         **options: see `ecospa_fx.budget.settings.PlanOptions`: which couplings may lose units (kinds, exclude, limits,
-            floor), what the ratio counts (budget), how it is spread (allocation, uniform, expressible_in), or widths in
-            place of a ratio.
+            floor), what the ratio counts (budget), how it is spread (allocation, uniform, expressible_in), or in place
+            of a ratio what the whole model stays within (within), or widths.
 
     Returns:
         A `Plan`: for every chosen coupling the units that are kept. It prints as a table and is saved as JSON.
@@ -64,6 +64,11 @@ def plan(
         >>> mine = {"ffn": torch.arange(32.0)[None]}
         >>> eco.plan(couplings, ratio=0.3, scores=mine, round_to=8)["ffn"].keep[0][:4]
         (8, 9, 10, 11)
+
+        The largest model of at most 300 parameters, biases and all:
+
+        >>> eco.plan(couplings, scores="magnitude", within={"parameters": 300})
+        Plan(1 couplings, removes 255 of 552 parameters (46.2%), 46.9% of what its couplings hold)
 
         A budget in FLOPs, in which no MLP loses more than 60 % of its units and one layer none:
 

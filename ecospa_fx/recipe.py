@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ecospa_fx.budget.allocate import choose
+from ecospa_fx.budget.ceiling import Ceiling
 from ecospa_fx.budget.settings import AllPlanOptions
 from ecospa_fx.checks import check_data, check_flag, check_share, check_whole, is_number
 from ecospa_fx.coupling.couplings import Couplings
@@ -142,6 +143,8 @@ class Recipe:
             raise PlanError("widths= says how many units stay, and allocation= how a ratio is spread: give one of them")
         even = options.get("budget", "parameters") != "parameters" or options.get("expressible_in") is not None
         even = even or options.get("widths") is not None
+        within = options.get("within")
+        even = even or (within is not None and Ceiling.of(within).unit in ("flops", "seconds"))
         chosen = "uniform" if options.get("uniform") else self.allocation or ("global" if even else "ragged")
         return {**options, "allocation": "global" if chosen == "sensitivity" else chosen}
 

@@ -48,11 +48,12 @@ class Sensitivity:
     def plan(self, couplings: Couplings, ratio: float, scores: Scores, **planning: Unpack[AllPlanOptions]) -> Plan:
         """The best of the plan by scores and those by curves. planning: further options of `plan`."""
         best = last = make_plan(couplings, ratio, scores, **planning)
-        least = self.loss_of(best)
+        least, to_ceiling = self.loss_of(best), planning.get("within") is not None
         for _ in range(self.rounds):
             base = {s.name: s.mask for s in last}
             trials = self._trials(last)
-            widths = {s.name: around(s.size, s.size - s.kept, ratio) for s in last}
+            share = last.removed_parameters / max(last.coupled_parameters, 1) if to_ceiling else ratio
+            widths = {s.name: around(s.size, s.size - s.kept, share) for s in last}
             curves = measured_curves(trials, self.weights, scores.values, widths, base, self.watch)
             by_curves: AllPlanOptions = {**planning, "allocation": curves}
             plan = make_plan(couplings, ratio, scores, **by_curves)

@@ -8,12 +8,14 @@ all widths at once (`knapsack`). Removed elements are counted exactly, each once
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ecospa_fx.budget import knapsack
-from ecospa_fx.budget.cost import CostModel, Flops, Parameters
+from ecospa_fx.budget.ceiling import Ceiling, size_of
+from ecospa_fx.budget.cost import Bytes, CostModel, Flops, Parameters
 from ecospa_fx.budget.knapsack import PredictedLoss
 from ecospa_fx.budget.latency import Latency
 from ecospa_fx.budget.removal_order import (
@@ -51,17 +53,57 @@ def allocated(couplings: Couplings, settings: PlanSettings, carried: Carried | N
     bounds = Bounds(settings.round_to, settings.floor, limits, parameters, settings.limits)
     scores = _scores(couplings, chosen, settings)
     step = settings.round_to if isinstance(settings.round_to, int) else 1
-    cost_model = _cost_model(couplings, settings.budget, chosen, step)
+    ceiling = None if settings.within is None else Ceiling.of(settings.within)
+    cost_model = _cost_model(couplings, settings.budget if ceiling is None else ceiling.unit, chosen, step)
+    goal = Goal.of(couplings, chosen, cost_model, settings.ratio if ceiling is None else ceiling)
     if carried is not None:
         orders, locksteps = in_carried_step(carried, scores, bounds, cost_model, uniform=how == "uniform")
-        return _planned(couplings, orders, _cut(cost_model, orders, locksteps, settings.ratio, bounds))
+        return _planned(couplings, orders, _cut(cost_model, orders, locksteps, goal, bounds))
     orders = [
-        RemovalOrder.ragged(c, scores[c.name], bounds)
+        RemovalOrder.ragged(c, scores[c.name], bounds, cost_model)
         if how == "ragged" and may_be_ragged(c)
         else RemovalOrder.of(c, scores[c.name], bounds.widths(c), cost_model)
         for c in chosen
     ]
-    return _planned(couplings, orders, _steps(cost_model, orders, scores, settings, bounds))
+    return _planned(couplings, orders, _steps(cost_model, orders, scores, how, goal, bounds))
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """How much is to be freed."""
+
+    amount: float
+    """In the cost model's unit."""
+    total: float
+    """What the couplings hold."""
+    asked: float | Ceiling
+    """The ratio, which is met as closely as can be, or the ceiling, within which the model stays."""
+
+    @classmethod
+    def of(
+        cls, couplings: Couplings, chosen: Sequence[Coupling], cost_model: CostModel, asked: float | Ceiling
+    ) -> Goal:
+        """Raises PlanError for a ceiling within which the model is already."""
+        total = cost_model.total(chosen)
+        if not isinstance(asked, Ceiling):
+            return cls(asked * total, total, asked)
+        size = size_of(couplings, asked.unit)
+        if size <= asked.amount:
+            raise PlanError(f"within={asked} is met without a plan: the model has {size:,.6g}; ask for less")
+        return cls(size - asked.amount, total, asked)
+
+    def out_of_reach(self, most: float, bounds: Bounds, cost_model: CostModel) -> PlanError:
+        """The error where bounds leave at most a share to remove."""
+        share = int(most * 1e4) / 1e4
+        if isinstance(self.asked, Ceiling):
+            return PlanError(
+                f"within={self.asked} is out of reach because it takes {self.amount / max(self.total, 1e-300):.4f} of "
+                f"{cost_model.unit}, and {bounds} leave at most {share:.4f} to remove: ask for more, or lower them"
+            )
+        return PlanError(
+            f"ratio={self.asked} is out of reach because {bounds} leave at most {share:.4f} "
+            f"of {cost_model.unit} to remove: ask for less, or lower them"
+        )
 
 
 def narrowed_to(couplings: Couplings, widths: Mapping[str, int], settings: PlanSettings) -> Plan:
@@ -130,9 +172,11 @@ def _cost_model(couplings: Couplings, budget: str | CostModel, chosen: Sequence[
     """The unit of a budget, ready for the chosen couplings. Raises PlanError for one that is unknown."""
     if isinstance(budget, str) and budget == "parameters":
         return Parameters(couplings.shapes)
+    if isinstance(budget, str) and budget == "bytes":
+        return Bytes(couplings.shapes, {n: p.element_size() for n, p in couplings.model.named_parameters()})
     if isinstance(budget, str) and budget == "flops":
         budget = Flops.of(couplings)
-    elif isinstance(budget, str) and budget == "latency":
+    elif isinstance(budget, str) and budget in ("latency", "seconds"):
         budget = Latency.of(couplings, round_to)
     assert isinstance(budget, CostModel)  # as the settings have checked
     budget.ready(chosen)
@@ -158,7 +202,8 @@ def _steps(
     cost_model: CostModel,
     orders: Sequence[RemovalOrder],
     scores: Mapping[str, Tensor],
-    settings: PlanSettings,
+    how: str | Curves,
+    goal: Goal,
     bounds: Bounds,
 ) -> list[int]:
     """Steps taken in each order: by a greedy schedule where that is good enough, else by the predicted loss.
@@ -166,19 +211,18 @@ def _steps(
     It is where costs fall in proportion to widths, or all couplings keep the same share; a staircase of costs, or
     measured curves, take the knapsack.
     """
-    how = settings.how
     if not orders or how in ("uniform", "ragged") or (how == "global" and cost_model.smooth):
         locksteps = in_uniform_step(orders) if how == "uniform" else each_alone(orders)
-        return _cut(cost_model, orders, locksteps, settings.ratio, bounds)
-    return _packed(cost_model, orders, _predicted_loss(scores, how), settings.ratio, bounds)
+        return _cut(cost_model, orders, locksteps, goal, bounds)
+    return _packed(cost_model, orders, _predicted_loss(scores, how), goal, bounds)
 
 
 def _packed(
-    cost_model: CostModel, orders: Sequence[RemovalOrder], loss: PredictedLoss, ratio: float, bounds: Bounds
+    cost_model: CostModel, orders: Sequence[RemovalOrder], loss: PredictedLoss, goal: Goal, bounds: Bounds
 ) -> list[int]:
-    """Steps taken in each order so that at least `ratio` goes at the least predicted loss, all choices at once."""
+    """Steps taken in each order so that at least the goal goes at the least predicted loss, all choices at once."""
     couplings = [order.coupling for order in orders]
-    total, wanted = cost_model.total(couplings), ratio
+    share = wanted = goal.amount / goal.total if goal.total else 1.0
     allowed = {c.name: bounds.widths(c) for c in couplings}
     steps: list[int] = []
     for _ in range(TRIES):
@@ -186,10 +230,10 @@ def _packed(
             kept = knapsack.widths(cost_model, couplings, loss, allowed, wanted)
         except knapsack.TooMuch as error:
             if not steps:
-                raise _out_of_reach(ratio, error.most, bounds, cost_model) from None
+                raise goal.out_of_reach(error.most, bounds, cost_model) from None
             break
         steps = [order.steps_to(kept[order.coupling.name]) for order in orders]
-        missing = ratio - removed_at(cost_model, orders, steps) / total
+        missing = share - removed_at(cost_model, orders, steps) / goal.total
         if missing <= 1e-9:
             break
         wanted += missing  # couplings that hold the same elements free less together than each
@@ -200,27 +244,22 @@ def _cut(
     cost_model: CostModel,
     orders: Sequence[RemovalOrder],
     locksteps: Sequence[Lockstep],
-    ratio: float,
+    goal: Goal,
     bounds: Bounds,
 ) -> list[int]:
-    """Steps taken in each order so that the removed share is nearest to `ratio`."""
+    """Steps taken in each order so that what is removed is nearest to a ratio, or least of what meets a ceiling."""
     if not orders:
         return []
     schedule = GreedySchedule.of(cost_model, orders, locksteps)
-    total, top = cost_model.total([order.coupling for order in orders]), schedule.top
-    target = ratio * total
-    height = schedule.nearest(target)
-    most = schedule.removed(height) if height == top else target
-    if most < target and (top == 0 or target - most > (most - schedule.removed(top - 1)) / 2):
-        raise _out_of_reach(ratio, most / max(total, 1e-300), bounds, cost_model)
+    top, wanted = schedule.top, goal.amount
+    if isinstance(goal.asked, Ceiling):
+        height, tolerance = schedule.least(wanted), 0.0
+    else:
+        height = schedule.nearest(wanted)
+        tolerance = (schedule.removed(top) - schedule.removed(top - 1)) / 2 if top else 0.0
+    if height >= top and schedule.removed(top) < wanted - tolerance:
+        raise goal.out_of_reach(schedule.removed(top) / max(goal.total, 1e-300), bounds, cost_model)
     return schedule.steps(height)
-
-
-def _out_of_reach(ratio: float, most: float, bounds: Bounds, cost_model: CostModel) -> PlanError:
-    return PlanError(
-        f"ratio={ratio} is out of reach because {bounds} leave at most {int(most * 1e4) / 1e4:.4f} "
-        f"of {cost_model.unit} to remove: ask for less, or lower them"
-    )
 
 
 def chosen_by(couplings: Couplings, settings: PlanSettings) -> list[Coupling]:

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from ecospa_fx.budget.graph_cost import NarrowedOps, Operation, Widths, flops
 from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.coupling.types import Coupling
-from ecospa_fx.coupling.unit_elements import Shapes, UnitChoice, coupled_elements, removed_elements
+from ecospa_fx.coupling.unit_elements import Shapes, UnitChoice, Weights, coupled_elements, removed_elements
 
 
 class CostModel(ABC):
@@ -77,6 +77,27 @@ class Parameters(CostModel):
 
     def total(self, couplings: Sequence[Coupling]) -> float:
         return coupled_elements(self.shapes, (c.members for c in couplings))
+
+
+@dataclass(frozen=True, slots=True)
+class Bytes(CostModel):
+    """Bytes of parameters, which may be of several types."""
+
+    shapes: Shapes
+    """Of the parameters, by name."""
+    weights: Weights
+    """Bytes of one element of each, by name."""
+    unit = "the couplings' bytes"
+
+    def freed(self, coupling: Coupling, kept: Sequence[int]) -> Tensor:
+        removed = torch.tensor([coupling.size - k for k in kept], dtype=torch.float64)
+        return removed * (self.total([coupling]) / coupling.size)
+
+    def removed(self, choices: Mapping[str, UnitChoice], kept: Widths) -> float:
+        return removed_elements(self.shapes, choices.values(), self.weights)
+
+    def total(self, couplings: Sequence[Coupling]) -> float:
+        return coupled_elements(self.shapes, (c.members for c in couplings), self.weights)
 
 
 class GraphCost(CostModel):

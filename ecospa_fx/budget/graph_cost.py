@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from ecospa_fx.axes.dims import Axis
 from ecospa_fx.axes.findings import Value, several
@@ -100,6 +100,12 @@ def flops(operation: Operation) -> int:
     return int(counter.get_total_flops())
 
 
+def _may_be_product(operator: Any) -> bool:
+    """Whether torch counts FLOPs of an operator, or of what it is made of."""
+    composite = torch._C.DispatchKey.CompositeImplicitAutograd
+    return operator.overloadpacket in flop_registry or operator.has_kernel_for_dispatch_key(composite)
+
+
 _CACHE: WeakKeyDictionary[Analysis, NarrowedOps] = WeakKeyDictionary()
 """What was computed for some couplings serves every plan that is made for them."""
 
@@ -135,6 +141,12 @@ class NarrowedOps:
             narrowed = {n: names for n in self._flow.values if (names := self._narrowing(n))}
             self._calls = {n: names for n, names in narrowed.items() if flops(self.operation(n, {}))}
         return self._calls
+
+    @cached_property
+    def flops(self) -> int:
+        """Of all products of the graph, whether couplings narrow them or not."""
+        products = [n for n in self._flow.values if is_operator(n) and _may_be_product(n.target)]
+        return sum(flops(self.operation(n, {})) for n in products)
 
     def _narrowing(self, node: fx.Node) -> tuple[str, ...]:
         if not is_operator(node):

@@ -105,16 +105,19 @@ class RemovalOrder:
         return cls(coupling, numbered(order).T.flatten(), removed, freed, total.diff() / freed)
 
     @classmethod
-    def ragged(cls, coupling: Coupling, scores: Tensor, bounds: Bounds) -> RemovalOrder:
-        """Each carrier loses units by itself, a step at a time, and keeps as many at least; counted in elements."""
+    def ragged(cls, coupling: Coupling, scores: Tensor, bounds: Bounds, cost_model: CostModel) -> RemovalOrder:
+        """Each carrier loses units by itself, a step at a time, and keeps as many at least.
+
+        cost_model: parameters or bytes, of which all units free the same.
+        """
         ranked, order = scores.to("cpu", torch.float64).sort(dim=1, stable=True)
         size, carriers, multiple = coupling.size, coupling.carriers, bounds.multiple(coupling)
-        elements = coupling.parameters / (size * carriers)  # of one unit of one carrier
+        each = float(cost_model.freed(coupling, [size - 1])) / carriers  # of one unit of one carrier
         ends = size - torch.arange((size - 1) // multiple * multiple, 0, -multiple)
         begins_and_ends = torch.cat([ends.new_zeros(1), ends])
         steps = begins_and_ends.diff()  # units of each step, the same in every carrier
         total = torch.cat([ranked.new_zeros(carriers, 1), ranked.cumsum(1)], 1)[:, begins_and_ends].diff()
-        cost, chosen = (total / (steps * elements)).cummax(1).values.flatten().sort(stable=True)
+        cost, chosen = (total / (steps * each)).cummax(1).values.flatten().sort(stable=True)
         taken = steps.repeat(carriers)[chosen]
         count = int((taken.cumsum(0) <= carriers * (size - bounds.least(coupling))).sum())
         turn = torch.empty_like(chosen).scatter(0, chosen, torch.arange(len(chosen))).view(carriers, len(ends))
@@ -122,7 +125,7 @@ class RemovalOrder:
         turns = turn[:, torch.searchsorted(ends, torch.arange(last), right=True)].flatten()
         units = numbered(order)[:, :last].flatten()[turns.argsort(stable=True)]
         removed = tuple(taken[:count].cumsum(0).tolist())
-        return cls(coupling, units, removed, taken[:count] * elements, cost[:count])
+        return cls(coupling, units, removed, taken[:count] * each, cost[:count])
 
     def steps_to(self, kept: int) -> int:
         """How many steps lead down to a width."""
@@ -230,6 +233,10 @@ class GreedySchedule:
             return self.top
         below = max(above - 1, least)
         return above if removed(above) - target <= target - removed(below) else below
+
+    def least(self, target: float) -> int:
+        """The lowest height that frees a target; `top` + 1 where none does."""
+        return self._first_reaching(cache(self.removed), target)
 
     def _first_reaching(self, removed: Callable[[int], float], target: float) -> int:
         """The least height that frees a target, `top` + 1 where none does; the estimate saves counting."""

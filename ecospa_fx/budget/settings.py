@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from ecospa_fx.budget.alignment import ENGINES, Engine
+from ecospa_fx.budget.ceiling import Ceiling, Unit
 from ecospa_fx.budget.cost import CostModel
 from ecospa_fx.checks import check_flag, check_whole, is_number
 from ecospa_fx.coupling.choice import ChoiceOptions, checked_limits, texts
@@ -43,6 +44,11 @@ class PlanOptions(ChoiceOptions, total=False):
     widths: Mapping[str, int] | None
     """None by default. In place of a ratio: units per carrier to keep, by name of a coupling or shell pattern on
     names; a name counts before a pattern."""
+
+    within: str | Mapping[Unit, float] | None
+    """None by default. In place of a ratio: what the whole smaller model stays within, as bytes of its parameters and
+    buffers, like "6GiB", or as a number of "parameters", "bytes", "flops" of the example call or "seconds" that it
+    takes, like {"parameters": 100e6}. Seconds are measured on this machine and predicted."""
 
     progress: bool
     """False by default. True: a bar on stderr while what a module can carry is searched for."""
@@ -83,6 +89,8 @@ class PlanSettings:
     """Largest share that couplings of a kind or under a pattern may lose."""
     widths: Mapping[str, int] | None = None
     """In place of a ratio: units per carrier to keep."""
+    within: str | Mapping[Unit, float] | None = None
+    """In place of a ratio: what the smaller model stays within."""
     budget: Literal["parameters", "flops", "latency"] | CostModel = "parameters"
     """What the ratio is counted in."""
     expressible_in: Literal["module"] | None = None
@@ -119,11 +127,25 @@ class PlanSettings:
             )
         if self.widths is not None:
             self._check_widths()
+        if self.within is not None:
+            self._check_ceiling(Ceiling.of(self.within))
 
     @property
     def how(self) -> str | Curves:
         """How the ratio is spread."""
         return "uniform" if self.uniform else self.allocation
+
+    def _check_ceiling(self, ceiling: Ceiling) -> None:
+        if self.ratio is not RATIO:
+            raise PlanError("ratio= and within= both say how much goes: give one of them")
+        if self.budget != "parameters":
+            raise PlanError(f"within= is counted in {ceiling.unit}, and budget= says otherwise: leave budget= out")
+        if self.how == "ragged" and ceiling.unit in ("flops", "seconds"):
+            raise PlanError(
+                f"allocation='ragged' counts parameters, and within= {ceiling.unit}: use another allocation"
+            )
+        if self.expressible_in is not None and ceiling.unit == "seconds":
+            raise PlanError("expressible_in='module' cannot spend seconds yet: give another unit")
 
     def _check_widths(self) -> None:
         if not isinstance(self.widths, Mapping) or not self.widths:

@@ -18,6 +18,9 @@ from ecospa_fx.coupling.types import Member
 Shapes = Mapping[str, tuple[int, ...]]
 """Dense shape of every parameter by name."""
 
+Weights = Mapping[str, int]
+"""What one element of each parameter counts, by its name."""
+
 Factors = dict[tuple[int, ...], Tensor]
 """Of one parameter: (axis,) to BoolTensor [positions], (carrier axis, axis) to BoolTensor [slices, positions]."""
 
@@ -94,13 +97,22 @@ def kept_elements(shape: Sequence[int], factors: Factors) -> int:
     return count
 
 
-def removed_elements(shapes: Shapes, choices: Iterable[UnitChoice]) -> int:
-    """How many parameter elements are removed, each counted once however many couplings hold it."""
-    factors = keep_factors(shapes, choices)
-    return sum(prod(shapes[name]) - kept_elements(shapes[name], of) for name, of in factors.items())
+def removed_elements(shapes: Shapes, choices: Iterable[UnitChoice], weights: Weights | None = None) -> int:
+    """How many parameter elements are removed, each counted once however many couplings hold it.
+
+    weights: by name of a parameter what one of its elements counts, such as its bytes; by default 1.
+    """
+    removed = {
+        name: prod(shapes[name]) - kept_elements(shapes[name], factors)
+        for name, factors in keep_factors(shapes, choices).items()
+    }
+    return sum(count if weights is None else count * weights[name] for name, count in removed.items())
 
 
-def coupled_elements(shapes: Shapes, couplings: Iterable[Sequence[Member]]) -> int:
-    """How many parameter elements couplings hold, each counted once. couplings: the members of each."""
+def coupled_elements(shapes: Shapes, couplings: Iterable[Sequence[Member]], weights: Weights | None = None) -> int:
+    """How many parameter elements couplings hold, each counted once, or as much as `weights` say.
+
+    couplings: the members of each.
+    """
     nothing = ((members, torch.zeros(members[0].carriers, members[0].units).bool()) for members in couplings)
-    return removed_elements(shapes, nothing)
+    return removed_elements(shapes, nothing, weights)
