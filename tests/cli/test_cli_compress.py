@@ -64,7 +64,8 @@ def test_compress_reads_xz_finds_the_tokenizer_and_takes_a_second_text(
 ) -> None:
     (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
     (tmp_path / "text.txt.xz").write_bytes(lzma.compress((folder / "text.txt").read_bytes()))
-    texts = ["--calibration", str(tmp_path / "text.txt.xz"), "--eval", str(folder / "text.txt")]
+    (tmp_path / "other.txt").write_text(prose(300, seed=2))
+    texts = ["--calibration", str(tmp_path / "text.txt.xz"), "--eval", str(tmp_path / "other.txt")]
     more = ["--ratio", "0.4", "--windows", "2", "--method", "magnitude", "--round-to", "4"]
     assert main(["compress", str(folder / "model"), *texts, *more, "--output", str(tmp_path / "small")]) == 0
     widths = [p.shape[0] for n, p in load(tmp_path / "small").named_parameters() if "up_proj" in n]
