@@ -39,6 +39,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("planning", "sensitivity_search", "torch_compile"),
     ("training",),
     ("distillation",),
+    ("calibration",),
     ("compression", "recipe"),
     ("huggingface", "storage"),
     ("export",),
