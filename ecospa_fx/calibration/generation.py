@@ -10,7 +10,6 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count as count_from
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +37,8 @@ DEGENERATE = 0.9
 
 def generated(  # noqa: PLR0913  # what is written, and how
     model: nn.Module,
-    args: Sequence[Any] = (),
-    kwargs: Mapping[str, Any] | None = None,
+    args: Sequence[object] = (),
+    kwargs: Mapping[str, object] | None = None,
     *,
     count: int = COUNT,
     length: int = LENGTH,
@@ -111,8 +110,8 @@ def generated(  # noqa: PLR0913  # what is written, and how
 
 def stream(
     model: nn.Module,
-    args: Sequence[Any] = (),
-    kwargs: Mapping[str, Any] | None = None,
+    args: Sequence[object] = (),
+    kwargs: Mapping[str, object] | None = None,
     *,
     start: int = 0,
     length: int = LENGTH,
@@ -133,7 +132,7 @@ class GeneratedText:
     """What a model writes, by the number of the window. Raises ScoreError for a model that writes nothing of use."""
 
     def __init__(
-        self, model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None,
+        self, model: nn.Module, args: Sequence[object] = (), kwargs: Mapping[str, object] | None = None,
         length: int = LENGTH, seed: int = 0, temperature: float = 1.0, batch_size: int = BATCH_SIZE,
     ) -> None:  # fmt: skip
         check_whole("length", length, 2, ScoreError, "a number of tokens")
@@ -200,7 +199,7 @@ class GeneratedText:
 
 @leaves_untouched(calls=True)
 def _prepared(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, length: int
+    model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object] | None, length: int
 ) -> tuple[CausalModel, int, Cache | None]:
     """(the model as a causal one, the tokens per window that it reads, its cache). Raises ScoreError for another."""
     try:

@@ -40,7 +40,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("training",),
     ("distillation",),
     ("calibration",),
-    ("compression", "recipe"),
+    ("compression", "defaults", "recipe"),
     ("huggingface", "storage"),
     ("export",),
     ("api",),
