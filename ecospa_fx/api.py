@@ -397,7 +397,7 @@ def _scores(model: nn.Module, couplings: Couplings, data: CalibrationData, asked
     """What says which units go, for a method that only removes."""
     if asked.scores is not None or asked.method == "magnitude":
         return "magnitude" if asked.scores is None else asked.scores
-    text = data.text(asked.seed, progress=asked.progress)
+    text = data.text(asked.windows, asked.seed, progress=asked.progress)
     return scored(
         model,
         couplings,
@@ -416,7 +416,7 @@ def _compressed(task: Task, asked: Compression, data: CalibrationData) -> list[n
     # What cannot be reached, or is not of this model, is refused before anything slow.
     for ratio in asked.ratios:
         make_plan(task.couplings, ratio, "magnitude" if by is None else by, **asked.all_planning).check(model)
-    task = replace(task, text=data.text(asked.seed, progress=asked.recipe.progress))
+    task = replace(task, text=data.text(asked.windows, asked.seed, progress=asked.recipe.progress))
     with torch.inference_mode(False):  # what is fitted needs gradients, whatever the caller's mode
         programs = compared(captures(model, args, kwargs, dynamic=True), model, args, kwargs)
         rewrite = partial(compress_program, task=task, ratios=asked.ratios, recipe=asked.recipe, **asked.planning)

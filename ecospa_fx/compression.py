@@ -12,6 +12,7 @@ from torch import Tensor
 from ecospa_fx.budget.alignment import Engine
 from ecospa_fx.budget.cost import CostModel
 from ecospa_fx.budget.settings import RATIO, AllPlanOptions, PlanSettings
+from ecospa_fx.calibration.generation import COUNT
 from ecospa_fx.checks import check_flag, check_share, check_whole
 from ecospa_fx.coupling.choice import ChoiceOptions
 from ecospa_fx.errors import OptionError, PlanError, ScoreError
@@ -23,7 +24,7 @@ from ecospa_fx.recipe import Recipe
 SHARED = ("allocation", "progress")
 """Ingredients of the recipe that other methods have too."""
 
-APART = "steps", "allow", "generated_share"
+APART = "steps", "allow", "generated_share", "generated_windows"
 """Options that are neither of the recipe nor of `plan`."""
 
 STEPS = 4
@@ -43,6 +44,8 @@ class CompressOptions(ChoiceOptions, total=False):
     generated_share: float | None
     """None by default. Share, from 0 to below 1, of the calibration samples that a causal language model writes itself
     beside `batches`; None: 0.5 where there are batches and no loss, all where there are no batches, and else 0."""
+    generated_windows: int
+    """128 by default. Windows that a causal language model writes to calibrate on where there are no batches."""
     uniform: bool
     """False by default. True: the same as allocation="uniform"."""
     budget: Literal["parameters", "flops", "latency"] | CostModel
@@ -105,6 +108,8 @@ class Compression:
     """Whether these show a bar."""
     share: float | None
     """Of the samples that a language model writes itself; None for the default."""
+    windows: int
+    """Of its own text, where it has no other."""
     seed: int
     """Of what it writes."""
 
@@ -147,8 +152,7 @@ class Compression:
         is_list = isinstance(ratio, tuple | list)
         ratios = tuple(ratio) if isinstance(ratio, tuple | list) else (RATIO if ratio is None else ratio,)
         checked = cast("AllPlanOptions", planning)
-        share, seed = options.get("generated_share"), options.get("seed", 0)
-        compression = cls(method, ratios, is_list, scores, checked, recipe, steps, progress, share, seed)
+        compression = cls(method, ratios, is_list, scores, checked, recipe, steps, progress, *_writing(options))
         compression.check_share()
         for each in ratios:
             PlanSettings(each, **compression.all_planning)
@@ -170,6 +174,13 @@ class Compression:
     def all_planning(self) -> AllPlanOptions:
         """Options of `plan`, with the allocation that the method chooses."""
         return self.recipe.planning(self.planning) if self.method == SECOND_ORDER else self.planning
+
+
+def _writing(options: CompressOptions) -> tuple[float | None, int, int]:
+    """Share, windows and seed of a language model's own text. Raises ScoreError where there are to be no windows."""
+    windows = options.get("generated_windows", COUNT)
+    check_whole("generated_windows", windows, 1, ScoreError, "a number of windows")
+    return options.get("generated_share"), windows, options.get("seed", 0)
 
 
 def _check_method(method: object, options: CompressOptions) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ecospa_fx.calibration.causal import CausalModel, causal_model
-from ecospa_fx.calibration.generation import COUNT, LENGTH, GeneratedText
+from ecospa_fx.calibration.generation import LENGTH, GeneratedText
 from ecospa_fx.calibration.second_text import NextTokenLoss, SecondText
 from ecospa_fx.calibration.token_call import NotCausalError
 from ecospa_fx.errors import ScoreError
@@ -52,14 +52,17 @@ class CalibrationData:
         """Whether there is to be text of the model's own."""
         return self.share > 0
 
-    def text(self, seed: int, *, progress: bool) -> SecondText | None:
-        """The model's own text, which is written now: slow. None where none is wanted."""
+    def text(self, windows: int, seed: int, *, progress: bool) -> SecondText | None:
+        """The model's own text, which is written now: slow. None where none is wanted.
+
+        windows: how many to calibrate on where there is nothing else.
+        """
         if self.causal is None or not self.writes:
             return None
         ids = [self.causal.call.tokens(*batch)[0] for batch in self.batches]
         rows = sum(each.shape[0] for each in ids)
         length = min(LENGTH, max((each.shape[1] for each in ids), default=LENGTH))
-        count = COUNT if self.share == 1 else max(1, round(rows * self.share / (1 - self.share)))
+        count = windows if self.share == 1 else max(1, round(rows * self.share / (1 - self.share)))
         text = GeneratedText(self.causal.model, *_example(self.causal), max(2, length), seed)
         return SecondText.written(text, count, self.share, progress=progress)
 

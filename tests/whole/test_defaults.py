@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, gelu
 
 import ecospa_fx as eco
-from ecospa_fx import defaults
 from ecospa_fx.calibration import second_text
 from ecospa_fx.calibration.causal import causal_model
 from ecospa_fx.calibration.generation import GeneratedText
@@ -24,7 +23,7 @@ from ecospa_fx.importance.losses import Batch
 
 VOCABULARY, LONGEST = 13, 12
 JUDGES, COUNT = 3, 6
-BRIEF: dict[str, Any] = {"ratio": 0.3, "distillation": 0, "mixed": 0.0}
+BRIEF: dict[str, Any] = {"ratio": 0.3, "distillation": 0, "mixed": 0.0, "generated_windows": COUNT}
 
 
 class Writer(nn.Module):
@@ -57,7 +56,6 @@ def rows(count: int, seed: int = 5) -> list[Batch]:
 def few() -> Iterator[None]:
     """Few windows."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(defaults, "COUNT", COUNT)
         patched.setattr(second_text, "JUDGES", JUDGES)
         yield
 
@@ -145,7 +143,7 @@ def example_of(data: CalibrationData) -> Tensor:
 
 
 def text_of(data: CalibrationData) -> SecondText:
-    text = data.text(0, progress=False)
+    text = data.text(COUNT, 0, progress=False)
     assert text is not None
     return text
 
@@ -191,7 +189,7 @@ def test_distillation_reads_every_window_once(
         lessons.append((self, batches, validation))
 
     monkeypatch.setattr(Distill, "run", run)
-    models = eco.compress(model, ratio=(0.2, 0.3), distillation=5, mixed=0.0)
+    models = eco.compress(model, ratio=(0.2, 0.3), distillation=5, mixed=0.0, generated_windows=COUNT)
     assert len(models) == len(lessons) == 2
     distill, batches, validation = lessons[0]
     assert (distill.length, batches, validation) == (5, [], [])
@@ -228,7 +226,7 @@ def test_compression_in_place_needs_no_inputs(windows: list[Batch]) -> None:
 
 
 def test_other_methods_take_what_the_model_writes(model: nn.Module, windows: list[Batch]) -> None:
-    small = eco.compress(model, ratio=0.3, method="gate-fisher", steps=1)
+    small = eco.compress(model, ratio=0.3, method="gate-fisher", steps=1, generated_windows=COUNT)
     batches = windows[JUDGES : JUDGES + COUNT]
     options: dict[str, Any] = {"ratio": 0.3, "method": "gate-fisher", "steps": 1}
     assert_same(small, eco.compress(model, *windows[0], batches=batches, loss=loss_of, **options))
@@ -282,6 +280,7 @@ class Both(nn.Module):
         ({"generated_share": 1.0}, ScoreError, "generated_share=1.0 is not a share: give a number from 0 to below 1"),
         ({"generated_share": 0.5, "method": "magnitude"}, OptionError, "takes generated_share= where it measures, and"),
         ({"seed": -1}, ScoreError, "seed=-1 is not a seed"),
+        ({"generated_windows": 0}, ScoreError, "generated_windows=0 is not a number of windows"),
     ],
 )
 def test_bad_input_is_refused_in_one_sentence(
@@ -310,4 +309,4 @@ def test_a_model_that_says_one_thing_for_ever_is_refused(model: nn.Module) -> No
     with pytest.raises(
         ScoreError, match=r"Writer writes one token for ever: .*pass data with batches=, and generated_share=0"
     ):
-        eco.compress(stuck, ratio=0.3)
+        eco.compress(stuck, ratio=0.3, generated_windows=COUNT)
