@@ -1,5 +1,6 @@
 """The public names, for editors and type checkers; see ``__init__.py``."""
 
+from ecospa_fx import calibration as calibration
 from ecospa_fx import passes as passes
 from ecospa_fx.api import compress as compress
 from ecospa_fx.api import compress_ as compress_

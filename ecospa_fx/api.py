@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar, Unpack, cast, overload
 
@@ -10,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ecospa_fx.budget.settings import WITH_WIDTHS, AllPlanOptions
+from ecospa_fx.calibration.distances import note_distances, noted_distances
 from ecospa_fx.capture.export import capture, captures
 from ecospa_fx.checks import check_data, check_options, check_whole
 from ecospa_fx.compression import Compression, CompressOptions
 from ecospa_fx.coupling.choice import choosable
 from ecospa_fx.coupling.couplings import Couplings, check_couplings
 from ecospa_fx.coupling.detection import check_allow, detected
+from ecospa_fx.defaults import NO_BATCHES, CalibrationData, calibration_data
 from ecospa_fx.errors import PlanError, ScoreError
 from ecospa_fx.importance.score import Batch, Loss, score_samples, splitter_of
 from ecospa_fx.importance.scores import Given, Scores
@@ -162,7 +165,7 @@ def compress(
     kwargs: Mapping[str, Any] | None = None,
     *,
     ratio: float | None = None,
-    batches: Iterable[Batch] = (),
+    batches: Iterable[Batch] = NO_BATCHES,
     loss: Loss | None = None,
     method: str = SECOND_ORDER,
     couplings: Couplings | None = None,
@@ -178,7 +181,7 @@ def compress(
     kwargs: Mapping[str, Any] | None = None,
     *,
     ratio: tuple[float, ...] | list[float],
-    batches: Iterable[Batch] = (),
+    batches: Iterable[Batch] = NO_BATCHES,
     loss: Loss | None = None,
     method: str = SECOND_ORDER,
     couplings: Couplings | None = None,
@@ -194,7 +197,7 @@ def compress(  # noqa: PLR0913  # the data, the method and what may go meet here
     kwargs: Mapping[str, Any] | None = None,
     *,
     ratio: float | tuple[float, ...] | list[float] | None = None,
-    batches: Iterable[Batch] = (),
+    batches: Iterable[Batch] = NO_BATCHES,
     loss: Loss | None = None,
     method: str = SECOND_ORDER,
     couplings: Couplings | None = None,
@@ -206,15 +209,22 @@ def compress(  # noqa: PLR0913  # the data, the method and what may go meet here
     By default units are chosen by the curvature of the loss, and what is kept is changed to make up for what is
     removed, so that the result is better than the masked model. `model` stays untouched.
 
+    A causal language model of token ids needs a ratio only. Example inputs follow from it, the loss is that of the next
+    token, and text that it writes itself is what it is calibrated on, beside `batches` where there are any: it keeps
+    every kind of text that the model knows, where a text of one kind keeps that kind. What it is away from the dense
+    model then, on both texts, `ecospa_fx.calibration.distances` says.
+
     Args:
         model: an ``nn.Module`` with its weights, on any device but ``meta``.
-        args: tuple of positional example inputs, by default ().
+        args: tuple of positional example inputs, by default (), or what a causal language model reads.
         kwargs: mapping of example inputs by name, by default none.
         ratio: share of the couplings' parameters to remove, above 0 and below 1. It has no default: give it or
             ``widths=``. Several, ascending, give as many models from one measurement, with method="second-order".
         batches: calibration data, an iterable of (args, kwargs) pairs of calls of the model. What counts are their
-            samples, however they are batched: see `score`. By default none, which only method="magnitude" takes.
-        loss: function (output, args, kwargs) to a scalar, called with one sample at a time; by default None.
+            samples, however they are batched: see `score`. By default none, which method="magnitude" takes, and causal
+            language models, which write their own: see `ecospa_fx.calibration.generated`.
+        loss: function (output, args, kwargs) to a scalar, called with one sample at a time; by default None, which for
+            causal language models is the cross-entropy of the next token, where no mask in the batch is 0.
         method: how units are chosen. "second-order", the default, compensates what it removes; its ingredients are the
             fields of `ecospa_fx.recipe.Recipe`. Methods of `score`, such as "gate-fisher", only remove; of these
             "magnitude" needs no data.
@@ -256,6 +266,13 @@ def compress(  # noqa: PLR0913  # the data, the method and what may go meet here
         >>> tuple(small.get_parameter("0.weight").shape)
         (24, 8)
 
+        A language model, without data, and with the user's text as a half of it:
+
+        >>> small = eco.compress(model, ratio=0.2)  # doctest: +SKIP
+        >>> small = eco.compress(model, ratio=0.2, batches=batches)  # doctest: +SKIP
+        >>> eco.calibration.distances(small)  # doctest: +SKIP
+        Distances(on_generated=0.071, on_batches=0.052)
+
         A language model, with a third of the FLOPs removed and the first layer left alone:
 
         >>> small = eco.compress(
@@ -265,12 +282,14 @@ def compress(  # noqa: PLR0913  # the data, the method and what may go meet here
     check_options("compress", options, CompressOptions, compress)
     check_data(batches, loss, ScoreError)
     asked = Compression.of(method, ratio, scores, options)
-    model, args, kwargs = lift_parameters(model, args, kwargs)
+    data = calibration_data(model, args, kwargs, batches, loss, asked.share, measures=asked.measures)
+    model, args, kwargs = lift_parameters(model, data.args, data.kwargs)
     couplings = _couplings(model, args, kwargs, couplings, options)
     if method == SECOND_ORDER:
-        models = _compressed(Task(model, args, kwargs, couplings, *checked(batches, loss), asked.scores), asked)
+        measured = checked(data.batches, data.loss, optional=data.share == 1)
+        models = _compressed(Task(model, args, kwargs, couplings, *measured, asked.scores), asked, data)
         return models if asked.is_list else models[0]
-    by = _scores(model, couplings, batches, loss, asked)
+    by = _scores(model, couplings, data, asked)
     return shrink(model, make_plan(couplings, asked.ratios[0], by, **asked.planning), args, kwargs)
 
 
@@ -281,7 +300,7 @@ def compress_(  # noqa: PLR0913  # what `compress` takes
     kwargs: Mapping[str, Any] | None = None,
     *,
     ratio: float | None = None,
-    batches: Iterable[Batch] = (),
+    batches: Iterable[Batch] = NO_BATCHES,
     loss: Loss | None = None,
     method: str = SECOND_ORDER,
     couplings: Couplings | None = None,
@@ -297,7 +316,7 @@ def compress_(  # noqa: PLR0913  # what `compress` takes
     are dropped, and an optimizer must be made anew.
 
     Args:
-        model: an ``nn.Module`` with its weights; it is changed.
+        model: an ``nn.Module`` with its weights; it is changed. A causal language model needs no inputs, data or loss.
         args: tuple of positional example inputs, by default ().
         kwargs: mapping of example inputs by name, by default none.
         ratio: share of the parameters of what the model can carry to remove, above 0 and below 1. It has no default:
@@ -337,23 +356,26 @@ def compress_(  # noqa: PLR0913  # what `compress` takes
         >>> model.generate(ids), model.save_pretrained(folder)  # doctest: +SKIP
     """
     check_options("compress_", options, CompressOptions, compress_)
+    check_data(batches, loss, ScoreError)
     inside = unwrapped(model, resizing=PlanError)
+    data = calibration_data(inside, args, kwargs, batches, loss, measures=False)
     asked: CompressOptions = {**options}
     if asked.get("widths") is None:
         asked["expressible_in"] = "module"
     small = compress(
         inside,
-        args,
-        kwargs,
+        data.args,
+        data.kwargs,
         ratio=ratio,
-        batches=batches,
+        batches=data.batches,
         loss=loss,
         method=method,
         couplings=couplings,
         scores=scores,
         **asked,
     )
-    write_back(inside, origin_of(small).plan, args, kwargs, small)
+    write_back(inside, origin_of(small).plan, data.args, data.kwargs, small)
+    note_distances(inside, noted_distances(small))
     return model
 
 
@@ -371,39 +393,40 @@ def _couplings(
     return chosen
 
 
-def _scores(
-    model: nn.Module, couplings: Couplings, batches: Iterable[Batch], loss: Loss | None, asked: Compression
-) -> Given:
+def _scores(model: nn.Module, couplings: Couplings, data: CalibrationData, asked: Compression) -> Given:
     """What says which units go, for a method that only removes."""
     if asked.scores is not None or asked.method == "magnitude":
         return "magnitude" if asked.scores is None else asked.scores
+    text = data.text(asked.windows, asked.seed, progress=asked.progress)
     return scored(
         model,
         couplings,
-        list(batches),
+        [*data.batches, *(text.windows if text else ())],
         ratio=asked.ratios[0],
-        loss=loss,
+        loss=data.loss,
         method=asked.method,
         steps=asked.steps,
         **asked.planning,
     )
 
 
-def _compressed(task: Task, asked: Compression) -> list[nn.Module]:
+def _compressed(task: Task, asked: Compression, data: CalibrationData) -> list[nn.Module]:
     """What `compress` returns for second-order compression, one per ratio."""
     model, args, kwargs, by = task.model, task.args, task.kwargs, task.scores
     # What cannot be reached, or is not of this model, is refused before anything slow.
     for ratio in asked.ratios:
         make_plan(task.couplings, ratio, "magnitude" if by is None else by, **asked.all_planning).check(model)
+    task = replace(task, text=data.text(asked.windows, asked.seed, progress=asked.recipe.progress))
     with torch.inference_mode(False):  # what is fitted needs gradients, whatever the caller's mode
         programs = compared(captures(model, args, kwargs, dynamic=True), model, args, kwargs)
         rewrite = partial(compress_program, task=task, ratios=asked.ratios, recipe=asked.recipe, **asked.planning)
         results = first_fit(programs, rewrite)[1]
-    for program, _ in results:
+    models = []
+    for program, plan, distances in results:
         run_passes(program.exported.graph_module, CLEANUP)
-    return [
-        remember(restore(program, model, args, kwargs), origin(model, plan, args, kwargs)) for program, plan in results
-    ]
+        models.append(remember(restore(program, model, args, kwargs), origin(model, plan, args, kwargs)))
+        note_distances(models[-1], distances)
+    return models
 
 
 def scored(

@@ -13,7 +13,8 @@ from ecospa_fx.budget.alignment import Engine
 from ecospa_fx.budget.ceiling import Unit
 from ecospa_fx.budget.cost import CostModel
 from ecospa_fx.budget.settings import RATIO, AllPlanOptions, PlanSettings
-from ecospa_fx.checks import check_flag, check_whole
+from ecospa_fx.calibration.generation import COUNT
+from ecospa_fx.checks import check_flag, check_share, check_whole
 from ecospa_fx.coupling.choice import ChoiceOptions
 from ecospa_fx.errors import OptionError, PlanError, ScoreError
 from ecospa_fx.importance.methods import method_named
@@ -23,6 +24,9 @@ from ecospa_fx.recipe import Recipe
 
 SHARED = ("allocation", "progress")
 """Ingredients of the recipe that other methods have too."""
+
+APART = "steps", "allow", "generated_share", "generated_windows"
+"""Options that are neither of the recipe nor of `plan`."""
 
 STEPS = 4
 """Scoring passes of methods that only remove, by default."""
@@ -38,6 +42,11 @@ class CompressOptions(ChoiceOptions, total=False):
     round_to: int | Engine | None
     """None by default. Kept units are a multiple of this; "gguf", "marlin" or "tensor-cores": of what these like; None:
     of what the kernels of the model's device prefer."""
+    generated_share: float | None
+    """None by default. Share, from 0 to below 1, of the calibration samples that a causal language model writes itself
+    beside `batches`; None: 0.5 where there are batches and no loss, all where there are no batches, and else 0."""
+    generated_windows: int
+    """128 by default. Windows that a causal language model writes to calibrate on where there are no batches."""
     uniform: bool
     """False by default. True: the same as allocation="uniform"."""
     budget: Literal["parameters", "flops", "latency"] | CostModel
@@ -101,6 +110,17 @@ class Compression:
     """Scoring passes of methods that only remove."""
     progress: bool
     """Whether these show a bar."""
+    share: float | None
+    """Of the samples that a language model writes itself; None for the default."""
+    windows: int
+    """Of its own text, where it has no other."""
+    seed: int
+    """Of what it writes."""
+
+    @property
+    def measures(self) -> bool:
+        """Whether data is needed."""
+        return self.method == SECOND_ORDER or (self.scores is None and self.method != "magnitude")
 
     @classmethod
     def of(
@@ -120,7 +140,7 @@ class Compression:
         names = {field.name for field in fields(Recipe)}
         planning = {
             "round_to": None,
-            **{name: v for name, v in options.items() if name not in {*names, "steps", "allow"} - {"progress"}},
+            **{name: v for name, v in options.items() if name not in {*names, *APART} - {"progress"}},
         }
         steps, progress = options.get("steps", STEPS), options.get("progress", False)
         check_whole("steps", steps, 1, ScoreError, "a number of scoring passes")
@@ -138,17 +158,35 @@ class Compression:
         is_list = isinstance(ratio, tuple | list)
         ratios = tuple(ratio) if isinstance(ratio, tuple | list) else (RATIO if ratio is None else ratio,)
         checked = cast("AllPlanOptions", planning)
-        compression = cls(method, ratios, is_list, scores, checked, recipe, steps, progress)
+        compression = cls(method, ratios, is_list, scores, checked, recipe, steps, progress, *_writing(options))
+        compression.check_share()
         for each in ratios:
             PlanSettings(each, **compression.all_planning)
         if is_list:
             _check_several(ratios, method)
         return compression
 
+    def check_share(self) -> None:
+        """Raise for a share that is none, or that the method has no use for."""
+        if self.share is not None:
+            check_share("generated_share", self.share, ScoreError)
+            if not self.measures:
+                raise OptionError(
+                    f"compress() takes generated_share= where it measures, and method={self.method!r} does without data"
+                    " here: leave it out"
+                )
+
     @property
     def all_planning(self) -> AllPlanOptions:
         """Options of `plan`, with the allocation that the method chooses."""
         return self.recipe.planning(self.planning) if self.method == SECOND_ORDER else self.planning
+
+
+def _writing(options: CompressOptions) -> tuple[float | None, int, int]:
+    """Share, windows and seed of a language model's own text. Raises ScoreError where there are to be no windows."""
+    windows = options.get("generated_windows", COUNT)
+    check_whole("generated_windows", windows, 1, ScoreError, "a number of windows")
+    return options.get("generated_share"), windows, options.get("seed", 0)
 
 
 def _check_method(method: object, options: CompressOptions) -> None:

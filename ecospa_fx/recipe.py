@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, TypeVar, Unpack
+from itertools import zip_longest
+from typing import Any, Literal, NamedTuple, TypeVar, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from ecospa_fx.budget.allocate import choose
 from ecospa_fx.budget.ceiling import Ceiling
 from ecospa_fx.budget.settings import AllPlanOptions
+from ecospa_fx.calibration.distances import Distances, mean_divergence
+from ecospa_fx.calibration.second_text import SecondText
 from ecospa_fx.checks import check_data, check_flag, check_share, check_whole, is_number
 from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.coupling.types import Coupling
@@ -171,10 +174,26 @@ class Task:
     """(output, args, kwargs) to a scalar."""
     scores: Scores | Mapping[str, Tensor] | None = None
     """The user's own, by which units are removed; None: those of the recipe."""
+    text: SecondText | None = None
+    """What the model itself wrote, beside the batches or in their place."""
 
 
-def checked(batches: Iterable[object], loss: Loss | None) -> tuple[list[Batch], Loss]:
-    """Calibration data as a list, and the loss. Raises ScoreError for what is missing or no batch."""
+class CompressedProgram(NamedTuple):
+    """What becomes of a program."""
+
+    program: ExportedForm
+    """The smaller one."""
+    plan: Plan
+    """What was removed."""
+    distances: Distances | None
+    """From the dense model, where that wrote text to judge by."""
+
+
+def checked(batches: Iterable[object], loss: Loss | None, *, optional: bool = False) -> tuple[list[Batch], Loss]:
+    """Calibration data as a list, and the loss. Raises ScoreError for what is missing or no batch.
+
+    optional: whether there may be no batches.
+    """
     if loss is None:
         raise ScoreError(
             f"method {SECOND_ORDER!r} needs a loss: pass loss=, a function (output, args, kwargs) -> scalar, "
@@ -182,26 +201,28 @@ def checked(batches: Iterable[object], loss: Loss | None) -> tuple[list[Batch], 
         )
     check_data(batches, loss, ScoreError)
     samples = [arguments(batch, number) for number, batch in enumerate(batches)]
-    if not samples:
+    if not (samples or optional):
         raise ScoreError("there are no batches to calibrate with: pass at least one (args, kwargs)")
     return samples, loss
 
 
 def compress_program(
     program: ExportedForm, task: Task, ratios: Sequence[float], recipe: Recipe, **planning: Unpack[AllPlanOptions]
-) -> list[tuple[ExportedForm, Plan]]:
-    """Make a program smaller and let kept units make up for removed ones. Returns a program and its plan per ratio.
+) -> list[CompressedProgram]:
+    """Make a program smaller and let kept units make up for removed ones. Returns a smaller program per ratio.
 
     All is measured once. The program itself becomes the one of the last ratio. planning: further options of `plan`. The
     model itself is not changed. Raises PlanError where a plan does not fit the program, ScoreError and InputError for
     data that tells nothing or does not fit.
     """
     evaluator = PartialInterpreter(program, task.model, task.args, task.kwargs)
-    task = replace(task, batches=samples_of(task.batches, evaluator, task.loss))
+    text, given_samples = task.text, samples_of(task.batches, evaluator, task.loss)
+    task = replace(task, batches=_alternating(given_samples, text.windows if text else ()))
     draws = recipe.draws(len(task.batches))
     _check_loss(evaluator, task, distilled=draws > 0)
-    learning, validation = _split(task.batches, VALIDATION_EVERY) if draws else (task.batches, [])
-    scoring, held_out = _hold_out(learning) if recipe.allocation == "sensitivity" else (learning, [])
+    learning, validation = _split(given_samples, VALIDATION_EVERY) if draws or text else (given_samples, [])
+    measured = _alternating(learning, text.windows if text else ())
+    scoring, held_out = _hold_out(measured) if recipe.allocation == "sensitivity" else (measured, [])
     more = augmented(scoring, recipe.mixed)
     plans, weights = _planned(program, replace(task, batches=more), held_out, ratios, recipe, planning)
     dense = PartialInterpreter(program.frozen(), task.model, task.args, task.kwargs)
@@ -209,17 +230,20 @@ def compress_program(
     results = list(zip(programs, plans, strict=True))
     for smaller, plan in results:
         _shrink(smaller, plan, replace(weights, damping=None) if _in_turn(recipe, plan) else weights)
-    if draws:
-        size = _group_size(weights.curvature, len(more))
-        learning, validation = (grouped(some, size, dense, task.loss) for some in (learning, validation))
+    judges = (validation or learning, text.judges) if text else ((), ())
+    lessons = _lessons(dense, task, (learning, validation), recipe, _group_size(weights.curvature, len(more)))
     del weights  # what was measured takes more memory than the model
+    finished = []
     for smaller, plan in results:
         small = PartialInterpreter(smaller, task.model, task.args, task.kwargs)
         if _in_turn(recipe, plan):
             _rebuild(dense, small, more + held_out, recipe)
         if draws:
-            _distil(dense, small, learning, validation, task.loss, recipe)
-    return results
+            _distil(dense, small, lessons, task.loss, recipe)
+        on_batches, on_generated = (mean_divergence(dense, small, judge, task.loss) for judge in judges)
+        distances = None if on_generated is None else Distances(on_generated, on_batches)
+        finished.append(CompressedProgram(smaller, plan, distances))
+    return finished
 
 
 def _in_turn(recipe: Recipe, plan: Plan) -> bool:
@@ -248,12 +272,48 @@ def _rebuild(dense: PartialInterpreter, small: PartialInterpreter, batches: Sequ
         rebuild.run(dense, small, batches, lambda stages: recipe.with_progress(stages, "reconstruct"))
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Lessons:
+    """What distillation reads, in groups of samples where these are small."""
+
+    learning: Sequence[Batch]
+    """The user's, again and again."""
+    validation: Sequence[Batch]
+    """The user's, held out."""
+    fresh: Sequence[Batch] = ()
+    """What the model wrote, once each."""
+    judges: Sequence[Batch] = ()
+    """What it wrote, held out."""
+    length: int = 0
+    """How many are read in all."""
+
+
+def _lessons(
+    dense: PartialInterpreter, task: Task, samples: tuple[Sequence[Batch], Sequence[Batch]], recipe: Recipe, size: int
+) -> _Lessons:
+    """What to distil on. samples: the user's to learn from, and those that are held out."""
+    text, drawn = task.text, recipe.draws(len(task.batches))
+    if not drawn:
+        return _Lessons((), ())
+    learning, validation = (grouped(some, size, dense, task.loss) for some in samples)
+    if text is None:
+        return _Lessons(learning, validation, length=recipe.draws(len(learning)))
+    judges = grouped(text.judges, size, dense, task.loss)
+    size = len(text.judges) // len(judges)  # 1 where they are not taken side by side
+    length = recipe.draws(len(learning) + math.ceil(len(text.windows) / size))
+    with stage("text for distillation"):
+        fresh = text.unread(size * round(length * text.share))
+    return _Lessons(learning, validation, grouped(fresh, size, dense, task.loss), judges, length)
+
+
 def _distil(
-    dense: PartialInterpreter, small: PartialInterpreter, learning: Sequence[Batch], validation: Sequence[Batch],
-    loss: Loss, recipe: Recipe,
-) -> None:  # fmt: skip
+    dense: PartialInterpreter, small: PartialInterpreter, lessons: _Lessons, loss: Loss, recipe: Recipe
+) -> None:
     with stage("distillation"):
-        distill = Distill(recipe.draws(len(learning)), recipe.rate, recipe.step, recipe.mixed, recipe.predicted)
+        distill = Distill(
+            lessons.length, recipe.rate, recipe.step, recipe.mixed, recipe.predicted, lessons.fresh, lessons.judges
+        )
+        learning, validation = lessons.learning, lessons.validation
         distill.run(dense, small, learning, loss, validation, lambda order: recipe.with_progress(order, "distill"))
 
 
@@ -308,6 +368,11 @@ def _planned(
         with stage("search"):
             plans = [search.plan(couplings, ratio, scores, **planning) for ratio in ratios]
     return plans, weights
+
+
+def _alternating(samples: Sequence[Batch], others: Sequence[Batch]) -> list[Batch]:
+    """Both in turn, so that whoever takes every so many-th gets some of both."""
+    return [batch for pair in zip_longest(samples, others) for batch in pair if batch is not None]
 
 
 def _split(batches: Sequence[Batch], every: int, most: int | None = None) -> tuple[list[Batch], list[Batch]]:

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -19,17 +19,23 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import ecospa_fx as eco
+from ecospa_fx.calibration.causal import causal_model
+from ecospa_fx.calibration.distances import Distances, noted_distances
+from ecospa_fx.calibration.second_text import JUDGES
+from ecospa_fx.calibration.token_call import NotCausalError
 from ecospa_fx.cli import options, text
 from ecospa_fx.cli.sources import Source, open_exportable, open_source
 from ecospa_fx.compression import CompressOptions
 from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.coupling.report import couplings_data, explain, reason_lines
 from ecospa_fx.coupling.types import Coupling
+from ecospa_fx.defaults import NO_BATCHES
 from ecospa_fx.errors import EcospaError, PlanError, ScoreError, StorageError
 from ecospa_fx.export.certificate import EngineRun
 from ecospa_fx.export.check import check_export
 from ecospa_fx.export.tokenizers import has_tokenizer
 from ecospa_fx.huggingface import is_causal
+from ecospa_fx.importance.losses import Loss
 from ecospa_fx.importance.second_order import SECOND_ORDER
 from ecospa_fx.origin import origin, origin_of
 from ecospa_fx.plan import Plan
@@ -101,9 +107,15 @@ class Texts:
     """Token ids of two texts that do not overlap."""
 
     calibration: Tensor
-    """LongTensor [windows, length]."""
+    """LongTensor [windows, length]; no windows where the model writes them all."""
     held_out: Tensor
-    """LongTensor [windows, length + 1]."""
+    """LongTensor [windows, length + 1], or as long as the model reads where it wrote them."""
+    is_own: bool
+    """Whether the held-out text is the model's own."""
+
+    def on(self, device: str) -> Texts:
+        """The same on a device."""
+        return replace(self, calibration=self.calibration.to(device), held_out=self.held_out.to(device))
 
 
 def compress(arguments: argparse.Namespace) -> None:
@@ -111,14 +123,17 @@ def compress(arguments: argparse.Namespace) -> None:
     options.check_options(arguments)
     watch = TimedSteps(announce=True)
     calibration, held_out = calibration_and_held_out(arguments)
-    encode = encoder(arguments)
+    encode = encoder(arguments) if calibration or held_out else text.bytes_encoder
     source, stored = watch("load", open_model, arguments)
     model, reader = source.model, text.Reader(source.args, source.kwargs)
     length = window_length(arguments.length, model)
     vocabulary = vocabulary_of(model, reader)
+    writes = check_writes(arguments, source)
     texts = watch("tokenise", windows_of, arguments, (calibration, held_out), encode, length)
     check_tokens(texts, vocabulary)
-    texts = Texts(texts.calibration.to(arguments.device), texts.held_out.to(arguments.device))
+    if texts.is_own:
+        texts = replace(texts, held_out=watch("held-out text", written, arguments, source, reader, length))
+    texts = texts.on(arguments.device)
 
     couplings = watch("detect", eco.detect, model, source.args, source.kwargs, allow=arguments.allow)
     limits = options.limits(arguments)
@@ -130,21 +145,25 @@ def compress(arguments: argparse.Namespace) -> None:
         exclude=arguments.exclude,
         limits=limits,
     )
-    small = watch("compress", smaller, arguments, source, couplings, reader, texts)
+    loss = None if writes else reader.loss
+    small = watch("compress", smaller, arguments, source, couplings, reader, texts, loss)
     plan = origin_of(small).plan
     error, limit = watch("check", exactness, source, plan, reader, texts.held_out[:1, :-1])
     if not error <= limit:
         raise PlanError(f"removing differs from masking by {error:.1e}, so nothing was saved")
     rows = watch("measure", measure, (model, small), reader, texts.held_out, stored)
+    rows[-1][0] += ", own text" if texts.is_own else ""
     watch("save", save, small, arguments.output, origin=origin(model, plan, source.args, source.kwargs), dtypes=stored)
     print(plan)
     for line in reason_lines(couplings, "inexact"):
         print(line)
-    print(summary(rows, error, watch, arguments.output, plan))
+    print(summary(rows, error, watch, arguments.output, plan, noted_distances(small)))
 
 
 def calibration_and_held_out(arguments: argparse.Namespace) -> tuple[str, str]:
-    """Calibration and held-out text; of one file the last tenth is held out."""
+    """Calibration and held-out text; of one file the last tenth is held out, and without a file there is none."""
+    if arguments.calibration is None:
+        return "", text.read_text(arguments.eval) if arguments.eval else ""
     whole = text.read_text(arguments.calibration)
     return (whole, text.read_text(arguments.eval)) if arguments.eval else text.split(whole)
 
@@ -155,7 +174,8 @@ def encoder(arguments: argparse.Namespace) -> text.Encoder:
         return text.bytes_encoder
     if arguments.tokenizer:
         return text.read_tokenizer(Path(arguments.tokenizer))
-    folders = dict.fromkeys(f for f in (Path(arguments.source), arguments.calibration.parent) if f.is_dir())
+    beside = [file.parent for file in (arguments.calibration, arguments.eval) if file is not None]
+    folders = dict.fromkeys(f for f in (Path(arguments.source), *beside[:1]) if f.is_dir())
     for folder in folders:
         if (folder / "tokenizer.json").is_file():
             return text.read_tokenizer(folder / "tokenizer.json")
@@ -210,17 +230,39 @@ def vocabulary_of(model: nn.Module, reader: text.Reader) -> int:
 
 
 def windows_of(arguments: argparse.Namespace, parts: tuple[str, str], encode: text.Encoder, length: int) -> Texts:
-    """Windows of both texts."""
+    """Windows of both texts, none where there is no text."""
     calibration, held_out = (text.tokens(part, encode) for part in parts)
+    none = torch.empty(0, length, dtype=torch.long)
     return Texts(
-        text.random_windows(calibration, length, arguments.windows, arguments.seed),
-        text.first_windows(held_out, length, HELD_OUT),
+        text.random_windows(calibration, length, arguments.windows, arguments.seed) if parts[0] else none,
+        text.first_windows(held_out, length, HELD_OUT) if parts[1] else none,
+        not parts[1],
     )
+
+
+def check_writes(arguments: argparse.Namespace, source: Source) -> bool:
+    """Whether the model writes text of its own. Raises ScoreError where it does not and there is no other."""
+    try:
+        causal_model(source.model, source.args, source.kwargs)
+    except NotCausalError as reason:
+        if arguments.calibration is None:
+            raise ScoreError(
+                f"{type(source.model).__name__} cannot write calibration text because {reason}: pass --calibration FILE"
+            ) from reason
+        return False
+    return True
+
+
+def written(arguments: argparse.Namespace, source: Source, reader: text.Reader, length: int) -> Tensor:
+    """Windows of the model's own text, which `compress` holds out, too."""
+    model, args, kwargs = source.model, source.args, source.kwargs
+    batches = eco.calibration.generated(model, args, kwargs, count=JUDGES, length=length, seed=arguments.seed)
+    return torch.cat([reader.ids(*batch) for batch in batches])
 
 
 def check_tokens(texts: Texts, vocabulary: int) -> None:
     """Raise StorageError where the tokenizer is not the model's."""
-    largest = max(int(texts.calibration.max()), int(texts.held_out.max()))
+    largest = max((int(ids.max()) for ids in (texts.calibration, texts.held_out) if len(ids)), default=0)
     if largest >= vocabulary:
         raise StorageError(
             f"the tokenizer gives token {largest} and the model knows {vocabulary:,}: pass the model's own tokenizer"
@@ -228,12 +270,13 @@ def check_tokens(texts: Texts, vocabulary: int) -> None:
 
 
 def smaller(
-    arguments: argparse.Namespace, source: Source, couplings: Couplings, reader: text.Reader, texts: Texts
-) -> nn.Module:
-    """The smaller model, with one batch per calibration window."""
+    arguments: argparse.Namespace, source: Source, couplings: Couplings, reader: text.Reader, texts: Texts,
+    loss: Loss | None,
+) -> nn.Module:  # fmt: skip
+    """The smaller model, with one batch per calibration window. loss: None where the model writes text, too."""
     asked: CompressOptions = {
         "round_to": arguments.round_to, "exclude": arguments.exclude, "limits": options.limits(arguments),
-        "progress": True,
+        "progress": True, "generated_windows": arguments.windows, "seed": arguments.seed,
     }  # fmt: skip
     if arguments.method not in {SECOND_ORDER, "magnitude"}:
         asked["steps"] = arguments.passes
@@ -243,8 +286,8 @@ def smaller(
         source.args,
         source.kwargs,
         ratio=ratio,
-        batches=[reader.batch(window[None]) for window in texts.calibration],
-        loss=reader.loss,
+        batches=[reader.batch(window[None]) for window in texts.calibration] or NO_BATCHES,
+        loss=loss,
         method=arguments.method,
         couplings=couplings,
         **asked,
@@ -301,15 +344,18 @@ def flops_per_token(model: nn.Module, reader: text.Reader, ids: Tensor) -> int:
     return round(counter.get_total_flops() / ids.numel())
 
 
-def summary(rows: list[list[str]], error: float, watch: TimedSteps, output: Path, plan: Plan) -> str:
-    """What changed, how exact it is, how long it took, and how to load it."""
+def summary(
+    rows: list[list[str]], error: float, watch: TimedSteps, output: Path, plan: Plan, distances: Distances | None
+) -> str:
+    """What changed, how exact it is, how far from the dense model, how long it took, and how to load it."""
     align = ("left", "right", "right", "right")
     table = tabulate(rows, ["", "dense", "small", "small/dense"], colalign=align, disable_numparse=True)
     inexact = sum(bool(s.inexact) for s in plan)
     apart = f", without {inexact:,} inexact couplings (--allow {plan.allow[0]})" if inexact else ""
     seconds = ", ".join(f"{step} {spent:.1f}" for step, spent in watch.seconds.items())
+    apart_by = "" if distances is None else f"nats per token from the dense model: {distances}\n"
     return (
-        f"\n{table}\n\nremoving against masking: largest relative difference {error:.1e}{apart}\n"
+        f"\n{table}\n\n{apart_by}removing against masking: largest relative difference {error:.1e}{apart}\n"
         f"seconds: {seconds}, together {sum(watch.seconds.values()):.1f}\n"
         f'saved: model = ecospa_fx.load("{output}")'
     )

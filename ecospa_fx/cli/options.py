@@ -39,6 +39,11 @@ PATTERN: a shell pattern on module paths, such as 'model.layers.0.*'. For
     --limit also a kind of coupling, such as ffn=0.5.
 """
 
+CALIBRATION = """\
+Without --calibration the model calibrates on text that it writes itself, and
+with it on as much of that. Without --eval, too, that text is held out.
+"""
+
 ALLOWANCES = """\
 --allow renormalise: couplings that only a norm over them blocks; inexact.
 --allow cache: couplings that make the caches of the model narrower.
@@ -93,12 +98,15 @@ def _add_inspect(commands: argparse._SubParsersAction[Parser]) -> Parser:
 
 def _add_compress(commands: argparse._SubParsersAction[Parser]) -> Parser:
     command = _command(
-        commands, "compress", "shrink a causal language model and measure it", SOURCES + METHODS + ALLOWANCES
+        commands,
+        "compress",
+        "shrink a causal language model and measure it",
+        SOURCES + CALIBRATION + METHODS + ALLOWANCES,
     )
     add = command.add_argument
     add("source", metavar="SOURCE", help=SOURCE)
     add("--ratio", type=float, required=True, metavar="R", help="share of coupled parameters to remove, 0 to 1")
-    add("--calibration", type=Path, required=True, metavar="FILE", help="calibration text, .txt or .txt.xz")
+    add("--calibration", type=Path, metavar="FILE", help="calibration text, .txt or .txt.xz")
     add("--output", type=Path, required=True, metavar="DIR", help="new folder for the smaller model")
     add("--method", default=SECOND_ORDER, metavar="NAME", help="importance scores (default: second-order)")
     add("--eval", type=Path, metavar="FILE", help="held-out text (default: last tenth of calibration)")

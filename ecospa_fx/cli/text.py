@@ -123,6 +123,10 @@ class Reader:
         args = tuple(ids if _is_ids(value) else value for value in self.args)
         return args, {name: ids if _is_ids(value) else value for name, value in self.kwargs.items()}
 
+    def ids(self, args: Sequence[object], kwargs: Mapping[str, object]) -> Tensor:
+        """The token ids [batch, length] of a call."""
+        return next(v for v in (*args, *kwargs.values()) if _is_ids(v))
+
     def logits(self, model: nn.Module, ids: Tensor) -> Tensor:
         """[batch, length, vocabulary]."""
         args, kwargs = self.batch(ids)
@@ -130,7 +134,7 @@ class Reader:
 
     def loss(self, output: object, args: Sequence[object], kwargs: Mapping[str, object]) -> Tensor:
         """Mean cross-entropy in nats of the next tokens within the window, for `ecospa_fx.score`."""
-        ids = next(v for v in (*args, *kwargs.values()) if _is_ids(v))
+        ids = self.ids(args, kwargs)
         return F.cross_entropy(logits_of(output, ids)[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
 
 

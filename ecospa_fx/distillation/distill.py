@@ -57,6 +57,11 @@ class Distill:
     """Share of positions that come from other batches, see `TokenMixing`."""
     predicted: float = 0.25
     """Share of positions that the dense model predicted, see `TokenMixing`."""
+    fresh: Sequence[Batch] = ()
+    """Batches that are read once each, as they are, among those that are read again and again."""
+    second: Sequence[Batch] = ()
+    """Validation batches of another kind, whose mean counts as much as that of the first kind, however many they are:
+    what is lost on one kind for what is gained on the other is not learnt."""
     name: str = "distill"
 
     def run(
@@ -77,18 +82,18 @@ class Distill:
         divergence is not finite before, or below zero.
         """
         leaves, unit = _trained(dense, small), NormalisedLoss(loss, exact=True)
-        if not leaves or not _has_signal(dense, small, batches, unit):
+        if not leaves or not _has_signal(dense, small, [*batches, *self.fresh], unit):
             return 0.0, 0.0
         pair = _Pair(dense, small, dense.weights(), small.weights(), leaves, unit)
-        validation = list(validation or batches)
-        before, lost = pair.validated(validation)
+        kinds = [kind for kind in (validation or batches, self.second) if kind]
+        before, lost = pair.validated(kinds)
         if not math.isfinite(before.value):
             raise ScoreError("the smaller model's loss is not finite: run it in bfloat16 or float32")
         check_positive(before)
         begun = _copies(leaves)
         with torch.inference_mode(False), torch.enable_grad(), medium_precision():
             self._descend(pair.rounded(), self.rate * math.sqrt(lost), batches, watch)
-        after = pair.settle(begun, validation, before)
+        after = pair.settle(begun, kinds, before)
         if after < before.value:
             for node, leaf in leaves.items():
                 values = leaf.detach().to(pair.small_weights[node].dtype)
@@ -103,21 +108,31 @@ class Distill:
         fused = all(leaf.device.type in ("cpu", "cuda") for leaf in pair.leaves.values())
         optimizer = torch.optim.Adam(groups, betas=(0.8, 0.95), eps=EPSILON, fused=fused)
         source = torch.Generator().manual_seed(0)
-        epochs = math.ceil(self.length / len(batches))
-        drawn = torch.cat([torch.randperm(len(batches), generator=source) for _ in range(epochs)])
-        order = drawn[: self.length].tolist()
+        order = _order(len(batches), len(self.fresh), self.length, source)
         steps, mix = math.ceil(len(order) / self.step), TokenMixing(self.mixed, self.predicted)
         last = {number: done for done, number in enumerate(order, 1)}
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1.0, 2 - 2 * i / steps))
         for done, number in enumerate(watch(order), 1):
-            batch = mix(batches, number)
+            again = number < len(batches)
+            batch = mix(batches, number) if again else self.fresh[number - len(batches)]
             logits = pair.pull(batch)
-            if done < last[number]:
+            if again and done < last[number]:
                 mix.observe(number, batch, logits)
             if done % self.step == 0 or done == len(order):
                 optimizer.step()
                 optimizer.zero_grad()
                 schedule.step()
+
+
+def _order(repeated: int, once: int, length: int, source: torch.Generator) -> list[int]:
+    """Numbers of `length` batches to read: the first `repeated` again and again, the next `once` in random places."""
+    epochs = math.ceil((length - once) / repeated) if repeated else 0
+    drawn = [torch.randperm(repeated, generator=source) for _ in range(epochs)]
+    order = torch.cat([torch.empty(0, dtype=torch.long), *drawn])[: max(length - once, 0)]
+    if once:
+        order = torch.cat([order, torch.arange(repeated, repeated + once)])
+        order = order[torch.randperm(len(order), generator=source)]
+    return order.tolist()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -142,14 +157,17 @@ class _Pair:
         answer, slopes, output = self._outputs(batch)
         return divergence(self.loss, answer, slopes, output, batch)
 
-    def validated(self, batches: Sequence[Batch]) -> tuple[Divergence, float]:
+    def validated(self, kinds: Sequence[Sequence[Batch]]) -> tuple[Divergence, float]:
         """The mean divergence, and what share it is, between 0 and 1, of that of an output that is zero everywhere."""
         divergences, whole = [], 0.0
         with torch.no_grad():
-            for batch in batches:
-                answer, slopes, output = self._outputs(batch)
-                divergences.append(divergence(self.loss, answer, slopes, output, batch))
-                whole += divergence_of_zero(self.loss, answer, slopes, batch) / len(batches)
+            for batches in kinds:
+                of_kind = []
+                for batch in batches:
+                    answer, slopes, output = self._outputs(batch)
+                    of_kind.append(divergence(self.loss, answer, slopes, output, batch))
+                    whole += divergence_of_zero(self.loss, answer, slopes, batch) / len(batches) / len(kinds)
+                divergences.append(mean(of_kind))
         share = mean(divergences).value / whole if whole > 0 else math.nan
         return mean(divergences), min(1.0, max(0.0, share)) if math.isfinite(share) else USUAL_LOSS
 
@@ -170,7 +188,7 @@ class _Pair:
             torch.autograd.backward(tensors, gradients)
             return [leaf for leaf, s in zip(leaves_of(answer), slopes, strict=True) if s is not None]
 
-    def settle(self, begun: Mapping[fx.Node, Tensor], validation: Sequence[Batch], before: Divergence) -> float:
+    def settle(self, begun: Mapping[fx.Node, Tensor], kinds: Sequence[Sequence[Batch]], before: Divergence) -> float:
         """Leave the leaves where the cost is least between `begun` and where they are; returns the cost there."""
         learned, negative = _copies(self.leaves), False
 
@@ -182,7 +200,7 @@ class _Pair:
             nonlocal negative
             go(way)
             with torch.no_grad():
-                there = mean([self.divergence(batch) for batch in validation])
+                there = mean([mean([self.divergence(batch) for batch in batches]) for batches in kinds])
             negative |= there.is_negative
             return there.value if there.is_nearer_than(before) else max(there.value, before.value)
 

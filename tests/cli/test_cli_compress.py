@@ -83,9 +83,57 @@ def test_compress_takes_a_function_that_reads_bytes(
     arguments = compress_arguments(folder, tmp_path / "small", "--tokenizer", "bytes", "--length", "32")
     arguments[1] = f"{factories}:lm"
     assert main(arguments) == 0
-    assert "largest relative difference" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "largest relative difference" in printed
+    said = (
+        r"nats per token from the dense model: 0\.\d{3} on text that the dense model wrote, 0\.\d{3} on the batches\n"
+    )
+    assert re.search(said, printed)
     assert (tmp_path / "small" / "manifest.json").is_file()
     assert not (tmp_path / "small" / "config.json").exists()
+
+
+def without_text(factories: str, name: str, output: Path, *more: str) -> list[str]:
+    shortly = ["--windows", "4", "--length", "32"]
+    return ["compress", f"{factories}:{name}", "--ratio", "0.3", "--output", str(output), *shortly, *more]
+
+
+@pytest.mark.usefixtures("brief")
+def test_compress_needs_no_text(tmp_path: Path, factories: str, capsys: Capture) -> None:
+    assert main(without_text(factories, "lm", tmp_path / "small", "--seed", "3")) == 0
+    printed = capsys.readouterr()
+    assert re.search(r"^perplexity, own text +\d+\.\d\d ", printed.out, re.MULTILINE)
+    assert re.search(r"from the dense model: 0\.\d{3} on text that the dense model wrote\n", printed.out)
+    assert "generate: 100%" in printed.err
+    assert re.search(r"^perplexity, small: 100%\|#+\| 8/8 ", printed.err, re.MULTILINE)
+    assert (tmp_path / "small" / "manifest.json").is_file()
+
+
+@pytest.mark.usefixtures("brief")
+def test_compress_without_calibration_measures_on_another_text(
+    folder: Path, tmp_path: Path, factories: str, capsys: Capture
+) -> None:
+    more = ["--eval", str(folder / "text.txt"), "--tokenizer", "bytes", "--method", "magnitude"]
+    assert main(without_text(factories, "lm", tmp_path / "small", *more)) == 0
+    assert re.search(r"^perplexity +\d", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_what_does_not_write_is_asked_for_a_text(folder: Path, tmp_path: Path, factories: str, capsys: Capture) -> None:
+    sentence = refused(capsys, without_text(factories, "both", tmp_path / "small"))
+    assert "Both cannot write calibration text because later tokens move earlier logits" in sentence
+    assert sentence.endswith(": pass --calibration FILE")
+    more = [
+        "--calibration",
+        str(folder / "text.txt"),
+        "--tokenizer",
+        "bytes",
+        "--method",
+        "gate-fisher",
+        "--passes",
+        "1",
+    ]
+    assert main(without_text(factories, "both", tmp_path / "small", *more)) == 0
+    assert "nats per token" not in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("brief")

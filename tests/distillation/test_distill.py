@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from copy import deepcopy
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
 
 import ecospa_fx as eco
+from ecospa_fx.calibration.distances import mean_divergence
 from ecospa_fx.distillation import distill
 from ecospa_fx.distillation.distill import Distill
 from ecospa_fx.distillation.divergence import divergence
@@ -204,6 +206,71 @@ def raw(evaluator: PartialInterpreter, batch: Batch) -> Tensor:
     return output
 
 
+# -- batches that are read once, and a second kind of judge ------------------------------------------------------
+
+
+@pytest.mark.parametrize(("repeated", "once", "length"), [(5, 0, 12), (4, 3, 9), (0, 3, 3), (4, 5, 5), (3, 2, 8)])
+def test_some_batches_are_read_once_and_others_again_and_again(repeated: int, once: int, length: int) -> None:
+    order = distill._order(repeated, once, length, torch.Generator().manual_seed(0))
+    counts = [order.count(number) for number in range(repeated + once)]
+    assert len(order) == length == sum(counts)
+    assert counts[repeated:] == [1] * once
+    fewest = (length - once) // max(repeated, 1)
+    assert all(fewest <= count <= fewest + 1 for count in counts[:repeated])
+    if once == 3 and repeated:  # in random places
+        assert order != sorted(order)
+        assert not {4, 5, 6} <= {*order[-3:]}
+
+
+@pytest.mark.slow
+def test_fresh_batches_are_read_as_they_are(trained: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, small = pair(trained, 0.5)
+    pulled: list[Batch] = []
+    pull = distill._Pair.pull
+
+    def noted(self: Any, batch: Batch) -> list[Tensor]:
+        pulled.append(batch)
+        return pull(self, batch)
+
+    monkeypatch.setattr(distill._Pair, "pull", noted)
+    fresh, batches = data(4, 20), data(4)
+    Distill(length=12, rate=0.01, fresh=fresh).run(dense, small, batches, loss_of)
+    assert len(pulled) == 12
+    assert sorted(next(i for i, f in enumerate(fresh) if f is p) for p in pulled if any(f is p for f in fresh)) == [
+        0,
+        1,
+        2,
+        3,
+    ]
+    assert not any(p is batch for p in pulled for batch in batches)  # which vary
+
+
+@pytest.mark.slow
+def test_what_a_second_kind_loses_is_not_learnt(trained: nn.Module) -> None:
+    """Means of both kinds count alike, however many batches there are of each."""
+    lesson: list[Batch] = [((torch.full((4, 12), 7),), {})]
+    second, found = data(6, 20), []
+    for others in ((), second):
+        dense, small = pair(trained, 0.5)
+
+        def apart(dense: PartialInterpreter = dense, small: PartialInterpreter = small) -> list[float]:
+            return [mean_divergence(dense, small, kind, loss_of) or 0.0 for kind in (lesson, second)]
+
+        before = apart()
+        first, last = Distill(length=24, rate=1.0, mixed=0.0, predicted=0.0, second=others).run(
+            dense, small, lesson, loss_of
+        )
+        found.append((before, apart()))
+        count = 2 if others else 1
+        assert first == pytest.approx(sum(before[:count]) / count, rel=1e-3)
+        assert last == pytest.approx(sum(found[-1][1][:count]) / count, rel=1e-3)
+        assert last <= first
+    (_, alone), (before, both) = found
+    assert alone[1] > before[1] + before[0] - alone[0]  # it lost more on the second kind than it won
+    assert sum(both) <= sum(before)
+    assert both[1] < alone[1]
+
+
 # -- losses that are no distance ---------------------------------------------------------------------------------
 
 
@@ -271,7 +338,8 @@ def test_nothing_is_fitted_to_the_judges(trained: nn.Module, monkeypatch: pytest
         own = getattr(owner, name)
 
         def spied(self: Any, *args: Any) -> Any:
-            read[f"{owner.__name__}.{name}"] = list(args[place])
+            noted = chain.from_iterable(args[place]) if name == "settle" else args[place]
+            read[f"{owner.__name__}.{name}"] = list(noted)
             return own(self, *args)
 
         monkeypatch.setattr(owner, name, spied)

@@ -85,8 +85,15 @@ class Normed(Bytes):
         x = x + self.back(torch.relu(self.free(x)))
         return self.head(x + self.down(self.norm(self.up(x).sigmoid()).relu()))
 
+class Both(Bytes):
+    def forward(self, ids):
+        x = self.embed(ids)
+        x = x + x.mean(1, keepdim=True)
+        return self.head(x + self.down(torch.relu(self.up(x))))
+
 def good(): return nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4)), (torch.randn(2, 4),), {}
 def lm(): return Bytes(), (torch.zeros(2, 16, dtype=torch.long),), {}
+def both(): return Both(), (torch.zeros(2, 16, dtype=torch.long),), {}
 def normed(): return Normed(), (torch.zeros(2, 16, dtype=torch.long),), {}
 def wrong(): return nn.Linear(4, 4)
 def fails(): raise RuntimeError("no disk")

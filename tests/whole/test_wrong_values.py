@@ -16,7 +16,7 @@ import ecospa_fx as eco
 from ecospa_fx.axes.registry import refuse
 from ecospa_fx.axes.resize import resize_rule
 from ecospa_fx.budget.settings import PlanOptions, PlanSettings
-from ecospa_fx.compression import CompressOptions
+from ecospa_fx.compression import APART, CompressOptions
 from ecospa_fx.errors import EcospaError
 from ecospa_fx.recipe import Recipe
 from ecospa_fx.training.settings import Settings, TrainingOptions
@@ -94,7 +94,7 @@ FINE = {
     *((verb, "kwargs", "None") for verb in ("detect", "compress", "shrink", "shrink_", "SparseTraining")),
     *(("plan", name, "None") for name in ("scores", "round_to", "kinds", "widths", "limits", "expressible_in")),
     *(("compress", name, "None") for name in ("couplings", "scores", "distillation", "limits", "round_to", "kinds")),
-    *(("compress", name, "None") for name in ("expressible_in", "allocation")),
+    *(("compress", name, "None") for name in ("expressible_in", "allocation", "generated_share")),
     *(("SparseTraining", name, "None") for name in ("optimizer", "scores", "state")),
     *(("SparseTraining", name, "None") for name in ("total_steps", "band", "round_to", "kinds", "limits", "couplings")),
     *(("SparseTraining", name, "None") for name in ("compensate", "batches", "loss", "wrap")),
@@ -206,7 +206,7 @@ def test_options_that_are_typed_are_those_that_are_read() -> None:
     assert set(PlanOptions.__optional_keys__) == planned
     assert set(TrainingOptions.__optional_keys__) == set(Settings.__dataclass_fields__)
     assert set(CompressOptions.__optional_keys__) == {
-        *Recipe.__dataclass_fields__, *planned, "allow", "seed", "round_to", "steps"
+        *Recipe.__dataclass_fields__, *planned, *APART, "seed", "round_to"
     }  # fmt: skip
 
 
