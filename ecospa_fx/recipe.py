@@ -24,6 +24,7 @@ from ecospa_fx.importance.compensation import Compensated
 from ecospa_fx.importance.curvature import Collector, Curvature
 from ecospa_fx.importance.linear_views import CouplingViews
 from ecospa_fx.importance.losses import Batch, Loss, check_slope
+from ecospa_fx.importance.output_distance import is_distance, or_distance, probes_of, scaled_loss
 from ecospa_fx.importance.samples import grouped, samples_of
 from ecospa_fx.importance.score import arguments
 from ecospa_fx.importance.scores import Scores, given_scores
@@ -165,23 +166,18 @@ class Task:
     batches: Sequence[Batch]
     """Calibration data."""
     loss: Loss
-    """(output, args, kwargs) to a scalar."""
+    """(output, args, kwargs) to a scalar; `ecospa_fx.OutputDistance` where the user has none."""
     scores: Scores | Mapping[str, Tensor] | None = None
     """The user's own, by which units are removed; None: those of the recipe."""
 
 
 def checked(batches: Iterable[object], loss: Loss | None) -> tuple[list[Batch], Loss]:
-    """Calibration data as a list, and the loss. Raises ScoreError for what is missing or no batch."""
-    if loss is None:
-        raise ScoreError(
-            f"method {SECOND_ORDER!r} needs a loss: pass loss=, a function (output, args, kwargs) -> scalar, "
-            "or method='magnitude'"
-        )
+    """Calibration data as a list, and the loss, or the default. Raises ScoreError for no data and what is no batch."""
     check_data(batches, loss, ScoreError)
     samples = [arguments(batch, number) for number, batch in enumerate(batches)]
     if not samples:
         raise ScoreError("there are no batches to calibrate with: pass at least one (args, kwargs)")
-    return samples, loss
+    return samples, or_distance(loss)
 
 
 def compress_program(
@@ -194,7 +190,7 @@ def compress_program(
     data that tells nothing or does not fit.
     """
     evaluator = PartialInterpreter(program, task.model, task.args, task.kwargs)
-    task = replace(task, batches=samples_of(task.batches, evaluator, task.loss))
+    task = _sampled(task, evaluator)
     draws = recipe.draws(len(task.batches))
     _check_loss(evaluator, task, distilled=draws > 0)
     learning, validation = _split(task.batches, VALIDATION_EVERY) if draws else (task.batches, [])
@@ -207,7 +203,7 @@ def compress_program(
     for smaller, plan in results:
         _shrink(smaller, plan, replace(weights, damping=None) if _in_turn(recipe, plan) else weights)
     if draws:
-        size = _group_size(weights.curvature, len(more))
+        size = _group_size(weights.curvature)
         learning, validation = (grouped(some, size, dense, task.loss) for some in (learning, validation))
     del weights  # what was measured takes more memory than the model
     for smaller, plan in results:
@@ -217,6 +213,20 @@ def compress_program(
         if draws:
             _distil(dense, small, learning, validation, task.loss, recipe)
     return results
+
+
+def _sampled(task: Task, dense: PartialInterpreter) -> Task:
+    """With batches of one sample each, and a loss that knows what is far for the dense model's outputs."""
+    batches = samples_of(task.batches, dense, task.loss)
+    with torch.no_grad():
+        loss = scaled_loss(task.loss, (dense.answer(*batch) for batch in batches))
+    narrower = next((coupling.name for coupling in task.couplings.offered if coupling.resized), None)
+    if narrower is not None and is_distance(loss):
+        raise ScoreError(
+            f"without {narrower} an output is narrower than the dense model's, so that their distance says nothing: "
+            "give loss=, a function (output, args, kwargs) -> scalar, or detect without allow='cache'"
+        )
+    return replace(task, batches=batches, loss=loss)
 
 
 def _in_turn(recipe: Recipe, plan: Plan) -> bool:
@@ -254,10 +264,12 @@ def _distil(
         distill.run(dense, small, learning, loss, validation, lambda order: recipe.with_progress(order, "distill"))
 
 
-def _group_size(curvature: Curvature | None, samples: int) -> int:
+def _group_size(curvature: Curvature | None) -> int:
     """How many samples distillation reads at once: as many as hold `ROWS` rows, where that is known."""
-    rows = max((moments.rows for moments in curvature.inputs.values()), default=0) if curvature is not None else 0
-    return math.ceil(ROWS * samples / rows) if rows else 1
+    if curvature is None:
+        return 1
+    rows = max((moments.rows for moments in curvature.inputs.values()), default=0)
+    return math.ceil(ROWS * curvature.samples / rows) if rows else 1
 
 
 def _check_loss(dense: PartialInterpreter, task: Task, *, distilled: bool) -> None:
@@ -266,7 +278,7 @@ def _check_loss(dense: PartialInterpreter, task: Task, *, distilled: bool) -> No
     weights = dense.weights()
     with torch.no_grad():
         answers = ((batch, answer_of(dense, weights, batch)) for batch in task.batches)
-        batch, answer = check_slope(task.loss, answers)
+        batch, answer = check_slope(probes_of(task.loss, 0)[0], answers)
         if distilled:
             check_convex(task.loss, answer, batch)
 

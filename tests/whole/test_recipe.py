@@ -351,7 +351,6 @@ def test_few_batches_are_read_more_often() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "sentence"),
     [
-        ({"loss": None}, ScoreError, "needs a loss"),
         ({"batches": []}, ScoreError, "no batches to calibrate with"),
         ({"batches": [torch.ones(2, 3)]}, ScoreError, "batch 0 is not a pair"),
         ({"loss": constant_loss}, ScoreError, "loss of batch 0 does not depend on the model"),
