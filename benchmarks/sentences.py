@@ -6,11 +6,11 @@
 
 MODEL is a Hugging Face folder of an encoder, such as all-MiniLM-L6-v2, DATA a folder with train-0.txt.xz,
 train-1.txt.xz and valid.txt.xz; ``--documents`` is a folder of technical texts, by default Debian's. A sentence is
-embedded by the mean of its tokens' last states, of length 1. Calibration: sentences drawn from the books of train-0,
-``--batch`` of them per batch. Figure: Spearman's rank correlation of all cosine similarities among 500 sentences with
-those of the dense model, on books of valid, of other authors, and on documents, of which nothing was calibrated on.
-``--choose`` takes 500 sentences of train-1, other documents and other seeds instead. Prints a
-table, and writes JSON after every run.
+embedded by the mean of its tokens' last states, of length 1. Calibration: sentences drawn from the books of train-0 and
+from every third document, ``--batch`` of them per batch. Figure: Spearman's rank correlation of all cosine similarities
+among 500 sentences with those of the dense model, on books of valid, of other authors, and on other documents, of which
+nothing was calibrated on. ``--choose`` takes 500 sentences of train-1, a last third of the documents and other seeds
+instead. Prints a table, and writes JSON after every run.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def sentences(text: str) -> list[str]:
 
 
 def documents(folder: Path, part: int) -> str:
-    """Every other file of a folder's READMEs, news and questions."""
+    """Every third file of a folder's READMEs, news and questions: 0 to report on, 1 to choose by, 2 to calibrate on."""
 
     def texts() -> Iterator[str]:
         paths = sorted(p for name in ("README*", "NEWS*", "*FAQ*", "*.txt*") for p in folder.rglob(name))
@@ -77,7 +77,7 @@ def documents(folder: Path, part: int) -> str:
             with read(path, "rb") as file:
                 yield file.read(400_000).decode(errors="ignore")
 
-    return "\n\n".join(text for i, text in enumerate(texts()) if i % 2 == part)
+    return "\n\n".join(text for i, text in enumerate(texts()) if i % 3 == part)
 
 
 def tokens(texts: Sequence[str], tokenizer: Any, device: str) -> tuple[Tensor, Tensor]:
@@ -120,14 +120,18 @@ def runs(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     encoder = AutoModel.from_pretrained(arguments.model, dtype=torch.float32, add_pooling_layer=False)
     model = Embedding(encoder).to(arguments.device).eval()
     part = int(arguments.choose)
-    pool = sentences(read_text(arguments.data / "train-0.txt.xz", CHARACTERS))
+    pools = [sentences(read_text(arguments.data / "train-0.txt.xz", CHARACTERS))]
+    if arguments.calibrate == "both":
+        pools.append(sentences(documents(arguments.documents, 2)))
     books = sentences(read_text(arguments.data / f"{'train-1' if part else 'valid'}.txt.xz", CHARACTERS))
     judged = {"books": books[:JUDGED], "documents": sentences(documents(arguments.documents, part))[:JUDGED]}
     inputs = {name: tokens(texts, tokenizer, arguments.device) for name, texts in judged.items()}
     dense = {name: similarities(model, batch) for name, batch in inputs.items()}
     width = model.encoder.config.hidden_size
     for seed in arguments.seeds:
-        drawn = random.Random(seed + CHOOSING * part).sample(pool, arguments.batches * arguments.batch)
+        source, count = random.Random(seed + CHOOSING * part), arguments.batches * arguments.batch
+        drawn = [text for pool in pools for text in source.sample(pool, count // len(pools))]
+        source.shuffle(drawn)
         groups = [drawn[i : i + arguments.batch] for i in range(0, len(drawn), arguments.batch)]
         batches = [(tokens(group, tokenizer, arguments.device), {}) for group in groups]
         example = tokens(drawn[:2], tokenizer, arguments.device)
@@ -174,6 +178,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--losses", nargs="+", choices=("none", "projections", "square"), default=["none"])
     parser.add_argument("--probes", type=int, nargs="+", default=[1], help="per sample, where there is no loss")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of calibration and probes")
+    parser.add_argument("--calibrate", choices=("books", "both"), default="both", help="on books, or half on documents")
     parser.add_argument("--batches", type=int, default=128)
     parser.add_argument("--batch", type=int, default=1, help="sentences per batch")
     parser.add_argument("--choose", action="store_true")

@@ -416,6 +416,24 @@ def test_compress_refuses_them_too() -> None:
         eco.compress(Fixed(lambda y: y * 0), inputs(1)[0][0], ratio=0.5, batches=inputs(3))
 
 
+def test_outputs_that_get_narrower_are_refused() -> None:
+    class Keeps(nn.Module):
+        """A product of queries with keys, which it returns too."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k = nn.Linear(5, 4, dtype=DOUBLE), nn.Linear(5, 4, dtype=DOUBLE)
+
+        def forward(self, x: Tensor, keys: Tensor) -> Any:
+            keys = torch.cat([keys, self.k(x)[:, None]], 1)
+            return (self.q(x)[:, None] @ keys.mT).tanh(), keys
+
+    batches: list[Batch] = [((x, torch.ones(1, 3, 4, dtype=DOUBLE)), {}) for (x,), _ in inputs(3)]
+    with pytest.raises(ScoreError, match=r"^without \S+ an output is narrower than the dense model's") as error:
+        eco.compress(Keeps(), batches[0][0], ratio=0.5, batches=batches, allow="cache")
+    assert "give loss=" in str(error.value)
+
+
 def test_a_mean_slope_of_zero_is_refused() -> None:
     with pytest.raises(ScoreError, match=r"^method 'taylor' reads the mean slope .* is zero: use method='gate-fisher'"):
         scored(Detector(), inputs(), "taylor")
