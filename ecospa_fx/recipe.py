@@ -190,8 +190,9 @@ def compress_program(
     data that tells nothing or does not fit.
     """
     evaluator = PartialInterpreter(program, task.model, task.args, task.kwargs)
-    task = _sampled(task, evaluator)
+    task = replace(task, batches=samples_of(task.batches, evaluator, task.loss))
     draws = recipe.draws(len(task.batches))
+    task = _with_scales(task, evaluator)
     _check_loss(evaluator, task, distilled=draws > 0)
     learning, validation = _split(task.batches, VALIDATION_EVERY) if draws else (task.batches, [])
     scoring, held_out = _hold_out(learning) if recipe.allocation == "sensitivity" else (learning, [])
@@ -203,7 +204,7 @@ def compress_program(
     for smaller, plan in results:
         _shrink(smaller, plan, replace(weights, damping=None) if _in_turn(recipe, plan) else weights)
     if draws:
-        size = _group_size(weights.curvature)
+        size = _group_size(weights.curvature, len(more))
         learning, validation = (grouped(some, size, dense, task.loss) for some in (learning, validation))
     del weights  # what was measured takes more memory than the model
     for smaller, plan in results:
@@ -215,18 +216,16 @@ def compress_program(
     return results
 
 
-def _sampled(task: Task, dense: PartialInterpreter) -> Task:
-    """With batches of one sample each, and a loss that knows what is far for the dense model's outputs."""
-    batches = samples_of(task.batches, dense, task.loss)
-    with torch.no_grad():
-        loss = scaled_loss(task.loss, (dense.answer(*batch) for batch in batches))
+def _with_scales(task: Task, dense: PartialInterpreter) -> Task:
+    """With a loss that knows how large the dense model's outputs are, where it is their distance."""
     narrower = next((coupling.name for coupling in task.couplings.offered if coupling.resized), None)
-    if narrower is not None and is_distance(loss):
+    if narrower is not None and is_distance(task.loss):
         raise ScoreError(
             f"without {narrower} an output is narrower than the dense model's, so that their distance says nothing: "
             "give loss=, a function (output, args, kwargs) -> scalar, or detect without allow='cache'"
         )
-    return replace(task, batches=batches, loss=loss)
+    with torch.no_grad():
+        return replace(task, loss=scaled_loss(task.loss, (dense.answer(*batch) for batch in task.batches)))
 
 
 def _in_turn(recipe: Recipe, plan: Plan) -> bool:
@@ -264,12 +263,10 @@ def _distil(
         distill.run(dense, small, learning, loss, validation, lambda order: recipe.with_progress(order, "distill"))
 
 
-def _group_size(curvature: Curvature | None) -> int:
+def _group_size(curvature: Curvature | None, samples: int) -> int:
     """How many samples distillation reads at once: as many as hold `ROWS` rows, where that is known."""
-    if curvature is None:
-        return 1
-    rows = max((moments.rows for moments in curvature.inputs.values()), default=0)
-    return math.ceil(ROWS * curvature.samples / rows) if rows else 1
+    rows = max((moments.rows for moments in curvature.inputs.values()), default=0) if curvature is not None else 0
+    return math.ceil(ROWS * samples * curvature.probes / rows) if curvature is not None and rows else 1
 
 
 def _check_loss(dense: PartialInterpreter, task: Task, *, distilled: bool) -> None:

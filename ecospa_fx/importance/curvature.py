@@ -71,7 +71,7 @@ class Curvature:
     inputs: moments of the input; results: of the output; outputs: of the loss's gradient at the output; gates: by
     coupling, Σ e eᵀ [carriers, units, units] over rows of the derivatives e by gates on the units, of the factor at
     which they are smaller; others: by coupling, [carriers, units], sums over samples of squared derivatives by gates.
-    samples: how many were read, each as often as it was probed.
+    probes: how often each sample was read.
     has_slope: whether the loss has any slope at the model's outputs.
     """
 
@@ -81,7 +81,7 @@ class Curvature:
         self.outputs: dict[LinearUse, Moments] = {}
         self.gates: dict[str, Tensor] = {}
         self.others: dict[str, Tensor] = {}
-        self.samples = 0
+        self.probes = 1
         self.has_slope = False
 
     def second(self, site: LinearUse) -> Tensor:
@@ -131,7 +131,7 @@ class Collector:
         self._statistic = GradientStatistic(GATE_FISHER, self._leaves, views.others) if views.others else None
         self._watched = {site.node: site for site in {**self.curvature.inputs, **self.curvature.outputs, **self._gates}}
         self._begun: list[Tensor] = []
-        self._unit = 1.0
+        self._samples, self._unit = 0, 1.0
 
     def _side(self, side: Mapping[LinearUse, Tensor]) -> Tensor:
         """Zeros [carriers, units, units], to which the hooks of a factor's sites will add."""
@@ -157,12 +157,14 @@ class Collector:
         with torch.inference_mode(False), torch.enable_grad(), watching:
             unit = NormalisedLoss(loss)
             for number, batch in enumerate(batches):
-                # Each probe counts as a sample: all that is summed is summed as often, and only ratios matter.
-                for probe in probes_of(loss, number):
+                probes = probes_of(loss, number)
+                # Each counts as a sample: all that is summed is summed as often, and only ratios matter.
+                for probe in probes:
                     one_batch(self._forward, self._inputs, batch, unit.of(probe), number)
                     if self._statistic is not None:
                         self._statistic.fold(number)
-                    self.curvature.samples += 1
+                self._samples += len(probes)
+                self.curvature.probes = len(probes)
         self.curvature.has_slope, self._unit = not unit.is_flat, unit.unit
         self._rescale(1 / unit.unit)
 
@@ -177,7 +179,7 @@ class Collector:
     def result(self, total: Total | None = None) -> Curvature:
         """What was collected, by all processes together where there is a `total`."""
         if self._statistic is not None:
-            sums = self.curvature.samples / self._unit**2
+            sums = self._samples / self._unit**2
             self.curvature.others = {name: means * sums for name, means in self._statistic.result().items()}
         if total is not None:
             self._add_up(total)

@@ -230,7 +230,8 @@ def test_second_moments_see_every_probe() -> None:
         for number, batch in enumerate(batches)
         for probe in probes_of(loss, number)
     ]
-    assert found.samples == 4
+    assert found.probes == 2
+    assert {single.probes for single in singles} == {1}
     for site, moments in found.outputs.items():
         want = torch.stack([single.outputs[site].second for single in singles]).sum(0)
         torch.testing.assert_close(moments.second, want, rtol=1e-4, atol=1e-7 * float(want.abs().max()))
