@@ -21,7 +21,7 @@ from ecospa_fx.errors import ScoreError, TrainingError
 from ecospa_fx.importance import output_distance
 from ecospa_fx.importance.curvature import Collector
 from ecospa_fx.importance.losses import Batch, slopes_of
-from ecospa_fx.importance.output_distance import OutputDistance, probes_of
+from ecospa_fx.importance.output_distance import OutputDistance, or_distance, probes_of, scaled_loss
 from ecospa_fx.importance.sensitivity import Trial, TrialLosses
 from ecospa_fx.runtime.interpreter import PartialInterpreter
 from ecospa_fx.training.second_order import second_order
@@ -96,6 +96,42 @@ def exact(model: nn.Module, batch: Batch, q: list[float]) -> Tensor:
         jacobian = torch.stack([gradient(number, model, keep=True) for number in output.flatten()]).detach()
         total = total + jacobian.T @ jacobian / (len(jacobian) * scale)
     return total
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda a, b: Answer(a, [b], torch.ones(3)[:0]),
+        lambda a, b: (a, 3, {"maps": [b], "none": None}),
+        lambda a, b: {"embedding": a, "rest": (torch.arange(4), b)},
+        lambda a, b: [a, torch.ones(2, dtype=torch.bool), b],
+    ],
+)
+def test_outputs_of_any_form_are_read(form: Any) -> None:
+    source = torch.Generator().manual_seed(0)
+    pairs = [(torch.randn(1, 3, generator=source), torch.randn(1, 2, 2, generator=source)) for _ in range(3)]
+    loss, plain = OutputDistance().scaled(form(*pair) for pair in pairs), OutputDistance().scaled(pairs)
+    assert [scale for scale in loss.scales if scale > 0] == list(plain.scales)
+    want = float(plain.to(pairs[0])(pairs[1], (), {}))
+    assert float(loss.to(form(*pairs[0]))(form(*pairs[1]), (), {})) == pytest.approx(want, rel=1e-6)
+    assert float(loss(form(*pairs[0]))) == pytest.approx(float(plain(pairs[0])), rel=1e-6)
+    assert float(loss.probe(7)(form(*pairs[0]), (), {})) == pytest.approx(float(plain.probe(7)(pairs[0], (), {})))
+
+
+def test_the_first_64_answers_tell_the_scales_and_other_losses_need_none() -> None:
+    answers = iter(torch.full((1, 2), 1.0 if i < 64 else 5.0) for i in range(66))
+    loss = scaled_loss(OutputDistance(), answers)
+    assert isinstance(loss, OutputDistance)
+    assert loss.scales == (1.0,)
+    assert len(list(answers)) == 2
+    assert scaled_loss(loss, [torch.full((1, 2), 9.0)]) is loss
+    assert scaled_loss(squares, [torch.ones(2)]) is squares
+    assert or_distance(squares) is squares
+    assert or_distance(None) == OutputDistance(1, 0)
+
+
+def squares(output: Tensor, args: Any, kwargs: Any) -> Tensor:
+    return output.square().sum()
 
 
 # -- the matrix --------------------------------------------------------------------------------------------------
