@@ -36,11 +36,10 @@ from torch import Tensor
 from ecospa_fx.checks import check_whole
 from ecospa_fx.errors import ScoreError
 from ecospa_fx.importance.losses import Batch, Loss, is_floating, leaves_of
-from ecospa_fx.relative_error import usual_size
 
 FILLED = 1e3
-"""Numbers so many times as large as an output usually is were filled in, as where logits are masked; they do not
-count."""
+"""A number so many times as large as 1 and all others of an output, and the same in several samples, was filled in, as
+where logits are masked."""
 
 SCALED = 64
 """How many samples tell the scales."""
@@ -74,12 +73,14 @@ class OutputDistance:
     """
 
     probes: int = 1
-    """How many probes are taken of each sample, with a pass over the model for each. Half of the variance that the
-    random signs bring goes with twice as many."""
+    """How many probes are taken of each sample, with a pass over the model for each. Twice as many halve the
+    variance that the random signs bring."""
     seed: int = 0
     """Of the random signs: the same seed gives the same scores."""
     scales: tuple[float, ...] = ()
     """q_k of each leaf of the output, 0 for those that do not count. (), the default: measured on the data."""
+    fillings: tuple[float | None, ...] = ()
+    """By leaf, what masks fill in; None for nothing. Measured together with the scales."""
 
     def __post_init__(self) -> None:
         check_whole("probes", self.probes, 1, ScoreError, "a number of probes per sample")
@@ -87,7 +88,7 @@ class OutputDistance:
 
     def __call__(self, output: object, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Tensor:
         """½ Σ_k ‖y_k‖² / (n_k q_k), of which D is the Bregman divergence."""
-        return _sum(c.of(leaf).square().sum() / (2 * c.size) for leaf, c in self._counted(output))
+        return _sum(c.of(leaf).square().sum() / (2 * c.weight) for leaf, c in self._counted(output))
 
     def probe(self, number: int) -> Loss:
         """P_r, with signs r that are the same for a number in every call, and independent for two numbers."""
@@ -96,7 +97,8 @@ class OutputDistance:
     def _probe(self, number: int, output: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
         # Generators of torch take 32 bits of a seed.
         source = torch.Generator().manual_seed(Random(f"{self.seed} {number}").getrandbits(32))
-        return _sum((c.of(leaf) * _signs(leaf, source)).sum() / math.sqrt(c.size) for leaf, c in self._counted(output))
+        terms = ((leaf, c, _signs(leaf, source)) for leaf, c in self._counted(output))
+        return _sum((c.of(leaf) * signs).sum() / math.sqrt(c.weight) for leaf, c, signs in terms)
 
     def to(self, answer: object) -> Loss:
         """D(·, answer), for outputs of an answer's structure."""
@@ -105,7 +107,8 @@ class OutputDistance:
         def distance(output: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
             leaves = (leaf for leaf, _ in self._counted(output))
             return _sum(
-                c.of(leaf - dense).square().sum() / (2 * c.size) for leaf, (dense, c) in zip(leaves, want, strict=True)
+                c.of(leaf - dense).square().sum() / (2 * c.weight)
+                for leaf, (dense, c) in zip(leaves, want, strict=True)
             )
 
         return distance
@@ -115,35 +118,35 @@ class OutputDistance:
 
         Raises ScoreError where there is nothing to be far from.
         """
-        sums, counts = dict[int, float](), dict[int, int]()
-        count = 0
+        seen: dict[int, list[_Sizes]] = {}
+        answered = False
         for answer in answers:
-            count += 1
+            answered = True
             for place, leaf in enumerate(leaves_of(answer)):
-                if is_floating(leaf) and (square := _mean_square(leaf.detach())) is not None:
-                    sums[place] = sums.get(place, 0.0) + square
-                    counts[place] = counts.get(place, 0) + 1
-        if count == 0:
+                if is_floating(leaf) and leaf.numel():
+                    seen.setdefault(place, []).append(_Sizes.of(leaf.detach()))
+        if not answered:
             return self
-        if not any(value > 0 for value in sums.values()):
-            state = "only zeros" if sums else "no floating numbers"
+        fillings = [_filling(seen.get(place, ())) for place in range(max(seen, default=-1) + 1)]
+        scales = [_scale(seen.get(place, ()), filling) for place, filling in enumerate(fillings)]
+        if not any(scale > 0 for scale in scales):
+            state = "only zeros" if seen else "no floating numbers"
             raise ScoreError(
                 f"the model returns {state} for the calibration data, which have no distance to others: give loss=, a "
                 "function (output, args, kwargs) -> scalar, or use method='magnitude'"
             )
-        scales = (sums.get(place, 0.0) / counts.get(place, 1) for place in range(max(sums) + 1))
-        return replace(self, scales=tuple(scales))
+        return replace(self, scales=tuple(scales), fillings=tuple(fillings))
 
     def _counted(self, output: object) -> Iterable[tuple[Tensor, _Counted]]:
         """The leaves that count, in at least float32, and which of their numbers do."""
         leaves = leaves_of(output)
         scales = self.scales or (1.0,) * len(leaves)
-        for leaf, scale in zip(leaves, scales, strict=False):  # what the samples never had has no scale
+        fillings = self.fillings or (None,) * len(leaves)
+        for leaf, scale, filling in zip(leaves, scales, fillings, strict=False):  # what no sample had has no scale
             if scale > 0 and is_floating(leaf):
-                limit = FILLED * math.sqrt(scale) if self.scales else math.inf
                 wide = leaf.to(torch.promote_types(leaf.dtype, torch.float32))
-                places = wide.detach().abs() < limit
-                yield wide, _Counted(places, max(int(places.sum()), 1) * scale)
+                places = wide.detach().isfinite()
+                yield wide, _Counted(places if filling is None else places & (wide != filling), leaf.numel() * scale)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -152,12 +155,61 @@ class _Counted:
 
     places: Tensor
     """True where a number counts."""
-    size: float
+    weight: float
     """n_k q_k."""
 
     def of(self, values: Tensor) -> Tensor:
         """With zeros for those that do not count."""
         return torch.where(self.places, values, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    """How large the numbers of one output of one sample are."""
+
+    square: float
+    """Their mean square, in which infinities are zeros."""
+    largest: float
+    """The number of largest size."""
+    square_of_others: float
+    """The mean square with zeros for all numbers that are this one."""
+    next: float
+    """The largest size of the others."""
+
+    @classmethod
+    def of(cls, leaf: Tensor) -> _Sizes:
+        """Those of a leaf with any numbers."""
+        wide = leaf.to(torch.promote_types(leaf.dtype, torch.float32)).flatten()
+        wide = torch.where(wide.isfinite(), wide, 0)
+        largest = wide[wide.abs().argmax()]
+        others = torch.where(wide == largest, 0, wide)
+        return cls(_mean_square(wide), float(largest), _mean_square(others), float(others.abs().max()))
+
+    @property
+    def is_filled(self) -> bool:
+        """Whether one number is much larger than 1 and than all others, of which there are some."""
+        return 0 < FILLED * self.next < abs(self.largest) > FILLED
+
+
+def _mean_square(values: Tensor) -> float:
+    """Of values of any size, of which squares might be none of the type."""
+    peak = values.abs().max()
+    return float((values / peak).square().mean()) * float(peak) ** 2 if peak > 0 else 0.0
+
+
+def _filling(samples: Sequence[_Sizes]) -> float | None:
+    """The number that masks fill in: the same one in at least two samples, and by far the largest in all."""
+    filled = [sizes.largest for sizes in samples if sizes.is_filled]
+    if len(filled) < 2 or len({*filled}) > 1:
+        return None
+    others = (abs(sizes.largest) for sizes in samples if not sizes.is_filled)
+    return filled[0] if all(FILLED * other < abs(filled[0]) for other in others) else None
+
+
+def _scale(samples: Sequence[_Sizes], filling: float | None) -> float:
+    """q_k, 0 where there are no samples."""
+    squares = [sizes.square_of_others if sizes.largest == filling else sizes.square for sizes in samples]
+    return sum(squares) / max(len(squares), 1)
 
 
 def _sum(terms: Iterable[Tensor]) -> Tensor:
@@ -172,18 +224,6 @@ def _signs(values: Tensor, source: torch.Generator) -> Tensor:
     """±1 for each number, drawn on the CPU, so that they are the same on all devices."""
     drawn = torch.randint(0, 2, values.shape, generator=source, dtype=torch.int8)
     return drawn.to(values.device).to(values.dtype) * 2 - 1
-
-
-def _mean_square(values: Tensor) -> float | None:
-    """Of the numbers that were not filled in; None where there are none."""
-    wide = values.to(torch.promote_types(values.dtype, torch.float32))
-    sizes = torch.where(wide.isfinite(), wide, 0).abs()
-    if not sizes.numel():
-        return None
-    counts = wide.isfinite() & (sizes < FILLED * usual_size(sizes, torch.finfo(values.dtype).eps))
-    if not counts.any():
-        return None
-    return float(torch.where(counts, sizes, 0).square().sum(dtype=torch.float64) / counts.sum())
 
 
 # -- for what takes any loss -------------------------------------------------------------------------------------

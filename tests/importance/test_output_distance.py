@@ -310,24 +310,56 @@ def test_scores_of_a_seed_are_the_same() -> None:
 
 # -- what is filled in -------------------------------------------------------------------------------------------
 
+HIDDEN = torch.arange(40) % 4 == 0
+LEAST = torch.finfo(torch.float32).min
 
-@pytest.mark.parametrize("filling", [-math.inf, torch.finfo(torch.float32).min, -1e9])
-def test_what_masks_fill_in_does_not_count(filling: float) -> None:
+
+def rows(count: int = 3) -> list[Tensor]:
     source = torch.Generator().manual_seed(0)
-    answers = [torch.randn(1, 40, generator=source) for _ in range(3)]
-    hidden = torch.arange(40) % 4 == 0
-    loss = OutputDistance().scaled(y.masked_fill(hidden, filling) for y in answers)
-    bare = OutputDistance().scaled(y[:, ~hidden] for y in answers)
-    assert loss.scales == pytest.approx(bare.scales, rel=1e-6)
+    return [torch.randn(1, 40, generator=source) for _ in range(count)]
+
+
+@pytest.mark.parametrize("filling", [-math.inf, LEAST, -1e9])
+def test_what_masks_fill_in_does_not_count(filling: float) -> None:
+    """As if those places were not there."""
+    answers = rows()
     batch: Batch = ((), {})
-    dense, output = answers[0].masked_fill(hidden, filling), answers[1].masked_fill(hidden, filling)
-    want = float(bare.to(answers[0][:, ~hidden])(answers[1][:, ~hidden], *batch))
+    loss = OutputDistance().scaled(y.masked_fill(HIDDEN, filling) for y in answers)
+    bare = OutputDistance().scaled(y[:, ~HIDDEN] for y in answers)
+    assert loss.scales[0] * 40 == pytest.approx(bare.scales[0] * 30, rel=1e-6)
+    assert loss.fillings == (None if filling == -math.inf else pytest.approx(filling),)
+    dense, output = answers[0].masked_fill(HIDDEN, filling), answers[1].masked_fill(HIDDEN, filling)
+    want = float(bare.to(answers[0][:, ~HIDDEN])(answers[1][:, ~HIDDEN], *batch))
     assert float(loss.to(dense)(output, *batch)) == pytest.approx(want, rel=1e-5)
     learnt = divergence(loss, dense, slopes_of(loss, dense, batch), output, batch)
     assert learnt.value == pytest.approx(want, rel=1e-4)
-    assert float(loss(output, *batch)) == pytest.approx(float(bare(answers[1][:, ~hidden], *batch)), rel=1e-5)
+    assert float(loss(output, *batch)) == pytest.approx(float(bare(answers[1][:, ~HIDDEN], *batch)), rel=1e-5)
     slope = torch.autograd.grad(loss.probe(0)(y := dense.clone().requires_grad_(), *batch), y)[0]
-    assert slope.ne(0).equal(~hidden[None])
+    assert slope.ne(0).equal(~HIDDEN[None])
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        [y.softmax(-1) for y in (torch.eye(4)[None, i] * 30 for i in range(3))],  # certain, but of no size
+        [torch.tensor([[1e6 + i, 0.1, -0.2]]) for i in range(3)],  # another number each time
+        [torch.tensor([[1e6, 0.1]]), torch.tensor([[2e3, 0.1]]), torch.tensor([[1e6, 0.3]])],  # and some between
+        [torch.tensor([[1e6, 0.1]])],  # once
+        [torch.full((1, 2), 1e6), torch.full((1, 2), 1e6)],  # nothing else
+        [torch.tensor([[2e3, 2.0]]), torch.tensor([[2e3, -2.0]])],  # not so large
+        [torch.tensor([[1e3, 0.1]]), torch.tensor([[1e3, 0.2]])],  # nor these
+    ],
+)
+def test_what_is_large_by_itself_counts(answers: list[Tensor]) -> None:
+    loss = OutputDistance().scaled(answers)
+    assert loss.fillings == (None,)
+    assert loss.scales[0] == pytest.approx(float(torch.stack(answers).double().square().mean()), rel=1e-5)
+
+
+def test_numbers_of_any_size_have_scales() -> None:
+    for size in (1e-30, 1e30):
+        (scale,) = OutputDistance().scaled(size * y for y in rows()).scales
+        assert scale == pytest.approx(size**2 * float(torch.stack(rows()).square().mean()), rel=1e-5)
 
 
 def test_what_runs_away_counts() -> None:
@@ -337,6 +369,7 @@ def test_what_runs_away_counts() -> None:
     far = answer.clone()
     far[0, 3] = 1e6
     assert float(loss.to(answer)(far, (), {})) == pytest.approx(1e12 / 16, rel=1e-5)
+    assert float(loss(far)) == pytest.approx(1e12 / 16, rel=1e-5)
     far[0, 3] = math.nan
     assert math.isnan(float(loss.to(answer)(far, (), {})))
 
