@@ -55,6 +55,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "in-turn": {"least_squares": "in turn"},
     "no-least-squares": {"distillation": 0, "least_squares": False},
     "no-gates": {"gates": False},
+    "no-loss": {"loss": None},  # of encoders
     "no-basis": {"basis": False},
     "scores-only": {"distillation": 0, "least_squares": False, "gates": False, "basis": False},
     "gate-fisher": {"method": "gate-fisher"},

@@ -14,6 +14,7 @@ _MODULES = {
     "Cubic": "training.schedule",
     "Linear": "training.schedule",
     "OneShot": "training.schedule",
+    "OutputDistance": "importance.output_distance",
     "Plan": "plan",
     "Scores": "importance.scores",
     "Selection": "plan",

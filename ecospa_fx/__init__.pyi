@@ -8,6 +8,7 @@ from ecospa_fx.api import detect as detect
 from ecospa_fx.api import shrink as shrink
 from ecospa_fx.axes.registry import axis_rule as axis_rule
 from ecospa_fx.export.verb import export as export
+from ecospa_fx.importance.output_distance import OutputDistance as OutputDistance
 from ecospa_fx.importance.score import score as score
 from ecospa_fx.importance.scores import Scores as Scores
 from ecospa_fx.inplace.shrink import shrink_ as shrink_

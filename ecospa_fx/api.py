@@ -223,8 +223,9 @@ def compress(  # noqa: PLR0913  # the data, the method and what may go meet here
         batches: calibration data, an iterable of (args, kwargs) pairs of calls of the model. What counts are their
             samples, however they are batched: see `score`. By default none, which method="magnitude" takes, and causal
             language models, which write their own: see `ecospa_fx.calibration.generated`.
-        loss: function (output, args, kwargs) to a scalar, called with one sample at a time; by default None, which for
-            causal language models is the cross-entropy of the next token, where no mask in the batch is 0.
+        loss: function (output, args, kwargs) to a scalar, called with one sample at a time. None, the default: of
+            causal language models the cross-entropy of the next token, where no mask in the batch is 0; of all others
+            how far the outputs are from the dense model's, see `ecospa_fx.OutputDistance`.
         method: how units are chosen. "second-order", the default, compensates what it removes; its ingredients are the
             fields of `ecospa_fx.recipe.Recipe`. Methods of `score`, such as "gate-fisher", only remove; of these
             "magnitude" needs no data.
@@ -322,7 +323,8 @@ def compress_(  # noqa: PLR0913  # what `compress` takes
         ratio: share of the parameters of what the model can carry to remove, above 0 and below 1. It has no default:
             give it or ``widths=``.
         batches: calibration data, an iterable of (args, kwargs) pairs: see `compress`. By default none.
-        loss: function (output, args, kwargs) to a scalar, called with one sample at a time; by default None.
+        loss: function (output, args, kwargs) to a scalar, called with one sample at a time. None, the default: how far
+            the outputs are from the dense model's, see `ecospa_fx.OutputDistance`.
         method: how units are chosen, "second-order" by default: see `compress`.
         couplings: what `detect` returned for this model, or a selection of it; by default what it returns.
         scores: what decides which units are removed, in place of the method's. By default None.
@@ -449,10 +451,10 @@ def scored(
     check_whole("steps", steps, 1, ScoreError, "a number of scoring passes")
     progress = planning.get("progress", False)
     splitter = splitter_of(model, loss)  # one for all passes, so that it looks at batches, and warns, once
-    scores = score_samples(model, couplings, batches, splitter, loss, method, progress)
+    scores = score_samples(model, couplings, batches, splitter, method, progress)
     for step in range(1, steps):
         with masked(model, _stage(couplings, ratio, scores, step / steps, planning)):
-            scores = score_samples(model, couplings, batches, splitter, loss, method, progress)
+            scores = score_samples(model, couplings, batches, splitter, method, progress)
     return scores
 
 

@@ -28,6 +28,7 @@ from ecospa_fx.importance.compensation import Compensated
 from ecospa_fx.importance.curvature import Collector, Curvature
 from ecospa_fx.importance.linear_views import CouplingViews
 from ecospa_fx.importance.losses import Batch, Loss, check_slope
+from ecospa_fx.importance.output_distance import is_distance, or_distance, probes_of, scaled_loss
 from ecospa_fx.importance.samples import grouped, samples_of
 from ecospa_fx.importance.score import arguments
 from ecospa_fx.importance.scores import Scores, given_scores
@@ -171,7 +172,7 @@ class Task:
     batches: Sequence[Batch]
     """Calibration data."""
     loss: Loss
-    """(output, args, kwargs) to a scalar."""
+    """(output, args, kwargs) to a scalar; `ecospa_fx.OutputDistance` where the user has none."""
     scores: Scores | Mapping[str, Tensor] | None = None
     """The user's own, by which units are removed; None: those of the recipe."""
     text: SecondText | None = None
@@ -190,20 +191,15 @@ class CompressedProgram(NamedTuple):
 
 
 def checked(batches: Iterable[object], loss: Loss | None, *, optional: bool = False) -> tuple[list[Batch], Loss]:
-    """Calibration data as a list, and the loss. Raises ScoreError for what is missing or no batch.
+    """Calibration data as a list, and the loss, or the default. Raises ScoreError for no data and what is no batch.
 
     optional: whether there may be no batches.
     """
-    if loss is None:
-        raise ScoreError(
-            f"method {SECOND_ORDER!r} needs a loss: pass loss=, a function (output, args, kwargs) -> scalar, "
-            "or method='magnitude'"
-        )
     check_data(batches, loss, ScoreError)
     samples = [arguments(batch, number) for number, batch in enumerate(batches)]
     if not (samples or optional):
         raise ScoreError("there are no batches to calibrate with: pass at least one (args, kwargs)")
-    return samples, loss
+    return samples, or_distance(loss)
 
 
 def compress_program(
@@ -219,6 +215,7 @@ def compress_program(
     text, given_samples = task.text, samples_of(task.batches, evaluator, task.loss)
     task = replace(task, batches=_alternating(given_samples, text.windows if text else ()))
     draws = recipe.draws(len(task.batches))
+    task = _with_scales(task, evaluator)
     _check_loss(evaluator, task, distilled=draws > 0)
     learning, validation = _split(given_samples, VALIDATION_EVERY) if draws or text else (given_samples, [])
     measured = _alternating(learning, text.windows if text else ())
@@ -244,6 +241,18 @@ def compress_program(
         distances = None if on_generated is None else Distances(on_generated, on_batches)
         finished.append(CompressedProgram(smaller, plan, distances))
     return finished
+
+
+def _with_scales(task: Task, dense: PartialInterpreter) -> Task:
+    """With a loss that knows how large the dense model's outputs are, where it is their distance."""
+    narrower = next((coupling.name for coupling in task.couplings.offered if coupling.resized), None)
+    if narrower is not None and is_distance(task.loss):
+        raise ScoreError(
+            f"without {narrower} an output is narrower than the dense model's, so that their distance says nothing: "
+            "give loss=, a function (output, args, kwargs) -> scalar, or detect without allow='cache'"
+        )
+    with torch.no_grad():
+        return replace(task, loss=scaled_loss(task.loss, (dense.answer(*batch) for batch in task.batches)))
 
 
 def _in_turn(recipe: Recipe, plan: Plan) -> bool:
@@ -320,7 +329,7 @@ def _distil(
 def _group_size(curvature: Curvature | None, samples: int) -> int:
     """How many samples distillation reads at once: as many as hold `ROWS` rows, where that is known."""
     rows = max((moments.rows for moments in curvature.inputs.values()), default=0) if curvature is not None else 0
-    return math.ceil(ROWS * samples / rows) if rows else 1
+    return math.ceil(ROWS * samples * curvature.probes / rows) if curvature is not None and rows else 1
 
 
 def _check_loss(dense: PartialInterpreter, task: Task, *, distilled: bool) -> None:
@@ -329,7 +338,7 @@ def _check_loss(dense: PartialInterpreter, task: Task, *, distilled: bool) -> No
     weights = dense.weights()
     with torch.no_grad():
         answers = ((batch, answer_of(dense, weights, batch)) for batch in task.batches)
-        batch, answer = check_slope(task.loss, answers)
+        batch, answer = check_slope(probes_of(task.loss, 0)[0], answers)
         if distilled:
             check_convex(task.loss, answer, batch)
 

@@ -85,11 +85,11 @@ def mean(divergences: Sequence[Divergence]) -> Divergence:
 def divergence(loss: Loss, answer: object, slopes: Slopes, output: object, batch: Batch) -> Divergence:
     """Of an output from an answer of equal structure, where the loss has these slopes; NaN where it is not finite."""
     begin, (end, rebuilt) = leaves_of(answer), parts_of(output)
-    steps = [None if s is None else (b - a).detach() for a, b, s in zip(begin, end, slopes, strict=True)]
+    steps = [None if s is None else _step(a.detach(), b.detach()) for a, b, s in zip(begin, end, slopes, strict=True)]
     value, change, size = 0.0, 0.0, 0.0
     for place, weight in RADAU:
         pairs = zip(begin, end, steps, strict=True)
-        between = [b if step is None else a.detach().lerp(b.detach().to(a), place) for a, b, step in pairs]
+        between = [b if step is None else _on_the_way(a.detach(), b.detach(), place) for a, b, step in pairs]
         there = slopes_of(loss, rebuilt(between), batch)
         for before, after, step in zip(slopes, there, steps, strict=True):
             if before is not None and step is not None:
@@ -99,6 +99,15 @@ def divergence(loss: Loss, answer: object, slopes: Slopes, output: object, batch
                 size += weight * (length([risen]) + length([before])) * length([step])
     eps = max((torch.finfo(s.dtype).eps for s in slopes if s is not None), default=0.0)
     return Divergence(value, change, ROUNDED * eps * size)
+
+
+def _step(first: Tensor, second: Tensor) -> Tensor:
+    """From one to the other; none between the same infinities, as of masked logits."""
+    return torch.where(first == second, 0, second - first)
+
+
+def _on_the_way(first: Tensor, second: Tensor, place: float) -> Tensor:
+    return torch.where(first == second, first, first.lerp(second.to(first), place))
 
 
 def _inner(first: Tensor, second: Tensor) -> float:

@@ -17,6 +17,7 @@ from ecospa_fx.errors import ScoreError
 from ecospa_fx.importance.linear_views import CouplingViews
 from ecospa_fx.importance.losses import NormalisedLoss, no_slope
 from ecospa_fx.importance.methods import GATE_FISHER, GradientStatistic
+from ecospa_fx.importance.output_distance import probes_of
 from ecospa_fx.importance.score import Batch, Loss, one_batch
 from ecospa_fx.importance.unit_reduction import accumulator_dtype
 from ecospa_fx.ir.linears import LinearUse
@@ -70,6 +71,7 @@ class Curvature:
     inputs: moments of the input; results: of the output; outputs: of the loss's gradient at the output; gates: by
     coupling, Σ e eᵀ [carriers, units, units] over rows of the derivatives e by gates on the units, of the factor at
     which they are smaller; others: by coupling, [carriers, units], sums over samples of squared derivatives by gates.
+    probes: how often each sample was read.
     has_slope: whether the loss has any slope at the model's outputs.
     """
 
@@ -79,6 +81,7 @@ class Curvature:
         self.outputs: dict[LinearUse, Moments] = {}
         self.gates: dict[str, Tensor] = {}
         self.others: dict[str, Tensor] = {}
+        self.probes = 1
         self.has_slope = False
 
     def second(self, site: LinearUse) -> Tensor:
@@ -128,7 +131,7 @@ class Collector:
         self._statistic = GradientStatistic(GATE_FISHER, self._leaves, views.others) if views.others else None
         self._watched = {site.node: site for site in {**self.curvature.inputs, **self.curvature.outputs, **self._gates}}
         self._begun: list[Tensor] = []
-        self._batches, self._unit = 0, 1.0
+        self._samples, self._unit = 0, 1.0
 
     def _side(self, side: Mapping[LinearUse, Tensor]) -> Tensor:
         """Zeros [carriers, units, units], to which the hooks of a factor's sites will add."""
@@ -153,11 +156,15 @@ class Collector:
         watching = self._statistic.watching() if self._statistic is not None else nullcontext()
         with torch.inference_mode(False), torch.enable_grad(), watching:
             unit = NormalisedLoss(loss)
-            for batch in batches:
-                one_batch(self._forward, self._inputs, batch, unit, self._batches)
-                if self._statistic is not None:
-                    self._statistic.end_batch(self._batches)
-                self._batches += 1
+            for number, batch in enumerate(batches):
+                probes = probes_of(loss, number)
+                # Each counts as a sample: all that is summed is summed as often, and only ratios matter.
+                for probe in probes:
+                    one_batch(self._forward, self._inputs, batch, unit.of(probe), number)
+                    if self._statistic is not None:
+                        self._statistic.fold(number)
+                self._samples += len(probes)
+                self.curvature.probes = len(probes)
         self.curvature.has_slope, self._unit = not unit.is_flat, unit.unit
         self._rescale(1 / unit.unit)
 
@@ -172,7 +179,7 @@ class Collector:
     def result(self, total: Total | None = None) -> Curvature:
         """What was collected, by all processes together where there is a `total`."""
         if self._statistic is not None:
-            sums = self._batches / self._unit**2
+            sums = self._samples / self._unit**2
             self.curvature.others = {name: means * sums for name, means in self._statistic.result().items()}
         if total is not None:
             self._add_up(total)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeGuard
 
 import torch
@@ -140,24 +141,31 @@ class NormalisedLoss:
         return self.is_flat and self.factor is not None
 
     def __call__(self, output: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-        if self.factor is None or self.is_flat:
-            return self._measured(output, (args, kwargs))
-        return _scaled(self._loss(output, args, kwargs), self.factor)
+        return self._in_unit(self._loss, output, args, kwargs)
 
-    def _measured(self, output: object, batch: Batch) -> Tensor:
+    def of(self, loss: Loss) -> Loss:
+        """Another loss in the same unit, such as a probe, which is that of the first of all."""
+        return partial(self._in_unit, loss)
+
+    def _in_unit(self, loss: Loss, output: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+        if self.factor is None or self.is_flat:
+            return self._measured(loss, output, (args, kwargs))
+        return _scaled(loss(output, args, kwargs), self.factor)
+
+    def _measured(self, loss: Loss, output: object, batch: Batch) -> Tensor:
         """The loss at an output, whose slope there decides on the factor. One call of the loss tells both."""
         leaves, rebuilt = parts_of(output)
         graded = torch.is_grad_enabled()
         with torch.inference_mode(False), torch.enable_grad():
             # Views, so that hooks on the outputs themselves see the backward pass proper alone.
             seen = [_watched(leaf, view=True) for leaf in leaves]
-            value = self._loss(rebuilt(seen), *batch)
+            value = loss(rebuilt(seen), *batch)
             if isinstance(value, Tensor) and value.numel() == 1 and value.requires_grad and bool(value.isfinite()):
-                self._decide(value, seen, output, batch)
+                self._decide(loss, value, seen, output, batch)
         value = _scaled(value, self.unit)
         return value if graded or not isinstance(value, Tensor) else value.detach()
 
-    def _decide(self, value: Tensor, seen: Sequence[object], output: object, batch: Batch) -> None:
+    def _decide(self, loss: Loss, value: Tensor, seen: Sequence[object], output: object, batch: Batch) -> None:
         factor, slopes = _factor(value, seen, self._exact)
         if not length(slopes) > 0:
             self.is_flat |= any(map(is_floating, seen)) and self.factor is None
@@ -166,7 +174,7 @@ class NormalisedLoss:
         # Of a distance so small that the slope may be rounding. Other losses are called once per batch.
         reach = length(slopes) * length(leaf for leaf in seen if is_floating(leaf))
         small = abs(float(value.detach())) * factor < ROUNDING * reach
-        self.is_flat = small and _is_rounding(times(self._loss, factor), output, slopes, batch)
+        self.is_flat = small and _is_rounding(times(loss, factor), output, slopes, batch)
 
 
 def times(loss: Loss, factor: float) -> Loss:

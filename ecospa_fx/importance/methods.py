@@ -220,6 +220,10 @@ class GradientStatistic:
                 f"the loss of batch {batch} does not depend on any coupled parameter: "
                 "return the loss of the model's output"
             )
+        self.fold(batch)
+
+    def fold(self, batch: int) -> None:
+        """As `end_batch`, for a sample that need not reach anything."""
         for name, finite in self._finite.items():
             if not finite:
                 raise ScoreError(f"the gradient of parameter {name!r} is not finite in batch {batch}: leave it out")

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from ecospa_fx.errors import warn_caller
 from ecospa_fx.importance.losses import Batch, Loss, NormalisedLoss, times
+from ecospa_fx.importance.output_distance import needs_scales, scaled_loss
 from ecospa_fx.importance.separable import Comparison, Output, closed_again, open_tensors
 from ecospa_fx.runtime.interpreter import PartialInterpreter
 
@@ -36,7 +37,7 @@ class Splitter:
     """
 
     def __init__(self, answer: Answer, loss: Loss, weights: Iterable[Tensor]) -> None:
-        self._answer, self._loss = answer, loss
+        self._answer, self.loss = answer, loss
         self._types = {weight.dtype for weight in weights}
         self._checked = self._whole = self._warned = self._warned_empty = False
 
@@ -65,6 +66,13 @@ class Splitter:
             samples += kept or [batch]
         return samples
 
+    def scale(self, batches: Sequence[Batch]) -> None:
+        """Give a distance without scales those of the answers, for good."""
+        if needs_scales(self.loss):
+            samples = (part for number, batch in enumerate(batches) for part in self.split(batch, number))
+            with torch.no_grad():
+                self.loss = scaled_loss(self.loss, (self._answer(sample) for sample in samples))
+
     def left_out(self, number: int) -> None:
         """Say that a sample of batch `number` has no finite loss, though the batch may have."""
         if not self._warned_empty:
@@ -80,7 +88,7 @@ class Splitter:
 
     def _is_finite(self, part: Batch) -> bool:
         with torch.no_grad():
-            return bool(torch.as_tensor(self._loss(self._answer(part), *part)).isfinite().all())
+            return bool(torch.as_tensor(self.loss(self._answer(part), *part)).isfinite().all())
 
     def fits(self, batch: Batch, parts: Sequence[Batch]) -> bool:
         """Whether a batch is made of these samples."""
@@ -93,13 +101,13 @@ class Splitter:
         """Why a batch is not made of its samples; None where it is, "" where the whole batch will show an error."""
         with torch.no_grad():
             whole = Output.of(self._answer(batch))
-        unit = NormalisedLoss(self._loss)  # of which slopes neither over- nor underflow
+        unit = NormalisedLoss(self.loss)  # of which slopes neither over- nor underflow
         slopes = whole.slopes(batch, unit)
         if slopes is None or not isfinite(slopes[0]):
             return ""
         if all(slope is None for slope in slopes[1]):
             return "its loss is no function of what the model returns"
-        comparison, loss = Comparison(whole, *slopes, len(parts), self._types), times(self._loss, unit.unit)
+        comparison, loss = Comparison(whole, *slopes, len(parts), self._types), times(self.loss, unit.unit)
         for place, part in enumerate(parts):
             try:
                 with torch.no_grad(), warnings.catch_warnings():

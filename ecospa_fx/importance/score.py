@@ -17,6 +17,7 @@ from ecospa_fx.importance.losses import Batch as Batch
 from ecospa_fx.importance.losses import Loss as Loss
 from ecospa_fx.importance.losses import NormalisedLoss, checked_value, no_slope
 from ecospa_fx.importance.methods import Method, Statistic, UnitScores, method_named
+from ecospa_fx.importance.output_distance import is_distance, needs_scales, or_distance, probes_of
 from ecospa_fx.importance.samples import Splitter
 from ecospa_fx.importance.scores import Scores
 from ecospa_fx.importance.separable import copied
@@ -51,7 +52,8 @@ def score(
         couplings: `Couplings` that `detect` returned, or a selection of them.
         batches: iterable of (args, kwargs) pairs of calls of the model, tensors [samples, …]; by default none.
         loss: function (output, args, kwargs) to a scalar in any unit, as only its slope counts; it is called with one
-            sample at a time. By default None, which only "magnitude" takes.
+            sample at a time. None, the default: how far the outputs are from what they are, of whose curvature the
+            scores are; see `ecospa_fx.OutputDistance`.
         method: "gate-fisher", the default and recommended; "fisher"; "taylor"; or "magnitude", which reads no batches.
             Formulas are in `ecospa_fx.importance.methods`.
         progress: True shows a bar on stderr; False by default.
@@ -61,7 +63,7 @@ def score(
         score per parameter is removed first.
 
     Raises:
-        ScoreError: there are no batches or no loss; the loss is no finite scalar, does not depend on the coupled
+        ScoreError: there are no batches; the loss is no finite scalar, does not depend on the coupled
             parameters or has no slope there; weights are on ``meta``, not finite or of another model; nothing is
             offered.
 
@@ -87,14 +89,12 @@ def score(
     """
     check_data(batches, loss, ScoreError, progress)
     model = unwrapped(model)
-    return score_samples(model, couplings, batches, splitter_of(model, loss), loss, method, progress)
+    return score_samples(model, couplings, batches, splitter_of(model, loss), method, progress)
 
 
-def splitter_of(model: nn.Module, loss: Loss | None) -> Splitter | None:
-    """What takes batches of a model apart into samples, where there is a loss."""
-    if loss is None:
-        return None
-    return Splitter(lambda batch: _called(model, *batch), loss, model.parameters())
+def splitter_of(model: nn.Module, loss: Loss | None) -> Splitter:
+    """What takes batches of a model apart into samples, with the loss to differentiate."""
+    return Splitter(lambda batch: _called(model, *batch), or_distance(loss), model.parameters())
 
 
 def _called(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> object:
@@ -104,50 +104,75 @@ def _called(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
 
 
 def score_samples(
-    model: nn.Module, couplings: Couplings, batches: Iterable[Batch], splitter: Splitter | None, loss: Loss | None,
-    method: str, progress: bool,
-) -> Scores:  # fmt: skip
+    model: nn.Module, couplings: Couplings, batches: Iterable[Batch], splitter: Splitter, method: str, progress: bool
+) -> Scores:
     """See `score`. splitter: of the same model, which may have been masked since it last looked at batches."""
     chosen = method_named(method)
     weights = _coupled_weights(model, couplings)
     if chosen.from_weights is not None:
         return Scores(method, chosen.from_weights(weights, couplings.offered))
-    if loss is None or splitter is None:
-        raise ScoreError(f"method {method!r} needs a loss: pass loss=, a function (output, args, kwargs) -> scalar")
-    statistic, unit, count = _statistic(chosen, weights, couplings), NormalisedLoss(loss), 0
+    if chosen.degree == 1 and is_distance(splitter.loss):
+        raise ScoreError(
+            f"method {method!r} reads the mean slope of the loss, and that of a distance to the dense model's outputs "
+            "is zero: use method='gate-fisher', or give a loss of the data"
+        )
+    statistic, number, samples = _statistic(chosen, weights, couplings), -1, 0
     with stage("scores"), _scoring(model, statistic):
-        for count, batch in enumerate(progress_bar(batches, method) if progress else batches, 1):  # read below
-            scaled = unit if chosen.degree else loss
-            _gather(model, statistic, splitter, arguments(batch, count - 1), scaled, count - 1)
-    if count == 0:
+        batches = _scaled(splitter, batches)
+        unit = NormalisedLoss(splitter.loss) if chosen.degree else None
+        for number, batch in enumerate(progress_bar(batches, method) if progress else batches):  # read below
+            samples += _gather(model, statistic, splitter, arguments(batch, number), unit, number, samples)
+    if number < 0:
         raise ScoreError(f"there are no batches to score with {method!r}: pass at least one (args, kwargs)")
     return Scores(method, _values(chosen, statistic, unit))
 
 
-def _values(method: Method, statistic: Statistic, unit: NormalisedLoss) -> UnitScores:
+def _scaled(splitter: Splitter, batches: Iterable[Batch]) -> Iterable[Batch]:
+    """The batches, which are read once more where the loss is measured in units of the model's answers."""
+    if not needs_scales(splitter.loss):
+        return batches
+    kept = [arguments(batch, number) for number, batch in enumerate(batches)]
+    splitter.scale(kept)
+    return kept
+
+
+def _values(method: Method, statistic: Statistic, unit: NormalisedLoss | None) -> UnitScores:
     """Scores of the loss itself, in whose unit they were not gathered. Raises ScoreError where they say nothing."""
-    values = {name: value / unit.unit**method.degree for name, value in statistic.result().items()}
-    if unit.is_rounding or not any(value.any() for value in values.values()):
+    factor = 1.0 if unit is None else unit.unit**method.degree
+    values = {name: value / factor for name, value in statistic.result().items()}
+    if (unit is not None and unit.is_rounding) or not any(value.any() for value in values.values()):
         raise no_slope(f"the score {method.name!r}")
     return values
 
 
-def _gather(model: nn.Module, statistic: Statistic, splitter: Splitter, batch: Batch, loss: Loss, number: int) -> None:
-    """Let the statistic see the samples of one batch, but for those that have no finite loss of their own."""
+def _gather(
+    model: nn.Module, statistic: Statistic, splitter: Splitter, batch: Batch, unit: NormalisedLoss | None, number: int,
+    begun: int,
+) -> int:  # fmt: skip
+    """Let the statistic see the samples of one batch, but for those that have no finite loss of their own.
+
+    begun: how many samples it has seen; returns how many more these are.
+    """
 
     def forward(*args: object, **kwargs: object) -> object:
         return _called(model, args, kwargs)
 
-    samples, count = splitter.split(batch, number), 0
-    for sample in samples:
-        if one_batch(forward, lambda: statistic.inputs, sample, loss, number, strict=len(samples) == 1):
+    def seen(sample: Batch, place: int, strict: bool) -> bool:
+        for probe in probes_of(splitter.loss, place):
+            loss = probe if unit is None else unit.of(probe)
+            if not one_batch(forward, lambda: statistic.inputs, sample, loss, number, strict=strict):
+                return False
             statistic.end_batch(number)
-            count += 1
+        return True
+
+    samples, count = splitter.split(batch, number), 0
+    for place, sample in enumerate(samples, begun):
+        count += seen(sample, place, len(samples) == 1)
     if count == 0 and len(samples) > 1:
-        one_batch(forward, lambda: statistic.inputs, batch, loss, number)
-        statistic.end_batch(number)
+        seen(batch, begun, True)
     elif count < len(samples):
         splitter.left_out(number)
+    return len(samples)
 
 
 def magnitudes(couplings: Couplings) -> Scores:

@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from ecospa_fx.coupling.types import Coupling
 from ecospa_fx.errors import ScoreError
 from ecospa_fx.importance.compensation import Compensated, Keep
+from ecospa_fx.importance.output_distance import judging
 from ecospa_fx.importance.score import Batch, Loss
 from ecospa_fx.runtime.interpreter import NodeValues, PartialInterpreter
 
@@ -81,7 +82,9 @@ class TrialLosses:
     def __init__(
         self, evaluator: PartialInterpreter, batches: Sequence[Batch], loss: Loss, base: ChangedWeights
     ) -> None:
-        self.evaluator, self.batches, self.loss = evaluator, batches, loss
+        self.evaluator, self.batches = evaluator, batches
+        with torch.no_grad():
+            self._losses = judging(loss, lambda batch: evaluator.answer(*batch), batches)
         self._nodes = evaluator.program.parameters
         self._weights = {**evaluator.weights(), **self._by_node(base)}
         self._place = {node: place for place, node in enumerate(evaluator.order)}
@@ -108,9 +111,9 @@ class TrialLosses:
 
     def _mean(self, states: Sequence[NodeValues], rest: Sequence[fx.Node], weights: ChangedWeights) -> float:
         total = 0.0
-        for state, (args, kwargs) in zip(states, self.batches, strict=True):
+        for state, (args, kwargs), loss in zip(states, self.batches, self._losses, strict=True):
             values = self._run(state, rest, self._by_node(weights))
-            total += float(self.loss(self.evaluator.returned(values, args, kwargs), args, kwargs))
+            total += float(loss(self.evaluator.returned(values, args, kwargs), args, kwargs))
         mean = total / len(self.batches)
         return mean if isfinite(mean) else float("inf")
 

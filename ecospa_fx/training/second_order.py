@@ -25,6 +25,7 @@ from ecospa_fx.errors import EcospaError, TrainingError
 from ecospa_fx.importance.compensation import Keep
 from ecospa_fx.importance.curvature import Collector, Curvature
 from ecospa_fx.importance.linear_views import CouplingViews
+from ecospa_fx.importance.output_distance import needs_scales
 from ecospa_fx.importance.samples import samples_of
 from ecospa_fx.importance.score import Batch, Loss
 from ecospa_fx.importance.second_order import SECOND_ORDER
@@ -122,4 +123,6 @@ def second_order(
     """Raises TrainingError for no data to measure on, or no loss."""
     if not batches or loss is None:
         raise TrainingError(f"scores={SECOND_ORDER!r} needs data: give batches= and loss=, as eco.score takes them")
+    if needs_scales(loss):
+        raise TrainingError("training has a loss, which loss= is to be too, and not a distance to a model that changes")
     return SecondOrder(batches, loss, group, solves)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -57,6 +58,18 @@ def test_the_order_with_other_tools_runs(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(scope["ranks"]) == len(scope["model"].layers)
     assert all(c.blocked is None for c in scope["ranks"])
     assert (tmp_path / "small.pt2").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("brief")
+def test_models_without_a_loss_compress() -> None:
+    scope: dict[str, Any] = {"__name__": "no_loss"}
+    for block in blocks("python", (ROOT / "docs" / "no_loss.md").read_text(encoding="utf-8")):
+        exec(compile(block, "no_loss.md", "exec"), scope)
+    dense, small = (sum(p.numel() for p in scope[name].parameters()) for name in ("encoder", "small"))
+    assert dense > small
+    pooled = scope["Embedding"](lambda input_ids, attention_mask: SimpleNamespace(last_hidden_state=input_ids))
+    assert pooled(torch.ones(2, 3, 4), torch.ones(2, 3)).norm(dim=-1).allclose(torch.ones(2))
 
 
 def test_there_are_two_commands_of_one_line() -> None:

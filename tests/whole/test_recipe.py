@@ -239,7 +239,9 @@ def test_every_stage_shows_itself(
     bars = [line.split(":")[0] for line in capsys.readouterr().err.splitlines()]
     assert list(dict.fromkeys(bars)) == ["curvature", "surgeon", "sensitivity", "distill"]
     shown = len(caplog.messages)
-    eco.compress(trained, batches[0][0], ratio=0.3, batches=batches, loss=loss_of, least_squares="in turn", distillation=0)
+    eco.compress(
+        trained, batches[0][0], ratio=0.3, batches=batches, loss=loss_of, least_squares="in turn", distillation=0
+    )
     eco.score(trained, eco.detect(trained, batches[0][0]), batches, loss=loss_of)
     stages = [message.split(":")[0] for message in caplog.messages[shown:]]
     assert {"solving in turn", "scores"} < set(stages)
