@@ -23,6 +23,7 @@ from ecospa_fx.importance.second_order import SECOND_ORDER
 from ecospa_fx.inplace.shrink import write_back
 from ecospa_fx.ir.passes import Pass, run_passes
 from ecospa_fx.origin import origin, origin_of, remember
+from ecospa_fx.parts import detected_in_parts, smaller_in_parts
 from ecospa_fx.passes import CLEANUP
 from ecospa_fx.plan import Plan
 from ecospa_fx.planning import plan as make_plan
@@ -45,6 +46,7 @@ def detect(
     kwargs: Mapping[str, Any] | None = None,
     *,
     allow: str | Iterable[str] = (),
+    part: str | Iterable[str] | None = None,
 ) -> Couplings:
     """Find the couplings of a model: the dims that can only be removed together, in all parameters that hold them.
 
@@ -61,13 +63,15 @@ def detect(
             masking gives, and ``Coupling.inexact`` says so. "cache" offers dims of what the model
             keeps from call to call, such as keys and values of attention: the smaller model takes and returns
             narrower tensors there, and ``Coupling.resized`` says so.
+        part: path of a module inside the model, or several, that are looked at by themselves, as where the whole cannot
+            be traced; None, the default, for the whole. The model is called once, to see what it gives to them.
 
     Returns:
         `Couplings`, a sequence that prints as a table and is indexed by position or by name.
 
     Raises:
         CaptureError: the model, args or kwargs are none, or ``torch.export`` cannot trace the call.
-        InputError: ``allow`` names something unknown.
+        InputError: ``allow`` or ``part`` names something unknown.
 
     Examples:
         One coupling, of the hidden units of an MLP:
@@ -94,6 +98,8 @@ def detect(
     """
     check_allow(allow)
     model, args, kwargs = lift_parameters(model, args, kwargs)
+    if part is not None:
+        return detected_in_parts(model, part, allow, args, kwargs)
     return detected(capture(model, args, kwargs, dynamic=False), model, allow, (args, kwargs))
 
 
@@ -105,6 +111,7 @@ def shrink(
     kwargs: Mapping[str, Any] | None = None,
     *,
     passes: Sequence[Pass] | None = None,
+    part: str | Iterable[str] | None = None,
 ) -> nn.Module:
     """Make a smaller module, in which what a plan removes is gone.
 
@@ -120,12 +127,14 @@ def shrink(
         kwargs: mapping of example inputs by name, by default none.
         passes: what cleans the graph up, a sequence of passes; None, the default, for ``ecospa_fx.passes.CLEANUP``, ()
             for nothing.
+        part: what `detect` was given; None, the default, for the whole. The rest of the model is a copy with its own
+            classes and code, which calls the smaller part.
 
     Returns:
         The smaller module, in the mode and on the device of `model`.
 
     Raises:
-        PlanError: the plan was made for another model.
+        PlanError: the plan was made for another model or part, or the whole with a smaller part is not the masked one.
         CaptureError: the model cannot be traced with these inputs.
 
     Warns where the traced graph does not compute what the model computes on the example.
@@ -152,7 +161,10 @@ def shrink(
         ...     torch.allclose(small(x), mlp(x), atol=1e-6)
         True
     """
-    return smaller(model, plan, args, kwargs, passes, compare=True)
+    if part is None:
+        return smaller(model, plan, args, kwargs, passes, compare=True)
+    model, args, kwargs = lift_parameters(model, args, kwargs)
+    return smaller_in_parts(model, plan, part, args, kwargs, passes)
 
 
 @overload

@@ -1,0 +1,214 @@
+"""Parts of a model that cannot be exported whole: found, shrunk and put back, equal to masking of the whole model."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ecospa_fx as eco
+from ecospa_fx.coupling.couplings import Couplings
+from ecospa_fx.errors import CaptureError, InputError, PlanError
+from ecospa_fx.verify import masked_error
+from tests.support.seeing import Block, Language, Seeing, call, seeing
+
+BOTH = ("language", "sight.features")
+
+
+@pytest.fixture(scope="module")
+def model() -> Seeing:
+    return seeing()
+
+
+@pytest.fixture(scope="module")
+def couplings(model: Seeing) -> Couplings:
+    return eco.detect(model, call(), part=BOTH)
+
+
+@pytest.fixture(scope="module")
+def plan(couplings: Couplings) -> eco.Plan:
+    return eco.plan(couplings, 0.4, "random", exclude="language.blocks.1")
+
+
+@pytest.fixture(scope="module")
+def small(model: Seeing, plan: eco.Plan) -> nn.Module:
+    return eco.shrink(model, plan, call(), part=BOTH)
+
+
+def test_names_are_those_of_the_whole(model: Seeing, couplings: Couplings) -> None:
+    assert [(c.name, c.size, c.members[0].parameter) for c in couplings.offered] == [
+        ("language.blocks.0.ffn.2", 12, "language.blocks.0.up.weight"),
+        ("language.blocks.1.ffn", 12, "language.blocks.1.up.weight"),
+        ("sight.features.ffn", 12, "sight.features.up.weight"),
+    ]
+    assert couplings.model is model
+    assert list(couplings.shapes) == [name for name, _ in model.named_parameters()]
+    assert couplings.example is not None
+    assert len(couplings.example[0]) == 3
+
+
+def test_the_whole_equals_masking(model: Seeing, plan: eco.Plan, small: nn.Module) -> None:
+    assert {s.name for s in plan if s.kept < s.size} == {"language.blocks.0.ffn.2", "sight.features.ffn"}
+    for length in (5, 9):
+        assert masked_error(model, small, plan, call(length, seed=length)) < 1e-12
+    assert {n: tuple(p.shape) for n, p in small.named_parameters()} == {
+        n: tuple(mask[mask.any(1)][:, mask.any(0)].shape) if mask.dim() == 2 else (int(mask.sum()),)
+        for n, p in model.named_parameters()
+        for mask in [plan.masks(model).get(n, torch.ones_like(p, dtype=torch.bool))]
+    }
+    assert eco.Plan.from_json(plan.to_json()) == plan
+
+
+def test_the_smaller_part_passes_for_the_original(model: Seeing, small: nn.Module) -> None:
+    language = small.get_submodule("language")
+    assert isinstance(small, Seeing)
+    assert isinstance(language, Language)
+    assert list(small.state_dict()) == list(model.state_dict())
+    assert small.language.get_embedding() is small.language.embed is small.reader  # and not the model's
+    assert small.language.embed is not model.language.embed
+    assert small.head.weight is model.head.weight is small.language.embed.weight
+    assert small.language.limit == 64
+    assert small.language.dtype == torch.float64
+    assert small.language.config is not model.language.config
+    assert small.language.config.width == 8
+    assert isinstance(small.language.unused["dropout"], nn.Dropout)
+    assert small.language.shift is not model.language.shift
+    assert small.training
+    assert not small.eval().language.training
+    assert small.train().language.training
+    assert not any(model.language._forward_pre_hooks)
+    assert not any(model.language._forward_hooks)
+
+
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec")
+def test_it_is_copied_and_pickled(small: nn.Module) -> None:
+    want = small(*call())
+    for twin in (copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
+        assert torch.equal(twin(*call()), want)
+        assert isinstance(twin.get_submodule("language"), Language)
+        assert not {id(p) for p in twin.parameters()} & {id(p) for p in small.parameters()}
+
+
+def test_it_trains(small: nn.Module) -> None:
+    twin = copy.deepcopy(small)
+    twin(*call()).square().mean().backward()
+    assert all(p.grad is not None for p in twin.parameters())
+
+
+def test_a_part_that_is_called_twice(model: Seeing) -> None:
+    twice = seeing(calls=2)
+    plan = eco.plan(eco.detect(twice, call(), part="language"), 0.5, "random")
+    small = eco.shrink(twice, plan, call(), part="language")
+    assert masked_error(twice, small, plan, call(7, seed=4)) < 1e-12
+
+
+def test_paths_are_checked(model: Seeing) -> None:
+    with pytest.raises(InputError, match="part='langage' is no module of Seeing: name one by its path, such as 'langu"):
+        eco.detect(model, call(), part="langage")
+    with pytest.raises(InputError, match=r"part 'language.blocks' is inside of 'language', which is named too"):
+        eco.detect(model, call(), part=["language.blocks", "language"])
+    with pytest.raises(InputError, match="part 'sight' is inside of 'sight', which is named too"):
+        eco.detect(model, call(), part=["sight", "sight"])
+    with pytest.raises(InputError, match=r"part=\(\) names no module"):
+        eco.detect(model, call(), part=())
+    with pytest.raises(InputError, match="part=3 is no module"):
+        eco.detect(model, call(), part=3)  # type: ignore[arg-type]  # on purpose
+    with pytest.raises(CaptureError, match=r"does not call its part 'language.blocks' \(ModuleList\) on the example"):
+        eco.detect(model, call(), part="language.blocks")
+    with pytest.raises(CaptureError, match=r"Seeing has to run on the example, so that .* and does not: "):
+        eco.detect(model, call()[:2], part="language")
+    assert eco.detect(model, call(), part=["language.blocks.0", "language.blocks.1"]).offered  # neither is inside
+
+
+def test_a_plan_of_another_part_is_refused(model: Seeing, plan: eco.Plan) -> None:
+    with pytest.raises(PlanError, match=r"coupling 'sight.features.ffn' of the plan is not of part 'language'"):
+        eco.shrink(model, plan, call(), part="language")
+
+
+class Reading(Seeing):
+    """It also reads a weight inside its part."""
+
+    def forward(self, ids: Tensor, patches: Tensor, sizes: Tensor) -> Tensor:
+        first: nn.Module = self.language.blocks[0]
+        return super().forward(ids, patches, sizes) + first.get_parameter("up.bias").sum()
+
+
+class Sharing(Seeing):
+    """It has another name for a weight inside its part, which it does not read on this example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Linear(8, 12)
+        self.other.bias = self.language.blocks[0].get_parameter("up.bias")
+
+
+@pytest.mark.parametrize("kind", [Reading, Sharing])
+def test_what_the_rest_reads_stays_whole(kind: type[Seeing], model: Seeing, couplings: Couplings) -> None:
+    reading = kind().double()
+    found = eco.detect(reading, call(), part="language")
+    blocked = {c.name: c.blocked for c in found if c.size == 12}
+    assert blocked["language.blocks.1.ffn"] is None
+    refusal = blocked["language.blocks.0.ffn.2"]
+    assert refusal is not None
+    assert refusal.message == (
+        "the rest of the model reads parameter 'language.blocks.0.up.bias' outside of part 'language', where it would "
+        "not be narrower: name a part that holds every reader, or leave this coupling whole"
+    )
+    assert refusal.remedy == "name a part that holds every reader, or leave this coupling whole"
+    shapes = {n: tuple(p.shape) for n, p in reading.named_parameters()}
+    made = eco.Plan.keeping(couplings, {"language.blocks.0.ffn.2": [0, 1], "language.blocks.1.ffn": [2]})
+    other = eco.Plan(made.selections, tuple(shapes.items()))
+    with pytest.raises(
+        PlanError, match=r"coupling 'language.blocks.0.ffn.2' cannot lose a unit: the rest of the model"
+    ):
+        eco.shrink(reading, other, call(), part="language")
+    fits = eco.Plan(made.selections[1:], tuple(shapes.items()))
+    assert masked_error(reading, eco.shrink(reading, fits, call(), part="language"), fits, call(seed=3)) < 1e-12
+
+
+class Hooking(Seeing):
+    """It returns what hooks on layers of a class see inside its part."""
+
+    def forward(self, ids: Tensor, patches: Tensor, sizes: Tensor) -> Tensor:
+        seen: list[Tensor] = []
+        blocks = [module for module in self.language.modules() if isinstance(module, Block)]
+        handles = [block.register_forward_hook(lambda _, args, out: seen.append(args[0])) for block in blocks]
+        logits = super().forward(ids, patches, sizes)
+        for handle in handles:
+            handle.remove()
+        return torch.cat([logits, *seen[:1]], -1)
+
+
+class Asking(Seeing):
+    """It asks a layer inside its part for what only the original has."""
+
+    def forward(self, ids: Tensor, patches: Tensor, sizes: Tensor) -> Tensor:
+        scale: float = getattr(self.language.blocks[0].norm, "eps")  # noqa: B009  # types of layers are modules'
+        return super().forward(ids, patches, sizes) * scale
+
+
+def test_what_is_read_inside_by_others_is_refused(couplings: Couplings) -> None:
+    plan = eco.Plan.keeping(couplings, {"language.blocks.0.ffn.2": [0, 1]})
+    for kind, error, message in (
+        (Hooking, PlanError, r"Hooking with the smaller part does not give on the example what masking gives"),
+        (
+            Asking,
+            CaptureError,
+            r"Asking does not run with a graph in place of its part: .* has no attribute 'eps'; name",
+        ),
+    ):
+        with pytest.raises(error, match=message):
+            eco.shrink(kind().double(), plan, call(), part="language")
+
+
+class Uncopied(Seeing):
+    def __deepcopy__(self, memo: object) -> Seeing:
+        raise RuntimeError("this one is unique")
+
+
+def test_a_model_that_cannot_be_copied(plan: eco.Plan) -> None:
+    with pytest.raises(CaptureError, match=r"Uncopied cannot be copied, so .*: this one is unique"):
+        eco.shrink(Uncopied().double(), plan, call(), part=BOTH)
