@@ -23,7 +23,7 @@ from ecospa_fx.importance.second_order import SECOND_ORDER
 from ecospa_fx.inplace.shrink import write_back
 from ecospa_fx.ir.passes import Pass, run_passes
 from ecospa_fx.origin import origin, origin_of, remember
-from ecospa_fx.parts import detected_in_parts, smaller_in_parts
+from ecospa_fx.parts import check_put_back, detected_in_parts, divided, only_part, smaller_in_parts
 from ecospa_fx.passes import CLEANUP
 from ecospa_fx.plan import Plan
 from ecospa_fx.planning import plan as make_plan
@@ -31,6 +31,8 @@ from ecospa_fx.recipe import Task, checked, compress_program
 from ecospa_fx.rewrite import first_fit, smaller
 from ecospa_fx.runtime.guards import leaves_untouched
 from ecospa_fx.runtime.lift_parameters import lift_parameters
+from ecospa_fx.runtime.part import Part
+from ecospa_fx.runtime.put_back import put_back
 from ecospa_fx.runtime.restore import restore
 from ecospa_fx.trace_check import compared
 from ecospa_fx.verify import masked
@@ -179,6 +181,7 @@ def compress(
     method: str = SECOND_ORDER,
     couplings: Couplings | None = None,
     scores: Scores | Mapping[str, Tensor] | None = None,
+    part: str | Iterable[str] | None = None,
     **options: Unpack[CompressOptions],
 ) -> nn.Module: ...
 
@@ -195,6 +198,7 @@ def compress(
     method: str = SECOND_ORDER,
     couplings: Couplings | None = None,
     scores: Scores | Mapping[str, Tensor] | None = None,
+    part: str | Iterable[str] | None = None,
     **options: Unpack[CompressOptions],
 ) -> list[nn.Module]: ...
 
@@ -211,6 +215,7 @@ def compress(  # noqa: PLR0913  # the data, the method and what may go meet here
     method: str = SECOND_ORDER,
     couplings: Couplings | None = None,
     scores: Scores | Mapping[str, Tensor] | None = None,
+    part: str | Iterable[str] | None = None,
     **options: Unpack[CompressOptions],
 ) -> nn.Module | list[nn.Module]:
     """Detect, score, plan and shrink in one call, with the defaults that cost least quality.
@@ -233,6 +238,8 @@ def compress(  # noqa: PLR0913  # the data, the method and what may go meet here
         couplings: what `detect` returned for this model, or a selection of it; by default what it returns.
         scores: what decides which units are removed, in place of the method's: `Scores`, or tensors [carriers, units]
             by name of coupling. By default None.
+        part: path of a module inside the model that is made smaller alone, see `detect`; loss and data are those of the
+            whole. Several with methods that only remove. By default None.
         **options: see `ecospa_fx.compression.CompressOptions`: which couplings may lose units (kinds, exclude, limits,
             floor), what the ratio counts and how it is spread (budget, allocation, widths, round_to, expressible_in),
             and the ingredients of the recipe.
@@ -276,14 +283,17 @@ def compress(  # noqa: PLR0913  # the data, the method and what may go meet here
     """
     check_options("compress", options, CompressOptions, compress)
     check_data(batches, loss, ScoreError)
+    if part is not None and method == SECOND_ORDER:  # what is mixed of several samples has images in other places
+        options = cast("CompressOptions", {"mixed": 0.0, "predicted": 0.0, **options})
     asked = Compression.of(method, ratio, scores, options)
     model, args, kwargs = lift_parameters(model, args, kwargs)
-    couplings = _couplings(model, args, kwargs, couplings, options)
+    couplings = _couplings(model, args, kwargs, couplings, options, part)
     if method == SECOND_ORDER:
-        models = _compressed(Task(model, args, kwargs, couplings, *checked(batches, loss), asked.scores), asked)
+        target = only_part(model, part, args, kwargs)
+        models = _compressed(Task(target, args, kwargs, couplings, *checked(batches, loss), asked.scores), asked)
         return models if asked.is_list else models[0]
     by = _scores(model, couplings, batches, loss, asked)
-    return shrink(model, make_plan(couplings, asked.ratios[0], by, **asked.planning), args, kwargs)
+    return shrink(model, make_plan(couplings, asked.ratios[0], by, **asked.planning), args, kwargs, part=part)
 
 
 @leaves_untouched(calls=False)
@@ -370,11 +380,16 @@ def compress_(  # noqa: PLR0913  # what `compress` takes
 
 
 def _couplings(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], couplings: object, options: CompressOptions
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    couplings: object,
+    options: CompressOptions,
+    part: str | Iterable[str] | None,
 ) -> Couplings:
     """The couplings that were given, or those of the model. Raises PlanError for none, and where nothing can go."""
     if couplings is None:
-        couplings = detect(model, args, kwargs, allow=options.get("allow", ()))
+        couplings = detect(model, args, kwargs, allow=options.get("allow", ()), part=part)
     elif "allow" in options:
         raise PlanError("allow= is for detecting, and couplings= were detected before: pass allow= to detect")
     check_couplings(couplings, PlanError)
@@ -403,19 +418,23 @@ def _scores(
 
 def _compressed(task: Task, asked: Compression) -> list[nn.Module]:
     """What `compress` returns for second-order compression, one per ratio."""
-    model, args, kwargs, by = task.model, task.args, task.kwargs, task.scores
+    part, args, kwargs, by = cast("Part", task.model), task.args, task.kwargs, task.scores
     # What cannot be reached, or is not of this model, is refused before anything slow.
     for ratio in asked.ratios:
-        make_plan(task.couplings, ratio, "magnitude" if by is None else by, **asked.all_planning).check(model)
+        plan = make_plan(task.couplings, ratio, "magnitude" if by is None else by, **asked.all_planning)
+        plan.check(part.whole)
+        divided(plan, [part])
+    source = part.module, part.args, part.kwargs
     with torch.inference_mode(False):  # what is fitted needs gradients, whatever the caller's mode
-        programs = compared(captures(model, args, kwargs, dynamic=True), model, args, kwargs)
+        programs = compared(captures(*source, dynamic=True, whole=part.whole), *source)
         rewrite = partial(compress_program, task=task, ratios=asked.ratios, recipe=asked.recipe, **asked.planning)
         results = first_fit(programs, rewrite)[1]
     for program, _ in results:
         run_passes(program.exported.graph_module, CLEANUP)
-    return [
-        remember(restore(program, model, args, kwargs), origin(model, plan, args, kwargs)) for program, plan in results
-    ]
+    models = [(put_back([(part, restore(program, *source))]), plan) for program, plan in results]
+    for small, plan in models if part.path else ():
+        check_put_back(part.whole, small, plan, args, kwargs, exact=False)
+    return [remember(small, origin(part.whole, plan, args, kwargs)) for small, plan in models]
 
 
 def scored(

@@ -15,13 +15,14 @@ from ecospa_fx.capture.export import capture
 from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.coupling.detection import detected
 from ecospa_fx.coupling.types import Coupling, Refusal
-from ecospa_fx.errors import CaptureError, PlanError
+from ecospa_fx.errors import CaptureError, OptionError, PlanError
+from ecospa_fx.importance.second_order import SECOND_ORDER
 from ecospa_fx.ir.passes import Pass
 from ecospa_fx.origin import origin, remember
 from ecospa_fx.plan import Plan, Selection, check_plan
 from ecospa_fx.relative_error import relative_error
 from ecospa_fx.rewrite import shrunk
-from ecospa_fx.runtime.part import Part, parts_of
+from ecospa_fx.runtime.part import Part, checked_paths, parts_of
 from ecospa_fx.runtime.put_back import put_back
 from ecospa_fx.runtime.restore import restore
 from ecospa_fx.trace_check import evaluated, has_values, leaves_of, tolerance_of
@@ -49,6 +50,21 @@ def detected_in_parts(
     if len(of_parts) == 1:
         return of_parts[0]
     return Couplings(_apart(of_parts), whole, None, (args, kwargs))
+
+
+def only_part(
+    whole: nn.Module, part: str | Iterable[str] | None, args: Sequence[object], kwargs: Mapping[str, object]
+) -> Part:
+    """The part of a path, or the model itself. Raises OptionError for several paths."""
+    if part is None:
+        return Part(whole, "", ((tuple(args), dict(kwargs)),))
+    paths = checked_paths(whole, part)
+    if len(paths) > 1:
+        raise OptionError(
+            f"method={SECOND_ORDER!r} measures one part at a time, and part= names {len(paths)}: compress them one "
+            "after the other, or choose units by method='gate-fisher'"
+        )
+    return parts_of(whole, paths, args, kwargs)[0]
 
 
 def _of_part(coupling: Coupling, part: Part) -> Coupling:
@@ -89,7 +105,7 @@ def smaller_in_parts(
         program = shrunk(each.module, share, each.args, each.kwargs, passes, compare=True, whole=whole)
         smaller.append((each, restore(program, each.module, each.args, each.kwargs)))
     result = put_back(smaller)
-    check_whole(whole, result, plan, args, kwargs)
+    check_put_back(whole, result, plan, args, kwargs)
     return remember(result, origin(whole, plan, args, kwargs))
 
 
@@ -110,13 +126,20 @@ def divided(plan: Plan, parts: Sequence[Part]) -> list[Plan]:
     return [replace(plan, selections=tuple(selections[each.path])) for each in parts]
 
 
-def check_whole(
-    whole: nn.Module, small: nn.Module, plan: Plan, args: Sequence[object], kwargs: Mapping[str, object]
+def check_put_back(
+    whole: nn.Module,
+    small: nn.Module,
+    plan: Plan,
+    args: Sequence[object],
+    kwargs: Mapping[str, object],
+    *,
+    exact: bool = True,
 ) -> None:
     """Raise PlanError where a model with smaller parts does not give, on the example, what the masked model gives.
 
     Nothing is compared where there are no values, and no numbers where they are random or the plan is inexact. Raises
-    CaptureError where the rest of the model cannot work with the smaller parts.
+    CaptureError where the rest of the model cannot work with the smaller parts. exact: False where other weights make
+    up for what is removed, so that numbers differ.
     """
     if not has_values(whole, args, kwargs):
         return
@@ -132,7 +155,7 @@ def check_whole(
                 "as one inside it or around it"
             ) from error
         difference, limit = relative_error(got, want), tolerance_of(want)
-        differs = difference > limit and not plan.allow
+        differs = difference > limit and exact and not plan.allow
         random = differs and relative_error(leaves_of(whole, args, kwargs, devices, seed=1), want) > limit
     if len(got) != len(want) or (differs and not random):
         raise PlanError(

@@ -27,7 +27,7 @@ Call = tuple[Arguments, NamedArguments]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Part:
-    """A module inside a model, and what the model does with it on an example."""
+    """A module inside a model, or the model itself under "", and what is done with it on an example."""
 
     whole: nn.Module
     """The model."""

@@ -20,9 +20,12 @@ def put_back(parts: Sequence[tuple[Part, nn.Module]]) -> nn.Module:
     """A copy of the whole model with smaller modules in the places of its parts.
 
     Parameters that lost nothing are shared with the whole, buffers are copied. What else is in the model refers to the
-    smaller modules wherever it referred to the parts or to a module inside them. Raises CaptureError for a model that
+    smaller modules wherever it referred to the parts or to a module inside them. What stands for the whole itself is
+    returned as it is. Raises CaptureError for a model that
     cannot be copied.
     """
+    if not parts[0][0].path:
+        return parts[0][1]
     whole = parts[0][0].whole
     memo: Memo = {id(p): p for p in whole.parameters()}
     for part, small in parts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 
 import ecospa_fx as eco
 from ecospa_fx.coupling.couplings import Couplings
-from ecospa_fx.errors import CaptureError, InputError, PlanError
+from ecospa_fx.errors import CaptureError, InputError, OptionError, PlanError, ScoreError
+from ecospa_fx.importance.score import Batch
 from ecospa_fx.verify import masked_error
-from tests.support.seeing import Block, Language, Seeing, call, seeing
+from tests.support.seeing import Block, Language, Seeing, call, loss, seeing
 
 BOTH = ("language", "sight.features")
 
@@ -212,3 +214,59 @@ class Uncopied(Seeing):
 def test_a_model_that_cannot_be_copied(plan: eco.Plan) -> None:
     with pytest.raises(CaptureError, match=r"Uncopied cannot be copied, so .*: this one is unique"):
         eco.shrink(Uncopied().double(), plan, call(), part=BOTH)
+
+
+# -- scores and compression --------------------------------------------------------------------------------------
+
+DATA: list[Batch] = [
+    ((ids[:1], patches[:3], sizes[:1]), {}) for ids, patches, sizes in (call(seed=i) for i in range(2, 8))
+]
+
+
+def test_scores_are_gradients_of_the_whole(model: Seeing, couplings: Couplings) -> None:
+    names = ("language.blocks.1.ffn", "sight.features.ffn")
+    scores = eco.score(model, couplings, DATA, loss=loss, method="taylor")
+    for name in names:
+        expected = torch.zeros(1, 12, dtype=torch.float64)
+        for args, kwargs in DATA:
+            up, down = (model.get_parameter(f"{name[:-4]}.{part}.weight") for part in ("up", "down"))
+            twin = copy.deepcopy(model).eval()
+            torch.autograd.backward(loss(twin(*args), args, kwargs))
+            bias = twin.get_parameter(f"{name[:-4]}.up.bias")
+            grads = [twin.get_parameter(f"{name[:-4]}.{part}.weight").grad for part in ("up", "down")]
+            assert bias.grad is not None
+            assert grads[0] is not None
+            assert grads[1] is not None
+            units = (grads[0] * up).sum(1) + (grads[1] * down).sum(0) + bias.grad * bias
+            expected[0] += units.detach() / len(DATA)
+        assert torch.allclose(scores[name], expected.abs(), rtol=1e-9), name
+
+
+def test_compress_measures_and_learns_in_the_whole(model: Seeing, couplings: Couplings) -> None:
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    options: dict[str, Any] = {"batches": DATA, "loss": loss, "couplings": couplings.select(modules="language")}
+    only_removed = eco.compress(model, call(), ratio=0.5, method="magnitude", part=BOTH, **options)
+    small = eco.compress(model, call(), ratio=0.5, part="language", distillation=12, **options)
+    sizes = [sum(p.numel() for p in m.parameters()) for m in (small, only_removed)]
+    assert sizes[0] == sizes[1] < sum(p.numel() for p in model.parameters())
+    assert isinstance(small, Seeing)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(p.requires_grad for p in model.parameters())
+    assert "forward" not in vars(model.language)
+    assert model.language.training
+    with torch.no_grad():
+        errors = [
+            sum(float((m(*args) - model(*args)).square().mean()) for args, _ in DATA) for m in (small, only_removed)
+        ]
+    assert errors[0] < 0.5 * errors[1]
+
+
+def test_second_order_takes_one_part_that_is_called_once(model: Seeing, couplings: Couplings) -> None:
+    options: dict[str, Any] = {"ratio": 0.5, "batches": DATA, "loss": loss, "couplings": couplings}
+    with pytest.raises(OptionError, match=r"measures one part at a time, and part= names 2: compress them one after"):
+        eco.compress(model, call(), part=BOTH, **options)
+    with pytest.raises(PlanError, match=r"coupling 'language\.blocks.* is not of part 'sight.features'"):
+        eco.compress(model, call(), part="sight.features", **options)
+    options["couplings"] = couplings.select(modules="sight")
+    with pytest.raises(ScoreError, match=r"part 'sight.features' is called 2 times in one call of Seeing, and method="):
+        eco.compress(model, call(), part="sight.features", **options)
