@@ -289,7 +289,7 @@ def compress(  # noqa: PLR0913  # the data, the method and what may go meet here
     model, args, kwargs = lift_parameters(model, args, kwargs)
     couplings = _couplings(model, args, kwargs, couplings, options, part)
     if method == SECOND_ORDER:
-        target = only_part(model, part, args, kwargs)
+        target = only_part(model, part, args, kwargs, f"method={method!r} measures one part at a time")
         models = _compressed(Task(target, args, kwargs, couplings, *checked(batches, loss), asked.scores), asked)
         return models if asked.is_list else models[0]
     by = _scores(model, couplings, batches, loss, asked)
@@ -434,7 +434,8 @@ def _compressed(task: Task, asked: Compression) -> list[nn.Module]:
     models = [(put_back([(part, restore(program, *source))]), plan) for program, plan in results]
     for small, plan in models if part.path else ():
         check_put_back(part.whole, small, plan, args, kwargs, exact=False)
-    return [remember(small, origin(part.whole, plan, args, kwargs)) for small, plan in models]
+    paths = (part.path,) if part.path else ()
+    return [remember(small, origin(part.whole, plan, args, kwargs, parts=paths)) for small, plan in models]
 
 
 def scored(

@@ -16,7 +16,6 @@ from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.coupling.detection import detected
 from ecospa_fx.coupling.types import Coupling, Refusal
 from ecospa_fx.errors import CaptureError, OptionError, PlanError
-from ecospa_fx.importance.second_order import SECOND_ORDER
 from ecospa_fx.ir.passes import Pass
 from ecospa_fx.origin import origin, remember
 from ecospa_fx.plan import Plan, Selection, check_plan
@@ -53,17 +52,18 @@ def detected_in_parts(
 
 
 def only_part(
-    whole: nn.Module, part: str | Iterable[str] | None, args: Sequence[object], kwargs: Mapping[str, object]
+    whole: nn.Module,
+    part: str | Iterable[str] | None,
+    args: Sequence[object],
+    kwargs: Mapping[str, object],
+    limit: str,
 ) -> Part:
-    """The part of a path, or the model itself. Raises OptionError for several paths."""
+    """The part of a path, or the model itself. Raises OptionError for several paths, of which `limit` says why not."""
     if part is None:
         return Part(whole, "", ((tuple(args), dict(kwargs)),))
     paths = checked_paths(whole, part)
     if len(paths) > 1:
-        raise OptionError(
-            f"method={SECOND_ORDER!r} measures one part at a time, and part= names {len(paths)}: compress them one "
-            "after the other, or choose units by method='gate-fisher'"
-        )
+        raise OptionError(f"{limit}, and part= names {len(paths)}: name one, and call it again for the next")
     return parts_of(whole, paths, args, kwargs)[0]
 
 
@@ -106,7 +106,7 @@ def smaller_in_parts(
         smaller.append((each, restore(program, each.module, each.args, each.kwargs)))
     result = put_back(smaller)
     check_put_back(whole, result, plan, args, kwargs)
-    return remember(result, origin(whole, plan, args, kwargs))
+    return remember(result, origin(whole, plan, args, kwargs, parts=tuple(each.path for each in parts)))
 
 
 def divided(plan: Plan, parts: Sequence[Part]) -> list[Plan]:
@@ -124,6 +124,25 @@ def divided(plan: Plan, parts: Sequence[Part]) -> list[Plan]:
             raise PlanError(f"coupling {selection.name!r} cannot lose a unit: {message}")
         selections[holding[0].path].append(selection)
     return [replace(plan, selections=tuple(selections[each.path])) for each in parts]
+
+
+def plan_inside(plan: Plan, part: Part) -> Plan:
+    """What a plan keeps of a part, in the names that its parameters have there. Raises PlanError: see `divided`."""
+    (share,) = divided(plan, [part])
+    whole = {id(p): name for name, p in part.whole.named_parameters()}
+    names = {whole[id(p)]: name for name, p in part.module.named_parameters()}
+    prefix = f"{part.path}."
+    selections = [
+        replace(
+            selection,
+            name=selection.name.removeprefix(prefix),
+            layer=f"{selection.layer}.".removeprefix(prefix).removesuffix("."),
+            members=tuple(replace(m, parameter=names[m.parameter]) for m in selection.members),
+        )
+        for selection in share
+    ]
+    shapes = ((name, tuple(p.shape)) for name, p in part.module.named_parameters())
+    return Plan(tuple(selections), tuple(shapes))
 
 
 def check_put_back(

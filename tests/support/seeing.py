@@ -38,6 +38,9 @@ class Language(nn.Module):
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
 
+    def widths(self) -> list[int]:
+        return [block.up.out_features for block in self.blocks if isinstance(block, Block)]
+
     def get_embedding(self) -> nn.Module:
         return self.embed
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 
 import ecospa_fx as eco
 from ecospa_fx.coupling.couplings import Couplings
-from ecospa_fx.errors import CaptureError, InputError, OptionError, PlanError, ScoreError
+from ecospa_fx.errors import CaptureError, InputError, OptionError, PlanError, ScoreError, StorageError
 from ecospa_fx.importance.score import Batch
-from ecospa_fx.verify import masked_error
+from ecospa_fx.origin import ATTRIBUTE, origin_of
+from ecospa_fx.verify import masked, masked_error
 from tests.support.seeing import Block, Language, Seeing, call, loss, seeing
 
 BOTH = ("language", "sight.features")
@@ -263,10 +265,76 @@ def test_compress_measures_and_learns_in_the_whole(model: Seeing, couplings: Cou
 
 def test_second_order_takes_one_part_that_is_called_once(model: Seeing, couplings: Couplings) -> None:
     options: dict[str, Any] = {"ratio": 0.5, "batches": DATA, "loss": loss, "couplings": couplings}
-    with pytest.raises(OptionError, match=r"measures one part at a time, and part= names 2: compress them one after"):
+    with pytest.raises(OptionError, match=r"measures one part at a time, and part= names 2: name one, and call"):
         eco.compress(model, call(), part=BOTH, **options)
     with pytest.raises(PlanError, match=r"coupling 'language\.blocks.* is not of part 'sight.features'"):
         eco.compress(model, call(), part="sight.features", **options)
     options["couplings"] = couplings.select(modules="sight")
     with pytest.raises(ScoreError, match=r"part 'sight.features' is called 2 times in one call of Seeing, and method="):
         eco.compress(model, call(), part="sight.features", **options)
+
+
+# -- in place ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def language(model: Seeing, couplings: Couplings) -> eco.Plan:
+    return eco.plan(couplings.select(modules="language"), 0.4, "random")
+
+
+def test_in_place_the_whole_equals_masking(language: eco.Plan, tmp_path: Path) -> None:
+    edited = seeing()
+    block, weight = edited.language.blocks[0], edited.language.get_parameter("blocks.0.up.weight")
+    with masked(edited, language):
+        want = edited(*call(7, seed=3))
+    assert eco.shrink_(edited, language, call(), part="language") is edited
+    assert torch.allclose(edited(*call(7, seed=3)), want, rtol=1e-12, atol=1e-12)
+    kept = next(s.kept for s in language if s.layer == "language.blocks.0")
+    assert edited.language.blocks[0] is block
+    assert edited.language.get_parameter("blocks.0.up.weight") is weight
+    assert edited.language.widths()[0] == kept == len(weight)
+    assert edited.training
+    assert not hasattr(edited.language, ATTRIBUTE)
+    assert origin_of(edited).parts == ("language",)
+    with pytest.raises(
+        StorageError, match="of this Seeing only language was made smaller, which is not saved as a fol"
+    ):
+        eco.save(edited, tmp_path / "saved")
+    again = eco.plan(eco.detect(edited, call(), part="language"), 0.3, "random")
+    eco.shrink_(edited, again, call(), part="language")
+    assert not hasattr(edited, ATTRIBUTE)  # it is not what one plan makes of the original
+
+
+class Measuring(Seeing):
+    """What it returns depends on a size inside its part."""
+
+    def forward(self, ids: Tensor, patches: Tensor, sizes: Tensor) -> Tensor:
+        width, second = self.language.widths()
+        if second < width:
+            raise RuntimeError("the second block is narrower than the first")
+        return super().forward(ids, patches, sizes) * width
+
+
+@pytest.mark.parametrize(
+    ("kept", "message"),
+    [
+        ({"language.blocks.0.ffn.2": [0]}, "Measuring with narrower weights does not give what masking gives"),
+        (
+            {"language.blocks.1.ffn": [0]},
+            "does not run with a narrower part 'language', so nothing is written back: the",
+        ),
+    ],
+)
+def test_in_place_all_is_as_it_was_where_the_whole_differs(
+    couplings: Couplings, kept: dict[str, list[int]], message: str
+) -> None:
+    measuring = Measuring().double()
+    state, plan = {n: t.clone() for n, t in measuring.state_dict().items()}, eco.Plan.keeping(couplings, kept)
+    with pytest.raises(PlanError, match=message):
+        eco.shrink_(measuring, plan, call(), part="language")
+    assert all(torch.equal(tensor, state[name]) for name, tensor in measuring.state_dict().items())
+    assert measuring.language.widths() == [12, 12]
+    with pytest.raises(
+        OptionError, match=r"shrink_\(\) writes one part at a time, and part= names 2: name one, and ca"
+    ):
+        eco.shrink_(measuring, plan, call(), part=BOTH)  # type: ignore[arg-type]  # on purpose
