@@ -67,7 +67,7 @@ def captures(
     _refuse_quantised(model)
     _refuse_sharded(model)
     bound_arguments(model, *parts)
-    programs = _exports(model, *parts, dynamic=dynamic, both_modes=both_modes)
+    programs = _exports(model, *parts, dynamic=dynamic, both_modes=both_modes, whole=whole)
     while True:
         try:
             with stage("capture with symbolic sizes" if dynamic else "capture at the example's sizes"):
@@ -80,9 +80,15 @@ def captures(
 
 
 def _exports(
-    model: nn.Module, args: Arguments, kwargs: NamedArguments, *, dynamic: bool, both_modes: bool
+    model: nn.Module,
+    args: Arguments,
+    kwargs: NamedArguments,
+    *,
+    dynamic: bool,
+    both_modes: bool,
+    whole: nn.Module | None,
 ) -> Iterator[ExportedProgram]:
-    """What the attempts that succeed make, in their order. Raises CaptureError where none does."""
+    """What the attempts that succeed make, in their order. Raises CaptureError where none does: see `failed`."""
     view, failure, succeeded, functions = export_view(model, kwargs), None, False, dict[str, None]()
     for attempt in attempts(view, args, kwargs) if dynamic else [Attempt(args, kwargs, None)]:
         result = _attempted(model, view, attempt, functions if dynamic else None, both_modes=both_modes)
@@ -93,7 +99,15 @@ def _exports(
             yield result
         failure = result if isinstance(result, Exception) else failure
     if failure is not None and not succeeded:
-        raise failed(model, failure, *closed((args, kwargs))[0])
+        call: tuple[Arguments, NamedArguments] = closed((args, kwargs))[0]
+        raise failed(model, failure, *call, _exported_alone, whole)
+
+
+def _exported_alone(model: nn.Module, args: Arguments, kwargs: NamedArguments) -> ExportedProgram:
+    """The export of a part at its own sizes, within the seconds that a trace may take."""
+    parts: tuple[Arguments, NamedArguments] = opened((args, kwargs))
+    with one_at_a_time(), TimeLimit(first=10.0):
+        return _export(model, export_view(model, parts[1]), Attempt(*parts, None))
 
 
 def _attempted(

@@ -132,6 +132,17 @@ def test_a_plan_of_another_part_is_refused(model: Seeing, plan: eco.Plan) -> Non
         eco.shrink(model, plan, call(), part="language")
 
 
+def test_a_failure_names_the_parts_that_would_work(model: Seeing) -> None:
+    words = "torch.export must trace it, as it does its parts: pass part='language' or part='sight.features'"
+    with pytest.raises(CaptureError) as refused:
+        eco.detect(model, call())
+    assert str(refused.value).endswith(words)
+    with pytest.raises(CaptureError, match=r"as it does its part: pass part='sight.features'$"):
+        eco.detect(model, call(), part="sight")
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert model.training
+
+
 class Reading(Seeing):
     """It also reads a weight inside its part."""
 

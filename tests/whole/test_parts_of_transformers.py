@@ -36,13 +36,13 @@ def build(name: str) -> tuple[nn.Module, dict[str, Any], str]:
     inputs: dict[str, Any] = {**images, "image_sizes": torch.tensor([[16, 16]] * 2)}
     if name in ("Qwen2_5_VL", "Qwen3VL", "Glm4v"):
         inputs = {"pixel_values": torch.randn(32, 96), **PATCHES}
-        kind = {
+        kinds: dict[str, dict[str, Any]] = {
             "Qwen2_5_VL": {"depth": 1, "window_size": 16, "fullatt_block_indexes": [0]},
             "Qwen3VL": {"depth": 2, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
             "Glm4v": {"depth": 1, "image_size": 16},
-        }[name]
+        }
         text = {**TEXT, "head_dim": 8, "rope_parameters": {**SECTIONS, "partial_rotary_factor": 1.0}}
-        config = getattr(t, f"{name}Config")(text_config=text, vision_config={**VISION, **kind}, **TOKENS)
+        config = getattr(t, f"{name}Config")(text_config=text, vision_config={**VISION, **kinds[name]}, **TOKENS)
     elif name == "Mistral3":
         vision = {**VISION, "model_type": "pixtral", "num_hidden_layers": 1, "head_dim": 8, "image_size": 16}
         text = {**TEXT, "model_type": "mistral", "head_dim": 8}
@@ -110,6 +110,7 @@ def test_other_vision_language_models(name: str) -> None:
 
 @pytest.mark.slow
 def test_in_place_it_generates() -> None:
+    model: Any
     model, kwargs, part = build("Qwen2_5_VL")
     plan = eco.plan(eco.detect(model, (), kwargs, part=part), 0.3, "random").even()
     plan = eco.Plan(tuple(s for s in plan if s.kind == "ffn"), plan.shapes)
