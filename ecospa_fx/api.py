@@ -26,6 +26,7 @@ from ecospa_fx.importance.second_order import SECOND_ORDER
 from ecospa_fx.inplace.shrink import write_back
 from ecospa_fx.ir.passes import Pass, run_passes
 from ecospa_fx.origin import origin, origin_of, remember
+from ecospa_fx.parts import check_put_back, detected_in_parts, divided, only_part, smaller_in_parts
 from ecospa_fx.passes import CLEANUP
 from ecospa_fx.plan import Plan
 from ecospa_fx.planning import plan as make_plan
@@ -33,6 +34,8 @@ from ecospa_fx.recipe import Task, checked, compress_program
 from ecospa_fx.rewrite import first_fit, smaller
 from ecospa_fx.runtime.guards import leaves_untouched
 from ecospa_fx.runtime.lift_parameters import lift_parameters
+from ecospa_fx.runtime.part import Part
+from ecospa_fx.runtime.put_back import put_back
 from ecospa_fx.runtime.restore import restore
 from ecospa_fx.trace_check import compared
 from ecospa_fx.verify import masked
@@ -48,6 +51,7 @@ def detect(
     kwargs: Mapping[str, Any] | None = None,
     *,
     allow: str | Iterable[str] = (),
+    part: str | Iterable[str] | None = None,
 ) -> Couplings:
     """Find the couplings of a model: the dims that can only be removed together, in all parameters that hold them.
 
@@ -64,13 +68,15 @@ def detect(
             masking gives, and ``Coupling.inexact`` says so. "cache" offers dims of what the model
             keeps from call to call, such as keys and values of attention: the smaller model takes and returns
             narrower tensors there, and ``Coupling.resized`` says so.
+        part: path of a module inside the model, or several, that are looked at by themselves, as where the whole cannot
+            be traced; None, the default, for the whole. The model is called once, to see what it gives to them.
 
     Returns:
         `Couplings`, a sequence that prints as a table and is indexed by position or by name.
 
     Raises:
         CaptureError: the model, args or kwargs are none, or ``torch.export`` cannot trace the call.
-        InputError: ``allow`` names something unknown.
+        InputError: ``allow`` or ``part`` names something unknown.
 
     Examples:
         One coupling, of the hidden units of an MLP:
@@ -97,6 +103,8 @@ def detect(
     """
     check_allow(allow)
     model, args, kwargs = lift_parameters(model, args, kwargs)
+    if part is not None:
+        return detected_in_parts(model, part, allow, args, kwargs)
     return detected(capture(model, args, kwargs, dynamic=False), model, allow, (args, kwargs))
 
 
@@ -108,6 +116,7 @@ def shrink(
     kwargs: Mapping[str, Any] | None = None,
     *,
     passes: Sequence[Pass] | None = None,
+    part: str | Iterable[str] | None = None,
 ) -> nn.Module:
     """Make a smaller module, in which what a plan removes is gone.
 
@@ -123,12 +132,14 @@ def shrink(
         kwargs: mapping of example inputs by name, by default none.
         passes: what cleans the graph up, a sequence of passes; None, the default, for ``ecospa_fx.passes.CLEANUP``, ()
             for nothing.
+        part: what `detect` was given; None, the default, for the whole. The rest of the model is a copy with its own
+            classes and code, which calls the smaller part.
 
     Returns:
         The smaller module, in the mode and on the device of `model`.
 
     Raises:
-        PlanError: the plan was made for another model.
+        PlanError: the plan was made for another model or part, or the whole with a smaller part is not the masked one.
         CaptureError: the model cannot be traced with these inputs.
 
     Warns where the traced graph does not compute what the model computes on the example.
@@ -155,7 +166,10 @@ def shrink(
         ...     torch.allclose(small(x), mlp(x), atol=1e-6)
         True
     """
-    return smaller(model, plan, args, kwargs, passes, compare=True)
+    if part is None:
+        return smaller(model, plan, args, kwargs, passes, compare=True)
+    model, args, kwargs = lift_parameters(model, args, kwargs)
+    return smaller_in_parts(model, plan, part, args, kwargs, passes)
 
 
 @overload
@@ -170,6 +184,7 @@ def compress(
     method: str = SECOND_ORDER,
     couplings: Couplings | None = None,
     scores: Scores | Mapping[str, Tensor] | None = None,
+    part: str | Iterable[str] | None = None,
     **options: Unpack[CompressOptions],
 ) -> nn.Module: ...
 
@@ -186,6 +201,7 @@ def compress(
     method: str = SECOND_ORDER,
     couplings: Couplings | None = None,
     scores: Scores | Mapping[str, Tensor] | None = None,
+    part: str | Iterable[str] | None = None,
     **options: Unpack[CompressOptions],
 ) -> list[nn.Module]: ...
 
@@ -202,6 +218,7 @@ def compress(  # noqa: PLR0913  # the data, the method and what may go meet here
     method: str = SECOND_ORDER,
     couplings: Couplings | None = None,
     scores: Scores | Mapping[str, Tensor] | None = None,
+    part: str | Iterable[str] | None = None,
     **options: Unpack[CompressOptions],
 ) -> nn.Module | list[nn.Module]:
     """Detect, score, plan and shrink in one call, with the defaults that cost least quality.
@@ -232,6 +249,8 @@ def compress(  # noqa: PLR0913  # the data, the method and what may go meet here
         couplings: what `detect` returned for this model, or a selection of it; by default what it returns.
         scores: what decides which units are removed, in place of the method's: `Scores`, or tensors [carriers, units]
             by name of coupling. By default None.
+        part: path of a module inside the model that is made smaller alone, see `detect`; loss and data are those of the
+            whole. Several with methods that only remove. By default None.
         **options: see `ecospa_fx.compression.CompressOptions`: which couplings may lose units (kinds, exclude, limits,
             floor), what the ratio counts and how it is spread (budget, allocation, widths, round_to, expressible_in),
             and the ingredients of the recipe.
@@ -282,16 +301,19 @@ def compress(  # noqa: PLR0913  # the data, the method and what may go meet here
     """
     check_options("compress", options, CompressOptions, compress)
     check_data(batches, loss, ScoreError)
+    if part is not None and method == SECOND_ORDER:  # what is mixed of several samples has images in other places
+        options = cast("CompressOptions", {"mixed": 0.0, "predicted": 0.0, **options})
     asked = Compression.of(method, ratio, scores, options)
     data = calibration_data(model, args, kwargs, batches, loss, asked.share, measures=asked.measures)
     model, args, kwargs = lift_parameters(model, data.args, data.kwargs)
-    couplings = _couplings(model, args, kwargs, couplings, options)
+    couplings = _couplings(model, args, kwargs, couplings, options, part)
     if method == SECOND_ORDER:
+        target = only_part(model, part, args, kwargs, f"method={method!r} measures one part at a time")
         measured = checked(data.batches, data.loss, optional=data.share == 1)
-        models = _compressed(Task(model, args, kwargs, couplings, *measured, asked.scores), asked, data)
+        models = _compressed(Task(target, args, kwargs, couplings, *measured, asked.scores), asked, data)
         return models if asked.is_list else models[0]
     by = _scores(model, couplings, data, asked)
-    return shrink(model, make_plan(couplings, asked.ratios[0], by, **asked.planning), args, kwargs)
+    return shrink(model, make_plan(couplings, asked.ratios[0], by, **asked.planning), args, kwargs, part=part)
 
 
 @leaves_untouched(calls=False)
@@ -382,11 +404,16 @@ def compress_(  # noqa: PLR0913  # what `compress` takes
 
 
 def _couplings(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], couplings: object, options: CompressOptions
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    couplings: object,
+    options: CompressOptions,
+    part: str | Iterable[str] | None,
 ) -> Couplings:
     """The couplings that were given, or those of the model. Raises PlanError for none, and where nothing can go."""
     if couplings is None:
-        couplings = detect(model, args, kwargs, allow=options.get("allow", ()))
+        couplings = detect(model, args, kwargs, allow=options.get("allow", ()), part=part)
     elif "allow" in options:
         raise PlanError("allow= is for detecting, and couplings= were detected before: pass allow= to detect")
     check_couplings(couplings, PlanError)
@@ -414,20 +441,27 @@ def _scores(model: nn.Module, couplings: Couplings, data: CalibrationData, asked
 
 def _compressed(task: Task, asked: Compression, data: CalibrationData) -> list[nn.Module]:
     """What `compress` returns for second-order compression, one per ratio."""
-    model, args, kwargs, by = task.model, task.args, task.kwargs, task.scores
+    part, args, kwargs, by = cast("Part", task.model), task.args, task.kwargs, task.scores
     # What cannot be reached, or is not of this model, is refused before anything slow.
     for ratio in asked.ratios:
-        make_plan(task.couplings, ratio, "magnitude" if by is None else by, **asked.all_planning).check(model)
+        plan = make_plan(task.couplings, ratio, "magnitude" if by is None else by, **asked.all_planning)
+        plan.check(part.whole)
+        divided(plan, [part])
     task = replace(task, text=data.text(asked.windows, asked.seed, progress=asked.recipe.progress))
+    source = part.module, part.args, part.kwargs
     with torch.inference_mode(False):  # what is fitted needs gradients, whatever the caller's mode
-        programs = compared(captures(model, args, kwargs, dynamic=True), model, args, kwargs)
+        programs = compared(captures(*source, dynamic=True, whole=part.whole), *source)
         rewrite = partial(compress_program, task=task, ratios=asked.ratios, recipe=asked.recipe, **asked.planning)
         results = first_fit(programs, rewrite)[1]
     models = []
     for program, plan, distances in results:
         run_passes(program.exported.graph_module, CLEANUP)
-        models.append(remember(restore(program, model, args, kwargs), origin(model, plan, args, kwargs)))
-        note_distances(models[-1], distances)
+        small = put_back([(part, restore(program, *source))])
+        if part.path:
+            check_put_back(part.whole, small, plan, args, kwargs, exact=False)
+        parts = (part.path,) if part.path else ()
+        models.append(remember(small, origin(part.whole, plan, args, kwargs, parts=parts)))
+        note_distances(small, distances)
     return models
 
 

@@ -35,12 +35,19 @@ class Origin:
     """Whether the model was in training mode."""
     integers: object = None
     """The integers that `shrink_` wrote into the module, as JSON; None for a graph."""
+    parts: tuple[str, ...] = ()
+    """Paths of the modules that alone were made smaller; empty for the whole."""
 
 
 def origin(
-    model: nn.Module, plan: Plan, args: Sequence[object] = (), kwargs: Mapping[str, object] | None = None
+    model: nn.Module,
+    plan: Plan,
+    args: Sequence[object] = (),
+    kwargs: Mapping[str, object] | None = None,
+    *,
+    parts: tuple[str, ...] = (),
 ) -> Origin:
-    """The origin of what ``shrink(model, plan, args, kwargs)`` returns."""
+    """The origin of what ``shrink(model, plan, args, kwargs, part=parts)`` returns."""
     model = unwrapped(model)
     kind, config = type(model), getattr(model, "config", None)
     configured = kind.__module__.startswith("transformers.models.") and hasattr(config, "to_json_string")
@@ -56,6 +63,7 @@ def origin(
         inputs=inputs,
         buffers=tuple(name for name, _ in model.named_buffers()),
         training=model.training,
+        parts=parts,
     )
 
 

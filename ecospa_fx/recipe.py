@@ -44,6 +44,7 @@ from ecospa_fx.planning import plan as make_plan
 from ecospa_fx.progress import progress_bar, stage
 from ecospa_fx.runtime.bfloat16 import in_bfloat16
 from ecospa_fx.runtime.interpreter import PartialInterpreter
+from ecospa_fx.runtime.part import Part
 from ecospa_fx.sensitivity_search import Sensitivity
 
 Item = TypeVar("Item")
@@ -161,8 +162,8 @@ class Recipe:
 class Task:
     """What is to be compressed: a model, how it is called, and the data that says what matters."""
 
-    model: nn.Module
-    """The dense one; it is not changed."""
+    model: nn.Module | Part
+    """The dense one, or the part of it that is to be smaller; it is not changed."""
     args: Sequence[Any]
     """Positional example inputs."""
     kwargs: Mapping[str, Any]

@@ -31,17 +31,19 @@ def shrunk(
     passes: Sequence[Pass] | None = None,
     *,
     compare: bool = False,
+    whole: nn.Module | None = None,
 ) -> ExportedForm:
     """A model's program without what a plan removes, cleaned up by some passes, by default all exact ones.
 
-    compare: warn where what was traced is not what the model computes on the example.
+    compare: warn where what was traced is not what the model computes on the example. whole: the model that it is a
+    part of and that the plan was made for; the plan keeps what is outside of it.
     Raises PlanError where the plan was made for another model, CaptureError where that cannot be traced.
     """
     check_plan(plan)
-    plan.check(model)
+    plan.check(model if whole is None else whole)
     if passes is not None:
         check_passes(passes)
-    programs = captures(model, args, kwargs, dynamic=True)
+    programs = captures(model, args, kwargs, dynamic=True, whole=whole)
     program = fitted(compared(programs, model, args, kwargs) if compare else programs, plan)
     run_passes(program.exported.graph_module, CLEANUP if passes is None else passes)
     return program

@@ -35,26 +35,27 @@ def compared(
     values (``meta``), of those that are random, and where either cannot be run. The model stays as it is.
     """
     for number, program in enumerate(programs):
-        if number == 0 and _has_values(model, args, kwargs):
+        if number == 0 and has_values(model, args, kwargs):
             _compare(program, model, args, kwargs)
         yield program
 
 
-def _has_values(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> bool:
+def has_values(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> bool:
+    """Whether a model and its arguments hold numbers."""
     tensors = [t for t in pytree.tree_leaves(opened((args, kwargs))) if isinstance(t, Tensor)]
     return not any(t.is_meta or isinstance(t, FakeTensor) for t in (*model.parameters(), *model.buffers(), *tensors))
 
 
 def _compare(program: ExportedForm, model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
     try:
-        with _evaluated(model) as devices:
-            want = _leaves(lambda: _called(model, args, kwargs), devices)
+        with evaluated(model) as devices:
+            want = leaves_of(model, args, kwargs, devices)
             got = _leaves(lambda: _traced(program, model, args, kwargs), devices)
             error = relative_error(got, want)
-            if not error > _tolerance(want) or not any(t.isfinite().any() for t in _floats(want)):
+            if not error > tolerance_of(want) or not any(t.isfinite().any() for t in _floats(want)):
                 return
-            again = _leaves(lambda: _called(model, args, kwargs), devices, seed=1)
-            random = relative_error(again, want) > _tolerance(want)
+            again = leaves_of(model, args, kwargs, devices, seed=1)
+            random = relative_error(again, want) > tolerance_of(want)
     except Exception as reason:  # whatever the model or an operator raises says that there is nothing to compare
         log.debug("what was traced is not compared with the model: %s", reason)
         return
@@ -68,9 +69,16 @@ def _compare(program: ExportedForm, model: nn.Module, args: Sequence[object], kw
     )
 
 
-def _called(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> Tree:
+def leaves_of(
+    model: nn.Module,
+    args: Sequence[object],
+    kwargs: Mapping[str, object],
+    devices: Iterable[torch.device],
+    seed: int = 0,
+) -> list[Tree]:
+    """The leaves of what a model returns for copies of the arguments, with random numbers from a seed."""
     own_args, own_kwargs = copied((tuple(args), dict(kwargs)))
-    return model(*own_args, **own_kwargs)
+    return _leaves(lambda: model(*own_args, **own_kwargs), devices, seed)
 
 
 def _traced(program: ExportedForm, model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> Tree:
@@ -91,13 +99,14 @@ def _floats(leaves: Sequence[object]) -> list[Tensor]:
     return [t for t in leaves if isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex())]
 
 
-def _tolerance(leaves: Sequence[object]) -> float:
+def tolerance_of(leaves: Sequence[object]) -> float:
+    """The relative error that the types of some tensors allow."""
     dtype = min((t.dtype for t in _floats(leaves)), key=lambda d: d.itemsize, default=torch.float64)
     return TOLERANCE.get(dtype, 0.5)
 
 
 @contextmanager
-def _evaluated(model: nn.Module) -> Iterator[list[torch.device]]:
+def evaluated(model: nn.Module) -> Iterator[list[torch.device]]:
     """Evaluation mode inside, without gradients, compilers, and kernels that only inference has; no trace of it after.
 
     Yields the model's CUDA devices, whose random numbers go on as if none had been drawn, too.

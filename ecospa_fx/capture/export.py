@@ -38,15 +38,16 @@ def capture(
     *,
     dynamic: bool,
     both_modes: bool = True,
+    whole: nn.Module | None = None,
 ) -> ExportedForm:
     """Export a module, which stays untouched.
 
     dynamic: sizes of the inputs become symbols wherever the model allows it; otherwise the graph holds for the example
     sizes and the model's own mode only, which is enough to find couplings and takes half the time. both_modes: whether
-    a graph with symbols also notes what the other mode does, which takes a second export. Raises CaptureError with
-    torch's reason and the line of the user's code.
+    a graph with symbols also notes what the other mode does, which takes a second export. whole: the model that it is a
+    part of, in whose names parameters go. Raises CaptureError with torch's reason and the line of the user's code.
     """
-    return next(captures(model, args, kwargs, dynamic=dynamic, both_modes=both_modes))
+    return next(captures(model, args, kwargs, dynamic=dynamic, both_modes=both_modes, whole=whole))
 
 
 def captures(
@@ -56,42 +57,62 @@ def captures(
     *,
     dynamic: bool,
     both_modes: bool = True,
+    whole: nn.Module | None = None,
 ) -> Iterator[ExportedForm]:
-    """The exports of a module that torch can make, from most to fewest symbolic sizes. Raises CaptureError for none."""
+    """The exports of a module that torch can make, from most to fewest symbolic sizes. Raises CaptureError for none.
+
+    whole: see `capture`.
+    """
     parts: tuple[Arguments, NamedArguments] = opened((tuple(args), dict(kwargs or {})))
     _refuse_quantised(model)
     _refuse_sharded(model)
     bound_arguments(model, *parts)
-    exports = _exports(model, *parts, dynamic=dynamic, both_modes=both_modes)
+    programs = _exports(model, *parts, dynamic=dynamic, both_modes=both_modes, whole=whole)
     while True:
         try:
             with stage("capture with symbolic sizes" if dynamic else "capture at the example's sizes"):
-                form = next(exports)
+                program = next(programs)
         except StopIteration:
             return
+        with one_at_a_time():
+            form = ExportedForm(program, model, whole)
         yield form
 
 
 def _exports(
-    model: nn.Module, args: Arguments, kwargs: NamedArguments, *, dynamic: bool, both_modes: bool
-) -> Iterator[ExportedForm]:
-    """What the attempts that succeed make, in their order. Raises CaptureError where none does."""
+    model: nn.Module,
+    args: Arguments,
+    kwargs: NamedArguments,
+    *,
+    dynamic: bool,
+    both_modes: bool,
+    whole: nn.Module | None,
+) -> Iterator[ExportedProgram]:
+    """What the attempts that succeed make, in their order. Raises CaptureError where none does: see `failed`."""
     view, failure, succeeded, functions = export_view(model, kwargs), None, False, dict[str, None]()
     for attempt in attempts(view, args, kwargs) if dynamic else [Attempt(args, kwargs, None)]:
         result = _attempted(model, view, attempt, functions if dynamic else None, both_modes=both_modes)
-        if isinstance(result, ExportedForm):
+        if isinstance(result, ExportedProgram):
             if dynamic and not succeeded:
                 warn_of_custom_functions(functions)
             succeeded = True
             yield result
         failure = result if isinstance(result, Exception) else failure
     if failure is not None and not succeeded:
-        raise failed(model, failure, *closed((args, kwargs))[0])
+        call: tuple[Arguments, NamedArguments] = closed((args, kwargs))[0]
+        raise failed(model, failure, *call, _exported_alone, whole)
+
+
+def _exported_alone(model: nn.Module, args: Arguments, kwargs: NamedArguments) -> ExportedProgram:
+    """The export of a part at its own sizes, within the seconds that a trace may take."""
+    parts: tuple[Arguments, NamedArguments] = opened((args, kwargs))
+    with one_at_a_time(), TimeLimit(first=10.0):
+        return _export(model, export_view(model, parts[1]), Attempt(*parts, None))
 
 
 def _attempted(
     model: nn.Module, view: nn.Module, attempt: Attempt, functions: dict[str, None] | None, *, both_modes: bool
-) -> ExportedForm | Exception | None:
+) -> ExportedProgram | Exception | None:
     """What an attempt makes, what torch raised instead, or None where it does not take the user's own batch.
 
     functions: takes the names of custom functions where sizes may be symbols; None where they are those of the example.
@@ -108,7 +129,7 @@ def _attempted(
             program = _in_both_modes(model, view, program, attempt)
         elif functions is not None:
             allow_other_strides(program.graph)
-        return ExportedForm(_canonicalised(program), model)
+        return _canonicalised(program)
 
 
 def _refuse_sharded(model: nn.Module) -> None:

@@ -11,6 +11,7 @@ from types import TracebackType
 import torch
 from torch import nn
 
+from ecospa_fx.capture.working_parts import Export, working_parts
 from ecospa_fx.errors import CaptureError, TorchFailure
 from ecospa_fx.ir.pytrees import copied
 from ecospa_fx.ir.tracing import quiet
@@ -21,10 +22,18 @@ _LIBRARY = sysconfig.get_paths()["stdlib"] + "/"
 _TORCH = str(Path(torch.__file__).parent) + "/"
 
 
-def failed(model: nn.Module, error: Exception, args: Sequence[object], kwargs: Mapping[str, object]) -> CaptureError:
+def failed(
+    model: nn.Module,
+    error: Exception,
+    args: Sequence[object],
+    kwargs: Mapping[str, object],
+    export: Export,
+    whole: nn.Module | None = None,
+) -> CaptureError:
     """The error to raise for one of torch's, which is its cause in short.
 
-    Where the model itself does not take the arguments, that is said, by what its own call raises.
+    Where the model itself does not take the arguments, that is said, by what its own call raises. Where it does, the
+    parts that `export` takes by themselves are named; whole: the model that it is a part of, where it is one.
     """
     if isinstance(error, CaptureError):
         return error
@@ -32,10 +41,20 @@ def failed(model: nn.Module, error: Exception, args: Sequence[object], kwargs: M
     if raised is not None:
         said = "does not take these arguments", _where(model, raised), _reason(raised), "pass some that it takes"
     else:
-        said = "cannot be exported", _where(model, error), _reason(error), "torch.export must trace it"
+        remedy = _remedy(model if whole is None else whole, model, working_parts(model, args, kwargs, export))
+        said = "cannot be exported", _where(model, error), _reason(error), remedy
     refusal = CaptureError("{} {}{}: {}; {}".format(_name(model), *said))
     refusal.__cause__ = TorchFailure(raised or error)
     return refusal
+
+
+def _remedy(whole: nn.Module, model: nn.Module, parts: Sequence[str]) -> str:
+    """What to do, with the parts of a model that can be exported named by their paths in the whole."""
+    if not parts:
+        return "torch.export must trace it"
+    prefix = next(f"{path}." if path else "" for path, module in whole.named_modules() if module is model)
+    names = " or ".join(f"part={prefix + path!r}" for path in parts)
+    return f"torch.export must trace it, as it does {'its parts' if len(parts) > 1 else 'its part'}: pass {names}"
 
 
 def _raised_by_call(model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> Exception | None:

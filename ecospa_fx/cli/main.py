@@ -77,7 +77,7 @@ def inspect(arguments: argparse.Namespace) -> None:
     """Print the couplings of a model."""
     source = open_source(arguments.source, weights=False)
     begin = time.perf_counter()
-    couplings = eco.detect(source.model, source.args, source.kwargs, allow=arguments.allow)
+    couplings = eco.detect(source.model, source.args, source.kwargs, allow=arguments.allow, part=arguments.part)
     seconds = time.perf_counter() - begin
     if arguments.explain is not None:
         print(explain(coupling_named(couplings, arguments.explain)))

@@ -92,6 +92,7 @@ def _add_inspect(commands: argparse._SubParsersAction[Parser]) -> Parser:
     add("source", metavar="SOURCE", help=SOURCE)
     add("--json", action="store_true", help="print the couplings as JSON")
     add("--explain", metavar="NAME", help="why this coupling's parameters shrink together")
+    add("--part", action="append", metavar="PATH", help="only this module inside the model; repeatable")
     _add_allow(command)
     return command
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -23,10 +23,12 @@ from ecospa_fx.inplace.trial import apply_edit, edited
 from ecospa_fx.inplace.unread_integers import infer_integers
 from ecospa_fx.module_modes import modes_restored, set_mode
 from ecospa_fx.origin import ATTRIBUTE, origin, remember
+from ecospa_fx.parts import only_part, plan_inside
 from ecospa_fx.plan import Plan, check_plan
 from ecospa_fx.rewrite import smaller
 from ecospa_fx.runtime.guards import leaves_untouched
 from ecospa_fx.runtime.lift_parameters import check_call
+from ecospa_fx.runtime.part import Call, Part
 from ecospa_fx.snapshot import untouched
 from ecospa_fx.verify import masked
 from ecospa_fx.wrappers import unwrapped
@@ -37,7 +39,14 @@ USER_MODEL_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 
 
 @leaves_untouched(calls=False)
-def shrink_(model: Model, plan: Plan, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Model:
+def shrink_(
+    model: Model,
+    plan: Plan,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    part: str | None = None,
+) -> Model:
     """Make a model smaller in place: its parameters, and the integers and tables of its modules that must follow.
 
     Classes, methods, hooks, modes and Parameter objects stay, so that generation with caches, adapters, trainers and
@@ -55,11 +64,14 @@ def shrink_(model: Model, plan: Plan, args: Sequence[Any] = (), kwargs: Mapping[
             expressible_in="module" of the verb `plan` makes one that can be written back.
         args: tuple of positional example inputs, by default ().
         kwargs: mapping of example inputs by name, by default none.
+        part: path of the module inside the model that the plan is of, by default None, the whole. The trials are on the
+            part alone, and the whole with it must give on the example what the masked whole gives.
 
     Returns:
         The same model.
 
     Raises:
+        InputError, OptionError: ``part`` names no module, or several.
         PlanError: the plan was made for another model, or it cannot be proven that the edited module is right. The
             model is then exactly as it was.
         CaptureError: the model cannot be traced with these inputs.
@@ -84,8 +96,44 @@ def shrink_(model: Model, plan: Plan, args: Sequence[Any] = (), kwargs: Mapping[
     """
     check_call(model, args, kwargs, PlanError)
     check_plan(plan)
-    write_back(unwrapped(model, resizing=PlanError), plan, args, kwargs)
+    inside = unwrapped(model, resizing=PlanError)
+    if part is None:
+        write_back(inside, plan, args, kwargs)
+    else:
+        plan.check(inside)
+        example = tuple(args), dict(kwargs or {})
+        _write_part(inside, plan, only_part(inside, part, *example, "shrink_() writes one part at a time"), example)
     return model
+
+
+def _write_part(whole: nn.Module, plan: Plan, part: Part, example: Call) -> None:
+    """Write a plan into a part of a model; both are as they were where anything fails."""
+    call, inner = TrialCall(*example), plan_inside(plan, part)
+    with modes_restored(whole), masked(whole, plan), untouched(whole):
+        set_mode(False, whole)
+        want = None if plan.allow else output_tensors(whole, call)
+
+    def confirm(check: EquivalenceCheck) -> None:
+        with modes_restored(whole):
+            set_mode(False, whole)
+            try:
+                if want is not None:
+                    _check_outputs(whole, call, want, "masking gives", check)
+                else:
+                    output_tensors(whole, call)
+            except PlanError:
+                raise
+            except Exception as error:  # whatever the code around the part raises
+                raise PlanError(
+                    f"{type(whole).__name__} does not run with a narrower part {part.path!r}, so nothing is written "
+                    f"back: {error}"
+                ) from error
+
+    write_back(part.module, inner, part.args, part.kwargs, confirm=confirm)
+    vars(part.module).pop(ATTRIBUTE, None)
+    again = vars(whole).pop(ATTRIBUTE, None) is not None
+    if not again:
+        remember(whole, origin(whole, plan, *example, parts=(part.path,)))
 
 
 def write_back(
@@ -94,11 +142,13 @@ def write_back(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     result: nn.Module | None = None,
+    confirm: Callable[[EquivalenceCheck], None] | None = None,
 ) -> None:
     """Write a plan into a module, which is as it was where anything fails.
 
-    result: a graph of what the plan leaves whose weights are to be the module's: that the module with them gives what
-    the graph gives is checked, too, in the copy and in the module itself.
+    confirm: raises PlanError where what is written does not do in the module's surroundings. result: a graph of what
+    the plan leaves whose weights are to be the module's: that the module with them gives what the graph gives is
+    checked, too, in the copy and in the module itself.
     """
     kwargs = dict(kwargs or {})
     plan.check(inside)
@@ -108,7 +158,7 @@ def write_back(
         _check_weights(check, plan, values, dict(result.named_parameters()))
     source = replace(origin(inside, plan, args, kwargs), integers=integers_to_json(values))
     again = hasattr(inside, ATTRIBUTE)
-    _write(inside, plan, values, TrialCall(tuple(args), kwargs), check, result)
+    _write(inside, plan, values, TrialCall(tuple(args), kwargs), check, result, confirm)
     if again:
         delattr(inside, ATTRIBUTE)  # it is no longer what one plan makes of the original
     else:
@@ -220,6 +270,7 @@ def _write(
     call: TrialCall,
     check: EquivalenceCheck,
     result: nn.Module | None,
+    confirm: Callable[[EquivalenceCheck], None] | None = None,
 ) -> None:
     """Edit the user's module and run it; whatever happens before all is done, it is as it was."""
     edits = Edits()
@@ -240,6 +291,8 @@ def _write(
                         set_mode(False, result)
                         want = output_tensors(result, call)
                     _check_outputs(model, call, want, "the compressed graph gives", check)
+            if confirm is not None:
+                confirm(check)
             warn_of_stale(model, check.model, plan, config_attributes(check.model))
         except BaseException:
             edits.undo()

@@ -74,21 +74,26 @@ class Program(ABC):
 
 
 class ExportedForm(Program):
-    """An exported program, changed in place; the caller's module is not."""
+    """An exported program, changed in place; the caller's module is not.
 
-    def __init__(self, exported: ExportedProgram, model: nn.Module) -> None:
+    model: what was exported; whole: the model that it is a part of, by default itself, in whose names parameters go.
+    """
+
+    def __init__(self, exported: ExportedProgram, model: nn.Module, whole: nn.Module | None = None) -> None:
         self.exported = exported
         self.graph = exported.graph_module.graph
         self.sizes = concrete_sizes(self.graph)
+        first = {id(p): name for name, p in (model if whole is None else whole).named_parameters()}
         named = dict(model.named_parameters(remove_duplicate=False))
-        first = {id(p): name for name, p in reversed(list(model.named_parameters()))}
+        self.names = {alias: first[id(p)] for alias, p in named.items()}
+        """By every name that a parameter has in the exported module the first one that it has in the whole."""
         inputs = exported.graph_signature.inputs_to_parameters
         placeholders = {n.name: n for n in self.graph.nodes if n.op == "placeholder"}
         self.parameters = {
-            placeholders[node]: first[id(named[target])] for node, target in inputs.items() if target in named
+            placeholders[node]: self.names[target] for node, target in inputs.items() if target in self.names
         }
-        self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        self.values: dict[str, nn.Parameter] = dict(model.named_parameters())
+        self.values: dict[str, nn.Parameter] = {self.names[alias]: p for alias, p in model.named_parameters()}
+        self.shapes = {name: tuple(p.shape) for name, p in self.values.items()}
         self.buffers: dict[str, Tensor] = {}
         buffers = exported.graph_signature.inputs_to_buffers
         self.stored = {placeholders[node]: target for node, target in buffers.items()}

@@ -17,6 +17,8 @@ from ecospa_fx.ir.modes import evaluation_arguments
 from ecospa_fx.ir.program import ExportedForm
 from ecospa_fx.ir.pytrees import Tree, copied
 from ecospa_fx.ir.schema import is_operator, schema_of
+from ecospa_fx.runtime.part import Part
+from ecospa_fx.runtime.part_calling import Calling, PartCalling
 from ecospa_fx.runtime.signature import call_adapter
 
 NodeValues = dict[fx.Node, Any]
@@ -26,18 +28,19 @@ NodeValues = dict[fx.Node, Any]
 class PartialInterpreter:
     """Runs the nodes of one program in evaluation mode, whatever mode it was captured in.
 
-    model, args, kwargs: what the program was captured from.
+    model, args, kwargs: what the program was captured from. Of a part, calls and what they return are those of the
+    whole model, which runs around it.
     """
 
     def __init__(
-        self, program: ExportedForm, model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]
+        self, program: ExportedForm, model: nn.Module | Part, args: Sequence[object], kwargs: Mapping[str, object]
     ) -> None:
         self.program = program
         nodes = list(program.graph.nodes)
         self.order = [node for node in nodes if node.op == "call_function"]
         """The nodes that compute, in the order of the graph."""
         (self.output,) = (node for node in nodes if node.op == "output")
-        self._calling = call_adapter(program, model, args, kwargs)
+        self._calling = _calling(program, model, args, kwargs)
         self.overwrites = any(_overwrites(node) for node in self.order)
         """Whether some node changes a value that another one has computed."""
         self.instead: Mapping[fx.Node, Callable[[NodeValues], object]] = {}
@@ -119,6 +122,16 @@ class PartialInterpreter:
                 if isinstance(leaf, Tensor):
                     leaf.detach().copy_(values[node])
         return self._calling.returned(list(leaves), *arguments)
+
+
+def _calling(
+    program: ExportedForm, model: nn.Module | Part, args: Sequence[object], kwargs: Mapping[str, object]
+) -> Calling:
+    """How a program is called, or the whole model around it."""
+    if not isinstance(model, Part):
+        return call_adapter(program, model, args, kwargs)
+    graph = call_adapter(program, model.module, model.args, model.kwargs)
+    return PartCalling(model, graph) if model.path else graph
 
 
 def _overwrites(node: fx.Node) -> bool:

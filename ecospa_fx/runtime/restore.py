@@ -30,7 +30,7 @@ def restore(
     position or by name. Parameters that kept their shape are shared with `model`, not copied; buffers are copied.
     """
     exported = program.exported
-    names = {alias: name for name, aliases in _aliases(model).items() for alias in aliases}
+    names = program.names
     stand_ins = {name: _stand_in(value) for name, value in program.values.items()}
     for name in list(exported.state_dict):
         if name in names:
@@ -93,12 +93,3 @@ def _rooted(
 def _stand_in(value: nn.Parameter) -> nn.Parameter:
     """No memory, the same shape: unflattening copies what it is given."""
     return nn.Parameter(torch.empty_like(value, device="meta"), requires_grad=value.requires_grad)
-
-
-def _aliases(model: nn.Module) -> dict[str, list[str]]:
-    """All names of every parameter by its first one."""
-    first: dict[int, str] = {}
-    result: dict[str, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        result.setdefault(first.setdefault(id(parameter), name), []).append(name)
-    return result

@@ -61,7 +61,7 @@ def save(
 
     origin: where the model came from, for a module that does not say so itself. dtypes: types to write parameters and
     buffers in, by name; by default the ones they have. Raises StorageError for a path that exists, a module without
-    an origin, and what the file system refuses.
+    an origin or of which only a part was made smaller, and what the file system refuses.
 
     >>> save(small, "smaller")  # doctest: +SKIP
     >>> small = load("smaller")  # doctest: +SKIP
@@ -74,6 +74,12 @@ def save(
         raise StorageError(
             f"this {type(small).__name__} does not say what it was shrunk from: "
             "pass origin=ecospa_fx.origin.origin(model, plan, args, kwargs)"
+        )
+    if source.parts:
+        raise StorageError(
+            f"of this {type(small).__name__} only {', '.join(source.parts)} was made smaller, which is not saved as a "
+            "folder yet: keep state_dict() and origin_of(small).plan.to_json(), and shrink the original with part= "
+            "before it loads them"
         )
     tensors = _storable_tensors(_saved_tensors(small, source.buffers), dtypes or {})
     with stage("saving"), new_folder(target) as folder:

@@ -19,7 +19,7 @@ transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
 SURFACE = {
-    "inspect": {"source", "--json", "--explain", "--allow", "-h/--help"},
+    "inspect": {"source", "--json", "--explain", "--allow", "--part", "-h/--help"},
     "compress": {
         *("source", "--ratio", "--calibration", "--output", "--method", "--eval", "--tokenizer", "--windows"),
         *("--passes", "--length", "--round-to", "--seed", "--allow", "--device", "-h/--help"),
@@ -147,6 +147,13 @@ def test_inspect_says_what_is_blocked_where_and_what_lifts_it(factories: str, ca
     assert "allow='renormalise' (--allow renormalise) offers it as inexact" in line
     assert "(aten.layer_norm at node layer_norm; " in line
     assert ".py:" in line
+
+
+def test_parts_are_looked_at_by_themselves(factories: str, capsys: Capture) -> None:
+    assert main(["inspect", f"{factories}:seen", "--part", "language", "--part", "sight.features", "--json"]) == 0
+    names = [entry["name"] for entry in json.loads(capsys.readouterr().out)["couplings"]]
+    assert {"language.blocks.1.ffn", "sight.features.ffn"} <= set(names)
+    assert "pass part='language' or part='sight.features'" in refused(capsys, ["inspect", f"{factories}:seen"])
 
 
 def test_what_is_allowed_is_offered_and_marked(factories: str, capsys: Capture) -> None:

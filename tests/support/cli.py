@@ -97,5 +97,8 @@ def both(): return Both(), (torch.zeros(2, 16, dtype=torch.long),), {}
 def normed(): return Normed(), (torch.zeros(2, 16, dtype=torch.long),), {}
 def wrong(): return nn.Linear(4, 4)
 def fails(): raise RuntimeError("no disk")
+def seen():
+    from tests.support.seeing import call, seeing
+    return seeing(), call(), {}
 def branches(): return Refuses(), (torch.randn(2, 4),), {}
 """

@@ -34,7 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("passes",),
     ("budget",),
     ("capture",),
-    ("origin", "rewrite", "trace_check", "verify"),
+    ("origin", "parts", "rewrite", "trace_check", "verify"),
     ("inplace",),
     ("planning", "sensitivity_search", "torch_compile"),
     ("training",),
