@@ -229,8 +229,9 @@ def compress_program(
     for smaller, plan in results:
         _shrink(smaller, plan, replace(weights, damping=None) if _in_turn(recipe, plan) else weights)
     judges = (validation or learning, text.judges) if text else ((), ())
-    lessons = _lessons(dense, task, (learning, validation), recipe, _group_size(weights.curvature, len(more)))
+    size = _group_size(weights.curvature, len(more))
     del weights  # what was measured takes more memory than the model
+    lessons = _lessons(dense, task, (learning, validation), recipe, size)
     finished = []
     for smaller, plan in results:
         small = PartialInterpreter(smaller, task.model, task.args, task.kwargs)

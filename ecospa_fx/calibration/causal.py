@@ -94,8 +94,8 @@ def causal_model(
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, without gradients."""
-    with modes_restored(model), torch.no_grad():
+    """The model in evaluation mode, without gradients; what it returns may go where there are some."""
+    with modes_restored(model), torch.inference_mode(False), torch.no_grad():
         set_mode(False, model)
         yield
 

@@ -151,9 +151,10 @@ class GeneratedText:
             steps = iter(progress_bar(range(len(groups) * (self.length - 1)), "generate"))
         texts = [_written(self.causal.model, self, numbers, steps) for numbers in groups]
         next(steps, None)  # so that a bar ends
-        ids = torch.cat(texts)
-        self._check_varied(ids)
-        return [self.causal.call.batch(row[None]) for row in ids]
+        with torch.inference_mode(False):  # whatever the caller's mode, what is calibrated on goes where gradients are
+            ids = torch.cat(texts)
+            self._check_varied(ids)
+            return [self.causal.call.batch(row[None]) for row in ids]
 
     def write(self, numbers: range, steps: Iterator[int]) -> Tensor:
         """The ids [windows, length] of some windows; a step is taken from `steps` for every token after the first."""

@@ -218,6 +218,13 @@ def test_nothing_of_the_users_changes() -> None:
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
+def test_text_can_be_learnt_from_whatever_the_callers_mode() -> None:
+    with torch.inference_mode():
+        batches = eco.calibration.generated(Summing(), count=2, length=6)
+    assert not ids_of(batches).is_inference()
+    assert not any(args[0].is_inference() for args, _ in batches)
+
+
 # -- what models write -------------------------------------------------------------------------------------------
 
 

@@ -216,6 +216,12 @@ def test_windows_for_distillation_are_those_that_are_wanted(model: nn.Module, wi
         assert all(a[0][0].equal(b[0][0]) for a, b in zip(unread, windows[JUDGES:], strict=False))
 
 
+def test_example_inputs_are_no_inference_tensors(model: nn.Module) -> None:
+    with torch.inference_mode():
+        data = calibration_data(model, (), None, NO_BATCHES, None)
+    assert not example_of(data).is_inference()
+
+
 def test_compression_in_place_needs_no_inputs(windows: list[Batch]) -> None:
     torch.manual_seed(0)
     model = Writer().double().eval()
