@@ -71,6 +71,8 @@ class Value:
     """What is known of the order of its numbers."""
     descent: Descent = Descent()
     """What it was computed from."""
+    reads: tuple[int, tuple[int, ...]] | None = None
+    """(axis, positions) of the tensor that it is read from, where it is read in a fixed order."""
     factors: tuple[Value, ...] = ()
     """The two activations whose elementwise product it is."""
 

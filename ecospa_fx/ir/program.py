@@ -37,6 +37,8 @@ class Program(ABC):
     """Numbers in place of sizes that are symbols."""
     state: Mapping[fx.Node, str]
     """By node the names of buffers that the graph writes into."""
+    stored: Mapping[fx.Node, str]
+    """By node the names of buffers."""
     inputs: Collection[fx.Node]
     """The nodes that the caller gives."""
     narrowed: dict[fx.Node, TensorSlice]
@@ -51,6 +53,10 @@ class Program(ABC):
         shape = [size if new is None else new for size, new in zip(old.shape, sizes, strict=True)]
         with detect_fake_mode([old]) or nullcontext():
             node.meta["val"] = torch.empty(shape, dtype=old.dtype, device=old.device)
+
+    @abstractmethod
+    def constant(self, node: fx.Node) -> Tensor | None:
+        """What a buffer, or a literal of the model's code, holds; None for any other node."""
 
     @abstractmethod
     def tensor(self, name: str) -> Tensor:
@@ -117,6 +123,11 @@ class ExportedForm(Program):
         twin.values, twin.buffers, twin.cut_buffers = dict(self.values), dict(self.buffers), dict(self.cut_buffers)
         return twin
 
+    def constant(self, node: fx.Node) -> Tensor | None:
+        literals = self.exported.graph_signature.inputs_to_lifted_tensor_constants
+        name = self.stored.get(node) or literals.get(node.name)
+        return None if name is None or node.op != "placeholder" else self.buffer(name)
+
     def buffer(self, name: str) -> Tensor:
         tensors = self.exported.state_dict if name in self.exported.state_dict else self.exported.constants
         value: Tensor = tensors[name]
@@ -177,6 +188,7 @@ class AttributeForm(Program):
         first = {id(p): name for name, p in reversed(list(module.named_parameters()))}
         self.parameters = {}
         stored: dict[fx.Node, str] = {}
+        self.stored = stored
         for node in self.graph.nodes:
             if node.op == "call_module" and node.users:
                 raise CaptureError(
@@ -197,6 +209,11 @@ class AttributeForm(Program):
         self.state = {node: name for node, name in stored.items() if node in changed}
         self.inputs = [node for node in self.graph.nodes if node.op == "placeholder"]
         self.narrowed, self.cut_buffers = {}, {}
+
+    def constant(self, node: fx.Node) -> Tensor | None:
+        name = self.stored.get(node)
+        value = None if name is None else _attribute(self.module, name)
+        return value if isinstance(value, Tensor) else None
 
     def buffer(self, name: str) -> Tensor:
         return self.module.get_buffer(name)

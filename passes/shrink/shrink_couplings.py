@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
+from ecospa_fx.axes.axis import has_table
 from ecospa_fx.axes.findings import ROUNDED, Gather, several
 from ecospa_fx.axes.flow import AxisFlow, analyse
 from ecospa_fx.axes.narrowing import DimSelection, Narrowing, slice_of
@@ -30,6 +31,7 @@ from ecospa_fx.ir.schema import Args, is_operator, named_arguments, operator_nam
 from ecospa_fx.ir.slices import take
 from ecospa_fx.ir.tracing import one_at_a_time
 from ecospa_fx.passes.shrink.example_values import ExampleValues
+from ecospa_fx.passes.shrink.fixed_orders import rewrite_orders
 from ecospa_fx.passes.shrink.fold_factors import fold_factors
 from ecospa_fx.passes.shrink.ragged_parameters import store_ragged
 from ecospa_fx.passes.shrink.term_nodes import TermNodes, replace_results
@@ -64,8 +66,9 @@ class ShrinkCouplings:
 def shrink_program(program: Program, plan: Plan, *, fold: bool = True) -> int:
     """Shrink a program in place. Returns how many parameters and nodes changed.
 
-    fold: whether parameters are multiplied by the factors that norms over fewer units need; otherwise the graph does
-    it, and parameters, their gradients and whatever is kept about them are parts of the dense ones.
+    fold: whether parameters are multiplied by the factors that norms over fewer units need, and buffers that hold an
+    order of units get the new one; otherwise the graph does it, and parameters, buffers, gradients and whatever is kept
+    about them are parts of the dense ones.
     """
     if plan.ragged:
         return shrink_program(program, plan.even(), fold=fold) + store_ragged(program, plan)
@@ -75,6 +78,8 @@ def shrink_program(program: Program, plan: Plan, *, fold: bool = True) -> int:
         return 0
     cut = _cut_parameters(program, walked, kept)
     states = _cut_state(program, walked, kept) | _narrow_inputs(program, walked, kept)
+    orders, readers = rewrite_orders(program, walked, kept) if fold else (set[fx.Node](), set[fx.Node]())
+    states |= orders
     changes = len(cut) + len(states)
     gathers = _Gathers(program, kept)
     # A choice that differs along another axis is made last, when that axis is cut already.
@@ -82,7 +87,7 @@ def shrink_program(program: Program, plan: Plan, *, fold: bool = True) -> int:
         changes += gathers.insert(gather)
     renormalised, products = {blocker.node for blocker in walked.record.inexact}, dict[fx.Node, float]()
     for node in [n for n in program.graph.nodes if n in walked.values and is_operator(n)]:
-        resize = _resized(program, walked, kept, node, node in renormalised)
+        resize = _resized(program, walked, kept, node, node in renormalised) if node not in readers else None
         terms = _edited(program, node, resize) if resize is not None else None
         changes += terms is not None
         products |= terms.products if terms is not None else {}
@@ -261,9 +266,9 @@ class _Gathers:
 
     def _select_inside(self, source: fx.Node, axis: int, mask: Tensor, gather: Gather) -> fx.Node:
         target = gather.target[gather.target_axis]
-        cut = [p for p in target.pieces for d, s in p.dims if d in self.kept.choices]
-        inner = max((self.kept.sizes[d] * s for p in cut for d, s in p.dims if d in self.kept.choices), default=0)
-        if len(target.pieces) != 1 or inner == 0 or mask.numel() % inner:
+        cut = [(d, s) for p in target.pieces for d, s in p.dims if d in self.kept.choices]
+        inner = max((self.kept.sizes[d] * s for d, s in cut if isinstance(s, int)), default=0)
+        if len(target.pieces) != 1 or has_table(target) or inner == 0 or mask.numel() % inner:
             raise PlanError(f"node {gather.user.name} combines a cut axis with a symbolic one in several parts")
         rows = mask.view(-1, inner)
         user = gather.user
