@@ -143,6 +143,7 @@ class _Walk:
         self.outputs: list[fx.Node] = []
         self.values: dict[fx.Node, NodeValue] = {}
         self.parameters = {name: self._parameter(name, shape) for name, shape in program.shapes.items()}
+        self.record.parameters = self.parameters
         self.aliases: dict[fx.Node, set[fx.Node]] = {}
         self.views: dict[fx.Node, list[fx.Node]] = {}
 

@@ -18,7 +18,9 @@ from ecospa_fx.axes.axis import Steps, distances
 Role = Literal["producer", "consumer"]
 Symmetry = Literal["permutation", "rotary", "linear"]
 RESIDUAL = "residual"
-"""The kind that no plan takes by default."""
+BLOCK = "block"
+ASKED_FOR = (RESIDUAL, BLOCK)
+"""The kinds that no plan takes by default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +117,7 @@ class Coupling:
     name: str
     """Layer and kind, and a number where that is not unique."""
     kind: str
-    """One of "qk", "heads", "vo", "ffn", "pair" or "residual"; see `ecospa_fx.coupling.labels`."""
+    """One of "qk", "heads", "vo", "ffn", "pair", "residual" or "block"; see `ecospa_fx.coupling.labels`."""
     layer: str
     """The innermost module that holds all members."""
     size: int

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from ecospa_fx.coupling.types import BLOCK
 from ecospa_fx.errors import PlanError
 from ecospa_fx.inplace.buffers import EditTarget
 from ecospa_fx.inplace.calls import TrialCall
@@ -123,6 +124,12 @@ def write_back(
 
 def verified_integers(check: EquivalenceCheck, plan: Plan) -> dict[EditTarget, int]:
     """Every integer that follows a plan, verified together against masking and the rewritten graph."""
+    dropped = next((s.name for s in plan if s.kind == BLOCK and not s.kept), None)
+    if dropped is not None:
+        raise PlanError(
+            f"coupling {dropped!r} is a whole block, which is not taken out of a module's own code: use "
+            "ecospa_fx.shrink, or plan with widths alone"
+        )
     if plan.ragged:
         name = next(s.name for s in plan if s.ragged)
         raise PlanError(

@@ -67,6 +67,10 @@ class Program(ABC):
         """Give a parameter new values of another shape, wherever it is used."""
 
     @abstractmethod
+    def drop_parameter(self, name: str) -> None:
+        """Take a parameter that nothing reads out of the program."""
+
+    @abstractmethod
     def buffer(self, name: str) -> Tensor:
         """The buffer of a name."""
 
@@ -146,6 +150,16 @@ class ExportedForm(Program):
         for node, stored in self.parameters.items():
             if stored == name:
                 node.meta["val"] = _fake_like(node.meta["val"], tensor)
+
+    def drop_parameter(self, name: str) -> None:
+        signature = self.exported.graph_signature
+        for node in [n for n, first in self.parameters.items() if first == name]:
+            (spec,) = [s for s in signature.input_specs if s.arg.name == node.name]
+            signature.input_specs.remove(spec)
+            self.exported.state_dict.pop(str(spec.target), None)
+            self.graph.erase_node(node)
+        self.parameters = {n: first for n, first in self.parameters.items() if first != name}
+        self.values.pop(name)
 
     def add_buffer(self, module: str, tensor: Tensor) -> fx.Node:
         taken = {spec.target for spec in self.exported.graph_signature.input_specs}
@@ -236,6 +250,15 @@ class AttributeForm(Program):
         for node, stored in self.parameters.items():
             if stored == name:
                 node.meta["val"] = _fake_like(_any_fake(self.graph), new)
+
+    def drop_parameter(self, name: str) -> None:
+        old = self.module.get_parameter(name)
+        for owner in self.module.modules():
+            for attribute in [a for a, value in owner._parameters.items() if value is old]:
+                del owner._parameters[attribute]
+        for node in [n for n, first in self.parameters.items() if first == name]:
+            self.graph.erase_node(node)
+        self.parameters = {n: first for n, first in self.parameters.items() if first != name}
 
     def add_buffer(self, module: str, tensor: Tensor) -> fx.Node:
         target = f"kept_positions_{sum(n.startswith('kept_positions_') for n, _ in self.module.named_buffers())}"
