@@ -23,7 +23,7 @@ from ecospa_fx.coupling.choice import near_names
 from ecospa_fx.coupling.couplings import Couplings, check_couplings, parameter_shapes
 from ecospa_fx.coupling.masks import check_mask, keep_mask
 from ecospa_fx.coupling.members import check_member, shape_text
-from ecospa_fx.coupling.types import Coupling, Member
+from ecospa_fx.coupling.types import BLOCK, Coupling, Member
 from ecospa_fx.errors import PlanError
 from ecospa_fx.strict_json import from_plain
 from ecospa_fx.wrappers import unwrapped
@@ -68,7 +68,7 @@ class Selection:
             self._refuse("lists what it keeps as something else than tuples of whole numbers")
         if self.carriers < 1 or len(self.keep) != self.carriers:
             self._refuse(f"lists kept units for {len(self.keep)} carriers and has {self.carriers}")
-        if not any(self.keep):
+        if not any(self.keep) and self.kind != BLOCK:
             self._refuse("keeps no unit at all")
         if self.ragged and (self.inexact or any(m.carrier_axis is not None for m in self.members)):
             self._refuse("keeps different numbers of units in carriers that have to keep the same")

@@ -9,7 +9,9 @@ from ecospa_fx.budget.allocate import allocated, chosen_by, narrowed_to
 from ecospa_fx.budget.settings import RATIO, PlanOptions, PlanSettings
 from ecospa_fx.budget.ties import Carried
 from ecospa_fx.checks import check_options
+from ecospa_fx.coupling.choice import choosable
 from ecospa_fx.coupling.couplings import Couplings, check_couplings
+from ecospa_fx.coupling.types import BLOCK
 from ecospa_fx.errors import PlanError, warn_caller
 from ecospa_fx.importance.scores import Given
 from ecospa_fx.importance.sensitivity import Curves
@@ -79,9 +81,28 @@ def plan(
     check_options("plan", options, PlanOptions, plan)
     check_couplings(couplings, PlanError)
     settings = PlanSettings(ratio, _meant(scores), seed, round_to, **options)
+    couplings = couplings.asked(settings.kinds)
+    check_blocks(couplings, settings)
     if settings.widths is not None:
         return narrowed_to(couplings, settings.widths, settings)
     return allocated(couplings, settings, _carried(couplings, settings))
+
+
+def check_blocks(couplings: Couplings, settings: PlanSettings) -> None:
+    """Raise PlanError for what cannot be said of whole blocks."""
+    if not any(c.kind == BLOCK for c in choosable(couplings, settings.kinds, settings.exclude)):
+        return
+    for option, value, usual in (
+        ("allocation", settings.how, "global"),
+        ("budget", settings.budget, "parameters"),
+        ("expressible_in", settings.expressible_in, None),
+        ("widths", settings.widths, None),
+    ):
+        if value != usual:
+            raise PlanError(
+                f"{option}={value!r:.60} cannot be said of whole blocks, which go one by one, in graph form, counted "
+                f"in parameters: leave it out, or {BLOCK!r} out of kinds="
+            )
 
 
 def _meant(scores: Given | None) -> Given:

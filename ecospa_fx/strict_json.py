@@ -11,6 +11,8 @@ from typing import Any, Literal, NoReturn, TypeVar, Union, cast, get_args, get_o
 
 Kind = TypeVar("Kind")
 
+_LISTS: dict[object, type] = {tuple: list}
+"""What JSON holds of a kind that is none of its own."""
 _NAMES: dict[object, str] = {int: "a whole number", str: "a text", bool: "a flag", float: "a number"}
 
 
@@ -77,7 +79,7 @@ def _read(kind: object, value: object) -> object:
         if value is None and NoneType in inner:
             return None
         kinds = [member for member in inner if member is not NoneType]
-        return _read(next((member for member in kinds if type(value) is member), kinds[0]), value)
+        return _read(next((m for m in kinds if type(value) in (m, _LISTS.get(get_origin(m)))), kinds[0]), value)
     if kind is object:
         return value
     if origin is Literal:

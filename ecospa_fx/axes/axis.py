@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import pairwise
 
 
 class DimKind(Enum):
@@ -18,14 +19,21 @@ class DimKind(Enum):
     """All positions alike (a broadcast, an empty tensor): becomes whatever it is tied to."""
 
 
+Steps = int | tuple[int, ...]
+"""How far the indices of a dim lie from the first position: a stride, or a table with the distance of each index.
+
+The least distance in a table is 0, and a table is never one that a stride says.
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Positions ``offset + Σ index(dim) · stride``."""
+    """Positions ``offset + Σ index(dim) · stride``, or ``offset + Σ table[index(dim)]``."""
 
     offset: int
     """The first position."""
-    dims: tuple[tuple[int, int], ...]
-    """(dim, stride), in order of falling stride."""
+    dims: tuple[tuple[int, Steps], ...]
+    """(dim, stride or table), in order of falling stride."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +68,75 @@ class Misaligned(Exception):
     """Two decompositions have no common refinement in this algebra."""
 
 
+# -- strides and tables ------------------------------------------------------------------------------------------
+
+
+def distances(steps: Steps, size: int) -> Sequence[int]:
+    """How far each of so many indices lies from the first position.
+
+    >>> list(distances(3, 4)), distances((2, 0, 1), 3)
+    ([0, 3, 6, 9], (2, 0, 1))
+    """
+    if not isinstance(steps, int):
+        return steps
+    return range(0, size * steps, steps) if steps else (0,) * size
+
+
+def reach(steps: Steps, size: int) -> int:
+    """How far the last position lies from the first one."""
+    return (size - 1) * steps if isinstance(steps, int) else max(steps)
+
+
+def scaled(steps: Steps, factor: int) -> Steps:
+    """The same, each distance so many times as long."""
+    return steps * factor if isinstance(steps, int) else tuple(step * factor for step in steps)
+
+
+def divided(steps: Steps, by: int) -> Steps:
+    """The same, each distance in units of `by`, of which it is a multiple."""
+    return steps // by if isinstance(steps, int) else tuple(step // by for step in steps)
+
+
+def is_multiple(steps: Steps, of: int) -> bool:
+    """Whether every distance is a multiple of a number."""
+    return steps % of == 0 if isinstance(steps, int) else all(step % of == 0 for step in steps)
+
+
+def grain(steps: Steps) -> int:
+    """The least distance between two positions."""
+    return steps if isinstance(steps, int) else min(b - a for a, b in pairwise(sorted(steps)))
+
+
+def normalised(positions: Sequence[int]) -> tuple[int, Steps]:
+    """The first of at least two positions, and the steps to each of them: a stride where there is one.
+
+    >>> normalised([5, 7, 9]), normalised([9, 5, 7])
+    ((5, 2), (5, (4, 0, 2)))
+    """
+    stride = positions[1] - positions[0]
+    if stride > 0 and all(b - a == stride for a, b in pairwise(positions)):
+        return positions[0], stride
+    first = min(positions)
+    return first, tuple(position - first for position in positions)
+
+
+def has_table(axis: Axis) -> bool:
+    """Whether a table stands in the place of some stride of an axis."""
+    return any(not isinstance(steps, int) for piece in axis.pieces for _, steps in piece.dims)
+
+
+def strided(piece: Piece) -> tuple[tuple[int, int], ...]:
+    """(dim, stride) of a piece. Raises Misaligned for one that has tables."""
+    pairs = tuple((dim, steps) for dim, steps in piece.dims if isinstance(steps, int))
+    if len(pairs) < len(piece.dims):
+        raise Misaligned("its positions are in no regular order")
+    return pairs
+
+
 # -- text --------------------------------------------------------------------------------------------------------
+
+SHOWN = 8
+"""How many numbers of a table are written down."""
 
 NameOf = Callable[[int], str]
 """The name of a dim."""
@@ -70,7 +146,7 @@ SizeOf = Callable[[int], int | None]
 
 def axis_text(axis: Axis, name: NameOf, size_of: SizeOf) -> str:
     """An axis as a sum of products, ``(a b + c)``; see `ecospa_fx.axes.notation`."""
-    pieces = sorted(axis.pieces, key=lambda piece: (piece.offset, piece.dims))
+    pieces = sorted(axis.pieces, key=lambda piece: piece.offset)
     terms = _terms(pieces, axis.size, name, size_of)
     if terms is None:
         return "{" + " | ".join(_formula(piece, name) for piece in pieces) + "}"
@@ -95,7 +171,13 @@ def _terms(pieces: Sequence[Piece], size: int, name: NameOf, size_of: SizeOf) ->
         return summands
     outer = {piece.dims[0] if piece.dims else (-1, 0) for piece in pieces}
     dim, stride = outer.pop()
-    if outer or stride < 1 or size % stride or size_of(dim) not in {None, size // stride}:
+    if (
+        outer
+        or not isinstance(stride, int)
+        or stride < 1
+        or size % stride
+        or size_of(dim) not in {None, size // stride}
+    ):
         return None
     label = name(dim)
     rest = _terms([Piece(piece.offset, piece.dims[1:]) for piece in pieces], stride, name, size_of)
@@ -112,7 +194,7 @@ def _blocks(pieces: Sequence[Piece], size: int, size_of: SizeOf) -> list[tuple[l
         if not runs or piece.offset >= end:
             runs.append([])
         runs[-1].append(piece)
-        end = max(end, piece.offset + 1 + sum(((size_of(dim) or 2) - 1) * stride for dim, stride in piece.dims))
+        end = max(end, piece.offset + 1 + sum(reach(steps, size_of(dim) or 2) for dim, steps in piece.dims))
     starts = [run[0].offset for run in runs]
     starts[0] = 0
     lengths = [stop - start for start, stop in zip(starts, [*starts[1:], size], strict=True)]
@@ -121,5 +203,12 @@ def _blocks(pieces: Sequence[Piece], size: int, size_of: SizeOf) -> list[tuple[l
 
 
 def _formula(piece: Piece, name: NameOf) -> str:
-    terms = [name(dim) if stride == 1 else f"{stride}·{name(dim)}" for dim, stride in piece.dims]
+    terms = [_term(name(dim), steps) for dim, steps in piece.dims]
     return "+".join([*terms, *([str(piece.offset)] if piece.offset or not terms else [])])
+
+
+def _term(name: str, steps: Steps) -> str:
+    """A dim with its stride; with its table in brackets, of which the first numbers are enough."""
+    if isinstance(steps, int):
+        return name if steps == 1 else f"{steps}·{name}"
+    return f"{name}[{' '.join(map(str, steps[:SHOWN]))}{' …' if len(steps) > SHOWN else ''}]"

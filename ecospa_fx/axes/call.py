@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from torch import fx
+from torch import Tensor, fx
 
 from ecospa_fx.axes.dims import Axis, DimKind, Dims, Misaligned, Piece
 from ecospa_fx.axes.findings import Action, Descent, Effect, Findings
@@ -34,8 +34,10 @@ class Call(Verbs):
         outputs: list[tuple[int, ...]],
         dims: Dims,
         record: Findings,
+        numbers: Callable[[fx.Node], Tensor | None] = lambda node: None,
     ) -> None:
         super().__init__(node, dims, record)
+        self._numbers = numbers
         self.operator = operator
         self.arguments = arguments
         self.outputs = outputs
@@ -288,6 +290,22 @@ class Call(Verbs):
         alive = alive_anywhere(self.dims, source)
         result = self.value([source.axes[i] for i in order], [source.zero[i] for i in order], alive)
         return replace(result, weights=source.weights)
+
+    def numbers(self, value: Value) -> Tensor | None:
+        """The whole numbers in a tensor argument, where they are the same at every call; None where they are not."""
+        return self._numbers(value.node) if value.node is not None else None
+
+    def picked(self, source: Value, axis: int, positions: Sequence[int]) -> Value:
+        """Positions of one axis in a fixed order, counted from the end where negative; some twice, some never."""
+        size, axes = source.axes[axis].size, list(source.axes)
+        places = tuple(position % size for position in positions)
+        try:
+            axes[axis] = self.dims.pick(axes[axis], places)
+        except Misaligned as reason:
+            self.block(axes[axis], f"it is read in an order that cuts across it ({reason})", WHOLE)
+            axes[axis] = self.dims.fresh(len(places), DimKind.STORED)
+        result = self.value(axes, source.zero, alive_anywhere(self.dims, source))
+        return replace(result, weights=source.weights, reads=(axis, places))
 
     def sliced(self, source: Value, axis: int, start: int, stop: int, step: int = 1) -> Value:
         """Positions start, start + step, … below stop of one axis."""

@@ -9,15 +9,19 @@ form, so no size is ever matched by guessing:
     heads            heads · head_dim        one piece, two dims
     rotary halves    [r ‖ r]                 two pieces of the same dim
 
-Dims are refined lazily: splitting a dim replaces it everywhere by pieces over smaller dims, and making two dims the
-same replaces one by the other. Both are one substitution table, so every axis recorded earlier follows.
+In place of a stride may stand a table, one distance per index, where a fixed permutation or selection was read
+(`ecospa_fx.axes.selection`).
 
-Costs are independent of sizes; they grow with the number of pieces.
+Dims are refined lazily: splitting a dim replaces it everywhere by pieces over smaller dims, and making two dims the
+same replaces one by the other. Both are one substitution table, so every axis recorded earlier follows
+(`ecospa_fx.axes.substitution`).
+
+Costs are independent of sizes where there are no tables; they grow with the number of pieces.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from math import gcd, prod
 
 from ecospa_fx.axes.axis import Axis as Axis
@@ -25,124 +29,16 @@ from ecospa_fx.axes.axis import DimKind as DimKind
 from ecospa_fx.axes.axis import FixedContact as FixedContact
 from ecospa_fx.axes.axis import Misaligned as Misaligned
 from ecospa_fx.axes.axis import Piece as Piece
+from ecospa_fx.axes.axis import Steps, divided, has_table, is_multiple, reach, scaled, strided
+from ecospa_fx.axes.selection import by_rows, picked, unify_tables
+from ecospa_fx.axes.substitution import Substitution
+
+Entries = tuple[tuple[int, Steps], ...]
+"""Dims of a piece with their strides or tables."""
 
 
-class Dims:
+class Dims(Substitution):
     """The dims of one graph and what has been learnt about them."""
-
-    REFINEMENTS = 256
-    """Steps of one unification before it is given up: shifted self-overlaps would refine down to single positions."""
-
-    def __init__(self) -> None:
-        self.sizes: list[int] = []
-        self.origins: list[DimKind] = []
-        self._replaced: list[tuple[Piece, ...] | None] = []
-        self.generation = 0
-        """Grows with every substitution; a resolved axis is valid while it stands still."""
-        self._resolved: dict[Axis, tuple[int, Axis]] = {}
-
-    # -- making ------------------------------------------------------------------------------------------------
-
-    def new(self, size: int, origin: DimKind) -> int:
-        """A fresh dim."""
-        self.sizes.append(size)
-        self.origins.append(origin)
-        self._replaced.append(None)
-        return len(self.sizes) - 1
-
-    def fresh(self, size: int, origin: DimKind) -> Axis:
-        """An axis of one fresh dim; an axis of size 1 holds no dim."""
-        return Axis(size, (self._piece_of(size, origin),) if size else ())
-
-    def _piece_of(self, size: int, origin: DimKind) -> Piece:
-        return Piece(0, ((self.new(size, origin), 1),) if size > 1 else ())
-
-    # -- looking up --------------------------------------------------------------------------------------------
-
-    def roots(self, dim: int) -> tuple[Piece, ...]:
-        """The pieces over unreplaced dims that `dim` stands for, with path compression."""
-        replaced = self._replaced[dim]
-        if replaced is None:
-            return (Piece(0, ((dim, 1),)),)
-        if all(self._replaced[d] is None for piece in replaced for d, _ in piece.dims):
-            return replaced
-        result = tuple(new for piece in replaced for new in self._expand(piece))
-        self._replaced[dim] = result
-        return result
-
-    def _expand(self, piece: Piece) -> Iterator[Piece]:
-        """`piece` over unreplaced dims, in no particular order."""
-        partial = [Piece(piece.offset, ())]
-        for dim, stride in piece.dims:
-            if self._replaced[dim] is None:
-                partial = [Piece(p.offset, (*p.dims, (dim, stride))) for p in partial]
-                continue
-            partial = [
-                Piece(p.offset + sub.offset * stride, (*p.dims, *((d, s * stride) for d, s in sub.dims)))
-                for p in partial
-                for sub in self.roots(dim)
-            ]
-        for p in partial:
-            yield Piece(p.offset, tuple(sorted(p.dims, key=lambda ds: -ds[1])))
-
-    def resolve(self, axis: Axis) -> Axis:
-        """The same axis over unreplaced dims, pieces ordered by offset."""
-        cached = self._resolved.get(axis)
-        if cached is not None and cached[0] == self.generation:
-            return cached[1]
-        if all(self._replaced[d] is None for p in axis.pieces for d, _ in p.dims):
-            result = axis
-        else:
-            pieces = [new for piece in axis.pieces for new in self._expand(piece)]
-            result = Axis(axis.size, tuple(sorted(pieces, key=lambda p: (p.offset, p.dims))))
-        self._resolved[axis] = (self.generation, result)
-        return result
-
-    def dims_of(self, axis: Axis) -> tuple[int, ...]:
-        """The distinct unreplaced dims of an axis."""
-        return self.resolve(axis).dims
-
-    def root_dims(self, dim: int) -> tuple[int, ...]:
-        """The distinct unreplaced dims that `dim` stands for."""
-        if self._replaced[dim] is None:
-            return (dim,)
-        return tuple(dict.fromkeys(root for piece in self.roots(dim) for root, _ in piece.dims))
-
-    def cuttable(self, axis: Axis) -> bool:
-        """Whether some dim of the axis indexes a parameter."""
-        return any(self.origins[d] is DimKind.PARAMETER for d in self.dims_of(axis))
-
-    def span(self, piece: Piece) -> int:
-        """One past the last position of the piece, from its offset."""
-        return 1 + sum((self.sizes[d] - 1) * s for d, s in piece.dims)
-
-    # -- refining ----------------------------------------------------------------------------------------------
-
-    def replace(self, dim: int, pieces: tuple[Piece, ...]) -> None:
-        """Let `dim` stand for `pieces` from now on, everywhere."""
-        self._replaced[dim] = pieces
-        self.generation += 1
-        self._resolved.clear()
-
-    def factor(self, dim: int, inner: int) -> None:
-        """Split a dim into outer · inner, row-major."""
-        size, origin = self.sizes[dim], self.origins[dim]
-        parts = [(size // inner, inner), (inner, 1)]
-        self.replace(dim, (Piece(0, tuple((self.new(n, origin), s) for n, s in parts if n > 1)),))
-
-    def cut(self, dim: int, edge: int) -> None:
-        """Split a dim into [0, edge) ‖ [edge, size)."""
-        size, origin = self.sizes[dim], self.origins[dim]
-        first, second = self._piece_of(edge, origin), self._piece_of(size - edge, origin)
-        self.replace(dim, (first, Piece(edge, second.dims)))
-
-    def tie(self, a: int, b: int) -> None:
-        """Make two unreplaced dims of equal size the same index set."""
-        if a == b:
-            return
-        rank = {DimKind.PARAMETER: 0, DimKind.STORED: 1, DimKind.BLANK: 2}
-        keep, replaced = sorted((a, b), key=lambda d: (rank[self.origins[d]], d))
-        self.replace(replaced, (Piece(0, ((keep, 1),)),))
 
     # -- moving ------------------------------------------------------------------------------------------------
 
@@ -159,7 +55,7 @@ class Dims:
         result = Axis(1, (Piece(0, ()),))
         for axis in axes:
             pieces = tuple(
-                Piece(p.offset * axis.size + q.offset, (*((d, s * axis.size) for d, s in p.dims), *q.dims))
+                Piece(p.offset * axis.size + q.offset, (*((d, scaled(s, axis.size)) for d, s in p.dims), *q.dims))
                 for p in result.pieces
                 for q in axis.pieces
             )
@@ -171,17 +67,26 @@ class Dims:
         count = max(0, -(-(stop - start) // step))
         if count == axis.size:
             return axis
+        if step != 1 and count > 1 and all(self.origins[d] is DimKind.STORED for d in self.dims_of(axis)):
+            return self.fresh(count, DimKind.STORED)  # nothing of it is ever cut, so which positions does not matter
+        if has_table(self.resolve(axis)):
+            return self.pick(axis, range(start, start + count * step, step))
         if step == 1 or count <= 1:
             return self._interval(axis, start, start + count)
-        if all(self.origins[d] is DimKind.STORED for d in self.dims_of(axis)):
-            return self.fresh(count, DimKind.STORED)  # nothing of it is ever cut, so which positions does not matter
         first = start // step
         return self._interval(self._every(axis, start % step, step), first, first + count)
+
+    def pick(self, axis: Axis, positions: Sequence[int]) -> Axis:
+        """The axis whose i-th position is the positions[i]-th of another, in any order, some never and some repeatedly.
+
+        Raises Misaligned where no dims say so.
+        """
+        return picked(self, axis, positions)
 
     def _every(self, axis: Axis, first: int, step: int) -> Axis:
         """Positions first, first + step, …: what lies between them is dealt out to dims of their own."""
         for _ in range(self.REFINEMENTS):
-            uneven = ((d, s) for p in self.resolve(axis).pieces for d, s in p.dims if s % step)
+            uneven = ((d, s) for p in self.resolve(axis).pieces for d, s in strided(p) if s % step)
             dim, stride = next(uneven, (None, 0))
             if dim is None:
                 break
@@ -189,7 +94,7 @@ class Dims:
         else:
             raise Misaligned(f"every {step}th position of {axis.size} from {first}")
         inside = [p for p in self.resolve(axis).pieces if p.offset % step == first]
-        thinner = [Piece(p.offset // step, tuple((d, s // step) for d, s in p.dims)) for p in inside]
+        thinner = [Piece(p.offset // step, tuple((d, s // step) for d, s in strided(p))) for p in inside]
         return Axis(-(-(axis.size - first) // step), tuple(thinner))
 
     def _deal(self, dim: int, hands: int) -> None:
@@ -214,7 +119,7 @@ class Dims:
             )
             if across is None:
                 return
-            dim, stride = across.dims[0]
+            dim, stride = strided(across)[0]
             index, rest = divmod(edge - across.offset, stride)
             if index == 0 or rest == 0:
                 self.cut(dim, max(index, 1))
@@ -238,6 +143,10 @@ class Dims:
             return axis, Axis(1, (Piece(0, ()),))
         if outer == 1:
             return Axis(1, (Piece(0, ()),)), axis
+        if has_table(self.resolve(axis)):
+            together = by_rows(self, axis, inner)
+            if together is not None:
+                return together
         for _ in range(self.REFINEMENTS):
             if not self._refine_straddling(self.resolve(axis), inner) and not self._line_up(self.resolve(axis), inner):
                 break
@@ -245,8 +154,7 @@ class Dims:
             raise Misaligned(f"{axis.size} positions viewed as {outer}·{inner}")
         rows: dict[Piece, list[Piece]] = {}
         for piece in self.resolve(axis).pieces:
-            outside = tuple((d, s // inner) for d, s in piece.dims if s >= inner)
-            inside = tuple((d, s) for d, s in piece.dims if s < inner)
+            outside, inside = self._row_and_column(piece, inner)
             row, column = divmod(piece.offset, inner)
             rows.setdefault(Piece(row, outside), []).append(Piece(column, inside))
         blocks = [Axis(inner, tuple(columns)) for columns in rows.values()]
@@ -255,11 +163,17 @@ class Dims:
                 raise Misaligned(f"rows of {inner} positions, of which some are stored and others are not")
         return Axis(outer, tuple(rows)), blocks[0]
 
+    @staticmethod
+    def _row_and_column(piece: Piece, inner: int) -> tuple[Entries, Entries]:
+        """The dims of a piece that go from row to row, in rows, and those that stay in one."""
+        outside = tuple((d, divided(s, inner)) for d, s in piece.dims if is_multiple(s, inner))
+        return outside, tuple((d, s) for d, s in piece.dims if not is_multiple(s, inner))
+
     def _line_up(self, axis: Axis, inner: int) -> bool:
         """One step towards the same dims of rows in all columns that begin in one row; False where they are."""
         begun: dict[int, Piece] = {}
         for piece in axis.pieces:
-            row = Piece(piece.offset // inner, tuple((d, s // inner) for d, s in piece.dims if s >= inner))
+            row = Piece(piece.offset // inner, self._row_and_column(piece, inner)[0])
             first = begun.setdefault(row.offset, row)
             if first == row:
                 continue
@@ -278,13 +192,13 @@ class Dims:
             column = piece.offset % inner
             for dim, stride in reversed(piece.dims):
                 size = self.sizes[dim]
-                if stride >= inner:
-                    if stride % inner:
-                        raise Misaligned(f"stride {stride} against rows of {inner}")
+                if is_multiple(stride, inner):
                     continue
-                if column + (size - 1) * stride < inner:
-                    column += (size - 1) * stride
+                if column + reach(stride, size) < inner:
+                    column += reach(stride, size)
                     continue
+                if not isinstance(stride, int) or stride > inner:
+                    raise Misaligned(f"stride {stride} against rows of {inner}")
                 per_row = -(-(inner - column) // stride)
                 whole = inner // stride
                 if column < stride and inner % stride == 0 and size % whole == 0:
@@ -308,6 +222,8 @@ class Dims:
         if whole is not None:
             stored_first = whole is a
             return [FixedContact(d, stored_first) for d in self.dims_of(b if stored_first else a) if self._cut_by(d)]
+        if has_table(self.resolve(a)) or has_table(self.resolve(b)):
+            return unify_tables(self, a, b)
         for _ in range(self.REFINEMENTS):
             if not self._refine_first_difference(self.resolve(a), self.resolve(b)):
                 break
@@ -350,7 +266,7 @@ class Dims:
             raise Misaligned("pieces left over")
         return False
 
-    def _shape(self, piece: Piece) -> tuple[tuple[int, int], ...]:
+    def _shape(self, piece: Piece) -> tuple[tuple[int, Steps], ...]:
         return tuple((self.sizes[d], s) for d, s in piece.dims)
 
     def _refine_pair(self, p: Piece, q: Piece) -> None:
@@ -362,13 +278,13 @@ class Dims:
                 longer = p if depth <= len(p.dims) else q
                 self.cut(longer.dims[-depth][0], 1)
                 return
-            (x, s), (y, t) = p.dims[-depth], q.dims[-depth]
+            (x, s), (y, t) = strided(p)[-depth], strided(q)[-depth]
             m, n = self.sizes[x], self.sizes[y]
             if (s, m) == (t, n):
                 continue
             if s > t or (s == t and m < n):
                 (x, s, m, p), (y, t, n, q) = (y, t, n, q), (x, s, m, p)
-            self._refine_finer(x, s, t, n, next_stride=q.dims[-depth - 1][1] if depth < len(q.dims) else 0)
+            self._refine_finer(x, s, t, n, next_stride=strided(q)[-depth - 1][1] if depth < len(q.dims) else 0)
             return
 
     def _cut_run(self, p: Piece, q: Piece) -> bool:
@@ -377,7 +293,7 @@ class Dims:
         length = self.span(short)
         if length == self.span(long) or not all(prod(self.sizes[d] for d, _ in r.dims) == self.span(r) for r in (p, q)):
             return False
-        dim, stride = long.dims[0]
+        dim, stride = strided(long)[0]
         if length % stride:
             return False
         self.cut(dim, length // stride)

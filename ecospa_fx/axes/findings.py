@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum, StrEnum
 from typing import Literal, TypeVar
@@ -71,6 +71,8 @@ class Value:
     """What is known of the order of its numbers."""
     descent: Descent = Descent()
     """What it was computed from."""
+    reads: tuple[int, tuple[int, ...]] | None = None
+    """(axis, positions) of the tensor that it is read from, where it is read in a fixed order."""
     factors: tuple[Value, ...] = ()
     """The two activations whose elementwise product it is."""
 
@@ -220,6 +222,22 @@ class Route:
     """Which position it is: equal keys answer alike."""
 
 
+@dataclass(frozen=True, slots=True)
+class Addition:
+    """A sum of which one term is 0 where some parameters are, so that the other one is left."""
+
+    node: fx.Node
+    """The sum."""
+    stays: fx.Node
+    """The term that is left."""
+    branch: fx.Node
+    """The term that is 0 then."""
+    parameters: tuple[str, ...]
+    """The parameters that made the branch and hold its last axis, before that meets the other term."""
+    axis: Axis
+    """That axis; once the walk is over it is the other term's, too."""
+
+
 ROUNDED = "rounded"
 """In `Findings.allow`: sums in a shorter type than the weights have may be those of fewer numbers.
 
@@ -260,6 +278,9 @@ class Findings:
         self.bound: set[str] = set()
         """Parameters that do more than multiply elementwise: they are contracted or added."""
         self.routed: list[Route] = []
+        self.parameters: Mapping[str, Value] = {}
+        """The parameters of the graph, by their first names."""
+        self.additions: list[Addition] = []
 
     def resolved(self, dims: Dims) -> Findings:
         """The same in terms of unreplaced dims, for when no dim is refined any more."""
@@ -277,6 +298,7 @@ class Findings:
         result.summed = [(name, root) for name, dim in self.summed for root in roots(dim)]
         result.mixed = [(a, b) for dim, other in self.mixed for a in roots(dim) for b in roots(other)]
         result.factors, result.bound = self.factors, self.bound
+        result.additions = [replace(a, axis=dims.resolve(a.axis)) for a in self.additions]
         result.routed = [replace(route, axis=dims.resolve(route.axis)) for route in _spread(self.routed, dims)]
         return result
 

@@ -23,6 +23,7 @@ from ecospa_fx.axes.findings import PRODUCTS, Blocker, Findings, NodeValue, Rout
 from ecospa_fx.axes.notation import Notation, flow_text
 from ecospa_fx.axes.reasons import CACHE, RETURNED, Reason
 from ecospa_fx.ir.alias import shares, written, written_by
+from ecospa_fx.ir.fixed_numbers import FixedNumbers
 from ecospa_fx.ir.program import Program
 from ecospa_fx.ir.schema import is_operator, named_arguments, operator_name
 
@@ -138,9 +139,11 @@ class _Walk:
         self.state = {*program.state, *caches}
         self.dims, self.record, self.sizes = Dims(), Findings(allow, _precision(program)), program.sizes
         self.names = program.parameters
+        self.numbers = FixedNumbers(program.constant)
         self.outputs: list[fx.Node] = []
         self.values: dict[fx.Node, NodeValue] = {}
         self.parameters = {name: self._parameter(name, shape) for name, shape in program.shapes.items()}
+        self.record.parameters = self.parameters
         self.aliases: dict[fx.Node, set[fx.Node]] = {}
         self.views: dict[fx.Node, list[fx.Node]] = {}
 
@@ -218,7 +221,7 @@ class _Walk:
 
     def _apply(self, node: fx.Node, operator: str, arguments: dict[str, Any]) -> Call:
         """Let the operator's rule speak, or its refusal, and keep what comes out."""
-        call = Call(node, operator, arguments, self._shapes(node), self.dims, self.record)
+        call = Call(node, operator, arguments, self._shapes(node), self.dims, self.record, self.numbers)
         result: NodeValue = apply_rule(call)
         listed = isinstance(node.meta.get("val"), list | tuple)
         if isinstance(result, list) and not listed:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ecospa_fx.axes.dims import Axis, Piece
+from ecospa_fx.axes.axis import Axis, Piece, distances
 from ecospa_fx.ir.slices import AxisSlice, TensorSlice
 
 
@@ -90,10 +90,10 @@ class Narrowing:
             if all(d != dim for d, _ in piece.dims):
                 continue
             positions, index = torch.tensor([piece.offset]), torch.tensor([0])
-            for d, stride in piece.dims:
-                steps = torch.arange(self.sizes[d])
-                positions = (positions[:, None] + steps * stride).flatten()
-                index = (index[:, None] + (steps if d == dim else torch.zeros_like(steps))).flatten()
+            for d, steps in piece.dims:
+                numbers, away = torch.arange(self.sizes[d]), torch.tensor(list(distances(steps, self.sizes[d])))
+                positions = (positions[:, None] + away).flatten()
+                index = (index[:, None] + (numbers if d == dim else torch.zeros_like(numbers))).flatten()
             result[positions] = index
         return result
 

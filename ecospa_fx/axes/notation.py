@@ -6,6 +6,7 @@
 (A (a + b))         The second is a concatenation: first the positions of ``a``, then those of ``b``.
 (A a (b + b))       Rotary halves: the same dim twice.
 (A {2·a | 2·b+1})   Positions that do not lie in rows: each part is a formula of the indices of its dims.
+(A {a[1 0 2]})      A fixed order: index 0 of ``a`` stands at position 1, index 1 at position 0.
 ==================  ================================================================================================
 
 A dim that indexes elements of a parameter, and may therefore be cut, has a small letter, one that is stored and never

@@ -230,6 +230,13 @@ class Resize:
         else:
             self._pick(axis, ranks)
 
+    def pick(self) -> None:
+        """Of positions of the first input that are read in a fixed order those that stay, among those that stay."""
+        if self.output.reads is None or not self.changed(0, self.output.reads[0]):
+            return
+        axis, positions = self.output.reads
+        self._pick(axis, self.kept.ranks(self.inputs[0].axes, axis, positions))
+
     def _pick(self, axis: int, positions: Tensor) -> None:
         """Choose positions [places, count] along an axis of the first input instead of calling the operator."""
         source, other = self.raw("self"), self.kept.carrier_axis(self.inputs[0].axes, axis)

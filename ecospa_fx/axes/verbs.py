@@ -11,6 +11,7 @@ from ecospa_fx.axes.dims import Axis, DimKind, Dims, Misaligned
 from ecospa_fx.axes.findings import (
     ROUNDED,
     Action,
+    Addition,
     Blocker,
     Effect,
     Findings,
@@ -120,6 +121,24 @@ class Verbs:
         runs = by.sorting is not None and by.sorting.order is not Order.COUNTS
         key: RouteKey = ("runs", by.sorting.node) if by.sorting is not None and runs else ("node", by.node)
         self.record.routed += [Route(dim, source, key) for dim in self.dims.dims_of(rows)]
+
+    def adds(self, stays: object, branch: object) -> None:
+        """A sum is the first of two terms where the second one is 0, which is so where what makes it is."""
+        if not isinstance(stays, Value) or not isinstance(branch, Value) or stays.node is None or branch.node is None:
+            return
+        whole = [a for a, zero in zip(branch.axes, branch.zero, strict=True) if zero and self._goes_whole(a)]
+        dims = {dim for axis in whole[-1:] for dim in self.dims.dims_of(axis)}
+        if not dims or any(dims.intersection(self.dims.dims_of(axis)) for axis in stays.axes):
+            return
+        makers = {name: self.record.parameters[name] for name in branch.makers if name in self.record.parameters}
+        names = [n for n, v in makers.items() if any(dims.intersection(self.dims.dims_of(a)) for a in v.axes)]
+        if names:
+            self.record.additions.append(Addition(self.node, stays.node, branch.node, tuple(names), whole[-1]))
+
+    def _goes_whole(self, axis: Axis) -> bool:
+        """Whether every position of an axis belongs to a parameter's dim."""
+        pieces = self.dims.resolve(axis).pieces
+        return all(any(self.dims.origins[d] is DimKind.PARAMETER for d, _ in piece.dims) for piece in pieces)
 
     def is_mask(self, value: Value) -> bool:
         """Whether a tensor argument holds booleans."""

@@ -33,7 +33,7 @@ from ecospa_fx.budget.ties import Carried
 from ecospa_fx.checks import check_whole
 from ecospa_fx.coupling.choice import choosable, named, shares
 from ecospa_fx.coupling.couplings import Couplings
-from ecospa_fx.coupling.types import Coupling
+from ecospa_fx.coupling.types import BLOCK, Coupling
 from ecospa_fx.errors import PlanError
 from ecospa_fx.importance.score import magnitudes
 from ecospa_fx.importance.scores import given_scores
@@ -164,8 +164,15 @@ def _is_random(scores: object) -> bool:
 
 
 def _planned(couplings: Couplings, orders: Sequence[RemovalOrder], steps: Sequence[int]) -> Plan:
-    selections = tuple(order.selection(n) for order, n in zip(orders, steps, strict=True))
+    taken = list(zip(orders, steps, strict=True))
+    dropped = {m.parameter for x, n in taken if n and x.coupling.kind == BLOCK for m in x.coupling.members}
+    selections = tuple(x.selection(0 if _goes_with(x.coupling, dropped) else n) for x, n in taken)
     return Plan(selections, tuple(couplings.shapes.items()))
+
+
+def _goes_with(coupling: Coupling, dropped: set[str]) -> bool:
+    """Whether all of a coupling is in parameters that go with whole blocks, so that it need not lose units as well."""
+    return coupling.kind != BLOCK and dropped.issuperset(m.parameter for m in coupling.members)
 
 
 def _cost_model(couplings: Couplings, budget: str | CostModel, chosen: Sequence[Coupling], round_to: int) -> CostModel:

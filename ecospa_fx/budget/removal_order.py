@@ -19,7 +19,7 @@ from torch import Tensor
 from ecospa_fx.budget.alignment import Engine, multiple_of
 from ecospa_fx.budget.cost import CostModel
 from ecospa_fx.budget.ties import Carried, Tie
-from ecospa_fx.coupling.types import Coupling
+from ecospa_fx.coupling.types import BLOCK, Coupling
 from ecospa_fx.errors import PlanError
 from ecospa_fx.plan import Selection
 
@@ -51,7 +51,10 @@ class Bounds:
 
     def least(self, coupling: Coupling) -> int:
         """How many units stay at least."""
-        return least_units(coupling.size, self.floor, self.limits.get(coupling.name, 1.0))
+        limit = self.limits.get(coupling.name, 1.0)
+        if coupling.kind == BLOCK:
+            return 0 if limit == 1.0 else 1
+        return least_units(coupling.size, self.floor, limit)
 
     def multiple(self, coupling: Coupling, times: int = 1) -> int:
         """What kept units are a multiple of where a coupling keeps so many times more of them."""

@@ -82,7 +82,7 @@ class PlanSettings:
     floor: float = 0.05
     """Least share of its units that a coupling keeps."""
     kinds: str | Sequence[str] | None = None
-    """Only couplings of these kinds; None: all but residual widths."""
+    """Only couplings of these kinds; None: all but residual widths and whole blocks."""
     exclude: str | Sequence[str] = ()
     """Shell patterns on module paths whose parameters stay whole."""
     limits: Mapping[str, float] | None = None

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 from torch import nn
 
-from ecospa_fx.coupling.types import RESIDUAL
+from ecospa_fx.coupling.types import ASKED_FOR, BLOCK, RESIDUAL
 from ecospa_fx.errors import EcospaError, PlanError
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ class ChoiceOptions(TypedDict, total=False):
     """Which couplings may lose units, and how many at most: options of `plan`, `compress` and `SparseTraining`."""
 
     kinds: str | Sequence[str] | None
-    """None by default: all that are offered but for residual widths, heads only where what is in them is not. Only
-    couplings of these kinds."""
+    """None by default: all that are offered but for residual widths and whole blocks, heads only where what is in them
+    is not. Only couplings of these kinds; "block" for the verb `plan` alone."""
     exclude: str | Sequence[str]
     """() by default. Shell patterns on module paths whose parameters stay whole, see `ecospa_fx.coupling.choice`. The
     ratio counts what may go."""
@@ -126,13 +126,13 @@ def choosable(
     """The offered couplings that can lose a unit, of some kinds, without those that patterns leave out.
 
     Raises `refused`, in one sentence, for a kind or a pattern that is not there, and where nothing is left to choose;
-    verb: what there is then nothing to do. Without `kinds`, residual widths are left out.
+    verb: what there is then nothing to do. Without `kinds`, residual widths and blocks are left out.
     """
-    offered = [c for c in couplings.offered if c.size > 1]
+    offered = [c for c in couplings.offered if c.size > 1 or c.kind == BLOCK]
     if not offered:
         raise refused(nothing_offered(couplings, verb))
     if kinds is None:
-        offered = [c for c in offered if c.kind != RESIDUAL]
+        offered = [c for c in offered if c.kind not in ASKED_FOR]
         if not offered:
             raise refused(
                 f"there is nothing to {verb} because only the residual width is offered, which has to be asked for: "

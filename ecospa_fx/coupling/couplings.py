@@ -10,9 +10,10 @@ from typing import Any, overload
 from torch import nn
 
 from ecospa_fx.axes.flow import AxisFlow
+from ecospa_fx.coupling.blocks import find_blocks
 from ecospa_fx.coupling.choice import ModulePaths, near_names, selected
 from ecospa_fx.coupling.report import coupling_table
-from ecospa_fx.coupling.types import Coupling, LocatedCoupling
+from ecospa_fx.coupling.types import BLOCK, Coupling, LocatedCoupling
 from ecospa_fx.errors import EcospaError
 from ecospa_fx.ir.schema import Sizes
 
@@ -81,6 +82,24 @@ class Couplings(Sequence[Coupling]):
         return tuple(c for c in self._couplings if c.blocked is not None)
 
     @cached_property
+    def blocks(self) -> tuple[Coupling, ...]:
+        """Whole branches that can leave the graph, of kind "block": no part of the sequence until `kinds` names them.
+
+        See `ecospa_fx.coupling.blocks`.
+        """
+        analysis = self.analysis
+        return () if analysis is None else tuple(b.coupling for b in find_blocks(analysis.flow, self.shapes))
+
+    def asked(self, kinds: object) -> Couplings:
+        """These, and the blocks where some kinds name them."""
+        named = kinds == BLOCK or (isinstance(kinds, list | tuple | set | frozenset) and BLOCK in kinds)
+        if not named or any(c.kind == BLOCK for c in self):
+            return self
+        return Couplings(
+            (*self, *self.blocks), self.model, self.analysis, self.example, self.whole and self.whole.asked(kinds)
+        )
+
+    @cached_property
     def paths(self) -> ModulePaths:
         """What patterns on module paths are matched with."""
         return ModulePaths.of(self.model)
@@ -106,8 +125,9 @@ class Couplings(Sequence[Coupling]):
             >>> [c.size for c in eco.detect(mlp, (torch.randn(2, 8),)).select(kinds="ffn", exclude=["4"])]
             [32]
         """
-        couplings = selected(self, kinds, names, modules, exclude, predicate)
-        return Couplings(couplings, self.model, self.analysis, self.example, self.whole or self)
+        every = self.asked(kinds)
+        couplings = selected(every, kinds, names, modules, exclude, predicate)
+        return Couplings(couplings, self.model, self.analysis, self.example, self.whole or every)
 
     def __str__(self) -> str:
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from ecospa_fx.axes.axis import Axis, Piece
+from ecospa_fx.axes.axis import Axis, Piece, distances
 from ecospa_fx.axes.flow import AxisFlow
 from ecospa_fx.coupling.types import Box, Member, Role
 from ecospa_fx.errors import PlanError
@@ -164,7 +164,9 @@ def _fits(box: Box, member: Member, size: int) -> bool:
     pairs = [*box.carriers, (member.units, box.unit), *box.width]
     if any(n < 1 for n, _ in pairs) or prod(n for n, _ in pairs) > size:
         return False
+    if not all(isinstance(steps, int) or len(steps) == n for n, steps in pairs):
+        return False
     if box.carriers and prod(n for n, _ in box.carriers) != member.carriers:
         return False
-    reach = [(n - 1) * stride for n, stride in pairs]
-    return box.offset + sum(min(r, 0) for r in reach) >= 0 and box.offset + sum(max(r, 0) for r in reach) < size
+    ends = [(min(here), max(here)) for here in (distances(steps, n) for n, steps in pairs)]
+    return box.offset + sum(low for low, _ in ends) >= 0 and box.offset + sum(high for _, high in ends) < size

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from tabulate import tabulate
 
+from ecospa_fx.axes.axis import SHOWN, Steps
 from ecospa_fx.coupling.types import Box, Coupling, EvidenceStep, Member, Refusal
 from ecospa_fx.coupling.unit_elements import coupled_elements
 
@@ -182,7 +183,7 @@ def _positions(member: Member) -> str:
 
 
 def _box(box: Box) -> str:
-    terms = [f"from {box.offset}", f"units by {box.unit}"]
+    terms = [f"from {box.offset}", f"units {_by(box.unit)}"]
     if box.carriers:
         terms.append(f"carriers {_strides(box.carriers)}")
     if box.width:
@@ -190,8 +191,17 @@ def _box(box: Box) -> str:
     return ", ".join(terms)
 
 
-def _strides(pairs: Sequence[tuple[int, int]]) -> str:
-    return " · ".join(f"{size} by {stride}" for size, stride in pairs)
+def _strides(pairs: Sequence[tuple[int, Steps]]) -> str:
+    return " · ".join(f"{size} {_by(steps)}" for size, steps in pairs)
+
+
+def _by(steps: Steps) -> str:
+    """A stride; the distances of a table, of which the first are enough."""
+    return (
+        f"by {steps}"
+        if isinstance(steps, int)
+        else f"at {', '.join(map(str, steps[:SHOWN]))}{', …' if len(steps) > SHOWN else ''}"
+    )
 
 
 # -- for machines --------------------------------------------------------------------------------------------------

@@ -13,36 +13,43 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ecospa_fx.axes.axis import Steps, distances
+
 Role = Literal["producer", "consumer"]
 Symmetry = Literal["permutation", "rotary", "linear"]
 RESIDUAL = "residual"
-"""The kind that no plan takes by default."""
+BLOCK = "block"
+ASKED_FOR = (RESIDUAL, BLOCK)
+"""The kinds that no plan takes by default."""
 
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """Positions ``offset + Σ index · stride`` along one parameter axis."""
+    """Positions ``offset + Σ index · stride`` along one parameter axis.
+
+    In place of a stride may stand a table with the distance of each index, where the order is that of a permutation.
+    """
 
     offset: int
     """The first position."""
-    carriers: tuple[tuple[int, int], ...]
+    carriers: tuple[tuple[int, Steps], ...]
     """(size, stride) of the carriers on this axis, outer ones first; () where they lie elsewhere or there are none."""
-    unit: int
+    unit: Steps
     """The stride between neighbouring units."""
-    width: tuple[tuple[int, int], ...]
+    width: tuple[tuple[int, Steps], ...]
     """(size, stride) of what each unit holds on this axis, outer ones first."""
 
     def indices(self, carriers: int, units: int) -> Tensor:
         """LongTensor [carriers, units, width] of positions; carriers absent here are broadcast."""
 
-        def grid(pairs: Iterable[tuple[int, int]]) -> Tensor:
+        def grid(pairs: Iterable[tuple[int, Steps]]) -> Tensor:
             total = torch.zeros(1, dtype=torch.long)
-            for size, stride in pairs:
-                total = (total[:, None] + torch.arange(size)[None] * stride).flatten()
+            for size, steps in pairs:
+                total = (total[:, None] + torch.tensor(list(distances(steps, size)))).flatten()
             return total
 
         per_carrier = grid(self.carriers).expand(carriers) if not self.carriers else grid(self.carriers)
-        unit = torch.arange(units) * self.unit
+        unit = grid([(units, self.unit)])
         return self.offset + per_carrier[:, None, None] + unit[None, :, None] + grid(self.width)[None, None, :]
 
 
@@ -110,7 +117,7 @@ class Coupling:
     name: str
     """Layer and kind, and a number where that is not unique."""
     kind: str
-    """One of "qk", "heads", "vo", "ffn", "pair" or "residual"; see `ecospa_fx.coupling.labels`."""
+    """One of "qk", "heads", "vo", "ffn", "pair", "residual" or "block"; see `ecospa_fx.coupling.labels`."""
     layer: str
     """The innermost module that holds all members."""
     size: int

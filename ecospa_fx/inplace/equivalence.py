@@ -97,6 +97,12 @@ class EquivalenceCheck:
         example = self.calls[0]
         return capture(self.model, example.args, example.kwargs, dynamic=True, both_modes=False)
 
+    @cached_property
+    def holds_orders(self) -> bool:
+        """Whether some buffers may say in which order units are read, which a plan changes."""
+        examples = (node.meta["val"] for node in self.program.stored)
+        return any(t.dim() == 1 and not t.is_floating_point() and t.dtype is not torch.bool for t in examples)
+
     def _runs(self, args: Sequence[object], kwargs: Mapping[str, object]) -> bool:
         self.model = _with_noise(self.model.double())
         return self.attempt(TrialCall(*self._typed(tuple(args), dict(kwargs)))) is not None
@@ -140,7 +146,8 @@ class EquivalenceCheck:
         plan.check(self.model)
         if not plan.allow and not self.keeps_state:
             first, *others = self.calls
-            return Reference(self._masked(plan, [first]), {}, lambda: self._masked(plan, others))
+            buffers = changed_buffers(self.model, self._shrunk(plan)) if self.holds_orders else {}
+            return Reference(self._masked(plan, [first]), buffers, lambda: self._masked(plan, others))
         return self.graph_reference(plan, self.traced())
 
     def _masked(self, plan: Plan, calls: Sequence[TrialCall]) -> Results:
@@ -170,9 +177,7 @@ class EquivalenceCheck:
                     if call is self.calls[0]:
                         raise PlanError(f"the rewritten graph does not take the example: {error}") from error
         edits.undo()  # it shares parameters with the copy
-        dense = dict(self.model.named_buffers())
-        cut = {n: t for n, t in small.named_buffers() if n in dense and t.shape != dense[n].shape}
-        return Reference(tuple(results), cut)  # all of them, as the graph is there now
+        return Reference(tuple(results), changed_buffers(self.model, small))  # all of them, as the graph is there now
 
     def traced(self) -> list[TrialCall]:
         """The example, and the strict calls for which the graph does what the model does."""
@@ -237,7 +242,7 @@ class Reference:
     first: Results
     """Of the example, which tells most edits that are wrong."""
     buffers: dict[str, Tensor]
-    """The buffers that have other shapes then, by name."""
+    """The buffers that have other shapes, or other whole numbers, then, by name."""
     run_rest: Callable[[], Results] = tuple
     """Makes the results of the other calls."""
 
@@ -245,6 +250,17 @@ class Reference:
     def rest(self) -> Results:
         """Of the other calls. They are made when first asked for, by the model as it was before the edit."""
         return self.run_rest()
+
+
+def changed_buffers(dense: nn.Module, small: nn.Module) -> dict[str, Tensor]:
+    """By name the buffers of a rewritten graph that have other shapes than a module's, or other whole numbers."""
+    before = dict(dense.named_buffers())
+    pairs = {name: (before[name], after) for name, after in small.named_buffers() if name in before}
+    return {
+        name: new
+        for name, (old, new) in pairs.items()
+        if old.shape != new.shape or not (old.is_floating_point() or torch.equal(old, new))
+    }
 
 
 def _copied(model: nn.Module) -> nn.Module:

@@ -9,12 +9,19 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from ecospa_fx.coupling.types import BLOCK
 from ecospa_fx.errors import PlanError
 from ecospa_fx.inplace.buffers import EditTarget
 from ecospa_fx.inplace.calls import TrialCall
 from ecospa_fx.inplace.configuration import config_attributes, constructor_differences, search_configuration
 from ecospa_fx.inplace.edits import Edits
-from ecospa_fx.inplace.equivalence import ROUNDED_TOLERANCE, EquivalenceCheck, all_close, output_tensors
+from ecospa_fx.inplace.equivalence import (
+    ROUNDED_TOLERANCE,
+    EquivalenceCheck,
+    all_close,
+    changed_buffers,
+    output_tensors,
+)
 from ecospa_fx.inplace.groups import Group, components, group_by_role
 from ecospa_fx.inplace.integer_search import candidate_targets, is_equivalent, search_integers
 from ecospa_fx.inplace.serialise import integers_to_json
@@ -167,6 +174,12 @@ def write_back(
 
 def verified_integers(check: EquivalenceCheck, plan: Plan) -> dict[EditTarget, int]:
     """Every integer that follows a plan, verified together against masking and the rewritten graph."""
+    dropped = next((s.name for s in plan if s.kind == BLOCK and not s.kept), None)
+    if dropped is not None:
+        raise PlanError(
+            f"coupling {dropped!r} is a whole block, which is not taken out of a module's own code: use "
+            "ecospa_fx.shrink, or plan with widths alone"
+        )
     if plan.ragged:
         name = next(s.name for s in plan if s.ragged)
         raise PlanError(
@@ -314,10 +327,8 @@ def _check_outputs(
 
 
 def _buffers(model: nn.Module, plan: Plan, check: EquivalenceCheck) -> dict[str, torch.Tensor]:
-    """The buffers that got narrower, with what the user's own model has in them."""
-    if not check.program.state:
+    """The buffers that got narrower or hold another order, with what the user's own model has in them."""
+    if not check.program.state and not check.holds_orders:
         return {}
-
     example = check.calls[0]
-    small, dense = smaller(model, plan, example.args, example.kwargs), dict(model.named_buffers())
-    return {n: t for n, t in small.named_buffers() if n in dense and t.shape != dense[n].shape}
+    return changed_buffers(model, smaller(model, plan, example.args, example.kwargs))

@@ -37,6 +37,8 @@ class Program(ABC):
     """Numbers in place of sizes that are symbols."""
     state: Mapping[fx.Node, str]
     """By node the names of buffers that the graph writes into."""
+    stored: Mapping[fx.Node, str]
+    """By node the names of buffers."""
     inputs: Collection[fx.Node]
     """The nodes that the caller gives."""
     narrowed: dict[fx.Node, TensorSlice]
@@ -53,12 +55,20 @@ class Program(ABC):
             node.meta["val"] = torch.empty(shape, dtype=old.dtype, device=old.device)
 
     @abstractmethod
+    def constant(self, node: fx.Node) -> Tensor | None:
+        """What a buffer, or a literal of the model's code, holds; None for any other node."""
+
+    @abstractmethod
     def tensor(self, name: str) -> Tensor:
         """The parameter of a name."""
 
     @abstractmethod
     def replace_parameter(self, name: str, tensor: Tensor) -> None:
         """Give a parameter new values of another shape, wherever it is used."""
+
+    @abstractmethod
+    def drop_parameter(self, name: str) -> None:
+        """Take a parameter that nothing reads out of the program."""
 
     @abstractmethod
     def buffer(self, name: str) -> Tensor:
@@ -122,6 +132,11 @@ class ExportedForm(Program):
         twin.values, twin.buffers, twin.cut_buffers = dict(self.values), dict(self.buffers), dict(self.cut_buffers)
         return twin
 
+    def constant(self, node: fx.Node) -> Tensor | None:
+        literals = self.exported.graph_signature.inputs_to_lifted_tensor_constants
+        name = self.stored.get(node) or literals.get(node.name)
+        return None if name is None or node.op != "placeholder" else self.buffer(name)
+
     def buffer(self, name: str) -> Tensor:
         tensors = self.exported.state_dict if name in self.exported.state_dict else self.exported.constants
         value: Tensor = tensors[name]
@@ -140,6 +155,16 @@ class ExportedForm(Program):
         for node, stored in self.parameters.items():
             if stored == name:
                 node.meta["val"] = _fake_like(node.meta["val"], tensor)
+
+    def drop_parameter(self, name: str) -> None:
+        signature = self.exported.graph_signature
+        for node in [n for n, first in self.parameters.items() if first == name]:
+            (spec,) = [s for s in signature.input_specs if s.arg.name == node.name]
+            signature.input_specs.remove(spec)
+            self.exported.state_dict.pop(str(spec.target), None)
+            self.graph.erase_node(node)
+        self.parameters = {n: first for n, first in self.parameters.items() if first != name}
+        self.values.pop(name)
 
     def add_buffer(self, module: str, tensor: Tensor) -> fx.Node:
         taken = {spec.target for spec in self.exported.graph_signature.input_specs}
@@ -182,6 +207,7 @@ class AttributeForm(Program):
         first = {id(p): name for name, p in reversed(list(module.named_parameters()))}
         self.parameters = {}
         stored: dict[fx.Node, str] = {}
+        self.stored = stored
         for node in self.graph.nodes:
             if node.op == "call_module" and node.users:
                 raise CaptureError(
@@ -202,6 +228,11 @@ class AttributeForm(Program):
         self.state = {node: name for node, name in stored.items() if node in changed}
         self.inputs = [node for node in self.graph.nodes if node.op == "placeholder"]
         self.narrowed, self.cut_buffers = {}, {}
+
+    def constant(self, node: fx.Node) -> Tensor | None:
+        name = self.stored.get(node)
+        value = None if name is None else _attribute(self.module, name)
+        return value if isinstance(value, Tensor) else None
 
     def buffer(self, name: str) -> Tensor:
         return self.module.get_buffer(name)
@@ -224,6 +255,15 @@ class AttributeForm(Program):
         for node, stored in self.parameters.items():
             if stored == name:
                 node.meta["val"] = _fake_like(_any_fake(self.graph), new)
+
+    def drop_parameter(self, name: str) -> None:
+        old = self.module.get_parameter(name)
+        for owner in self.module.modules():
+            for attribute in [a for a, value in owner._parameters.items() if value is old]:
+                del owner._parameters[attribute]
+        for node in [n for n, first in self.parameters.items() if first == name]:
+            self.graph.erase_node(node)
+        self.parameters = {n: first for n, first in self.parameters.items() if first != name}
 
     def add_buffer(self, module: str, tensor: Tensor) -> fx.Node:
         target = f"kept_positions_{sum(n.startswith('kept_positions_') for n, _ in self.module.named_buffers())}"

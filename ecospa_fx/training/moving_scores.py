@@ -154,19 +154,25 @@ def _unit_sums(margins: Tensor, member: Member) -> Tensor:
     if member.carrier_axis is not None and any(box.carriers for box in member.boxes):
         return unit_sums(margins, member)
     margins = margins.contiguous()
-    parts = [_strided(margins, box, member) for box in member.boxes]
+    parts = [part for box in member.boxes if (part := _strided(margins, box, member)) is not None]
+    if len(parts) < len(member.boxes):
+        return unit_sums(margins, member)
     total = parts[0]
     for part in parts[1:]:
         total = total + part
     return total
 
 
-def _strided(margins: Tensor, box: Box, member: Member) -> Tensor:
+def _strided(margins: Tensor, box: Box, member: Member) -> Tensor | None:
+    """Sums over the width of a box; None where a table stands in place of a stride."""
     outer = list(box.carriers)
     if member.carrier_axis is not None:
         outer = [(member.carriers, margins.stride(0))]
     sizes = [*(n for n, _ in outer), member.units, *(n for n, _ in box.width)]
-    strides = [*(s for _, s in outer), box.unit, *(s for _, s in box.width)]
+    steps = [*(s for _, s in outer), box.unit, *(s for _, s in box.width)]
+    strides = [step for step in steps if isinstance(step, int)]
+    if len(strides) < len(steps):
+        return None
     grid = margins.as_strided(sizes, strides, box.offset)
     rows = prod(n for n, _ in outer)
     flat = grid.reshape(rows, member.units, -1)

@@ -12,6 +12,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from ecospa_fx.axes.axis import Steps, normalised
 from ecospa_fx.coupling.types import Box, Coupling, Member
 from ecospa_fx.coupling.unit_elements import Factors, coupled_elements
 from ecospa_fx.errors import TrainingError
@@ -93,10 +94,10 @@ def _box(member: Member, box: Box, keep: Tensor, ranks: Tensor | None) -> Box:
     width = now.shape[2]
     now = now[keep[:, :, None].expand_as(now)].view(member.carriers, -1, width)
     first = int(now[0, 0, 0])
-    unit = int(now[0, 1, 0]) - first if now.shape[1] > 1 else 1
+    offset, unit = normalised(now[0, :, 0].tolist()) if now.shape[1] > 1 else (first, 1)
     carriers = tuple((n, int(now[index, 0, 0]) - first) for n, index in _unit_positions(box.carriers))
     widths = tuple((n, int(now[0, 0, index]) - first) for n, index in _unit_positions(box.width))
-    grid = Box(first, carriers, unit, widths)
+    grid = Box(offset, carriers, unit, widths)
     if not torch.equal(grid.indices(member.carriers, now.shape[1]), now):
         raise TrainingError(
             f"what is left of axis {member.axis} of parameter {member.parameter!r} is no regular grid: "
@@ -105,7 +106,7 @@ def _box(member: Member, box: Box, keep: Tensor, ranks: Tensor | None) -> Box:
     return grid
 
 
-def _unit_positions(pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+def _unit_positions(pairs: Sequence[tuple[int, Steps]]) -> list[tuple[int, int]]:
     """Per (size, stride) pair its size, and the flat index at which it alone is 1; 0 where it never is."""
     sizes = [size for size, _ in pairs]
     return [(size, prod(sizes[i + 1 :]) if size > 1 else 0) for i, size in enumerate(sizes)]

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 
+from ecospa_fx.axes.axis import has_table
 from ecospa_fx.axes.findings import ROUNDED, Gather, several
 from ecospa_fx.axes.flow import AxisFlow, analyse
 from ecospa_fx.axes.narrowing import DimSelection, Narrowing, slice_of
 from ecospa_fx.axes.resize import Resize, find_resize
+from ecospa_fx.coupling.blocks import AddedBranch, find_blocks
 from ecospa_fx.coupling.detection import find_couplings
-from ecospa_fx.coupling.types import LocatedCoupling, Member
+from ecospa_fx.coupling.types import BLOCK, LocatedCoupling, Member
 from ecospa_fx.errors import PlanError
 from ecospa_fx.ir.build import evaluate, inherit, layout
 from ecospa_fx.ir.passes import PassResult
@@ -29,7 +31,9 @@ from ecospa_fx.ir.provenance import module_of
 from ecospa_fx.ir.schema import Args, is_operator, named_arguments, operator_name, tensor_arguments, with_arguments
 from ecospa_fx.ir.slices import take
 from ecospa_fx.ir.tracing import one_at_a_time
+from ecospa_fx.passes.shrink.drop_blocks import drop_blocks
 from ecospa_fx.passes.shrink.example_values import ExampleValues
+from ecospa_fx.passes.shrink.fixed_orders import rewrite_orders
 from ecospa_fx.passes.shrink.fold_factors import fold_factors
 from ecospa_fx.passes.shrink.ragged_parameters import store_ragged
 from ecospa_fx.passes.shrink.term_nodes import TermNodes, replace_results
@@ -64,17 +68,24 @@ class ShrinkCouplings:
 def shrink_program(program: Program, plan: Plan, *, fold: bool = True) -> int:
     """Shrink a program in place. Returns how many parameters and nodes changed.
 
-    fold: whether parameters are multiplied by the factors that norms over fewer units need; otherwise the graph does
-    it, and parameters, their gradients and whatever is kept about them are parts of the dense ones.
+    fold: whether parameters are multiplied by the factors that norms over fewer units need, and buffers that hold an
+    order of units get the new one; otherwise the graph does it, and parameters, buffers, gradients and whatever is kept
+    about them are parts of the dense ones.
     """
+    dropped = [s for s in plan if s.kind == BLOCK and not s.kept]
+    if plan.ragged and dropped:
+        raise PlanError(f"coupling {dropped[0].name!r} is a whole block, which no ragged plan drops: plan without it")
     if plan.ragged:
         return shrink_program(program, plan.even(), fold=fold) + store_ragged(program, plan)
     walked = analyse(program, {*plan.allow, ROUNDED})
+    blocks = _blocks(dropped, find_blocks(walked, program.shapes) if dropped else ())
     kept = Narrowing(walked.sizes, _choices(plan, find_couplings(walked, program.shapes), walked))
     if not kept.choices:
-        return 0
+        return drop_blocks(program, blocks)
     cut = _cut_parameters(program, walked, kept)
     states = _cut_state(program, walked, kept) | _narrow_inputs(program, walked, kept)
+    orders, readers = rewrite_orders(program, walked, kept) if fold else (set[fx.Node](), set[fx.Node]())
+    states |= orders
     changes = len(cut) + len(states)
     gathers = _Gathers(program, kept)
     # A choice that differs along another axis is made last, when that axis is cut already.
@@ -82,13 +93,14 @@ def shrink_program(program: Program, plan: Plan, *, fold: bool = True) -> int:
         changes += gathers.insert(gather)
     renormalised, products = {blocker.node for blocker in walked.record.inexact}, dict[fx.Node, float]()
     for node in [n for n in program.graph.nodes if n in walked.values and is_operator(n)]:
-        resize = _resized(program, walked, kept, node, node in renormalised)
+        resize = _resized(program, walked, kept, node, node in renormalised) if node not in readers else None
         terms = _edited(program, node, resize) if resize is not None else None
         changes += terms is not None
         products |= terms.products if terms is not None else {}
     if fold:
         fold_factors(program, products)
     _note_outputs(program, walked, kept)
+    changes += drop_blocks(program, blocks)
     _propagate(program, walked, kept, {n for n, name in program.parameters.items() if name in cut} | states)
     program.graph.lint()
     return changes
@@ -105,16 +117,29 @@ def _choices(plan: Plan, couplings: Sequence[LocatedCoupling], walked: AxisFlow)
     """Per dim what a plan keeps; couplings are recognised by their members."""
     by_members = {_key(f.coupling.members): f for f in couplings}
     choices = {}
-    for selection in plan:
+    for selection in (s for s in plan if s.kind != BLOCK):
         entry = by_members.get(_key(selection.members))
         if entry is None or entry.coupling.blocked is not None:
-            raise PlanError(
-                f"coupling {selection.name!r} of the plan cannot be shrunk in this graph: "
-                f"{_why(selection, couplings)}; detect and plan again on this model and these inputs"
-            )
+            raise _refused(selection, _why(selection, couplings))
         sizes = [walked.sizes[c] for c in entry.carriers]
         choices[entry.dim] = DimSelection(entry.carriers, selection.mask.view(*sizes, selection.size))
     return choices
+
+
+def _blocks(dropped: Sequence[Selection], blocks: Sequence[AddedBranch]) -> list[AddedBranch]:
+    """The blocks that a plan drops."""
+    by_members = {_key(block.coupling.members): block for block in blocks}
+    for selection in dropped:
+        if _key(selection.members) not in by_members:
+            raise _refused(selection, "it is not there")
+    return [by_members[_key(selection.members)] for selection in dropped]
+
+
+def _refused(selection: Selection, why: str) -> PlanError:
+    return PlanError(
+        f"coupling {selection.name!r} of the plan cannot be shrunk in this graph: {why}; detect and plan again on this "
+        "model and these inputs"
+    )
 
 
 def _why(selection: Selection, couplings: Sequence[LocatedCoupling]) -> str:
@@ -261,9 +286,9 @@ class _Gathers:
 
     def _select_inside(self, source: fx.Node, axis: int, mask: Tensor, gather: Gather) -> fx.Node:
         target = gather.target[gather.target_axis]
-        cut = [p for p in target.pieces for d, s in p.dims if d in self.kept.choices]
-        inner = max((self.kept.sizes[d] * s for p in cut for d, s in p.dims if d in self.kept.choices), default=0)
-        if len(target.pieces) != 1 or inner == 0 or mask.numel() % inner:
+        cut = [(d, s) for p in target.pieces for d, s in p.dims if d in self.kept.choices]
+        inner = max((self.kept.sizes[d] * s for d, s in cut if isinstance(s, int)), default=0)
+        if len(target.pieces) != 1 or has_table(target) or inner == 0 or mask.numel() % inner:
             raise PlanError(f"node {gather.user.name} combines a cut axis with a symbolic one in several parts")
         rows = mask.view(-1, inner)
         user = gather.user

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from ecospa_fx.axes.axis import distances
 from ecospa_fx.axes.dims import Axis, DimKind, Dims, Misaligned, Piece
 
 P, S, B = DimKind.PARAMETER, DimKind.STORED, DimKind.BLANK
@@ -22,7 +23,7 @@ def labels(dims: Dims, axis: Axis) -> list[Label]:
     for piece in dims.resolve(axis).pieces:
         sizes = [dims.sizes[d] for d, _ in piece.dims]
         for index in product(*map(range, sizes)):
-            at = piece.offset + sum(i * s for i, (_, s) in zip(index, piece.dims, strict=True))
+            at = piece.offset + sum(distances(s, dims.sizes[d])[i] for i, (d, s) in zip(index, piece.dims, strict=True))
             assert at not in found, f"position {at} twice"
             found[at] = tuple(sorted((d, i) for i, (d, _) in zip(index, piece.dims, strict=True)))
     assert sorted(found) == list(range(axis.size))

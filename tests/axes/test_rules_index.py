@@ -15,6 +15,12 @@ from tests.support.oracle import Case, check_exact, check_literal, check_rule, s
 CHOSEN = "chooses its positions by computed indices"
 WRITES, COMPUTED = "writes to computed positions", "computes positions"
 EVEN = torch.tensor([0, 2, 4])
+ORDER = torch.tensor([3, 0, 7, 1, 5, 2, 6, 4])
+
+
+def turned(h: Tensor) -> Tensor:
+    """A rotation of one half against the other."""
+    return h + torch.cat([-h[..., 4:], h[..., :4]], -1)
 
 
 CASES = [
@@ -26,7 +32,31 @@ CASES = [
     sandwich("aten.index_select", lambda h: h.relu().index_select(2, EVEN + h.new_zeros(()).long()), "", CHOSEN,
              label="channels"),
     sandwich("aten.index", lambda h: h.relu()[:, torch.tensor([2, 0, 0])]),
-    sandwich("aten.index", lambda h: h.relu()[..., torch.arange(6).remainder(4)], "", CHOSEN, label="channels"),
+    sandwich("aten.index", lambda h: h.relu()[..., torch.arange(6).remainder(4)], "ffn 2, ffn 2, ffn 4",
+             label="channels"),
+    sandwich("aten.index", lambda h: h.relu()[..., ORDER], label="fixed"),
+    sandwich("aten.index", lambda h: h.relu()[..., ORDER - 8], label="from-the-end"),
+    sandwich("aten.index", lambda h: h.relu()[..., ORDER][..., ORDER.flip(0)], label="twice"),
+    sandwich("aten.index", lambda h: torch.cat([h.relu()[..., EVEN], h], -1), "ffn 3, ffn 5", label="beside"),
+    sandwich("aten.index", lambda h: h.relu() + h[..., torch.tensor([1, 0, 3, 2, 4, 5, 7, 6])], "ffn 2, ffn 3",
+             label="tied"),
+    sandwich("aten.index", lambda h: turned(h[..., ORDER]), "pair 4", label="halves"),
+    sandwich("aten.index", lambda h: h.unflatten(-1, (4, 2)).relu()[..., torch.tensor([3, 0, 2, 1]), :].flatten(-2),
+             "ffn 2×4, ffn 4", label="heads"),
+    sandwich("aten.index", lambda h: h.relu()[..., ORDER].unflatten(-1, (2, 4)).flatten(-2), "ffn 4", label="rows"),
+    sandwich("aten.index", lambda h, p: h.relu() * p[ORDER], shapes=[(8,)], label="weight"),
+    sandwich("aten.index", lambda h, p: h.relu() * p[ORDER // 2], blocked=CHOSEN, shapes=[(8,)], label="table"),
+    sandwich("aten.index", lambda h: h.relu()[..., (ORDER + h.sum().isinf()) % 8], "", CHOSEN, label="computed"),
+    sandwich("aten.index", lambda h: h.relu()[..., ORDER.view(2, 4)].flatten(-2), "", CHOSEN, label="two-dims"),
+    sandwich("aten.index_select", lambda h: h.relu().index_select(2, ORDER), label="fixed"),
+    sandwich("aten.gather", lambda h: h.relu().gather(2, ORDER.expand(h.shape[0], 3, 8)), label="fixed"),
+    sandwich("aten.gather", lambda h: h[0].relu().gather(1, ORDER.repeat(3, 1)).expand(2, 3, 8), label="alike"),
+    sandwich("aten.gather", lambda h: h[0].relu().gather(1, torch.stack([ORDER, ORDER, ORDER.flip(0)])), "", CHOSEN,
+             label="otherwise"),
+    sandwich("aten.gather", lambda h: h.relu().gather(2, ORDER.expand(h.shape[0], 2, 8)).sum(1, True), "", CHOSEN,
+             label="part"),
+    sandwich("aten.take_along_dim", lambda h: h[0].relu().take_along_dim(ORDER.repeat(3, 1), 1).expand(2, 3, 8),
+             label="fixed"),
     sandwich("aten.index", lambda h: h.relu()[torch.arange(2)[:, None], torch.tensor([[0, 1]])], label="two"),
     sandwich("aten.index", lambda h: h.relu().mT[torch.arange(2)[:, None], :, torch.tensor([[0, 1]])], label="apart"),
     sandwich("aten.index", lambda h, mask: (h.relu() + mask)[:, torch.tensor([True, False, True])], shapes=[(8,)],

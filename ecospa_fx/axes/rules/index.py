@@ -13,6 +13,7 @@ from ecospa_fx.axes.reasons import WHERE
 from ecospa_fx.axes.registry import axis_rule
 from ecospa_fx.axes.resize import Resize, resize_rule
 from ecospa_fx.axes.shapes import broadcast_size
+from ecospa_fx.ir.schema import is_operator, operator_name
 
 _JOIN = "join the old and the new parts with torch.cat instead"
 
@@ -25,6 +26,48 @@ def _counted(call: Call, *operands: object) -> None:
     """Every position of these operands says where something goes or comes from: none may be missing."""
     for axis in (a for v in operands if isinstance(v, Value) for a in v.axes):
         call.block(axis, f"{call.operator} finds positions by it")
+
+
+def _order(call: Call, value: Value, axis: int, index: Value) -> list[int] | None:
+    """The fixed order in which positions of an axis that may be cut are read; None for any other index.
+
+    Rows of a table of weights that is read again and again, as by relative positions, are no channels.
+    """
+    if len(index.axes) != 1 or not call.dims.cuttable(value.axes[axis]):
+        return None
+    numbers = call.numbers(index)
+    return None if numbers is None else _positions(numbers.tolist(), value, axis)
+
+
+def _positions(positions: list[int], value: Value, axis: int) -> list[int] | None:
+    size = value.axes[axis].size
+    if not positions or not all(-size <= position < size for position in positions):
+        return None
+    again = value.weights and len({position % size for position in positions}) < len(positions)
+    return None if again else positions
+
+
+def _order_of_all(call: Call, value: Value, axis: int, index: Value) -> list[int] | None:
+    """The order of an index that is the same for each place of the other axes, all of which it covers."""
+    others, node = [i for i in range(len(value.axes)) if i != axis], index.node
+    if node is None or value.node is None or not call.dims.cuttable(value.axes[axis]) or not is_operator(call.node):
+        return None
+    sizes = [[str(size) for size in n.meta["val"].shape] for n in (value.node, node)]
+    if len(index.axes) != len(value.axes) or any(sizes[0][i] != sizes[1][i] for i in others):
+        return None
+    if call.numbers(index) is None and is_operator(node) and operator_name(node.target) == "aten.expand":
+        node = node.all_input_nodes[0]
+    numbers = call.numbers(replace(index, node=node))
+    if numbers is None or not numbers.numel():
+        return None
+    rows = numbers.expand(index.shape).movedim(axis, -1).flatten(0, -2)
+    return _positions(rows[0].tolist(), value, axis) if bool((rows == rows[0]).all()) else None
+
+
+@resize_rule("aten.index_select", "aten.index", "aten.gather", "aten.take_along_dim")
+def resize_index(resize: Resize) -> None:
+    """What is read in a fixed order is read in the order of what is left."""
+    resize.pick()
 
 
 @axis_rule("aten.embedding", linear=True)
@@ -43,6 +86,8 @@ def index_select(call: Call) -> Value:
     value, axis = call["self"], int(call["dim"]) % max(len(call["self"].axes), 1)
     if not value.axes:
         return call.stored()
+    if (order := _order(call, value, axis, call["index"])) is not None:
+        return call.picked(value, axis, order)
     _chosen(call, value, axis)
     _counted(call, call["index"])
     fresh = call.fresh()
@@ -59,6 +104,8 @@ def index(call: Call) -> Value:
     chosen = [indices[i] for i in where]
     if any(call.is_mask(indices[i]) for i in where):
         return _masked(call, value, where)
+    if len(where) == 1 and (order := _order(call, value, where[0], chosen[0])) is not None:
+        return call.picked(value, where[0], order)
     for i in where:
         _chosen(call, value, i)
     middle = [call.pointwise(chosen, "lost", _broadcast(chosen))] if chosen else []
@@ -111,6 +158,9 @@ def gather(call: Call) -> Value:
     if call.get("dim") is None:
         return call.block_all(f"{call.operator} chooses from all its elements", "name a dim to choose along")[0]
     axis = int(call["dim"]) % max(len(value.axes), 1)
+    order = _order_of_all(call, value, axis, chosen)
+    if order is not None:
+        return call.picked(value, axis, order)
     axes: list[Axis] = []
     for i in range(len(value.axes)):
         if i == axis:

@@ -84,6 +84,10 @@ def add(call: Call) -> Value:
     shifted = not isinstance(other, Value) and other != 0
     for value in call.values if shifted else ():
         call.fixes(value.axes)
+    if call.operator in ("aten.add", "aten.sub"):
+        call.adds(call["self"], other)
+    if call.operator == "aten.add" and call.get("alpha", 1) == 1:
+        call.adds(other, call["self"])
     return call.pointwise(call.values, "lost" if shifted else "all")
 
 
