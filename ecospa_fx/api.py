@@ -23,7 +23,7 @@ from ecospa_fx.errors import PlanError, ScoreError
 from ecospa_fx.importance.score import Batch, Loss, score_samples, splitter_of
 from ecospa_fx.importance.scores import Given, Scores
 from ecospa_fx.importance.second_order import SECOND_ORDER
-from ecospa_fx.inplace.shrink import write_back
+from ecospa_fx.inplace.shrink import check_expressible, write_back
 from ecospa_fx.ir.passes import Pass, run_passes
 from ecospa_fx.origin import origin, origin_of, remember
 from ecospa_fx.parts import check_put_back, detected_in_parts, divided, only_part, smaller_in_parts
@@ -386,6 +386,9 @@ def compress_(  # noqa: PLR0913  # what `compress` takes
     asked: CompressOptions = {**options}
     if asked.get("widths") is None:
         asked["expressible_in"] = "module"
+    else:
+        couplings = _carried(inside, args, kwargs or {}, couplings, Compression.of(method, ratio, scores, asked), asked)
+        asked.pop("allow", None)  # they are detected
     small = compress(
         inside,
         data.args,
@@ -401,6 +404,20 @@ def compress_(  # noqa: PLR0913  # what `compress` takes
     write_back(inside, origin_of(small).plan, data.args, data.kwargs, small)
     note_distances(inside, noted_distances(small))
     return model
+
+
+def _carried(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], couplings: object, asked: Compression,
+    options: CompressOptions,
+) -> Couplings:  # fmt: skip
+    """The couplings. Raises PlanError, before anything slow, where the model's code cannot carry the widths asked for.
+
+    Units are those of least magnitude where nobody scored them, for which ones go makes no difference to most code.
+    """
+    chosen = _couplings(model, args, kwargs, couplings, options)
+    by: Given = "magnitude" if asked.scores is None else asked.scores
+    check_expressible(model, make_plan(chosen, scores=by, **asked.all_planning), args, kwargs)
+    return chosen
 
 
 def _couplings(

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import ecospa_fx as eco
+from ecospa_fx.budget.quantisation import exclusion_lines, exclusions
 from ecospa_fx.calibration.causal import causal_model
 from ecospa_fx.calibration.distances import Distances, noted_distances
 from ecospa_fx.calibration.second_text import JUDGES
@@ -82,10 +83,12 @@ def inspect(arguments: argparse.Namespace) -> None:
     if arguments.explain is not None:
         print(explain(coupling_named(couplings, arguments.explain)))
     elif arguments.json:
-        print(json.dumps({**couplings_data(couplings), "source": arguments.source, "seconds": round(seconds, 3)}))
+        more = {"excluded": [asdict(x) for x in exclusions(couplings)], "seconds": round(seconds, 3)}
+        print(json.dumps({**couplings_data(couplings), "source": arguments.source, **more}))
     else:
         print(couplings)
-        for line in (*reason_lines(couplings, "inexact"), *reason_lines(couplings, "blocked")):
+        reasons = (*reason_lines(couplings, "inexact"), *reason_lines(couplings, "blocked"))
+        for line in (*reasons, *exclusion_lines(exclusions(couplings))):
             print(line)
         print(f"{type(source.model).__name__}, detected in {seconds:.1f} s")
 

@@ -22,9 +22,6 @@ from ecospa_fx.huggingface import PretrainedConfig, import_transformers
 MOST_CHOICES = 16
 """Configurations that are tried with numbers: where several give the right shapes, the likeliest first."""
 
-OLDEST = "5.14"
-"""The transformers whose configurations know `per_layer_config`."""
-
 Role = tuple[object, ...]
 """What layers have in common that one search is enough for."""
 

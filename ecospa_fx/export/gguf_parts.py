@@ -29,8 +29,11 @@ TOLERANCE = 1e-3
 LENGTH_DEPENDENT = ("dynamic", "longrope")
 """Rotary embeddings that change with the length of the sequence, which a few tokens do not show."""
 
-KNOWN = ("QWEN3", "PHI3")
-"""Architectures of the package gguf whose names of tensors are read: together they have all parts."""
+PLACES = (
+    "token_embd", "output_norm", "output", "attn_norm", "attn_q", "attn_k", "attn_v", "attn_qkv", "attn_output",
+    "attn_q_norm", "attn_k_norm", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down",
+)  # fmt: skip
+"""What GGUF calls the tensors that the arithmetic reads."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -90,11 +93,12 @@ def parts_of(model: Any, ids: Tensor, want: Tensor) -> Parts:
     ids: LongTensor [batch, length]; want: the module's logits for them. Raises StorageError with what does not fit.
     """
     config = model.config.get_text_config()
-    tensors = _by_role(model, config.num_hidden_layers)
+    every = _by_role(model, config.num_hidden_layers)
     frequencies = _frequencies(model)
     widths = {getattr(config, "head_dim", None), 2 * frequencies.numel(), *_named(model, "head_dim")}
     best = float("inf")
-    for head_dim, epsilon in product(sorted(w for w in widths if isinstance(w, int)), _epsilons(model)):
+    sizes = sorted(w for w in widths if isinstance(w, int))
+    for tensors, head_dim, epsilon in product(every, sizes, _epsilons(model)):
         try:
             parts = Parts(_apart(tensors, head_dim), head_dim, epsilon, frequencies)
             error = relative_error([computed(parts, ids)], [want.float()])
@@ -169,20 +173,44 @@ def _normed(x: Tensor, weight: Tensor, parts: Parts) -> Tensor:
 # -- tensors by role ---------------------------------------------------------------------------------------------
 
 
-def _by_role(model: nn.Module, layers: int) -> dict[str, Tensor]:
-    """Every parameter by its name in GGUF. Raises StorageError for one that has none there."""
+def _by_role(model: nn.Module, layers: int) -> list[dict[str, Tensor]]:
+    """Every parameter by its name in GGUF, in each way that some architecture of the package names them all.
+
+    Raises StorageError with a parameter that has no name where none does.
+    """
     gguf = import_gguf()
-    maps = [gguf.get_tensor_name_map(gguf.MODEL_ARCH[name], layers) for name in KNOWN]
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        role = next((r for m in maps if (r := m.get_name(name, (".weight", ".bias"))) is not None), None)
-        if role is None or role in tensors:
-            raise StorageError(
-                f"llama.cpp reads no model like this {type(model).__name__}: its readers of layers of any width have "
-                f"no place for {name}"
-            )
-        tensors[role] = parameter.detach().cpu()
-    return tensors
+    parameters = {name: parameter.detach().cpu() for name, parameter in model.named_parameters()}
+    ways: dict[tuple[str, ...], dict[str, Tensor]] = {}
+    nameless: list[list[str]] = []
+    for architecture in gguf.MODEL_TENSORS:
+        names = _names_of(architecture, layers)
+        roles = {name: names.get_name(name, (".weight", ".bias")) for name in parameters}
+        roles = {name: role for name, role in roles.items() if role is not None and role.split(".")[-2] in PLACES}
+        tensors = {role: parameters[name] for name, role in roles.items()}
+        if len(tensors) == len(parameters):
+            ways.setdefault(tuple(tensors), tensors)
+        nameless.append([name for name in parameters if name not in roles] or list(roles))
+    if not ways:
+        raise StorageError(
+            f"llama.cpp reads no model like this {type(model).__name__}: its readers of layers of any width have "
+            f"no place for {min(nameless, key=len)[0]}"
+        )
+    return list(ways.values())
+
+
+def _names_of(architecture: Any, layers: int) -> Any:
+    """The names that an architecture of the package gguf has for tensors.
+
+    What one of them has for itself the package writes over what all share, from where it is taken out again.
+    """
+    gguf = import_gguf()
+    shared = vars(gguf.TensorNameMap).get("block_mappings_cfg", {})
+    before = dict(shared)
+    try:
+        return gguf.get_tensor_name_map(architecture, layers)
+    finally:
+        shared.clear()
+        shared.update(before)
 
 
 def _apart(tensors: Mapping[str, Tensor], head_dim: int) -> dict[str, Tensor]:

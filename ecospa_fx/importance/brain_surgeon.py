@@ -63,6 +63,8 @@ class Layer:
     """Where they are."""
     matrices: Callable[[], tuple[Tensor, Tensor]]
     """H, positive definite, and G, each [carriers, units · width, units · width], when it is the layer's turn."""
+    parts: int = 1
+    """Into so many runs of equal length a carrier's units fall, which lose one each before any loses the next."""
 
     @property
     def size(self) -> int:
@@ -75,14 +77,14 @@ class Layer:
         return LazyPair.bytes(self.carriers, self.size, max(PENDING, self.width), self.dtype)
 
 
-def remove_all(hessian: Tensor, gram: Tensor, width: int = 1) -> Removal:
+def remove_all(hessian: Tensor, gram: Tensor, width: int = 1, parts: int = 1) -> Removal:
     """Take out unit after unit until none is left.
 
     hessian: H [carriers, units · width, units · width], positive definite, unit by unit; gram: G = Wᵀ W, or Wᵀ M W
-    where squares of outputs count by M, of the same shape.
+    where squares of outputs count by M, of the same shape; parts: as in `Layer`.
     """
     carriers, size = hessian.shape[:2]
-    layer = Layer(carriers, size // width, width, hessian.dtype, hessian.device, lambda: (hessian, gram))
+    layer = Layer(carriers, size // width, width, hessian.dtype, hessian.device, lambda: (hessian, gram), parts)
     ((_, removal),) = removals([layer])
     return removal
 
@@ -91,7 +93,7 @@ def removals(layers: Sequence[Layer]) -> Iterator[tuple[int, Removal]]:
     """`remove_all` of each, with its number, in any order: as many of equal sizes side by side as fit into memory."""
     alike: dict[object, list[int]] = {}
     for number, layer in enumerate(layers):
-        alike.setdefault((layer.units, layer.width, layer.dtype, layer.device), []).append(number)
+        alike.setdefault((layer.units, layer.width, layer.parts, layer.dtype, layer.device), []).append(number)
     for numbers in alike.values():
         while numbers:
             count = _fitting([layers[number].bytes for number in numbers], _room(layers[numbers[0]].device))
@@ -127,7 +129,8 @@ class _State:
     pair: H⁻¹ and 2 G; least: [carriers, n], 1 / H's diagonal, below which that of H⁻¹ never falls; blocks: [carriers,
     2, units, width, width], the diagonals of H⁻¹ and G with all updates, and the identity and an infinite diagonal
     where a unit was removed; numbers: LongTensor [carriers, units], which unit is where; step: how many were removed;
-    order: these, from `since` on by where they are; cost: as in `Removal`.
+    order: these, from `since` on by where they are; cost: as in `Removal`; waiting: BoolTensor [carriers, parts], True
+    for parts that lost a unit that not all others have lost yet.
     """
 
     def __init__(self, layers: Sequence[Layer]) -> None:
@@ -143,6 +146,8 @@ class _State:
         self.within = torch.arange(self.width, device=device)
         self.order = torch.zeros(carriers, self.units, dtype=torch.long, device=device)
         self.cost = torch.zeros(carriers, self.units, dtype=dtype, device=device)
+        self.parts = layers[0].parts
+        self.waiting = torch.zeros(carriers, self.parts, dtype=torch.bool, device=device)
         self.step = self.since = 0
 
     def _fill(self, layers: Sequence[Layer]) -> None:
@@ -175,7 +180,8 @@ class _State:
         if self.pair.waiting + self.width > self.pair.most:
             self._apply()
         cost, best = self.cost[:, self.step, None], self.order[:, self.step, None]
-        torch.min(self._costs(), 1, keepdim=True, out=(cost, best))
+        torch.min(self._in_turn(self._costs()), 1, keepdim=True, out=(cost, best))
+        self._wait(best)
         if self.width == 1:
             self._remove_input(best, cost)
         else:
@@ -197,6 +203,24 @@ class _State:
         factor = _factor(self.blocks[:, 0], self.least.view(len(self.least), -1, self.width))
         costs: Tensor = (torch.cholesky_inverse(factor) * self.blocks[:, 1]).sum((2, 3))
         return costs
+
+    def _part_of(self, units: Tensor) -> Tensor:
+        return units.div(self.units // self.parts, rounding_mode="floor")
+
+    def _in_turn(self, costs: Tensor) -> Tensor:
+        """The costs [carriers, units], infinite in parts that wait."""
+        if self.parts == 1:
+            return costs
+        return costs.masked_fill(self.waiting.gather(1, self._part_of(self.numbers)), torch.inf)
+
+    def _wait(self, best: Tensor) -> None:
+        """The parts of the best units [carriers, 1] wait until all others have lost as many."""
+        if self.parts == 1:
+            return
+        if (self.step + 1) % self.parts:
+            self.waiting.scatter_(1, self._part_of(self.numbers.gather(1, best)), True)
+        else:
+            self.waiting.zero_()
 
     def _remove_input(self, best: Tensor, cost: Tensor) -> None:
         """The formulas above for units of one input: L is a root of `blocks`, and G_JJ S is `cost` times H⁻¹_J."""

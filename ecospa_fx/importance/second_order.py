@@ -51,7 +51,11 @@ def unit_scores(
     """
     couplings = [*(view.coupling for view in views.inputs), *(gate.coupling for gate in views.gates)]
     whose = [view.coupling.name for view in views.inputs for _ in view.positions]
-    layers = [_consumer(s, p, curvature, weights, damping) for v in views.inputs for s, p in v.positions.items()]
+    layers = [
+        _consumer(site, positions, curvature, weights, damping, together=bool(view.coupling.contains))
+        for view in views.inputs
+        for site, positions in view.positions.items()
+    ]
     whose += [gate.coupling.name for gate in views.gates]
     layers += [_gates(curvature.gates[gate.coupling.name], damping) for gate in views.gates]
     scores = {c.name: torch.zeros(c.carriers, c.size, dtype=torch.float64) for c in couplings}
@@ -59,7 +63,7 @@ def unit_scores(
     done = done if watch is None else iter(watch(done, total=len(layers)))
     costs = {number: order_scores(removal).cpu() / 2 for number, removal in done}
     for number, name in enumerate(whose):
-        scores[name] += costs[number]
+        scores[name] += costs[number].view_as(scores[name])
     return scores | {coupling.name: curvature.others[coupling.name] / 2 for coupling in views.others}
 
 
@@ -72,9 +76,22 @@ def _gates(matrix: Tensor, damping: float) -> Layer:
 
 
 def _consumer(
-    site: LinearUse, positions: Tensor, curvature: Curvature, weights: Mapping[str, Tensor], damping: float
+    site: LinearUse,
+    positions: Tensor,
+    curvature: Curvature,
+    weights: Mapping[str, Tensor],
+    damping: float,
+    *,
+    together: bool,
 ) -> Layer:
-    """Carrier by carrier: what is left of a carrier makes up for what goes from it."""
+    """Carrier by carrier: what is left of a carrier makes up for what goes from it.
+
+    together: what is left of all carriers does, which lose as many units each, as heads do in groups of heads.
+    """
+    parts = 1
+    if together:
+        parts, units, width = positions.shape
+        positions = positions.reshape(1, parts * units, width)
     moments, gradients = curvature.inputs[site], curvature.outputs[site]
     flat = positions.flatten(1).to(moments.second.device)
 
@@ -87,7 +104,7 @@ def _consumer(
         return hessian, gram
 
     carriers, units, width = positions.shape
-    return Layer(carriers, units, width, moments.second.dtype, moments.second.device, matrices)
+    return Layer(carriers, units, width, moments.second.dtype, moments.second.device, matrices, parts)
 
 
 def without_traffic(views: CouplingViews, curvature: Curvature) -> list[str]:

@@ -243,6 +243,8 @@ def _outer_or_inner(probe: PlanProbe, chosen: Sequence[Coupling], progress: bool
     """What can shrink, by groups: of couplings within others the outer ones where not all inner ones can.
 
     Inner ones that must all keep the same pairs lose more than whole heads do, and only count where no heads can go.
+    Outer ones that hold the same, such as groups of heads and the heads of each group, both count where they can shrink
+    together; not where all layers lose as many, for then shares say how much of each goes, and heads would go twice.
     """
     names = {c.name for c in chosen}
     outer = [c for c in chosen if c.contains and names.issuperset(c.contains)]
@@ -253,10 +255,13 @@ def _outer_or_inner(probe: PlanProbe, chosen: Sequence[Coupling], progress: bool
     whole.sort(key=lambda tied: tied.elements, reverse=True)
     for tied in progress_bar(whole, "module, whole heads") if progress and whole else whole:
         content = {name for row in tied.rows for c in row for name in c.contains}
-        candidate = None if taken & content else probe.supported(tied)
-        if candidate is not None:
+        candidate = None if taken & content and probe.uniform else probe.supported(tied)
+        if candidate is None:
+            continue
+        beside = [*(t for t in supported if not t.names & content), candidate]
+        if not taken & content or probe.supports(probe.trial(beside)):
             taken |= content
-            supported = [t for t in supported if not t.names & content] + [candidate]
+            supported = beside
     return supported
 
 

@@ -172,6 +172,14 @@ def write_back(
         remember(inside, source)
 
 
+def check_expressible(
+    model: nn.Module, plan: Plan, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+) -> None:
+    """Raise PlanError where `write_back` would refuse a plan; the model itself is only read."""
+    plan.check(model)
+    verified_integers(EquivalenceCheck(model, args, dict(kwargs or {})), plan)
+
+
 def verified_integers(check: EquivalenceCheck, plan: Plan) -> dict[EditTarget, int]:
     """Every integer that follows a plan, verified together against masking and the rewritten graph."""
     dropped = next((s.name for s in plan if s.kind == BLOCK and not s.kept), None)

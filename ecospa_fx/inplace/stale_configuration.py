@@ -29,8 +29,9 @@ def warn_of_stale(model: nn.Module, dense: nn.Module, plan: Plan, names: Iterabl
         stale = ", ".join(f"{name}.{field} = {value}" for field, value in fields.items())
         warn_caller(
             f"{stale} cannot say how wide the layers of this {type(model).__name__} are now, so that a model built "
-            f"from its {name}, as from_pretrained does, does not take its weights: save it with ecospa_fx.save, or "
-            "plan with expressible_in='module' and uniform=True"
+            f"from its {name}, as from_pretrained does, does not take its weights: save it with ecospa_fx.save, "
+            "or with ecospa_fx.export where it is a model of transformers, or plan with "
+            "expressible_in='module' and uniform=True"
         )
 
 

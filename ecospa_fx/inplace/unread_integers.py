@@ -14,7 +14,7 @@ from ecospa_fx.inplace.attributes import IntegerAttribute, integers
 from ecospa_fx.inplace.buffers import EditTarget
 from ecospa_fx.inplace.equivalence import EquivalenceCheck
 from ecospa_fx.inplace.evidence import evidence
-from ecospa_fx.inplace.groups import Group, NarrowedAxes, is_under, narrowed_axes, scaled_count
+from ecospa_fx.inplace.groups import Group, NarrowedAxes, group_by_role, is_under, narrowed_axes, scaled_count
 from ecospa_fx.inplace.integer_search import by_role, is_read
 from ecospa_fx.inplace.trial import IntegerEdits
 from ecospa_fx.plan import Plan, Selection
@@ -46,8 +46,9 @@ def infer_integers(
         if any(place in decided or place.index is not None for place in places):
             continue
         new = _by_axis(alike, axes) if all(place.module in owners for place in places) else None
-        if new is None and not any(place.module in owners or is_read(place, check) for place in places):
-            new = _by_units(model, alike, groups, axes)
+        if new is None and not any(place.module in owners for place in places):
+            ways = (groups, group_by_role(list(plan), model))  # what is cut; with what stays whole in some layers
+            new = next(filter(None, (_by_units(model, alike, way, axes) for way in ways)), None)
         following.update(new or {})
     unverified = {place: value for place, value in following.items() if is_read(place, check)}
     unread = {place: value for place, value in following.items() if place not in unverified}
@@ -82,13 +83,14 @@ def _by_axis(attributes: Sequence[IntegerAttribute], axes: NarrowedAxes) -> dict
 def _by_units(
     model: nn.Module, attributes: Sequence[IntegerAttribute], groups: Sequence[Group], axes: NarrowedAxes
 ) -> dict[EditTarget, int] | None:
-    """An attribute of modules that are alike, if it counts units of one coupling in each of them."""
+    """An attribute of modules that are alike, if it counts units of one coupling wherever they hold some."""
+    beneath = [a for a in attributes if any(group.beneath([a.place.module]) for group in groups)]
     new: dict[EditTarget, int] = {
         attribute.place: value
-        for attribute in attributes
+        for attribute in beneath
         if (value := _of_units(model, attribute, groups, axes)) is not None
     }
-    return new if len(new) == len(attributes) else None
+    return new if len(new) == len(beneath) else None
 
 
 def _of_units(model: nn.Module, attribute: IntegerAttribute, groups: Sequence[Group], axes: NarrowedAxes) -> int | None:
@@ -100,19 +102,36 @@ def _of_units(model: nn.Module, attribute: IntegerAttribute, groups: Sequence[Gr
             return None
     selections = [affected for group in groups if (affected := group.beneath([attribute.place.module]))]
     path = attribute.place.module
-    counting = [affected for affected in selections if any(attribute.value in _products(s, path)[0] for s in affected)]
-    if len(counting) != 1 or any(attribute.value in _products(s, path)[1] for affected in selections for s in affected):
+    counting = [some for some in selections if any(attribute.value in _products(s, path, set())[0] for s in some)]
+    counted = {
+        (m.parameter, m.axis, s.size, box.unit) for some in counting for s in some for m in s.members for box in m.boxes
+    }
+    if len(counting) != 1 or any(
+        attribute.value in _products(s, path, counted)[1] for some in selections for s in some
+    ):
         return None
     return scaled_count(attribute.value, counting)
 
 
-def _products(selection: Selection, path: str) -> tuple[set[int], set[int]]:
-    """What integers about a coupling's members in a module may count: numbers of its units, and of anything else."""
+Run = tuple[str, int, int, int]
+"""Evenly spaced positions along an axis of a parameter: its name, the axis, how many they are, the stride."""
+
+
+def _products(selection: Selection, path: str, counted: set[Run]) -> tuple[set[int], set[int]]:
+    """What integers about a coupling's members in a module may count: numbers of its units, and of anything else.
+
+    counted: what is not anything else, as the heads of a group are not where a coupling of whole groups holds them.
+    """
     with_units, without = set(), set()
     for member in (m for m in selection.members if is_under(m.parameter, path)):
         for box in member.boxes:
-            sizes = [len(member.boxes), *(n for n, _ in box.carriers), *(n for n, _ in box.width)]
-            products = {prod(chosen) for count in range(len(sizes) + 1) for chosen in combinations(sizes, count)}
-            without |= products
-            with_units |= {n * selection.size for n in products}
+            runs = (*box.carriers, *box.width)
+            with_units |= {n * selection.size for n in _multiples([len(member.boxes), *(n for n, _ in runs)])}
+            others = [n for n, stride in runs if (member.parameter, member.axis, n, stride) not in counted]
+            without |= _multiples([len(member.boxes), *others])
     return with_units, without
+
+
+def _multiples(sizes: Sequence[int]) -> set[int]:
+    """Products of some of the sizes, of none and of all."""
+    return {prod(chosen) for count in range(len(sizes) + 1) for chosen in combinations(sizes, count)}

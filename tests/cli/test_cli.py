@@ -72,6 +72,7 @@ def test_inspect_prints_the_table(folder: Path, capsys: Capture) -> None:
     assert "blocked: " in printed
     assert "it is part of the model's output" in printed
     assert "LlamaForCausalLM, detected in " in printed
+    assert "excludes K-quants of llama.cpp, multiples of 256 inputs: " in printed
 
 
 def test_inspect_needs_no_weights(folder: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -82,6 +83,7 @@ def test_inspect_needs_no_weights(folder: Path, tmp_path: Path, capsys: Capture)
     assert found[FFN]["size"] == 53248
     assert found[QK]["carriers"] == 2
     assert data["parameters"] > 4e9
+    assert all(x["width"] % x["multiple"] for x in data["excluded"])
     assert data["seconds"] > 0
     assert data["source"].endswith("config.json")
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import ecospa_fx as eco
 from ecospa_fx.errors import InputError, StorageError
-from ecospa_fx.export import gguf_tokenizer, llama_cpp, verb
+from ecospa_fx.export import gguf_parts, gguf_tokenizer, llama_cpp, verb
 from ecospa_fx.export.check import check_export
 from ecospa_fx.export.gguf_file import (
     READERS,
@@ -304,3 +304,16 @@ def test_tokenizers_that_are_not_written(tokenizer: Path, tmp_path: Path, monkey
     monkeypatch.setattr(llama_cpp, "run", lambda *_: (torch.zeros(64, 310), [[1]]))
     assert "llama.cpp gives other tokens" in refused(model, path, tokenizer=tokenizer)
     assert verb.LENGTH == 64
+
+
+def test_names_of_one_architecture_are_not_those_of_the_next() -> None:
+    """The package writes what an architecture has for itself over what all share."""
+    gguf = pytest.importorskip("gguf")
+    before = {name: tuple(names) for name, names in gguf.TensorNameMap.block_mappings_cfg.items()}
+    model = narrow("qwen3")
+    ways = gguf_parts._by_role(model, 2)
+    assert {name: tuple(names) for name, names in gguf.TensorNameMap.block_mappings_cfg.items()} == before
+    roles = {role.split(".")[-2] for role in ways[0]}
+    assert len(ways) == 1
+    assert roles >= {"ffn_norm", "attn_q_norm"}
+    assert roles <= set(gguf_parts.PLACES)

@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import ecospa_fx as eco
 from ecospa_fx.errors import PlanError
+from ecospa_fx.plan import Plan, Selection
 from ecospa_fx.verify import masked
 from tests.support.hugging import couplings_of, tiny
 from tests.support.inplace import assert_loaded, assert_same, half, largest, masked_twin, plan_of, state, uneven
@@ -293,3 +294,29 @@ def test_a_configuration_that_cannot_follow_is_named(kind: str, field: str) -> N
         eco.shrink_(model, plan, (), kwargs)
     assert [one.filename for one in told if "cannot say" in str(one.message)] == [__file__]
     assert "vocab_size" not in str(told[0].message)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("counts", [{"heads": (2, 2), "heads.2": (2, 3)}, {"heads": (1, 2), "heads.2": (1, 3)}])
+def test_heads_and_groups_of_heads_go_together(counts: dict[str, tuple[int, int]]) -> None:
+    """Also where the code that counts heads per group is not run, as in attention that repeats keys and values."""
+    model, kwargs = tiny("llama", num_attention_heads=6)
+    couplings = eco.detect(model, (), kwargs)
+    carried = eco.plan(couplings, 0.4, "random", expressible_in="module", kinds=["heads"])
+    assert {s.name for s in carried} == {c.name for c in couplings.offered if c.contains}
+    selections = []
+    for c in (c for c in couplings.offered if c.contains):
+        keep = torch.zeros(c.carriers, c.size, dtype=torch.bool)
+        keep[:, : counts[c.name.partition("self_attn.")[2]][int(c.layer.split(".")[2])]] = True
+        selections.append(Selection.of(c, keep))
+    plan = Plan(tuple(selections), tuple(couplings.shapes.items()))
+    twin, attention = masked_twin(model, plan), "model.layers.{}.self_attn"
+    with pytest.warns(UserWarning, match="cannot say how wide the layers"):
+        eco.shrink_(model, plan, (), kwargs)
+    per_group: list[Any] = [model.get_submodule(attention.format(i)).num_key_value_groups for i in range(2)]
+    assert per_group == list(counts["heads.2"])
+    for implementation in ("sdpa", "eager"):
+        for each in (model, twin):
+            each.set_attn_implementation(implementation)  # type: ignore[operator]
+        with torch.no_grad():
+            assert largest(model(**kwargs).logits, twin(**kwargs).logits) < 1e-12

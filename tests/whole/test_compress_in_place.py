@@ -133,6 +133,33 @@ def test_what_the_code_cannot_carry_is_refused() -> None:
     assert_same(model, before)
 
 
+@pytest.mark.parametrize("scores", [None, {"ffn": torch.arange(24.0)[None], "ffn.2": torch.arange(24.0)[None]}])
+def test_widths_are_tried_before_anything_slow(scores: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that the code cannot carry never reach the data; those that it can are made, whatever may be offered."""
+
+    class Uneven(Residual):
+        def forward(self, x: Tensor) -> Tensor:
+            count = len(self.get_parameter("ups.0.weight"))
+            return super().forward(x) if count in (24, 12) else super().forward(x) + 1e-3 * count
+
+    read = list[object]()
+
+    def counted(*call: Any) -> Tensor:
+        read.append(call)
+        return square(*call)
+
+    model = Uneven()
+    before, names = state(model), [c.name for c in eco.detect(model, rows()[0][0]).offered if c.kind == "ffn"]
+    given = None if scores is None else dict(zip(names, scores.values(), strict=True))
+    with pytest.raises(PlanError, match="cannot be written back"):
+        compressed(model, ratio=None, widths={"ffn*": 8}, scores=given, loss=counted)
+    assert not read
+    assert_same(model, before)
+    compressed(model, ratio=None, widths={"*": 12}, scores=given, loss=counted, kinds="ffn", allow="cache")
+    assert read
+    assert model.get_parameter("ups.1.weight").shape == (12, 8)
+
+
 # -- models of transformers --------------------------------------------------------------------------------------
 
 

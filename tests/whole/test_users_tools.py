@@ -175,3 +175,30 @@ def test_what_adapters_say_of_themselves_follows_so_that_more_can_be_added() -> 
     model.set_adapter("more")
     model.double()(**kwargs).logits.sum().backward()
     assert all(p.grad is not None for n, p in model.named_parameters() if "lora" in n and ".more." in n)
+
+
+# -- after the whole recipe ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_compressed_model_trains_and_takes_adapters(tmp_path: Path) -> None:
+    """`compress_` leaves an object that the tools of its library take, with the weights that it was given."""
+    own, kwargs = tiny("llama", num_hidden_layers=1)
+    batches: list[Any] = [((), {**kwargs, "input_ids": kwargs["input_ids"].roll(i, -1)}) for i in range(3)]
+    options: dict[str, Any] = {"ratio": 0.3, "batches": batches, "kinds": ["ffn"], "distillation": 2}
+
+    def loss(output: Any, args: Any, kwargs: Any) -> Tensor:
+        return nn.functional.cross_entropy(output.logits.flatten(0, 1), kwargs["input_ids"].flatten())
+
+    assert eco.compress_(own, (), kwargs, loss=loss, uniform=True, **options) is own
+    assert own.get_parameter("model.layers.0.mlp.up_proj.weight").shape[0] < 112
+    model, base = adapted(copy.deepcopy(own)).eval(), copy.deepcopy(own)
+    model.save_pretrained(tmp_path / "adapter")
+    again: Any = adapters().PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
+    with torch.no_grad():
+        want = model(**kwargs).logits
+        assert torch.equal(again(**kwargs).logits, want)
+        assert largest(again.merge_and_unload()(**kwargs).logits, want) < 1e-9
+    for trained in (model, own):
+        before, after = train(trained, tmp_path / "runs", steps=6)
+        assert after < before
