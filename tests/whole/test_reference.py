@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 
 import pytest
 
@@ -25,6 +26,11 @@ def test_a_page_is_what_the_code_says(name: str, monkeypatch: pytest.MonkeyPatch
 
 def test_refused_operators_are_listed() -> None:
     assert LIST.findall((FOLDER / "refusals.md").read_text(encoding="utf-8")) == [refusals()]
+
+
+def test_the_picture_shows_the_results() -> None:
+    script = runpy.run_path(str(ROOT / "benchmarks" / "front_picture.py"))
+    assert script["TARGET"].read_text(encoding="utf-8") == script["picture"]()
 
 
 def test_every_option_has_a_default() -> None:
