@@ -4,7 +4,9 @@ The public names are imported when they are first asked for, so that importing t
 stands in ``__init__.pyi``, for editors and type checkers.
 """
 
+import sys
 from importlib import import_module
+from types import ModuleType
 
 from ecospa_fx.version import __version__ as __version__
 
@@ -35,10 +37,15 @@ _MODULES = {
 """Where each public name is defined."""
 
 
-# Imported now, because importing a submodule puts it into the package, where the verb of the same name has to be.
-for _verb in ("export", "plan"):
-    import_module(f"ecospa_fx.{_verb}")
-    del globals()[_verb]
+class _Package(ModuleType):
+    """Keeps a verb where importing the module of the same name, such as `plan`, would put that."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _MODULES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> object:

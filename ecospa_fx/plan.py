@@ -142,7 +142,7 @@ class Plan:
         may keep different numbers where the coupling can be ragged. Raises PlanError for a coupling that is not there
         or is blocked, and for units that do not fit.
 
-        Example:
+        Examples:
             >>> import torch, ecospa_fx as eco
             >>> mlp = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.GELU(), torch.nn.Linear(32, 8))
             >>> x = torch.randn(2, 8)

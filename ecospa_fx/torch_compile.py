@@ -37,7 +37,7 @@ def backend(
     while no gradients are taken, the kept parts are copied once. Raises PlanError, which ``torch.compile`` wraps in an
     error of its own, where a graph holds a part of a coupling, or parameters that the plan does not know.
 
-    Example:
+    Examples:
         >>> import torch, ecospa_fx as eco
         >>> mlp = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.GELU(), torch.nn.Linear(32, 8))
         >>> x = torch.randn(2, 8)

@@ -55,7 +55,7 @@ def axis_rule(*operators: str, linear: bool | Collection[str] = False) -> Callab
     Raises InputError, a ValueError, for an operator that has a rule or a standing refusal already, and for a name that
     no operator can have.
 
-    Example:
+    Examples:
         >>> from ecospa_fx import axis_rule
         >>> @axis_rule("mylib.scale")
         ... def scale(call):

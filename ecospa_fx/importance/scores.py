@@ -24,7 +24,7 @@ class Scores:
     things up in: ``name in scores``, ``len``, iteration over names, ``items()``. Raises ScoreError for what is no
     mapping of tensors.
 
-    Example:
+    Examples:
         >>> import torch, ecospa_fx as eco
         >>> mlp = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.GELU(), torch.nn.Linear(32, 8))
         >>> couplings = eco.detect(mlp, (torch.randn(2, 8),))

@@ -42,6 +42,16 @@ class Pass(Protocol):
         ...
 
 
+class CallablePass:
+    """What makes a pass a function too, from a graph module to a result, as torch's ``PassManager`` wants it."""
+
+    __slots__ = ()
+
+    def __call__(self: Pass, graph_module: fx.GraphModule) -> PassResult:
+        """Run this pass alone, and check the graph afterwards: see `run_passes`."""
+        return run_passes(graph_module, (self,))
+
+
 def check_passes(passes: object) -> None:
     """Raise PassError for what is no sequence of passes."""
     is_sequence = isinstance(passes, Sequence) and not isinstance(passes, str)

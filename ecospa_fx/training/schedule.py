@@ -42,8 +42,9 @@ class AtStart:
 class OneShot:
     """Removes everything at one step.
 
-    >>> OneShot(100).share(99), OneShot(100).share(100)
-    (0.0, 1.0)
+    Examples:
+        >>> OneShot(100).share(99), OneShot(100).share(100)
+        (0.0, 1.0)
     """
 
     step: int
@@ -64,10 +65,11 @@ class OneShot:
 class Linear:
     """Removes equal parts of the target at `start`, then every `every` steps, and at `end`.
 
-    >>> Linear(start=10, end=40, every=10).steps
-    (10, 20, 30, 40)
-    >>> Linear(start=10, end=40, every=10).share(25)
-    0.5
+    Examples:
+        >>> Linear(start=10, end=40, every=10).steps
+        (10, 20, 30, 40)
+        >>> Linear(start=10, end=40, every=10).share(25)
+        0.5
     """
 
     start: int
@@ -96,8 +98,9 @@ class Linear:
 class Cubic(Linear):
     """Removes large parts first, small ones last: 1 - (1 - t)³ of the target.
 
-    >>> [round(Cubic(start=10, end=40, every=10).share(s), 3) for s in (9, 10, 20, 30, 40)]
-    [0.0, 0.578, 0.875, 0.984, 1.0]
+    Examples:
+        >>> [round(Cubic(start=10, end=40, every=10).share(s), 3) for s in (9, 10, 20, 30, 40)]
+        [0.0, 0.578, 0.875, 0.984, 1.0]
     """
 
     def share(self, step: int) -> float:
@@ -108,8 +111,9 @@ class Cubic(Linear):
 class Constant:
     """Removes the same part of the target every `every` steps until it is reached.
 
-    >>> Constant(every=50, part=0.4).steps
-    (50, 100, 150)
+    Examples:
+        >>> Constant(every=50, part=0.4).steps
+        (50, 100, 150)
     """
 
     every: int

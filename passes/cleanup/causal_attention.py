@@ -18,13 +18,13 @@ from ecospa_fx.indexing.call import shape_of
 from ecospa_fx.indexing.evaluate import Elements
 from ecospa_fx.indexing.values import Condition, ElementValue, Piecewise, at_least_zero, position, settled
 from ecospa_fx.ir.build import allow_other_strides
-from ecospa_fx.ir.passes import PassResult
+from ecospa_fx.ir.passes import CallablePass, PassResult
 
 ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 
 
 @dataclass(frozen=True, slots=True)
-class CausalAttention:
+class CausalAttention(CallablePass):
     """Causal masks become ``is_causal=True``; masks that hide nothing go.
 
     Exact up to the order of summation within attention.

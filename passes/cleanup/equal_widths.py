@@ -15,7 +15,7 @@ from torch import fx
 
 from ecospa_fx.indexing.call import shape_of
 from ecospa_fx.ir.build import allow_other_strides, insert
-from ecospa_fx.ir.passes import PassResult
+from ecospa_fx.ir.passes import CallablePass, PassResult
 from ecospa_fx.ir.schema import named_arguments
 
 aten = torch.ops.aten
@@ -23,7 +23,7 @@ ATTENTION = aten.scaled_dot_product_attention.default
 
 
 @dataclass(frozen=True, slots=True)
-class EqualWidths:
+class EqualWidths(CallablePass):
     """Zeros make queries and keys as wide as values, or values as wide as these; what they add is cut off.
 
     On the CPU only: kernels of GPUs take different widths. Exact up to the order of summation within attention.

@@ -8,11 +8,11 @@ from typing import ClassVar
 from torch import fx
 
 from ecospa_fx.ir.modes import follow_notes, note_dropout
-from ecospa_fx.ir.passes import PassResult
+from ecospa_fx.ir.passes import CallablePass, PassResult
 
 
 @dataclass(frozen=True, slots=True)
-class FollowMode:
+class FollowMode(CallablePass):
     """``train()`` and ``eval()`` of the graph module turn its dropout on and off, attention's own included.
 
     A graph that was exported in evaluation has lost what its code left out there; export in training to keep it.

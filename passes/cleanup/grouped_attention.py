@@ -19,14 +19,14 @@ from ecospa_fx.indexing.evaluate import Elements
 from ecospa_fx.indexing.values import ElementValue, position
 from ecospa_fx.ir.alias import bases, written
 from ecospa_fx.ir.build import allow_other_strides
-from ecospa_fx.ir.passes import PassResult
+from ecospa_fx.ir.passes import CallablePass, PassResult
 from ecospa_fx.ir.schema import named_arguments
 
 ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 
 
 @dataclass(frozen=True, slots=True)
-class GroupedAttention:
+class GroupedAttention(CallablePass):
     """Repeated keys and values become ``enable_gqa=True``.
 
     Where the fast kernels take groups: without a mask, with keys and values of one width, and on a GPU in 16 bits.

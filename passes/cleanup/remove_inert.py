@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from ecospa_fx.indexing.evaluate import shows_all
 from ecospa_fx.ir.alias import written_by
 from ecospa_fx.ir.modes import drops_nothing
-from ecospa_fx.ir.passes import PassResult
+from ecospa_fx.ir.passes import CallablePass, PassResult
 from ecospa_fx.ir.schema import named_arguments
 
 aten = torch.ops.aten
@@ -23,7 +23,7 @@ _VIEWS = {aten.alias.default, aten.slice.Tensor, aten.expand.default, aten.expan
 
 
 @dataclass(frozen=True, slots=True)
-class RemoveInert:
+class RemoveInert(CallablePass):
     """Removes what has no effect on any number.
 
     Sizes, types and devices are those of the example values, so a graph that is moved to another type afterwards

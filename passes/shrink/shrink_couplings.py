@@ -63,6 +63,10 @@ class ShrinkCouplings:
         graph_module.recompile()
         return PassResult(graph_module, changes)
 
+    def __call__(self, graph_module: fx.GraphModule) -> PassResult:
+        """The same, as torch's ``PassManager`` wants it. Outputs may get narrower, where the plan allows caches."""
+        return self.run(graph_module)
+
 
 @one_at_a_time()
 def shrink_program(program: Program, plan: Plan, *, fold: bool = True) -> int:

@@ -57,8 +57,6 @@ def test_every_option_is_one_line_of_the_help(command: str, monkeypatch: pytest.
         main([command, "--help"])
     options = capsys.readouterr().out.partition("options:\n")[2].partition("\n\n")[0].splitlines()
     assert all(line.startswith("  -") for line in options)
-    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
-    assert all(" ".join(line.split()) in " ".join(readme.split()) for line in options[1:])
 
 
 # -- inspect -----------------------------------------------------------------------------------------------------

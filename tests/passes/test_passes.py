@@ -7,15 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, is_dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
 
+import ecospa_fx as eco
 import ecospa_fx.passes
 from ecospa_fx.errors import CaptureError, PassError
-from ecospa_fx.passes import CLEANUP, Pass, PassResult, run_passes
+from ecospa_fx.ir.passes import CallablePass
+from ecospa_fx.passes import CLEANUP, Pass, PassResult, ShrinkCouplings, run_passes
 from ecospa_fx.passes.canonicalise import CANONICALISE
 from tests.support.attention import traced
 
@@ -141,3 +143,39 @@ def test_the_runner_collects_changes_and_reasons() -> None:
     passes: list[Pass] = [Broken("not at all"), Broken("still not")]
     result = run_passes(graph, passes)
     assert (result.changes, result.reasons) == (2, ("not at all noted", "still not noted"))
+
+
+def test_passes_run_in_the_pass_manager_of_torch() -> None:
+    from torch.fx.passes.infra.pass_manager import PassManager
+
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+    x = torch.randn(3, 4)
+    graph_module = torch.export.export(model, (x,)).module()
+    plan = eco.plan(eco.detect(graph_module, (x,)), ratio=0.5, scores="magnitude")
+    wanted = eco.shrink(model, plan, (x,))(x)
+    cleanup: list[Any] = [*CLEANUP]
+    result = PassManager([cast("Any", ShrinkCouplings(plan)), *cleanup])(graph_module)
+    assert result.modified
+    assert result.graph_module.get_parameter("0.weight").shape == (4, 4)
+    torch.testing.assert_close(result.graph_module(x), wanted)
+    assert not PassManager(cleanup)(result.graph_module).modified
+
+
+def test_a_pass_that_is_called_is_checked() -> None:
+    graph_module = traced(nn.Linear(4, 4), (torch.randn(2, 4),))
+    with pytest.raises(PassError, match="pass breaks left node"):
+        Breaks()(graph_module)
+
+
+@dataclass(frozen=True, slots=True)
+class Breaks(CallablePass):
+    """Leaves a node without a value."""
+
+    name: ClassVar[str] = "breaks"
+
+    def run(self, graph_module: fx.GraphModule) -> PassResult:
+        output = graph_module.graph.output_node()
+        with graph_module.graph.inserting_before(output):
+            node = graph_module.graph.call_function(torch.ops.aten.relu.default, (output.args[0][0],))  # type: ignore[index]
+        output.replace_input_with(output.args[0][0], node)  # type: ignore[index,arg-type]
+        return PassResult(graph_module, 1)

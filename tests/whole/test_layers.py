@@ -46,6 +46,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("api",),
     ("",),
     ("cli", "demo"),
+    ("__main__",),
 )
 """Lowest first; "" is the package itself, whose names are the public verbs."""
 

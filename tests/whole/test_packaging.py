@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 import tomllib
+import zipfile
 from collections.abc import Iterator
 from dataclasses import is_dataclass
 from importlib import import_module
@@ -47,17 +48,51 @@ def test_the_listed_packages_are_those_on_disk() -> None:
     assert folders == on_disk, "a folder without __init__.py"
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not all(find_spec(name) for name in ("build", "twine", "setuptools")), reason="needs the extra dev")
+def test_the_distribution_is_whole(tmp_path: Path) -> None:
+    """The wheel that the source distribution makes holds every module and text, and runs as a command."""
+    built = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    subprocess.run(built, check=True, capture_output=True)
+    (wheel,), (_source,) = tmp_path.glob("*.whl"), tmp_path.glob("*.tar.gz")
+    checked = [sys.executable, "-m", "twine", "check", "--strict", *map(str, tmp_path.iterdir())]
+    subprocess.run(checked, check=True, capture_output=True)
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        archive.extractall(tmp_path / "installed")
+    assert {f"{module_name(path).replace('.', '/')}" for path in library()} <= {
+        name.removesuffix(".py").removesuffix("/__init__") for name in names
+    }
+    assert {"ecospa_fx/py.typed", "ecospa_fx/__init__.pyi", "ecospa_fx/passes/__init__.pyi"} < names
+    done = subprocess.run(
+        [sys.executable, "-m", "ecospa_fx", "--version"],
+        capture_output=True, text=True, check=True, cwd=tmp_path / "installed",
+    )  # fmt: skip
+    assert done.stdout == f"ecospa-fx {ecospa_fx.__version__}\n"
+
+
 def test_the_version_is_the_one_in_the_changelog() -> None:
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {ecospa_fx.__version__}\n" in citation
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert f"## {ecospa_fx.__version__}" in changelog
     assert "### Breaking" in changelog
 
 
 def test_importing_is_light() -> None:
-    """Nothing optional is imported, the GPU stays asleep and the passes wait until they are needed."""
+    """Nothing is imported, torch and the library's own modules included, until a name is asked for."""
     code = (
-        "import sys, ecospa_fx, torch\n"
-        "heavy = ('transformers', 'tokenizers', 'safetensors', 'matplotlib', 'ecospa_fx.passes')\n"
+        "import sys, ecospa_fx; print(sorted(m for m in sys.modules if m.partition('.')[0] in ('ecospa_fx', 'torch')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "['ecospa_fx', 'ecospa_fx.version']"
+
+
+def test_the_verbs_import_nothing_optional() -> None:
+    """The GPU stays asleep, too."""
+    code = (
+        "import sys, ecospa_fx, torch; ecospa_fx.plan, ecospa_fx.score\n"
+        "heavy = ('transformers', 'tokenizers', 'safetensors', 'matplotlib')\n"
         "print([name for name in heavy if name in sys.modules], torch.cuda.is_initialized())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
