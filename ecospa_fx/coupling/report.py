@@ -14,12 +14,17 @@ from tabulate import tabulate
 
 from ecospa_fx.coupling.types import Box, Coupling, EvidenceStep, Member, Refusal
 from ecospa_fx.coupling.unit_elements import coupled_elements
+from ecospa_fx.notebook import html_paragraph, html_table
 
 if TYPE_CHECKING:
     from ecospa_fx.coupling.couplings import Couplings
 
 FORMAT = "ecospa-fx-couplings"
 VERSION = 1
+
+NOTHING = "No coupling was found, and none was refused."
+HEAD = ("layer", "kind", "units × carriers", "symmetry", "parameters", "blocked because")
+ALIGN = ("left", "left", "right", "left", "right", "left")
 
 Ranges = tuple[tuple[int, int], ...]
 """The numbers in a layer's name, each as (first, last)."""
@@ -35,11 +40,16 @@ def coupling_table(couplings: Couplings) -> str:
     ``model.layers.{0..31}.mlp``; its parameters read ``32 × 135,266,304``. The totals count each element once.
     """
     if not len(couplings):
-        return "No coupling was found, and none was refused."
+        return NOTHING
     rows = [_cells(row) for row in _folded(couplings)]
-    head = ["layer", "kind", "units × carriers", "symmetry", "parameters", "blocked because"]
-    align = ("left", "left", "right", "left", "right", "left")
-    return f"{tabulate(rows, headers=head, colalign=align, disable_numparse=True)}\n{_totals(couplings)}"
+    return f"{tabulate(rows, headers=HEAD, colalign=ALIGN, disable_numparse=True)}\n{_totals(couplings)}"
+
+
+def coupling_table_html(couplings: Couplings) -> str:
+    """The same table for notebooks."""
+    if not len(couplings):
+        return html_paragraph(NOTHING)
+    return html_table([_cells(row) for row in _folded(couplings)], HEAD, ALIGN, _totals(couplings))
 
 
 def covered_parameters(couplings: Couplings) -> int:
