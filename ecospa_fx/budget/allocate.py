@@ -8,6 +8,7 @@ all widths at once (`knapsack`). Removed elements are counted exactly, each once
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.coupling.types import Coupling
 from ecospa_fx.errors import PlanError
 from ecospa_fx.importance.score import magnitudes
-from ecospa_fx.importance.scores import given_scores
+from ecospa_fx.importance.scores import Given, given_scores
 from ecospa_fx.importance.sensitivity import Curves
 from ecospa_fx.plan import Plan, Selection
 
@@ -62,6 +63,52 @@ def allocated(couplings: Couplings, settings: PlanSettings, carried: Carried | N
         for c in chosen
     ]
     return _planned(couplings, orders, _steps(cost_model, orders, scores, settings, bounds))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NestedPlans:
+    """Plans for ascending ratios by one order of removal: each removes what those before it remove, and more."""
+
+    orders: tuple[RemovalOrder, ...]
+    """One per coupling."""
+    ratios: tuple[float, ...]
+    """Those that are in reach."""
+    steps: tuple[tuple[int, ...], ...]
+    """Per ratio, the steps taken in each order."""
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+    """(name, dense shape) of every parameter of the model."""
+
+    @classmethod
+    def of(cls, couplings: Couplings, scores: Given, ratios: Sequence[float]) -> NestedPlans:
+        """What ``plan(couplings, ratio, scores)`` decides at each ratio, up to the first that is out of reach."""
+        settings = PlanSettings(scores=scores)
+        chosen = chosen_by(couplings, settings)
+        bounds = Bounds(1, settings.floor, {}, dict(couplings.model.named_parameters()))
+        checked, cost_model = _scores(couplings, chosen, settings), Parameters(couplings.shapes)
+        orders = [RemovalOrder.of(c, checked[c.name], bounds.widths(c), cost_model) for c in chosen]
+        schedule, steps = GreedySchedule.of(cost_model, orders, each_alone(orders)), []
+        total = cost_model.total(chosen)
+        for ratio in ratios:
+            try:
+                steps.append(tuple(schedule.steps(_height(schedule, ratio, total, bounds))))
+            except PlanError:
+                break
+        return cls(tuple(orders), tuple(ratios[: len(steps)]), tuple(steps), tuple(couplings.shapes.items()))
+
+    def plan(self, number: int) -> Plan:
+        """The plan for the ratio of that number."""
+        selections = (order.selection(n) for order, n in zip(self.orders, self.steps[number], strict=True))
+        return Plan(tuple(selections), self.shapes)
+
+    def kept(self, coupling: int) -> tuple[int, ...]:
+        """Units per carrier that the coupling of that number keeps, per ratio."""
+        order = self.orders[coupling]
+        taken = [(0, *order.removed)[steps[coupling]] for steps in self.steps]
+        return tuple(order.coupling.size - n // order.coupling.carriers for n in taken)
+
+    def removed(self, cost_model: CostModel) -> list[float]:
+        """What goes at each ratio, together, as a cost model counts it."""
+        return [removed_at(cost_model, self.orders, steps) for steps in self.steps]
 
 
 def narrowed_to(couplings: Couplings, widths: Mapping[str, int], settings: PlanSettings) -> Plan:
@@ -207,13 +254,18 @@ def _cut(
     if not orders:
         return []
     schedule = GreedySchedule.of(cost_model, orders, locksteps)
-    total, top = cost_model.total([order.coupling for order in orders]), schedule.top
-    target = ratio * total
+    total = cost_model.total([order.coupling for order in orders])
+    return schedule.steps(_height(schedule, ratio, total, bounds))
+
+
+def _height(schedule: GreedySchedule, ratio: float, total: float, bounds: Bounds) -> int:
+    """The height at which the removed share of a total is nearest to `ratio`. Raises PlanError out of reach."""
+    target, top = ratio * total, schedule.top
     height = schedule.nearest(target)
     most = schedule.removed(height) if height == top else target
     if most < target and (top == 0 or target - most > (most - schedule.removed(top - 1)) / 2):
-        raise _out_of_reach(ratio, most / max(total, 1e-300), bounds, cost_model)
-    return schedule.steps(height)
+        raise _out_of_reach(ratio, most / max(total, 1e-300), bounds, schedule.cost_model)
+    return height
 
 
 def _out_of_reach(ratio: float, most: float, bounds: Bounds, cost_model: CostModel) -> PlanError:
