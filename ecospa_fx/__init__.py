@@ -29,6 +29,7 @@ _MODULES = {
     "export": "export.verb",
     "load": "storage.models",
     "plan": "planning",
+    "report": "report.verb",
     "save": "storage.models",
     "score": "importance.score",
     "shrink": "api",

@@ -414,7 +414,7 @@ def _carried(
 
     Units are those of least magnitude where nobody scored them, for which ones go makes no difference to most code.
     """
-    chosen = _couplings(model, args, kwargs, couplings, options)
+    chosen = _couplings(model, args, kwargs, couplings, options, None)
     by: Given = "magnitude" if asked.scores is None else asked.scores
     check_expressible(model, make_plan(chosen, scores=by, **asked.all_planning), args, kwargs)
     return chosen

@@ -25,11 +25,16 @@ from ecospa_fx.coupling.masks import check_mask, keep_mask
 from ecospa_fx.coupling.members import check_member, shape_text
 from ecospa_fx.coupling.types import BLOCK, Coupling, Member
 from ecospa_fx.errors import PlanError
+from ecospa_fx.notebook import html_paragraph, html_table
 from ecospa_fx.strict_json import from_plain
 from ecospa_fx.wrappers import unwrapped
 
 FORMAT = "ecospa-fx-plan"
 VERSION = 1
+
+EMPTY = "An empty plan: nothing is removed."
+HEAD = ("layer", "kind", "units kept × carriers", "parameters removed")
+ALIGN = ("left", "left", "right", "right")
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,7 +252,17 @@ class Plan:
 
     def __str__(self) -> str:
         if not self.selections:
-            return "An empty plan: nothing is removed."
+            return EMPTY
+        table = tabulate(self._rows(), headers=HEAD, colalign=ALIGN, disable_numparse=True)
+        return f"{table}\n{self._summary()}"
+
+    def _repr_html_(self) -> str:
+        if not self.selections:
+            return html_paragraph(EMPTY)
+        return html_table(self._rows(), HEAD, ALIGN, self._summary())
+
+    def _rows(self) -> list[list[str]]:
+        """The rows of the table, the total last."""
         shapes = dict(self.shapes)
         rows = [
             [
@@ -258,10 +273,7 @@ class Plan:
             ]
             for s in self.selections
         ]
-        rows.append(["total", "", "", f"{self.removed_parameters:,}"])
-        head = ["layer", "kind", "units kept × carriers", "parameters removed"]
-        table = tabulate(rows, headers=head, colalign=("left", "left", "right", "right"), disable_numparse=True)
-        return f"{table}\n{self._summary()}"
+        return [*rows, ["total", "", "", f"{self.removed_parameters:,}"]]
 
     def _summary(self) -> str:
         removed, coupled, whole = self.removed_parameters, self.coupled_parameters, sum(prod(s) for _, s in self.shapes)

@@ -36,7 +36,7 @@ from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.coupling.types import BLOCK, Coupling
 from ecospa_fx.errors import PlanError
 from ecospa_fx.importance.score import magnitudes
-from ecospa_fx.importance.scores import given_scores
+from ecospa_fx.importance.scores import Given, given_scores
 from ecospa_fx.importance.sensitivity import Curves
 from ecospa_fx.plan import Plan, Selection
 
@@ -104,6 +104,52 @@ class Goal:
             f"ratio={self.asked} is out of reach because {bounds} leave at most {share:.4f} "
             f"of {cost_model.unit} to remove: ask for less, or lower them"
         )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NestedPlans:
+    """Plans for ascending ratios by one order of removal: each removes what those before it remove, and more."""
+
+    orders: tuple[RemovalOrder, ...]
+    """One per coupling."""
+    ratios: tuple[float, ...]
+    """Those that are in reach."""
+    steps: tuple[tuple[int, ...], ...]
+    """Per ratio, the steps taken in each order."""
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+    """(name, dense shape) of every parameter of the model."""
+
+    @classmethod
+    def of(cls, couplings: Couplings, scores: Given, ratios: Sequence[float]) -> NestedPlans:
+        """What ``plan(couplings, ratio, scores)`` decides at each ratio, up to the first that is out of reach."""
+        settings = PlanSettings(scores=scores)
+        chosen = chosen_by(couplings, settings)
+        bounds = Bounds(1, settings.floor, {}, dict(couplings.model.named_parameters()))
+        checked, cost_model = _scores(couplings, chosen, settings), Parameters(couplings.shapes)
+        orders = [RemovalOrder.of(c, checked[c.name], bounds.widths(c), cost_model) for c in chosen]
+        schedule, steps = GreedySchedule.of(cost_model, orders, each_alone(orders)), []
+        total = cost_model.total(chosen)
+        for ratio in ratios:
+            try:
+                steps.append(tuple(schedule.steps(_height(schedule, Goal(ratio * total, total, ratio), bounds))))
+            except PlanError:
+                break
+        return cls(tuple(orders), tuple(ratios[: len(steps)]), tuple(steps), tuple(couplings.shapes.items()))
+
+    def plan(self, number: int) -> Plan:
+        """The plan for the ratio of that number."""
+        selections = (order.selection(n) for order, n in zip(self.orders, self.steps[number], strict=True))
+        return Plan(tuple(selections), self.shapes)
+
+    def kept(self, coupling: int) -> tuple[int, ...]:
+        """Units per carrier that the coupling of that number keeps, per ratio."""
+        order = self.orders[coupling]
+        taken = [(0, *order.removed)[steps[coupling]] for steps in self.steps]
+        return tuple(order.coupling.size - n // order.coupling.carriers for n in taken)
+
+    def removed(self, cost_model: CostModel) -> list[float]:
+        """What goes at each ratio, together, as a cost model counts it."""
+        return [removed_at(cost_model, self.orders, steps) for steps in self.steps]
 
 
 def narrowed_to(couplings: Couplings, widths: Mapping[str, int], settings: PlanSettings) -> Plan:
@@ -258,6 +304,14 @@ def _cut(
     if not orders:
         return []
     schedule = GreedySchedule.of(cost_model, orders, locksteps)
+    return schedule.steps(_height(schedule, goal, bounds))
+
+
+def _height(schedule: GreedySchedule, goal: Goal, bounds: Bounds) -> int:
+    """The height that frees what is nearest to a ratio, or least of what meets a ceiling.
+
+    Raises PlanError where no height does.
+    """
     top, wanted = schedule.top, goal.amount
     if isinstance(goal.asked, Ceiling):
         height, tolerance = schedule.least(wanted), 0.0
@@ -265,8 +319,8 @@ def _cut(
         height = schedule.nearest(wanted)
         tolerance = (schedule.removed(top) - schedule.removed(top - 1)) / 2 if top else 0.0
     if height >= top and schedule.removed(top) < wanted - tolerance:
-        raise goal.out_of_reach(schedule.removed(top) / max(goal.total, 1e-300), bounds, cost_model)
-    return schedule.steps(height)
+        raise goal.out_of_reach(schedule.removed(top) / max(goal.total, 1e-300), bounds, schedule.cost_model)
+    return height
 
 
 def chosen_by(couplings: Couplings, settings: PlanSettings) -> list[Coupling]:

@@ -12,7 +12,7 @@ from torch import nn
 from ecospa_fx.axes.flow import AxisFlow
 from ecospa_fx.coupling.blocks import find_blocks
 from ecospa_fx.coupling.choice import ModulePaths, near_names, selected
-from ecospa_fx.coupling.report import coupling_table
+from ecospa_fx.coupling.report import coupling_table, coupling_table_html
 from ecospa_fx.coupling.types import BLOCK, Coupling, LocatedCoupling
 from ecospa_fx.errors import EcospaError
 from ecospa_fx.ir.schema import Sizes
@@ -129,8 +129,14 @@ class Couplings(Sequence[Coupling]):
         couplings = selected(every, kinds, names, modules, exclude, predicate)
         return Couplings(couplings, self.model, self.analysis, self.example, self.whole or every)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
+        offered, blocked = len(self.offered), len(self.blocked)
+        return f"Couplings({type(self.model).__name__}, {offered:,} offered, {blocked:,} blocked)"
 
+    def _repr_html_(self) -> str:
+        return coupling_table_html(self)
+
+    def __str__(self) -> str:
         return coupling_table(self)
 
 

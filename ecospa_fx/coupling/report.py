@@ -15,12 +15,17 @@ from tabulate import tabulate
 from ecospa_fx.axes.axis import SHOWN, Steps
 from ecospa_fx.coupling.types import Box, Coupling, EvidenceStep, Member, Refusal
 from ecospa_fx.coupling.unit_elements import coupled_elements
+from ecospa_fx.notebook import html_paragraph, html_table
 
 if TYPE_CHECKING:
     from ecospa_fx.coupling.couplings import Couplings
 
 FORMAT = "ecospa-fx-couplings"
 VERSION = 1
+
+NOTHING = "No coupling was found, and none was refused."
+HEAD = ("layer", "kind", "units × carriers", "symmetry", "parameters", "blocked because")
+ALIGN = ("left", "left", "right", "left", "right", "left")
 
 Ranges = tuple[tuple[int, int], ...]
 """The numbers in a layer's name, each as (first, last)."""
@@ -36,11 +41,16 @@ def coupling_table(couplings: Couplings) -> str:
     ``model.layers.{0..31}.mlp``; its parameters read ``32 × 135,266,304``. The totals count each element once.
     """
     if not len(couplings):
-        return "No coupling was found, and none was refused."
+        return NOTHING
     rows = [_cells(row) for row in _folded(couplings)]
-    head = ["layer", "kind", "units × carriers", "symmetry", "parameters", "blocked because"]
-    align = ("left", "left", "right", "left", "right", "left")
-    return f"{tabulate(rows, headers=head, colalign=align, disable_numparse=True)}\n{_totals(couplings)}"
+    return f"{tabulate(rows, headers=HEAD, colalign=ALIGN, disable_numparse=True)}\n{_totals(couplings)}"
+
+
+def coupling_table_html(couplings: Couplings) -> str:
+    """The same table for notebooks."""
+    if not len(couplings):
+        return html_paragraph(NOTHING)
+    return html_table([_cells(row) for row in _folded(couplings)], HEAD, ALIGN, _totals(couplings))
 
 
 def covered_parameters(couplings: Couplings) -> int:
@@ -149,7 +159,7 @@ def explain(coupling: Coupling) -> str:
     if c.path:
         parts.append("path\n" + "\n".join(_step(number, step) for number, step in enumerate(c.path, 1)))
     if c.members:
-        rows = [[m.parameter, f"axis {m.axis}", m.role, _positions(m)] for m in c.members]
+        rows = [[m.parameter, f"axis {m.axis}", m.role, positions(m)] for m in c.members]
         table = tabulate(rows, tablefmt="plain", disable_numparse=True)
         parts.append("members\n" + _indented(table, 2))
     if c.contains:
@@ -176,7 +186,7 @@ def _indented(text: str, by: int) -> str:
     return indent(dedent(text.strip("\n")), " " * by)
 
 
-def _positions(member: Member) -> str:
+def positions(member: Member) -> str:
     """The boxes in words: where they start, and the strides between carriers, units and along the width."""
     boxes = " and ".join(_box(box) for box in member.boxes)
     return boxes if member.carrier_axis is None else f"{boxes}, in each slice of axis {member.carrier_axis}"

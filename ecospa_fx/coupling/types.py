@@ -7,7 +7,8 @@ carrier ``c`` and unit ``u`` name one removable set of parameter elements, the s
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from html import escape
 from typing import Literal
 
 import torch
@@ -138,8 +139,19 @@ class Coupling:
     """None, or which input or output gets narrower, which the caller of ``detect`` allowed."""
     contains: tuple[str, ...] = ()
     """Names of the couplings whose elements this one holds as whole blocks: a head holds its head dimensions."""
-    path: tuple[EvidenceStep, ...] = field(default=(), repr=False)
+    path: tuple[EvidenceStep, ...] = ()
     """The nodes between producers and consumers, in graph order."""
+
+    def __repr__(self) -> str:
+        size = f"{self.size:,} units" if self.carriers == 1 else f"{self.size:,} units × {self.carriers:,} carriers"
+        members = f"{len(self.members):,} member" + "s" * (len(self.members) != 1)
+        state = "" if self.blocked is None else f", blocked by {self.blocked.operator} at {self.blocked.node}"
+        return f"Coupling({self.name!r}, {size}, {members}, {self.parameters:,} parameters{state})"
+
+    def _repr_html_(self) -> str:
+        from ecospa_fx.coupling.report import explain  # which imports this module
+
+        return f"<pre>{escape(explain(self))}</pre>"
 
 
 @dataclass(frozen=True, slots=True)

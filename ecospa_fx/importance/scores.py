@@ -14,6 +14,7 @@ from ecospa_fx.coupling.choice import near_names
 from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.coupling.types import Coupling
 from ecospa_fx.errors import EcospaError, PlanError, ScoreError
+from ecospa_fx.notebook import html_table
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,6 +62,15 @@ class Scores:
     def __len__(self) -> int:
         return len(self.values)
 
+    def __repr__(self) -> str:
+        units = sum(values.numel() for values in self.values.values())
+        return f"Scores({self.method!r}, {len(self):,} couplings, {units:,} units)"
+
+    def _repr_html_(self) -> str:
+        rows = [[name, f"{values.numel():,}", *_spread(values)] for name, values in self.items()]
+        head = ("coupling", "units", "least", "median", "greatest")
+        return html_table(rows, head, ("left", *["right"] * 4), repr(self))
+
     def keys(self) -> KeysView[str]:
         """Names of the couplings."""
         return self.values.keys()
@@ -68,6 +78,14 @@ class Scores:
     def items(self) -> ItemsView[str, Tensor]:
         """Pairs of a coupling's name and its scores."""
         return self.values.items()
+
+
+def _spread(values: Tensor) -> list[str]:
+    """The least, the median and the greatest of some numbers; "" where there are none."""
+    if not values.numel() or values.is_meta:
+        return [""] * 3
+    flat = values.detach().double().flatten()
+    return [f"{float(number):.3g}" for number in (flat.min(), flat.median(), flat.max())]
 
 
 Given = Scores | Mapping[str, Tensor] | Literal["magnitude", "random"]

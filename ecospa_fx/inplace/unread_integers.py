@@ -113,8 +113,8 @@ def _of_units(model: nn.Module, attribute: IntegerAttribute, groups: Sequence[Gr
     return scaled_count(attribute.value, counting)
 
 
-Run = tuple[str, int, int, int]
-"""Evenly spaced positions along an axis of a parameter: its name, the axis, how many they are, the stride."""
+Run = tuple[str, int, int, int | tuple[int, ...]]
+"""Positions along an axis of a parameter: its name, the axis, how many they are, the stride or a table of them."""
 
 
 def _products(selection: Selection, path: str, counted: set[Run]) -> tuple[set[int], set[int]]:

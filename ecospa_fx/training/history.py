@@ -10,6 +10,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from ecospa_fx.errors import TrainingError
+from ecospa_fx.notebook import html_paragraph, html_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,18 @@ class Shrink:
 
 def table(history: Sequence[Shrink], dense: Mapping[str, tuple[str, int]], now: str) -> str:
     """The history as a table. dense: kind and units of every coupling; now: a last line."""
+    head, rows = _rows(history, dense)
+    return f"{tabulate(rows, headers=head, disable_numparse=True, stralign='right')}\n{now}"
+
+
+def table_html(history: Sequence[Shrink], dense: Mapping[str, tuple[str, int]], now: str) -> str:
+    """The same table for notebooks."""
+    head, rows = _rows(history, dense)
+    return html_table(rows, head, ["right"] * len(head), now) if rows else html_paragraph(now)
+
+
+def _rows(history: Sequence[Shrink], dense: Mapping[str, tuple[str, int]]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the table."""
     kinds = list(dict.fromkeys(kind for kind, _ in dense.values()))
     rows = []
     for shrink in history:
@@ -43,11 +56,11 @@ def table(history: Sequence[Shrink], dense: Mapping[str, tuple[str, int]], now: 
         shares = [f"{sum(v) / len(v):.0%} ({min(v):.0%} to {max(v):.0%})" for v in kept.values()]
         rows.append([
             f"{shrink.step:,}", f"{shrink.removed:.1%}", f"{shrink.parameters:,}",
-            f"{shrink.optimizer_bytes / 2**20:,.1f}", shrink.modules, shrink.compiled, f"{shrink.seconds:.2f}", *shares,
+            f"{shrink.optimizer_bytes / 2**20:,.1f}", str(shrink.modules), str(shrink.compiled),
+            f"{shrink.seconds:.2f}", *shares,
         ])  # fmt: skip
     head = ["step", "removed", "parameters", "optimizer MiB", "modules changed", "compiled before", "seconds"]
-    head += [f"{kind} kept" for kind in kinds]
-    return f"{tabulate(rows, headers=head, disable_numparse=True, stralign='right')}\n{now}"
+    return [*head, *(f"{kind} kept" for kind in kinds)], rows
 
 
 def plot(history: Sequence[Shrink], dense: Mapping[str, tuple[str, int]], last: int, path: str | Path) -> None:

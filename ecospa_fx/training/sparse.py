@@ -257,6 +257,12 @@ class SparseTraining:
         """A table of all shrinks."""
         return history.table(self.history, self._dense(), self._summary())
 
+    def __repr__(self) -> str:
+        return f"SparseTraining({self._summary()})"
+
+    def _repr_html_(self) -> str:
+        return history.table_html(self.history, self._dense(), self._summary())
+
     def plot(self, path: str | Path) -> None:
         """Draw widths over steps into a PNG, SVG or PDF. Needs the extra ``report``."""
         history.plot(self.history, self._dense(), self._step, path)

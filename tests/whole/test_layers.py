@@ -18,8 +18,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 GROUND = (
-    "checks", "errors", "example_inputs", "holders", "module_modes", "progress", "relative_error", "snapshot",
-    "strict_json", "version", "wrappers",
+    "checks", "errors", "example_inputs", "holders", "module_modes", "notebook", "progress", "relative_error",
+    "snapshot", "strict_json", "version", "wrappers",
 )  # fmt: skip
 
 LAYERS: tuple[tuple[str, ...], ...] = (
@@ -43,6 +43,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("compression", "defaults", "recipe"),
     ("huggingface", "storage"),
     ("export",),
+    ("report",),
     ("api",),
     ("",),
     ("cli", "demo"),
