@@ -262,7 +262,7 @@ def compress(  # noqa: PLR0913  # the data, the method and what may go meet here
         OptionError: an option is unknown, belongs to another method, neither ratio nor widths is given, or ratios do
             not ascend.
         PlanError: the ratio is out of range or reach, or nothing can be removed.
-        ScoreError: data or loss are missing, do not fit the model or tell nothing.
+        ScoreError: data is missing, or data or loss do not fit the model or tell nothing.
         CaptureError: the model cannot be traced.
 
     Examples:
@@ -359,7 +359,7 @@ def compress_(  # noqa: PLR0913  # what `compress` takes
         OptionError: an option is unknown, belongs to another method, or neither ratio nor widths is given.
         PlanError: the ratio is out of range or reach, the model's code can carry nothing or not these widths, or it
             cannot be proven that what is written is right. The model is then exactly as it was.
-        ScoreError: data or loss are missing, do not fit the model or tell nothing.
+        ScoreError: data is missing, or data or loss do not fit the model or tell nothing.
         CaptureError: the model cannot be traced.
 
     Examples:

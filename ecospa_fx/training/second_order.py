@@ -120,7 +120,7 @@ class SecondOrder:
 def second_order(
     batches: Sequence[Batch], loss: Loss | None, group: ProcessGroup | None, *, solves: bool
 ) -> SecondOrder:
-    """Raises TrainingError for no data to measure on, or no loss."""
+    """Raises TrainingError for no data to measure on, no loss, or a distance in place of one."""
     if not batches or loss is None:
         raise TrainingError(f"scores={SECOND_ORDER!r} needs data: give batches= and loss=, as eco.score takes them")
     if needs_scales(loss):
