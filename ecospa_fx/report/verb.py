@@ -63,7 +63,7 @@ def report(
 
     It shows layers × kinds of what is kept, a card per coupling with its evidence or refusal, and who reads what on a
     drawing of each layer. With scores, a slider chooses among the plans that ``plan(couplings, ratio, scores)`` makes
-    at every percent; computing these takes most of the time, some 20 seconds for a model of 7 billion parameters.
+    at every percent; computing these takes most of the time, about half a minute for 7 billion parameters.
     Needs the extra ``report``.
 
     Args:
