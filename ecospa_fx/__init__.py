@@ -26,6 +26,7 @@ _MODULES = {
     "export": "export.verb",
     "load": "storage.models",
     "plan": "planning",
+    "report": "report.verb",
     "save": "storage.models",
     "score": "importance.score",
     "shrink": "api",
@@ -35,7 +36,7 @@ _MODULES = {
 
 
 # Imported now, because importing a submodule puts it into the package, where the verb of the same name has to be.
-for _verb in ("export", "plan"):
+for _verb in ("export", "plan", "report"):
     import_module(f"ecospa_fx.{_verb}")
     del globals()[_verb]
 

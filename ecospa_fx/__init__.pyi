@@ -13,6 +13,7 @@ from ecospa_fx.inplace.shrink import shrink_ as shrink_
 from ecospa_fx.plan import Plan as Plan
 from ecospa_fx.plan import Selection as Selection
 from ecospa_fx.planning import plan as plan
+from ecospa_fx.report.verb import report as report
 from ecospa_fx.storage.models import load as load
 from ecospa_fx.storage.models import save as save
 from ecospa_fx.torch_compile import backend as backend

@@ -158,7 +158,7 @@ def explain(coupling: Coupling) -> str:
     if c.path:
         parts.append("path\n" + "\n".join(_step(number, step) for number, step in enumerate(c.path, 1)))
     if c.members:
-        rows = [[m.parameter, f"axis {m.axis}", m.role, _positions(m)] for m in c.members]
+        rows = [[m.parameter, f"axis {m.axis}", m.role, positions(m)] for m in c.members]
         table = tabulate(rows, tablefmt="plain", disable_numparse=True)
         parts.append("members\n" + _indented(table, 2))
     if c.contains:
@@ -185,7 +185,7 @@ def _indented(text: str, by: int) -> str:
     return indent(dedent(text.strip("\n")), " " * by)
 
 
-def _positions(member: Member) -> str:
+def positions(member: Member) -> str:
     """The boxes in words: where they start, and the strides between carriers, units and along the width."""
     boxes = " and ".join(_box(box) for box in member.boxes)
     return boxes if member.carrier_axis is None else f"{boxes}, in each slice of axis {member.carrier_axis}"

@@ -42,6 +42,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("compression", "recipe"),
     ("huggingface", "storage"),
     ("export",),
+    ("report",),
     ("api",),
     ("",),
     ("cli", "demo"),
