@@ -1,4 +1,4 @@
-"""The command line: `ecospa-fx inspect`, `compress`, `export` and `verify`."""
+"""The command line: `ecospa-fx inspect`, `compress`, `report`, `export` and `verify`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ecospa_fx.coupling.couplings import Couplings
 from ecospa_fx.coupling.report import couplings_data, explain, reason_lines
 from ecospa_fx.coupling.types import Coupling
 from ecospa_fx.errors import EcospaError, PlanError, ScoreError, StorageError
-from ecospa_fx.export.certificate import EngineRun
+from ecospa_fx.export.certificate import EngineRun, Exactness
 from ecospa_fx.export.check import check_export
 from ecospa_fx.export.tokenizers import has_tokenizer
 from ecospa_fx.huggingface import is_causal
@@ -34,7 +34,9 @@ from ecospa_fx.importance.second_order import SECOND_ORDER
 from ecospa_fx.origin import origin, origin_of
 from ecospa_fx.plan import Plan
 from ecospa_fx.progress import TimedSteps, progress_bar
+from ecospa_fx.report.verb import check_path
 from ecospa_fx.storage.folder import refuse_existing
+from ecospa_fx.storage.manifest import CONFIG, MANIFEST, PLAN
 from ecospa_fx.storage.models import save
 from ecospa_fx.verify import masked_error
 
@@ -61,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The commands with all their options."""
-    return options.parser(inspect, compress, export, verify)
+    return options.parser(inspect, compress, report, export, verify)
 
 
 # -- inspect -----------------------------------------------------------------------------------------------------
@@ -69,6 +71,8 @@ def parser() -> argparse.ArgumentParser:
 
 def inspect(arguments: argparse.Namespace) -> None:
     """Print the couplings of a model."""
+    if arguments.html is not None:
+        check_path(arguments.html)
     source = open_source(arguments.source, weights=False)
     begin = time.perf_counter()
     couplings = eco.detect(source.model, source.args, source.kwargs, allow=arguments.allow)
@@ -82,6 +86,9 @@ def inspect(arguments: argparse.Namespace) -> None:
         for line in (*reason_lines(couplings, "inexact"), *reason_lines(couplings, "blocked")):
             print(line)
         print(f"{type(source.model).__name__}, detected in {seconds:.1f} s")
+    if arguments.html is not None:
+        written = eco.report(couplings, path=arguments.html)
+        print(f"report: {written}", file=sys.stderr if arguments.json else sys.stdout)
 
 
 def coupling_named(couplings: Couplings, name: str) -> Coupling:
@@ -109,6 +116,8 @@ class Texts:
 def compress(arguments: argparse.Namespace) -> None:
     """Shrink a language model, save it, and print what it cost. Everything cheap is checked before anything slow."""
     options.check_options(arguments)
+    if arguments.html is not None:
+        check_path(arguments.html)
     watch = TimedSteps(announce=True)
     calibration, held_out = calibration_and_held_out(arguments)
     encode = encoder(arguments)
@@ -141,6 +150,10 @@ def compress(arguments: argparse.Namespace) -> None:
     for line in reason_lines(couplings, "inexact"):
         print(line)
     print(summary(rows, error, watch, arguments.output, plan))
+    if arguments.html is not None:
+        checked = Exactness(against="masking", error=error, dtype="float64" if limit < 1e-6 else "float32")
+        shown = eco.report(couplings, plan=plan, figures=figures(rows), exactness=checked, path=arguments.html)
+        print(f"report: {shown}")
 
 
 def calibration_and_held_out(arguments: argparse.Namespace) -> tuple[str, str]:
@@ -287,6 +300,14 @@ def measure(
     return [*rows, ["perplexity", *(f"{p:.2f}" for p in perplexities), f"{perplexities[1] / perplexities[0]:.1%}"]]
 
 
+def figures(rows: Sequence[Sequence[str]]) -> dict[str, dict[str, float]]:
+    """The closing table as numbers: by model, by measure."""
+    return {
+        model: {row[0]: float(row[column].replace(",", "")) for row in rows}
+        for column, model in ((1, "dense"), (2, "small"))
+    }
+
+
 def flops_per_token(model: nn.Module, reader: text.Reader, ids: Tensor) -> int:
     """Forward floating-point operations per token of one window, attention included.
 
@@ -313,6 +334,30 @@ def summary(rows: list[list[str]], error: float, watch: TimedSteps, output: Path
         f"seconds: {seconds}, together {sum(watch.seconds.values()):.1f}\n"
         f'saved: model = ecospa_fx.load("{output}")'
     )
+
+
+# -- report ------------------------------------------------------------------------------------------------------
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """Write the page of a model, and of a plan for it: of a saved model, its own."""
+    check_path(arguments.output)
+    path = Path(arguments.source)
+    saved = (path / MANIFEST).is_file()
+    file = arguments.plan or (path / PLAN if saved else None)
+    plan = None if file is None else read_plan(file)
+    source = open_source(str(path / CONFIG) if saved else arguments.source, weights=False)
+    allow = {*arguments.allow, *(() if plan is None else plan.allow)}
+    couplings = eco.detect(source.model, source.args, source.kwargs, allow=sorted(allow))
+    print(f"report: {eco.report(couplings, plan=plan, path=arguments.output)}")
+
+
+def read_plan(path: Path) -> Plan:
+    """The plan in a file. Raises StorageError where there is none."""
+    try:
+        return Plan.from_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise StorageError(f"there is no readable plan {path}: pass what Plan.to_json wrote") from error
 
 
 # -- export and verify -------------------------------------------------------------------------------------------

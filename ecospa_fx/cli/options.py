@@ -45,6 +45,13 @@ ALLOWANCES = """\
 """
 
 
+REPORTED = """\
+Of a folder that compress wrote, its own plan is shown. The page takes
+seconds after detection, and needs: pip install "ecospa-fx[report]".
+"""
+
+HTML = "write a page to look at"
+
 EXPORTED = """\
 --format transformers: a folder for from_pretrained.
 --format gguf: a file for llama.cpp; --dtype may be q8_0, too.
@@ -69,13 +76,14 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; see {self.prog} --help")
 
 
-def parser(inspect: Command, compress: Command, export: Command, verify: Command) -> Parser:
+def parser(inspect: Command, compress: Command, report: Command, export: Command, verify: Command) -> Parser:
     """The commands, which do the work, with all their options."""
     result = Parser(prog="ecospa-fx", description=(eco.__doc__ or "").partition("\n")[0])
     result.add_argument("--version", action="version", version=f"ecospa-fx {eco.__version__}")
     commands = result.add_subparsers(required=True, metavar="COMMAND")
     _add_inspect(commands).set_defaults(command=inspect)
     _add_compress(commands).set_defaults(command=compress)
+    _add_report(commands).set_defaults(command=report)
     _add_export(commands).set_defaults(command=export)
     _add_verify(commands).set_defaults(command=verify)
     return result
@@ -87,6 +95,7 @@ def _add_inspect(commands: argparse._SubParsersAction[Parser]) -> Parser:
     add("source", metavar="SOURCE", help=SOURCE)
     add("--json", action="store_true", help="print the couplings as JSON")
     add("--explain", metavar="NAME", help="why this coupling's parameters shrink together")
+    add("--html", type=Path, metavar="FILE", help=HTML)
     _add_allow(command)
     return command
 
@@ -115,8 +124,25 @@ def _add_compress(commands: argparse._SubParsersAction[Parser]) -> Parser:
     add("--seed", type=int, default=0, metavar="S", help="random seed of the windows (default: 0)")
     add("--exclude", action="append", default=[], metavar="PATTERN", help="do not shrink these modules; repeatable")
     add("--limit", action="append", default=[], metavar="PATTERN=SHARE", help="largest share to remove; repeatable")
+    add("--html", type=Path, metavar="FILE", help=HTML)
     _add_allow(command)
     add("--device", default="cpu", help="torch device, for instance cuda (default: cpu)")
+    return command
+
+
+def _add_report(commands: argparse._SubParsersAction[Parser]) -> Parser:
+    command = _command(commands, "report", "write a page about a model and a plan", SOURCES + REPORTED + ALLOWANCES)
+    add = command.add_argument
+    add("source", metavar="SOURCE", help=SOURCE)
+    add("--plan", type=Path, metavar="FILE", help="plan.json (default: of a saved model, its own)")
+    add(
+        "--output",
+        type=Path,
+        default=Path("report.html"),
+        metavar="FILE",
+        help="page or picture (default: report.html)",
+    )
+    _add_allow(command)
     return command
 
 

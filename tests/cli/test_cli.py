@@ -19,12 +19,13 @@ transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
 SURFACE = {
-    "inspect": {"source", "--json", "--explain", "--allow", "-h/--help"},
+    "inspect": {"source", "--json", "--explain", "--html", "--allow", "-h/--help"},
     "compress": {
         *("source", "--ratio", "--calibration", "--output", "--method", "--eval", "--tokenizer", "--windows"),
         *("--passes", "--length", "--round-to", "--seed", "--allow", "--device", "-h/--help"),
-        *("--exclude", "--limit"),
+        *("--exclude", "--limit", "--html"),
     },
+    "report": {"source", "--plan", "--output", "--allow", "-h/--help"},
     "export": {"folder", "--format", "--output", "--dtype", "--tokenizer", "-h/--help"},
     "verify": {"path", "-h/--help"},
 }
