@@ -151,13 +151,8 @@ class Compression:
             recipe = _with_scores(ingredients, scores)
         elif "allocation" in options:
             planning["allocation"] = options["allocation"]
-        if ratio is None and planning.get("widths") is None and planning.get("within") is None:
-            raise OptionError(
-                "compress() needs ratio=, the share of the couplings' parameters to remove, within= or widths="
-            )
-        is_list = isinstance(ratio, tuple | list)
-        ratios = tuple(ratio) if isinstance(ratio, tuple | list) else (RATIO if ratio is None else ratio,)
         checked = cast("AllPlanOptions", planning)
+        ratios, is_list = _ratios(ratio, checked), isinstance(ratio, tuple | list)
         compression = cls(method, ratios, is_list, scores, checked, recipe, steps, progress, *_writing(options))
         compression.check_share()
         for each in ratios:
@@ -180,6 +175,15 @@ class Compression:
     def all_planning(self) -> AllPlanOptions:
         """Options of `plan`, with the allocation that the method chooses."""
         return self.recipe.planning(self.planning) if self.method == SECOND_ORDER else self.planning
+
+
+def _ratios(ratio: float | tuple[float, ...] | list[float] | None, planning: AllPlanOptions) -> tuple[float, ...]:
+    """One or several. Raises OptionError where nothing says how much goes."""
+    if ratio is None and planning.get("widths") is None and planning.get("within") is None:
+        raise OptionError(
+            "compress() needs ratio=, the share of the couplings' parameters to remove, or within= or widths="
+        )
+    return tuple(ratio) if isinstance(ratio, tuple | list) else (RATIO if ratio is None else ratio,)
 
 
 def _writing(options: CompressOptions) -> tuple[float | None, int, int]:

@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx
+from torch._ops import OpOverload
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from ecospa_fx.axes.dims import Axis
@@ -100,7 +101,7 @@ def flops(operation: Operation) -> int:
     return int(counter.get_total_flops())
 
 
-def _may_be_product(operator: Any) -> bool:
+def _may_be_product(operator: OpOverload) -> bool:
     """Whether torch counts FLOPs of an operator, or of what it is made of."""
     composite = torch._C.DispatchKey.CompositeImplicitAutograd
     return operator.overloadpacket in flop_registry or operator.has_kernel_for_dispatch_key(composite)
@@ -145,7 +146,11 @@ class NarrowedOps:
     @cached_property
     def flops(self) -> int:
         """Of all products of the graph, whether couplings narrow them or not."""
-        products = [n for n in self._flow.values if is_operator(n) and _may_be_product(n.target)]
+        products = [
+            n
+            for n in self._flow.values
+            if is_operator(n) and isinstance(n.target, OpOverload) and _may_be_product(n.target)
+        ]
         return sum(flops(self.operation(n, {})) for n in products)
 
     def _narrowing(self, node: fx.Node) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 import ecospa_fx as eco
 from ecospa_fx.budget.quantisation import exclusion_lines, exclusions
+from ecospa_fx.budget.settings import PlanOptions
 from ecospa_fx.calibration.causal import causal_model
 from ecospa_fx.calibration.distances import Distances, noted_distances
 from ecospa_fx.calibration.second_text import JUDGES
@@ -148,15 +149,8 @@ def compress(arguments: argparse.Namespace) -> None:
     texts = texts.on(arguments.device)
 
     couplings = watch("detect", eco.detect, model, source.args, source.kwargs, allow=arguments.allow)
-    limits = options.limits(arguments)
-    eco.plan(  # refuses what cannot be reached
-        couplings,
-        arguments.ratio,
-        "magnitude",
-        round_to=arguments.round_to,
-        exclude=arguments.exclude,
-        limits=limits,
-    )
+    asked: PlanOptions = {"exclude": arguments.exclude, "limits": options.limits(arguments)}
+    eco.plan(couplings, arguments.ratio, "magnitude", round_to=arguments.round_to, **asked)  # refuses out of reach
     loss = None if writes else reader.loss
     small = watch("compress", smaller, arguments, source, couplings, reader, texts, loss)
     plan = origin_of(small).plan

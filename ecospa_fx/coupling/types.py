@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ecospa_fx.axes.axis import Steps, distances
+from ecospa_fx.axes.axis import Steps
 
 Role = Literal["producer", "consumer"]
 Symmetry = Literal["permutation", "rotary", "linear"]
@@ -46,7 +46,8 @@ class Box:
         def grid(pairs: Iterable[tuple[int, Steps]]) -> Tensor:
             total = torch.zeros(1, dtype=torch.long)
             for size, steps in pairs:
-                total = (total[:, None] + torch.tensor(list(distances(steps, size)))).flatten()
+                apart = torch.arange(size) * steps if isinstance(steps, int) else torch.tensor(steps[:size])
+                total = (total[:, None] + apart).flatten()
             return total
 
         per_carrier = grid(self.carriers).expand(carriers) if not self.carriers else grid(self.carriers)

@@ -28,7 +28,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from random import Random
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,7 +85,9 @@ class OutputDistance:
         check_whole("probes", self.probes, 1, ScoreError, "a number of probes per sample")
         check_whole("seed", self.seed, 0, ScoreError, "a seed")
 
-    def __call__(self, output: object, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Tensor:
+    def __call__(
+        self, output: object, args: Sequence[object] = (), kwargs: Mapping[str, object] | None = None
+    ) -> Tensor:
         """½ Σ_k ‖y_k‖² / (n_k q_k), of which D is the Bregman divergence."""
         return _sum(c.of(leaf).square().sum() / (2 * c.weight) for leaf, c in self._counted(output))
 
@@ -94,7 +95,7 @@ class OutputDistance:
         """P_r, with signs r that are the same for a number in every call, and independent for two numbers."""
         return partial(self._probe, number)
 
-    def _probe(self, number: int, output: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    def _probe(self, number: int, output: object, args: Sequence[object], kwargs: Mapping[str, object]) -> Tensor:
         # Generators of torch take 32 bits of a seed.
         source = torch.Generator().manual_seed(Random(f"{self.seed} {number}").getrandbits(32))
         terms = ((leaf, c, _signs(leaf, source)) for leaf, c in self._counted(output))
@@ -104,7 +105,7 @@ class OutputDistance:
         """D(·, answer), for outputs of an answer's structure."""
         want = list(self._counted(answer))
 
-        def distance(output: object, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+        def distance(output: object, args: Sequence[object], kwargs: Mapping[str, object]) -> Tensor:
             leaves = (leaf for leaf, _ in self._counted(output))
             return _sum(
                 c.of(leaf - dense).square().sum() / (2 * c.weight)

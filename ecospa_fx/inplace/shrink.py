@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -49,8 +49,8 @@ USER_MODEL_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 def shrink_(
     model: Model,
     plan: Plan,
-    args: Sequence[Any] = (),
-    kwargs: Mapping[str, Any] | None = None,
+    args: Sequence[object] = (),
+    kwargs: Mapping[str, object] | None = None,
     *,
     part: str | None = None,
 ) -> Model:
@@ -146,8 +146,8 @@ def _write_part(whole: nn.Module, plan: Plan, part: Part, example: Call) -> None
 def write_back(
     inside: nn.Module,
     plan: Plan,
-    args: Sequence[Any] = (),
-    kwargs: Mapping[str, Any] | None = None,
+    args: Sequence[object] = (),
+    kwargs: Mapping[str, object] | None = None,
     result: nn.Module | None = None,
     confirm: Callable[[EquivalenceCheck], None] | None = None,
 ) -> None:
@@ -173,7 +173,7 @@ def write_back(
 
 
 def check_expressible(
-    model: nn.Module, plan: Plan, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    model: nn.Module, plan: Plan, args: Sequence[object] = (), kwargs: Mapping[str, object] | None = None
 ) -> None:
     """Raise PlanError where `write_back` would refuse a plan; the model itself is only read."""
     plan.check(model)

@@ -216,5 +216,5 @@ def test_seconds_need_an_example_and_a_device() -> None:
         couplings = eco.detect(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), (torch.empty(2, 8),))
     with pytest.raises(PlanError, match="on meta, where nothing takes time"):
         ceiling.size_of(couplings, "seconds")
-    with pytest.raises(OptionError, match=r"compress\(\) needs ratio=.*, within= or widths="):
+    with pytest.raises(OptionError, match=r"compress\(\) needs ratio=.*, or within= or widths="):
         eco.compress(MIXED.model, (X,), method="magnitude")

@@ -39,9 +39,15 @@ def exported_once() -> Iterator[None]:
     exports: dict[tuple[object, ...], _Exports] = {}
 
     def shared(
-        model: nn.Module, args: Sequence[object], kwargs: Mapping[str, object] | None, *, dynamic: bool
+        model: nn.Module,
+        args: Sequence[object],
+        kwargs: Mapping[str, object] | None,
+        *,
+        dynamic: bool,
+        whole: nn.Module | None,
     ) -> Iterator[ExportedForm]:
         assert dynamic
+        assert whole is None
         key = (id(model), model.training, *map(id, pytree.tree_leaves((args, kwargs))))
         if key not in exports:
             exports[key] = _Exports(model, args, kwargs)

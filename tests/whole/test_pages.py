@@ -24,7 +24,7 @@ from tests.support import stand_ins
 from tests.support.pages import BLOCK, ROOT, anchors, blocks, links, pages, run, snippets
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-ELSEWHERE = {"serving"}
+ELSEWHERE = {"calibration", "parts", "report", "serving"}
 """Pages whose calls are run by tests of their own, with more models: tests/export."""
 WITH_PYTHON = [page for page in pages() if snippets(page.read_text(encoding="utf-8")) and page.stem not in ELSEWHERE]
 QUICK = {"axes", "couplings", "exactness", "fx-pipeline", "operator-rule"}

@@ -92,9 +92,10 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 }
 FINE = {
     *((verb, "kwargs", "None") for verb in ("detect", "compress", "shrink", "shrink_", "SparseTraining")),
-    *(("plan", name, "None") for name in ("scores", "round_to", "kinds", "widths", "limits", "expressible_in")),
+    *(("plan", name, "None") for name in ("scores", "round_to", "kinds", "widths", "within", "limits")),
+    *(("plan", "expressible_in", "None"), ("score", "loss", "None"), ("compress", "loss", "None")),
     *(("compress", name, "None") for name in ("couplings", "scores", "distillation", "limits", "round_to", "kinds")),
-    *(("compress", name, "None") for name in ("expressible_in", "allocation", "generated_share")),
+    *(("compress", name, "None") for name in ("expressible_in", "allocation", "generated_share", "within")),
     *(("SparseTraining", name, "None") for name in ("optimizer", "scores", "state")),
     *(("SparseTraining", name, "None") for name in ("total_steps", "band", "round_to", "kinds", "limits", "couplings")),
     *(("SparseTraining", name, "None") for name in ("compensate", "batches", "loss", "wrap")),
@@ -115,7 +116,7 @@ def cases() -> list[tuple[str, str]]:
 def arguments(verb: str, option: str, wrong: Any) -> dict[str, Any]:
     """What a verb is called with: what is usual, and one wrong value."""
     found = {name: value for name, value in CALLS[verb][1].items() if value is not None}
-    if option == "widths":
+    if option in ("widths", "within"):
         del found["ratio"]
     if (verb, option) == ("compress", "allow"):
         del found["couplings"]
