@@ -14,6 +14,8 @@ from ecospa_fx.cli.main import main
 from ecospa_fx.report import verb
 from tests.support.cli import Capture, compress_arguments, refused
 
+pytest.importorskip("altair")
+
 
 @pytest.fixture(autouse=True)
 def without_vega(monkeypatch: pytest.MonkeyPatch) -> None:
