@@ -21,8 +21,7 @@ def put_back(parts: Sequence[tuple[Part, nn.Module]]) -> nn.Module:
 
     Parameters that lost nothing are shared with the whole, buffers are copied. What else is in the model refers to the
     smaller modules wherever it referred to the parts or to a module inside them. What stands for the whole itself is
-    returned as it is. Raises CaptureError for a model that
-    cannot be copied.
+    returned as it is. Raises CaptureError for a model that cannot be copied.
     """
     if not parts[0][0].path:
         return parts[0][1]

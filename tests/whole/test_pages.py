@@ -25,7 +25,7 @@ from tests.support.pages import BLOCK, ROOT, anchors, blocks, links, pages, run,
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ELSEWHERE = {"calibration", "parts", "report", "serving"}
-"""Pages whose calls are run by tests of their own, with more models: tests/export."""
+"""Pages whose snippets are not run; other tests make such calls: calibration, whole/test_parts, report and export."""
 WITH_PYTHON = [page for page in pages() if snippets(page.read_text(encoding="utf-8")) and page.stem not in ELSEWHERE]
 QUICK = {"axes", "couplings", "exactness", "fx-pipeline", "operator-rule"}
 """Pages whose snippets take less than two seconds."""
